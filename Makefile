@@ -1,0 +1,51 @@
+# Two commands are enough: `make demo` and `make test`. Both need Python 3.11+ and make, nothing else.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+# Models are small here and the loop brings its own parallelism: more OpenMP threads than cores only wait for each other.
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM ?= false
+export HF_HUB_OFFLINE ?= 1
+export DAGSTER_DISABLE_TELEMETRY ?= true
+
+.PHONY: demo test check lint types ui install clean model benchmarks
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "evolve-dag needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(VENV)/.installed  ## make the virtual environment
+
+demo: install  ## three iterations of self-evolution in the pocket world, a table and a report
+	$(BIN)/evolve run configs/pocket.yaml
+
+ui: install  ## the Dagster UI on http://127.0.0.1:3000 over the same store as the demo
+	$(BIN)/evolve ui
+
+test: install  ## every test
+	$(BIN)/python -m pytest
+
+lint: install  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install  ## mypy
+	$(BIN)/mypy
+
+check: lint types test  ## what CI runs
+
+model: install  ## pretrain the pocket policy anew (at most 20 minutes on 2 cores)
+	$(BIN)/evolve pocket pretrain --out evolve_dag/environments/pocket/model
+
+benchmarks: install  ## timings, printed as ratios
+	for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean:  ## remove everything that was made, results too
+	rm -rf $(VENV) .evolve .dagster build *.egg-info

@@ -1,0 +1,1 @@
+"""The Dagster side: thin assets, partitions, resources, checks and automation. Dagster lives here and in ``definitions.py``."""

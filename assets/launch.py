@@ -1,0 +1,249 @@
+"""Driving Dagster from the command line: the same assets, in this process, recorded in the instance that the UI shows."""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import yaml
+from dagster._core.errors import DagsterExecutionInterruptedError
+from dagster._core.instance.ref import InstanceRef
+from evolve_dag.assets import automation, partitions
+from evolve_dag.assets.resources import Session, StoreResource
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from evolve_dag import registry
+from evolve_dag.config import Experiment
+from evolve_dag.errors import EvolveError, StoreError
+from evolve_dag.steps import base
+from evolve_dag.store import Store
+
+LINEAGE_TAG = "evolve/experiment"
+"""On every run that the command line starts; runs with it are over once their experiment's lock is free."""
+
+INSTANCE: dict[str, Any] = {
+    "concurrency": {
+        "runs": {
+            "max_concurrent_runs": 2,
+            "tag_concurrency_limits": [
+                {"key": partitions.EXPERIMENT_TAG, "value": {"applyLimitPerUniqueValue": True}, "limit": 1}
+            ],
+        }
+    },
+    "telemetry": {"enabled": False},
+    "nux": {"enabled": False},
+}
+"""The project's ``dagster.yaml`` without its storage block, for where the package is used without the project."""
+
+QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+NO_COMPUTE_LOGS = {
+    "compute_logs": {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager", "config": {}}
+}
+"""Capturing output costs a process a step and garbles progress bars; runs that the UI starts do capture it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run of the command line did."""
+
+    experiment: Experiment
+    iterations: int
+    runs: int
+    """Dagster runs of iterations; 0: everything was there and recorded."""
+    recomputed: dict[tuple[int, str], bool]
+    """(iteration, step) -> whether it had to be made, for every step of iterations 1..K."""
+
+
+def prepare_home(root: Path) -> Path:
+    """``DAGSTER_HOME``, or ``<store>/dagster`` with the project's settings when that is unset."""
+    configured = os.environ.get("DAGSTER_HOME")
+    home = Path(configured).expanduser() if configured else root / "dagster"
+    try:
+        home = home.resolve()
+        home.mkdir(parents=True, exist_ok=True)
+        target = home / "dagster.yaml"
+        if not configured and not target.exists():
+            project = Path("dagster.yaml")
+            content = dict(yaml.safe_load(project.read_text(encoding="utf-8")) or {}) if project.is_file() else dict(INSTANCE)
+            content.pop("storage", None)
+            target.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise StoreError(
+            f"{home}: cannot be used as Dagster's home: {error}", "set DAGSTER_HOME or --store to a folder you may write"
+        ) from None
+    return home
+
+
+@contextmanager
+def open_instance(root: Path) -> Iterator[dg.DagsterInstance]:
+    """The Dagster instance of a store."""
+    home = prepare_home(root)
+    with dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(home), overrides=NO_COMPUTE_LOGS)) as instance:
+        yield instance
+
+
+class ConsoleSession(Session):
+    """The command line as the host of the steps: one lock for the whole command, one reading of the experiment, bars."""
+
+    def __init__(self, experiment: Experiment, iterations: int, console: Console) -> None:
+        self._experiment = experiment
+        self._iterations = iterations
+        self._console = console
+        self.recomputed = {(k, name): False for k in range(1, iterations + 1) for name in base.STEP_ORDER}
+
+    def experiment(self, root: Path, name: str) -> Experiment:
+        return self._experiment if name == self._experiment.experiment else super().experiment(root, name)
+
+    def lock(self, store: Store, name: str) -> AbstractContextManager[object]:
+        return nullcontext() if name == self._experiment.experiment else super().lock(store, name)
+
+    @contextmanager
+    def step(self, name: str, iteration: int) -> Iterator[base.Progress | None]:
+        if not self._console.is_terminal:
+            yield None
+            return
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self._console, transient=True) as bars:
+            yield Bars(bars, self._label(name, iteration))
+
+    def finished(self, name: str, iteration: int, outcome: base.StepOutcome) -> None:
+        self.recomputed[iteration, name] = outcome.recomputed
+        how = f"{outcome.seconds:7.1f} s" if outcome.recomputed else "   reused"
+        self._console.print(f"{self._label(name, iteration)} {how}  {outcome.artifact.digest[:12]}", highlight=False)
+
+    def _label(self, name: str, iteration: int) -> str:
+        return f"{self._experiment.experiment} {iteration}/{self._iterations} {name:<12}"
+
+
+class Bars:
+    """A step's progress as bars of rich, one a phase."""
+
+    def __init__(self, bars: Progress, label: str) -> None:
+        self._bars = bars
+        self._label = label
+        self._task: TaskID = bars.add_task(label, total=None)
+
+    def start(self, label: str, total: int) -> None:
+        self._bars.reset(self._task, description=f"{self._label} {label}", total=total)
+
+    def advance(self, n: int = 1) -> None:
+        self._bars.advance(self._task, n)
+
+    def finish(self) -> None:
+        self._bars.reset(self._task, description=self._label, total=None)
+
+
+def run(config: Path, *, seed: int | None, iterations: int | None, root: Path, console: Console) -> RunResult:
+    """Bring iterations 1..K of an experiment up to date; what is up to date already is not touched.
+
+    Raises:
+        EvolveError: with the message for the user; ConcurrencyError when another run holds the experiment.
+        KeyboardInterrupt: the user has stopped it; the same command goes on from there.
+    """
+    experiment = registry.load_seeded(config, seed)
+    store = Store(root)
+    # Mistakes in the user's files and missing weights show here, before anything is written.
+    base.resolve_iteration(experiment, 1, store)
+    if experiment.environment.kind != "pocket":
+        from evolve_dag.benchmarks.suites import check_disjoint
+
+        check_disjoint(experiment)
+    count = iterations or experiment.iterations
+    name = experiment.experiment
+    session = ConsoleSession(experiment, count, console)
+    with store.lock(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Dagster's notes to developers
+        registry.register(root, config, seed)
+        with open_instance(root) as instance:
+            _end_dead_runs(instance, name)
+            partitions.add_partitions(instance, [name], count)
+            if any(True for _ in automation.settings_events(instance, experiment)):
+                _execute(root, session, instance, automation.settings_job.name, name, name)
+            runs = 0
+            for k in range(1, count + 1):
+                if not _is_up_to_date(experiment, k, store, instance):
+                    _execute(root, session, instance, automation.iteration_job.name, partitions.loop_key(name, k), name)
+                    runs += 1
+    return RunResult(experiment, count, runs, session.recomputed)
+
+
+def _is_up_to_date(experiment: Experiment, iteration: int, store: Store, instance: dg.DagsterInstance) -> bool:
+    """Whether every artifact is there, is what the iteration refers to, and Dagster has it on record."""
+    key = partitions.loop_key(experiment.experiment, iteration)
+    for name, expected in base.resolve_iteration(experiment, iteration, store).items():
+        if expected.digest is None or not expected.exists:
+            return False
+        store.open(name, expected.digest)  # a damaged one must be told, not passed over
+        ref = store.ref(experiment.experiment, iteration, name)
+        if ref is None or ref.digest != expected.digest:
+            return False
+        if automation.recorded_version(instance, dg.AssetKey(name), key) != expected.digest:
+            return False
+    return True
+
+
+def _execute(root: Path, session: Session, instance: dg.DagsterInstance, job: str, partition: str, name: str) -> None:
+    from evolve_dag.definitions import build
+
+    definitions = build(StoreResource(root=str(root)), session)
+    try:
+        definitions.resolve_job_def(job).execute_in_process(
+            instance=instance, partition_key=partition, run_config=QUIET, tags={LINEAGE_TAG: name}
+        )
+    except DagsterExecutionInterruptedError:
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        culprit = _cause(error)
+        if culprit is not None and not os.environ.get("EVOLVE_DEBUG"):
+            raise culprit from None
+        raise
+
+
+def _cause(error: BaseException) -> EvolveError | None:
+    """The evolve-dag error behind what Dagster raised."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, EvolveError):
+            return seen
+        seen = seen.__cause__ or getattr(seen, "user_exception", None) or seen.__context__
+    if type(error).__name__ == "DagsterAssetCheckFailedError":
+        return EvolveError(str(error), "the check's evidence is in the web interface (evolve ui) under the asset's checks")
+    return None
+
+
+def _end_dead_runs(instance: dg.DagsterInstance, name: str) -> None:
+    """A killed command leaves its run 'started' for ever, and the queue would wait for it. We hold the lock: it is dead."""
+    for dead in instance.get_runs(dg.RunsFilter(statuses=automation.IN_PROGRESS, tags={LINEAGE_TAG: name})):
+        instance.report_run_failed(dead, f"the command that ran {name} ended without a word (killed?)")
+
+
+def open_ui(root: Path, port: int) -> None:
+    """Become ``dagster dev`` on the store's instance; does not return.
+
+    Raises:
+        StoreError: the store cannot be written.
+    """
+    home = prepare_home(root)
+    experiments, problems = automation.known_experiments(root)
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    with open_instance(root) as instance:  # so that the experiments are there before the first tick of config_watch
+        partitions.add_partitions(
+            instance, [e.experiment for e in experiments], max((e.iterations for e in experiments), default=0)
+        )
+    workspace = ["-w", "workspace.yaml"] if Path("workspace.yaml").is_file() else ["-m", "evolve_dag.definitions"]
+    environment = {**os.environ, "DAGSTER_HOME": str(home), registry.STORE_VARIABLE: str(root.resolve())}
+    command = [sys.executable, "-m", "dagster", "dev", *workspace, "-p", str(port)]
+    os.execve(sys.executable, command, environment)

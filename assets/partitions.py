@@ -1,0 +1,43 @@
+"""Partitions: {experiment x iteration}. Both are dynamic: see docs/adr/0002-partitions.md.
+
+A loop asset's key reads ``pocket|02`` (Dagster sorts the two dimensions by name).
+"""
+
+import dagster as dg
+
+EXPERIMENT = "experiment"
+ITERATION = "iteration"
+
+EXPERIMENT_TAG = f"dagster/partition/{EXPERIMENT}"
+"""Run tag that Dagster sets by itself; ``dagster.yaml`` limits concurrency on it."""
+
+experiments = dg.DynamicPartitionsDefinition(name=EXPERIMENT)
+iterations = dg.DynamicPartitionsDefinition(name=ITERATION)
+loop = dg.MultiPartitionsDefinition({EXPERIMENT: experiments, ITERATION: iterations})
+
+
+def iteration_key(iteration: int) -> str:
+    """Zero-padded, so that keys sort as numbers do."""
+    return f"{iteration:02d}"
+
+
+def iteration_keys(count: int) -> list[str]:
+    """Keys of iterations 1..count."""
+    return [iteration_key(k) for k in range(1, count + 1)]
+
+
+def loop_key(experiment: str, iteration: int) -> dg.MultiPartitionKey:
+    """Partition of one iteration of one experiment."""
+    return dg.MultiPartitionKey({EXPERIMENT: experiment, ITERATION: iteration_key(iteration)})
+
+
+def split(partition_key: str) -> tuple[str, int]:
+    """``pocket|02`` -> ``("pocket", 2)``."""
+    experiment, _, iteration = partition_key.rpartition("|")
+    return experiment, int(iteration)
+
+
+def add_partitions(instance: dg.DagsterInstance, names: list[str], iterations_up_to: int) -> None:
+    """Make experiments and iterations 1..n known to Dagster; adding twice is harmless."""
+    instance.add_dynamic_partitions(EXPERIMENT, names)
+    instance.add_dynamic_partitions(ITERATION, iteration_keys(iterations_up_to))

@@ -1,0 +1,69 @@
+"""What the assets need from outside: the store, and the session that a run belongs to."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import dagster as dg
+
+from evolve_dag import registry
+from evolve_dag.config import Experiment
+from evolve_dag.errors import EvolveError
+from evolve_dag.steps.base import Progress, StepOutcome
+from evolve_dag.store import Store
+
+
+class StoreResource(dg.ConfigurableResource):
+    """The content-addressed store."""
+
+    root: str = ""
+    """Folder; empty: ``EVOLVE_STORE``, else ``.evolve`` in the working folder."""
+
+    @property
+    def path(self) -> Path:
+        """The folder as a path."""
+        return Path(self.root) if self.root else registry.default_store()
+
+    def open(self) -> Store:
+        """The store itself."""
+        return Store(self.path)
+
+
+class Session:
+    """Who runs the steps. This one serves a run that Dagster started: the web interface, a schedule, a sensor.
+
+    The command line replaces it with one that holds the experiment's lock for the whole command, keeps the
+    experiment as it was when the command started, and shows progress.
+    """
+
+    def experiment(self, root: Path, name: str) -> Experiment:
+        """The experiment behind a partition key."""
+        return registry.load(root, name)
+
+    def lock(self, store: Store, name: str) -> AbstractContextManager[object]:
+        """Held around a step, so that two runs cannot work on one experiment at once."""
+        return store.lock(name)
+
+    @contextmanager
+    def step(self, name: str, iteration: int) -> Iterator[Progress | None]:
+        """Around the body of a step; yields where it reports progress, if anywhere."""
+        yield None
+
+    def finished(self, name: str, iteration: int, outcome: StepOutcome) -> None:
+        """After a step is committed."""
+
+
+SessionParam = dg.ResourceParam[Session]
+"""How an asset asks for the session."""
+
+
+@contextmanager
+def failures() -> Iterator[None]:
+    """Turns evolve-dag's own errors into a Dagster failure with the message and its remedy, never retried.
+
+    The only place that does so. Other exceptions are bugs and keep their traceback.
+    """
+    try:
+        yield
+    except EvolveError as error:
+        raise dg.Failure(description=str(error), allow_retries=False) from error

@@ -1,0 +1,184 @@
+"""Teacher scoring and student training, each against the plain way, in the same run.
+
+    python benchmarks/distillation.py                      # the pocket policy's shape, about a minute
+    python benchmarks/distillation.py --vocabulary 49152   # what a real vocabulary does to the output layer
+
+Prints CPU seconds (best of --repeats, arms interleaved, so a busy machine disturbs little), tokens and ratios:
+
+- scoring: all teacher views of a trajectory as one packed tree, against one sequence per step;
+- training: the output layer on action tokens only, no mask, against a plain peft loop that computes logits
+  everywhere with a padding mask. Batches, optimizer and loss are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from evolve_dag.config import DistillationSettings, Regime
+from evolve_dag.distillation.adapter import attach, detach
+from evolve_dag.distillation.alignment import Aligned, StudentRow, TeacherView
+from evolve_dag.distillation.dataset import DistillationRow, batches, make_rows
+from evolve_dag.distillation.losses import Teacher, token_losses
+from evolve_dag.distillation.teacher import TeacherScorer, TeacherTargets
+from evolve_dag.distillation.trainer import BETAS, collate, distill, learning_rate
+
+ACTION, OBSERVATION, SYSTEM, HINT, HEADER = (16, 30), (20, 60), (90, 90), (20, 50), 3
+"""Tokens: ranges as measured on pocket transcripts."""
+
+
+def synthetic(order: random.Random, name: str, vocabulary: int, injection: str) -> Aligned:
+    """A trajectory of 2 to 9 steps with the token counts of the pocket world and random ids."""
+
+    def some(bounds: tuple[int, int]) -> list[int]:
+        return [order.randrange(8, vocabulary) for _ in range(order.randint(*bounds))]
+
+    header = [1, 2, 3]
+    system, clean = some(SYSTEM), some(OBSERVATION)
+    notes = some(HINT) if injection == "global" else []
+    spans: list[tuple[int, int]] = []
+    views: list[TeacherView] = []
+    for step in range(order.randint(2, 9)):
+        hint = some(HINT) if injection == "step_wise" else []
+        action = some(ACTION)
+        context = [*system, *notes, *clean, *hint, *header]
+        views.append(TeacherView(name, step, (*context, *action), len(context)))
+        start = len(system) + len(clean) + HEADER
+        spans.append((start, start + len(action)))
+        clean += [*header, *action]
+        row = (*system, *clean)
+        clean += some(OBSERVATION)
+    return Aligned(StudentRow(name, row, tuple(range(len(spans))), tuple(spans)), tuple(views))
+
+
+def plain_loop(
+    model: torch.nn.Module, rows: Sequence[DistillationRow], settings: DistillationSettings, regime: Regime
+) -> list[float]:
+    """What one writes first: logits of every position, then pick the action tokens."""
+    wrapped = attach(model, rank=settings.rank, alpha=settings.alpha, seed=0)
+    parameters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay)
+    order = batches([row.tokens for row in rows], settings.tokens_per_batch, 0, 0)
+    losses = []
+    for step, chosen in enumerate(order):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step, len(order))
+        batch = collate([rows[index] for index in chosen])
+        lengths = torch.tensor([rows[index].tokens for index in chosen])
+        mask = torch.arange(batch.ids.shape[1])[None] < lengths[:, None]
+        logits = wrapped(input_ids=batch.ids, attention_mask=mask.long(), use_cache=False).logits.float()
+        picked = logits.flatten(0, 1)[batch.predictors]
+        teacher: Teacher | None = batch.teacher
+        loss = token_losses(regime.divergence, picked, teacher=teacher, sampled_N=batch.sampled)[0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    detach(wrapped)
+    return losses
+
+
+def best_of(repeats: int, arms: dict[str, Callable[[], Any]]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Least CPU seconds per arm, arms taking turns, and what each returned last."""
+    seconds = dict.fromkeys(arms, float("inf"))
+    values: dict[str, Any] = {}
+    for _ in range(repeats):
+        for name, arm in arms.items():
+            started = time.process_time()
+            values[name] = arm()
+            seconds[name] = min(seconds[name], time.process_time() - started)
+    return seconds, values
+
+
+def largest_difference(a: Sequence[TeacherTargets], b: Sequence[TeacherTargets]) -> float:
+    return max(float(abs(x.logprobs - y.logprobs).max()) for x, y in zip(a, b, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--trajectories", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--vocabulary", type=int, default=2048)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": given.vocabulary,
+        "hidden_size": given.hidden,
+        "intermediate_size": 3 * given.hidden,
+        "num_hidden_layers": given.layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": given.hidden // 4,
+        "tie_word_embeddings": True,
+    }
+    model = Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
+    order = random.Random(0)
+    results: dict[str, Any] = {"settings": vars(given)}
+    for injection in ("step_wise", "global"):
+        aligned = [synthetic(order, f"t{index}#0", given.vocabulary, injection) for index in range(given.trajectories)]
+        trees = [one.tree for one in aligned]
+        seconds, values = best_of(
+            given.repeats,
+            {
+                "tree": lambda trees=trees: TeacherScorer(model).score(trees),
+                "per_step": lambda trees=trees: TeacherScorer(model, tree=False).score(trees),
+            },
+        )
+        # Global views have no branches, so tree=False packs them too: the plain way is scored view by view.
+        results[f"scoring {injection}"] = {
+            "tokens_tree": sum(tree.tokens for tree in trees),
+            "tokens_per_step": sum(tree.unpacked_tokens for tree in trees),
+            "seconds_tree": seconds["tree"],
+            "seconds_per_step": seconds["per_step"],
+            "ratio": seconds["per_step"] / seconds["tree"],
+            "largest_difference": largest_difference(values["tree"], values["per_step"]),
+        }
+        if injection == "step_wise":
+            rows = make_rows(aligned, values["tree"])
+    settings, regime = DistillationSettings(epochs=1), Regime()
+    with tempfile.TemporaryDirectory() as folder:
+        seconds, values = best_of(
+            given.repeats,
+            {
+                "evolve": lambda: distill(
+                    model, rows, settings=settings, regime=regime, out=Path(folder), threads=given.threads
+                ),
+                "plain": lambda: plain_loop(model, rows, settings, regime),
+            },
+        )
+    tokens = sum(row.tokens for row in rows)
+    losses = [point.loss for point in values["evolve"].curve]
+    results["training"] = {
+        "tokens": tokens,
+        "action_tokens": sum(row.action_tokens for row in rows),
+        "tokens_per_second_evolve": tokens / seconds["evolve"],
+        "tokens_per_second_plain": tokens / seconds["plain"],
+        "ratio": seconds["plain"] / seconds["evolve"],
+        "largest_loss_difference": max(abs(a - b) for a, b in zip(losses, values["plain"], strict=True)),
+    }
+    if given.json:
+        print(json.dumps(results, indent=1))
+        return
+    for name, facts in results.items():
+        print(name)
+        for key, value in facts.items():
+            print(f"  {key:26} {value:.4g}" if isinstance(value, float) else f"  {key:26} {value}")
+
+
+if __name__ == "__main__":
+    main()

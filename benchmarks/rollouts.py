@@ -1,0 +1,186 @@
+"""How fast rollouts are: the batched model with its cache against one ``generate`` of transformers per call.
+
+Needs nothing but the package: a random model of the pocket policy's shape, conversations of a fixed shape.
+
+    python benchmarks/rollouts.py --episodes 256 --concurrency 128 --threads 1
+
+Both sides answer the same conversations in the same process; seconds are CPU seconds of the process, so a busy
+machine blurs them less, and wall seconds are printed beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from evolve_dag.agent.chat import ChatFormat
+from evolve_dag.inference.protocol import Request, Sampling
+from evolve_dag.inference.transformers import TransformersModel
+from evolve_dag.records import Message
+
+WORDS = 590
+TURNS = 5
+ACTION_TOKENS = (12, 24)
+OBSERVATION_WORDS = (25, 55)
+SYSTEM_WORDS = 60
+
+
+def tokenizer() -> Any:
+    vocabulary = [
+        "[UNK]",
+        "<|im_start|>",
+        "<|im_end|>",
+        "user",
+        "system",
+        "assistant",
+        "<tool_response>",
+        "</tool_response>",
+        "\n",
+    ]
+    vocabulary += [f"w{n}" for n in range(WORDS)]
+    backend = Tokenizer(models.WordLevel({word: n for n, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", behavior="isolated"), pre_tokenizers.Split(" ", behavior="removed")]
+    )
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="<|im_end|>")
+
+
+def pocket_shape(vocabulary: int) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    return Qwen3ForCausalLM(config).eval()
+
+
+def words(rng: random.Random, low: int, high: int) -> str:
+    return " ".join(f"w{rng.randrange(WORDS)}" for _ in range(rng.randint(low, high)))
+
+
+class Script:
+    """Questions, observations and lengths of the actions of one episode; the same on both sides."""
+
+    def __init__(self, number: int) -> None:
+        rng = random.Random(number)
+        system = words(random.Random("system"), SYSTEM_WORDS, SYSTEM_WORDS)
+        self.start = (Message("system", system), Message("user", words(rng, 8, 20)))
+        self.turns = [(rng.randint(*ACTION_TOKENS), words(rng, *OBSERVATION_WORDS)) for _ in range(TURNS)]
+
+
+async def episodes(model: TransformersModel, scripts: list[Script], concurrency: int) -> None:
+    waiting = iter(list(enumerate(scripts)))
+
+    async def work() -> None:
+        for number, script in waiting:
+            messages = script.start
+            for turn, (length, observation) in enumerate(script.turns):
+                sampling = Sampling(max_tokens=length, seed=number * 100 + turn)
+                completion = await model.generate(Request(messages, sampling, f"s{number}"))
+                action = Message("assistant", completion.text, completion.token_ids)
+                messages = (*messages, action, Message("tool", observation))
+            model.release(f"s{number}")
+
+    await asyncio.gather(*(work() for _ in range(concurrency)))
+
+
+def one_by_one(model: Qwen3ForCausalLM, chat: ChatFormat, scripts: list[Script]) -> int:
+    """Tokens sampled with one ``generate`` per call, whole prompt each time."""
+    sampled = 0
+    for script in scripts:
+        messages = script.start
+        for length, observation in script.turns:
+            ids = torch.tensor([chat.encode(messages)])
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=length,
+                eos_token_id=chat.end_of_turn_id,
+                pad_token_id=0,
+            )
+            new = out[0, ids.shape[1] :].tolist()
+            sampled += len(new)
+            messages = (*messages, Message("assistant", "", tuple(new)), Message("tool", observation))
+    return sampled
+
+
+@contextmanager
+def clock(into: dict[str, float]) -> Iterator[None]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    into["wall_seconds"], into["cpu_seconds"] = time.perf_counter() - wall, time.process_time() - cpu
+
+
+def rates(facts: dict[str, float]) -> dict[str, float]:
+    seconds = facts["cpu_seconds"]
+    facts["episodes_per_cpu_second"] = facts["episodes"] / seconds
+    facts["sampled_tokens_per_cpu_second"] = facts["sampled_tokens"] / seconds
+    return {name: round(value, 3) for name, value in facts.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--episodes", type=int, default=256)
+    parser.add_argument("--concurrency", type=int, default=128)
+    parser.add_argument("--naive-episodes", type=int, default=8, help="episodes of the slow side; 0 leaves it out")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    chat = ChatFormat.from_tokenizer(tokenizer())
+    policy = pocket_shape(chat.vocab_size)
+    scripts = [Script(number) for number in range(options.episodes)]
+
+    model = TransformersModel.load(policy, chat, threads=options.threads, max_batch=options.concurrency)
+    asyncio.run(episodes(model, scripts[:4], 4))  # first calls of every kernel
+    model.counters = type(model.counters)()
+    batched: dict[str, float] = {"episodes": options.episodes}
+    with clock(batched):
+        asyncio.run(episodes(model, scripts, options.concurrency))
+    counters = model.counters
+    batched |= {
+        "sampled_tokens": counters.sampled_tokens,
+        "context_tokens_per_call": counters.prompt_tokens / counters.calls,
+        "reused_share": 1 - counters.computed_tokens / counters.prompt_tokens,
+        "calls_per_round": counters.calls / counters.rounds,
+        "prefill_wall_seconds": counters.prefill_seconds,
+        "decode_wall_seconds": counters.decode_seconds,
+    }
+    asyncio.run(model.close())
+    result: dict[str, Any] = {"batched": rates(batched)}
+
+    if options.naive_episodes:
+        policy.set_attn_implementation("sdpa")
+        naive: dict[str, float] = {"episodes": options.naive_episodes}
+        with clock(naive), torch.inference_mode():
+            naive["sampled_tokens"] = one_by_one(policy, chat, scripts[: options.naive_episodes])
+        result["one_by_one"] = rates(naive)
+        result["ratio_sampled_tokens_per_cpu_second"] = round(
+            result["batched"]["sampled_tokens_per_cpu_second"] / result["one_by_one"]["sampled_tokens_per_cpu_second"], 1
+        )
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The grammar of an action: a thought, then one tool call or the final answer.
+
+The tool call is Qwen3's: a JSON object with ``name`` and ``arguments`` between ``<tool_call>`` tags. Nothing
+here raises on what a policy wrote: a wrong action is data, and says what is wrong with it in words that the
+policy reads as its observation. Those words hold no tags, because an observation cannot hold any.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evolve_dag.environments.base import ToolSpec
+from evolve_dag.records import ToolCall
+
+_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.S)
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.S)
+_TAG = re.compile(r"</?(?:tool_call|answer)>")
+_MAX_NAME = 40
+"""Characters of a name that the policy made up and a message repeats."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedAction:
+    """What an action says. Exactly one of ``call``, ``answer`` and ``problem`` is set."""
+
+    thought: str
+    """Text before the call or the answer."""
+    call: ToolCall | None = None
+    answer: str | None = None
+    problem: str | None = None
+    """Why nothing can be done with it."""
+
+    @property
+    def plain(self) -> bool:
+        """Text without any tag of the grammar: no attempt at a call or an answer."""
+        return self.call is None and self.answer is None and self.problem == NO_ACTION
+
+
+NO_ACTION = "there is no tool call and no answer"
+
+
+def parse_action(text: str) -> ParsedAction:
+    """Read one action; never raises."""
+    reasoning, closed, rest = text.rpartition("</think>")
+    body = rest if closed else text
+    first = _TAG.search(body)
+    thought = (reasoning.replace("<think>", "") + body[: first.start() if first else len(body)]).strip()
+
+    calls, answers = _CALL.findall(body), _ANSWER.findall(body)
+    # An unclosed tag inside a complete call or answer is that one's content, not a second attempt.
+    left_over = _TAG.search(_ANSWER.sub("", _CALL.sub("", body)))
+    if calls and answers:
+        problem: str | None = "there are both a tool call and an answer"
+    elif len(calls) > 1:
+        problem = f"there are {len(calls)} tool calls, none was made"
+    elif len(answers) > 1:
+        problem = f"there are {len(answers)} answers"
+    elif left_over is not None:
+        problem = _describe_left_over(left_over.group())
+    elif not calls and not answers:
+        problem = NO_ACTION
+    else:
+        problem = None
+    if problem is not None:
+        return ParsedAction(thought, problem=problem)
+    if answers:
+        answer = answers[0].strip()
+        return ParsedAction(thought, answer=answer) if answer else ParsedAction(thought, problem="the answer is empty")
+    call = _parse_call(calls[0])
+    return ParsedAction(thought, problem=call) if isinstance(call, str) else ParsedAction(thought, call=call)
+
+
+def validate_call(call: ToolCall, tools: Sequence[ToolSpec]) -> str | None:
+    """What is wrong with the call, given the tools there are; None when it can be made."""
+    spec = next((tool for tool in tools if tool.name == call.name), None)
+    if spec is None:
+        known = ", ".join(tool.name for tool in tools) or "none"
+        return f"there is no tool {_short(call.name)}; the tools are: {known}"
+    missing = [name for name in spec.parameters if name not in call.arguments]
+    unknown = [_short(name) for name in call.arguments if name not in spec.parameters]
+    wants = f"{spec.name} takes {', '.join(spec.parameters) or 'no arguments'}"
+    if missing:
+        return f"the argument {', '.join(missing)} is missing; {wants}"
+    if unknown:
+        return f"the argument {', '.join(unknown)} is unknown; {wants}"
+    return None
+
+
+def explain(problem: str) -> str:
+    """The observation that follows a refused action."""
+    return f"error: {problem}. write one tool call, a json object with name and arguments, or one answer"
+
+
+def _describe_left_over(tag: str) -> str:
+    what = "tool call" if "tool_call" in tag else "answer"
+    return f"the {what} is closed but never opened" if tag.startswith("</") else f"the {what} is not closed"
+
+
+def _parse_call(text: str) -> ToolCall | str:
+    try:
+        # Numbers stay as they were written: 1.0 is not 1, and 007 is refused by JSON, not turned into 7.
+        content = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+    except (ValueError, RecursionError):
+        return "the tool call is not valid json"
+    if not isinstance(content, dict):
+        return "the tool call is not a json object"
+    name, arguments = content.get("name"), content.get("arguments")
+    if not isinstance(name, str) or not name:
+        return "the tool call has no name"
+    if arguments is None:
+        return "the tool call has no arguments"
+    if not isinstance(arguments, dict):
+        return "the arguments are not a json object"
+    values: dict[str, str] = {}
+    for key, value in arguments.items():
+        if isinstance(value, bool):
+            values[key] = "true" if value else "false"
+        elif isinstance(value, str):
+            values[key] = value
+        else:
+            return f"the argument {_short(key)} is {_kind(value)}, it must be text"
+    if not all(_is_text(part) for part in (name, *values, *values.values())):
+        return "the tool call holds characters that are not text"
+    return ToolCall(name, values)
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else "a list" if isinstance(value, list) else "an object"
+
+
+def _is_text(value: str) -> bool:
+    """JSON can spell half of a surrogate pair, which no file and no tokenizer takes."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _short(name: str) -> str:
+    cleaned = " ".join(name.encode("utf-8", "replace").decode("utf-8").split())
+    return cleaned if len(cleaned) <= _MAX_NAME else cleaned[: _MAX_NAME - 1] + "…"

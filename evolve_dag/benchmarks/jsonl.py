@@ -1,0 +1,134 @@
+"""Task suites from your own JSONL files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evolve_dag.errors import DataError
+from evolve_dag.jsonlines import SHOWN, Mistake, kind_of, read_objects, refuse, text_mistakes
+from evolve_dag.records import Task
+
+ALIAS_SEPARATOR = "|"
+"""Between the texts of one metadata field that holds several, e.g. ``aliases``."""
+
+
+def load_tasks(path: str | Path, *, suite: str, count: int | None = None, seed: int = 0) -> list[Task]:
+    """The tasks of a JSONL file, in the order of the file.
+
+    A line reads ``{"question": ..., "answer": ...}``. ``"id"`` is optional: without it the id is a hash of the question,
+    so that adding or moving lines renames nothing. Any other field goes to the task's metadata as text; a list of texts
+    is joined with ``|`` (``"aliases": ["US", "USA"]`` are further right answers, see ExactVerifier).
+
+    Args:
+        path: the file.
+        suite: name of the suite, kept in every task.
+        count: take a sample of this many tasks; None takes all. The sample depends on ``seed`` and the ids alone: a
+            smaller count is part of a larger one, and a line more moves at most one task in or out.
+        seed: decides the sample.
+
+    Raises:
+        DataError: lists every broken line with its number; or says how many tasks there are when ``count`` is larger.
+    """
+    objects, mistakes = read_objects(path)
+    tasks: list[tuple[int, Task]] = []
+    for number, value in objects:
+        wrong, metadata = _check(value)
+        mistakes.extend((number, what) for what in wrong)
+        if not wrong:
+            question = value["question"].strip()
+            identifier = value["id"].strip() if value.get("id") is not None else question_id(question)
+            tasks.append((number, Task(identifier, question, value["answer"].strip(), suite, metadata)))
+    mistakes.extend(_repeats(tasks))
+    if mistakes:
+        refuse(path, mistakes, 'one task a line: {"question": "...", "answer": "..."}, and "id" if you like')
+    chosen = [task for _, task in tasks]
+    if count is None:
+        return chosen
+    if count < 1:
+        raise ValueError(f"count must be at least 1, not {count}")
+    if count > len(chosen):
+        raise DataError(
+            f"{path}: holds {len(chosen)} task{'s' if len(chosen) > 1 else ''}, but the experiment asks for {count}",
+            f"set count to at most {len(chosen)}, or leave it out to take all",
+        )
+    kept = {task.id for task in sorted(chosen, key=lambda task: _draw(seed, task.id))[:count]}
+    return [task for task in chosen if task.id in kept]
+
+
+def refuse_shared_questions(splits: Mapping[str, Sequence[Task]]) -> None:
+    """Refuse splits that ask the same question: a task that was trained on says nothing about new ones.
+
+    Raises:
+        DataError: names the questions and the two splits of each.
+    """
+    seen: dict[str, str] = {}
+    shared: list[str] = []
+    for name, tasks in splits.items():
+        for task in tasks:
+            other = seen.setdefault(_folded(task.question), name)
+            if other != name:
+                shared.append(f"  {name} and {other}: {task.question}")
+    if shared:
+        more = f"\n  ... and {len(shared) - SHOWN} more" if len(shared) > SHOWN else ""
+        listing = "\n".join(shared[:SHOWN])
+        raise DataError(
+            f"{len(shared)} question{'s stand' if len(shared) > 1 else ' stands'} in more than one split\n{listing}{more}",
+            "keep each question in one of the files only",
+        )
+
+
+def question_id(question: str) -> str:
+    """16 hex digits that stand for a question, whatever its white space."""
+    return hashlib.sha256(" ".join(question.split()).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _folded(question: str) -> str:
+    return " ".join(question.split()).casefold()
+
+
+def _draw(seed: int, identifier: str) -> str:
+    return hashlib.sha256(json.dumps([seed, identifier]).encode()).hexdigest()
+
+
+def _check(value: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """What is wrong with one line, and its metadata."""
+    wrong = text_mistakes(value, "question")
+    if value.get("answer") is None:
+        wrong.append("no reference answer: 'answer' is missing")
+    else:
+        wrong += text_mistakes(value, "answer")
+    if value.get("id") is not None:
+        wrong += text_mistakes(value, "id")
+    metadata: dict[str, str] = {}
+    for key, inner in value.items():
+        if key in ("id", "question", "answer") or inner is None:
+            continue
+        if isinstance(inner, str):
+            metadata[key] = inner
+        elif isinstance(inner, (bool, int, float)):
+            metadata[key] = json.dumps(inner)
+        elif isinstance(inner, list) and all(isinstance(text, str) and ALIAS_SEPARATOR not in text for text in inner):
+            metadata[key] = ALIAS_SEPARATOR.join(inner)
+        else:
+            wrong.append(f"{key!r} must be text, a number or a list of texts without {ALIAS_SEPARATOR!r}, not {kind_of(inner)}")
+    return wrong, metadata
+
+
+def _repeats(tasks: list[tuple[int, Task]]) -> list[Mistake]:
+    """Lines whose question or id an earlier line has too."""
+    found: list[Mistake] = []
+    questions: dict[str, int] = {}
+    ids: dict[str, int] = {}
+    for number, task in tasks:
+        folded = _folded(task.question)
+        if folded in questions:
+            found.append((number, f"the same question as on line {questions[folded]}"))
+        elif task.id in ids:
+            found.append((number, f"the same id {task.id!r} as on line {ids[task.id]}"))
+        questions.setdefault(folded, number)
+        ids.setdefault(task.id, number)
+    return found

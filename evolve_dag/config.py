@@ -1,0 +1,454 @@
+"""Experiment files: YAML with ``extends``, unknown keys refused, all mistakes in one message.
+
+An experiment is one named config: a lineage of iterations. Each step of the loop reads a *slice* of it
+(:meth:`Experiment.slice`); the slice is part of the digest of what the step makes, so a change of the
+selector recomputes the contexts and what follows, not the rollouts. ``runtime`` is in no slice: it says
+how fast, never what.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from evolve_dag.errors import ConfigError
+from evolve_dag.records import Divergence, Granularity, InjectionPattern, Source
+
+
+class Section(BaseModel):
+    """A part of an experiment file; unknown keys and silent type conversions are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+REGIME_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "off_policy": {"source": "teacher", "divergence": "forward_kl", "rejection": True},
+    "on_policy": {"source": "student", "divergence": "reverse_kl", "rejection": False},
+}
+
+
+class Regime(Section):
+    """Internalization regime: three choices that the paper confounds, kept apart (METHOD: regime)."""
+
+    source: Source = "teacher"
+    """Who samples the trajectories that are learned from: the experience-aware teacher or the student."""
+    divergence: Divergence = "forward_kl"
+    """What is minimised between teacher p and student q on every action token."""
+    rejection: bool = True
+    """Keep only successful trajectories."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"preset": value}
+        if isinstance(value, dict) and "preset" in value:
+            preset = value["preset"]
+            if preset not in REGIME_PRESETS:
+                raise ValueError(f"unknown preset {preset!r}: one of {', '.join(REGIME_PRESETS)}")
+            return {**REGIME_PRESETS[preset], **{k: v for k, v in value.items() if k != "preset"}}
+        return value
+
+
+class ModelSettings(Section):
+    """One language model, by role."""
+
+    backend: Literal["transformers", "scripted"] = "transformers"
+    """``transformers``: in this process. ``scripted``: fixed replies, for tests."""
+    path: str = "pocket"
+    """``pocket`` (the policy that ships with the package) or a folder that ``from_pretrained`` reads."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the weights."""
+
+
+class Models(Section):
+    policy: ModelSettings = ModelSettings()
+    """The model that acts, teaches and learns."""
+
+
+class PocketEnvironment(Section):
+    """A generated closed corpus about invented entities."""
+
+    kind: Literal["pocket"] = "pocket"
+    """A generated world."""
+    results: int = Field(3, ge=1, le=10)
+    """Pages that one search lists."""
+
+
+class CorpusEnvironment(Section):
+    """Search and visit over your own pages."""
+
+    kind: Literal["corpus"]
+    """Your own pages."""
+    pages: str
+    """JSONL file, one page a line: ``{"title": ..., "text": ...}``; relative to the file that names it."""
+    results: int = Field(3, ge=1, le=20)
+    """Pages that one search lists."""
+    snippet_characters: int = Field(160, ge=20, le=2000)
+    """Length of the excerpt in a listing."""
+    title_weight: float = Field(3.0, ge=0)
+    """Weight of a word in a title, against ``text_weight`` for one in the text (BM25 fields)."""
+    text_weight: float = Field(1.0, ge=0)
+    """0 searches titles only."""
+    minimum_match: float = Field(0.0, ge=0, le=1)
+    """Least share of a query's words that a page must hold; 0 lists any page with one of them."""
+
+
+class TaskSplit(Section):
+    """Tasks of one use: training, development (the gate) or held-out (reported, decides nothing)."""
+
+    count: int | None = Field(None, ge=1)
+    """How many tasks; None takes all of the file."""
+    world: int | None = Field(None, ge=0)
+    """Pocket world that the tasks are about; every split needs its own."""
+    path: str | None = None
+    """JSONL file of tasks, one a line: ``{"id"?, "question", "answer"}``."""
+
+
+class Tasks(Section):
+    train: TaskSplit = TaskSplit(count=96, world=11)
+    """Rolled out in every iteration; experience and distillation come from these."""
+    development: TaskSplit = TaskSplit(count=128, world=21)
+    """The gate decides on these."""
+    held_out: TaskSplit = TaskSplit(count=256, world=31)
+    """Reported; decides nothing."""
+
+
+class RolloutSettings(Section):
+    """The ReAct loop and its limits (METHOD step 1)."""
+
+    group_size: int = Field(4, ge=1)
+    """G: trajectories per training task."""
+    temperature: float = Field(1.0, ge=0.0)
+    """Of the policy's actions; 0 is argmax."""
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    """Nucleus: least share of probability that is sampled from."""
+    max_steps: int = Field(12, ge=1)
+    """Model calls per episode; the last one is told to answer."""
+    max_tokens: int = Field(2048, ge=64)
+    """Context limit per episode in tokens; past it the next call is told to answer."""
+    max_action_tokens: int = Field(48, ge=4)
+    """Tokens of one action."""
+    max_seconds: float = Field(600.0, gt=0)
+    """Wall time of one episode; past it the next call is told to answer."""
+
+
+class ExtractionSettings(Section):
+    """Scored trajectories -> experience pool E(k) (METHOD step 3)."""
+
+    extractor: Literal["contrast"] = "contrast"
+    """``contrast``: mines state -> action patterns that separate success from failure; needs no LLM."""
+    cap: int = Field(12, ge=1)
+    """Most items in the pool."""
+    min_support: int = Field(10, ge=1)
+    """Trajectories that must show a pattern."""
+    min_lift: float = Field(0.05, ge=0.0)
+    """Least gain in group-centred success of the action over the others in the same state."""
+    confidence: float = Field(0.95, gt=0.5, lt=1.0)
+    """Level at which the lower end of the lift's interval must be above zero."""
+
+
+class SelectionSettings(Section):
+    """Which items fit the current state (METHOD: step_wise)."""
+
+    selector: Literal["state", "lexical"] = "state"
+    """``state``: the item's condition holds. ``lexical``: word overlap of item and state, BM25."""
+    max_items: int = Field(3, ge=1, le=50)
+    """Most items per step."""
+
+
+class DistillationSettings(Section):
+    """Teacher -> student, by LoRA (METHOD step 5)."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of the LoRA matrices on all linear layers."""
+    alpha: float = Field(32.0, gt=0)
+    """Scale of the LoRA update: alpha / rank."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak rate of AdamW in iteration 1."""
+    learning_rate_decay: float = Field(0.7, gt=0, le=1.0)
+    """Factor per iteration: Adam near zero divergence still takes almost full steps."""
+    epochs: int = Field(2, ge=1)
+    """Passes over the kept trajectories."""
+    tokens_per_batch: int = Field(2048, ge=64)
+    """Padded tokens of one optimizer step."""
+    warmup_steps: int = Field(5, ge=0)
+    """Steps until the peak rate; then it falls linearly to a tenth."""
+    gradient_clip: float = Field(1.0, gt=0)
+    """Largest norm of a gradient."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Of the LoRA matrices."""
+    top_k: int = Field(64, ge=0)
+    """Teacher log-probabilities kept per action token, the tail as one more class; 0 keeps all."""
+    jsd_weight: float = Field(0.5, gt=0, lt=1)
+    """Weight of the teacher in the mixture of ``divergence: jsd``."""
+    refresh: int = Field(1, ge=1)
+    """Times that ``source: student`` samples anew while training; 1 uses the stored trajectories only."""
+
+
+class EvaluationSettings(Section):
+    """Held-out results (METHOD step 6)."""
+
+    rollouts: int = Field(1, ge=1)
+    """Sampled rollouts per held-out task and condition."""
+    seed: int = Field(0, ge=0)
+    """Common random numbers: experiments with the same value sample from the same draws."""
+    with_experience: bool = True
+    """Evaluate with experience in context as well."""
+    greedy: bool = True
+    """Evaluate argmax, without experience, as well."""
+    bootstrap: int = Field(2000, ge=100)
+    """Resamples of an interval."""
+
+
+class GateSettings(Section):
+    """When a candidate is declined (METHOD step 7); decided on development tasks, paired."""
+
+    confidence: float = Field(0.95, gt=0.5, lt=1.0)
+    """A loss of success counts when the interval of the paired difference lies below zero."""
+    max_premature_rise: float = Field(0.10, ge=0.0, le=1.0)
+    """Largest rise of the premature-answer rate."""
+    max_turn_ratio: float = Field(2.0, gt=1.0)
+    """Largest ratio of mean turns, candidate over champion."""
+
+
+class RuntimeSettings(Section):
+    """How fast, never what: in no digest."""
+
+    threads: int = Field(2, ge=1)
+    """CPU threads of a model step."""
+    concurrency: int = Field(128, ge=1)
+    """Episodes in flight."""
+    device: str = "cpu"
+    """Where the model runs, as torch names it: `cpu`, `cuda:0`."""
+
+
+class Experiment(Section):
+    """One experiment file, resolved."""
+
+    experiment: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+    """Name; the file's name without ending when absent. Partition key in Dagster."""
+    description: str = ""
+    """One line for lists and the UI."""
+    seed: int = Field(0, ge=0)
+    """Decides sampling, the order of training and the initial adapter."""
+    iterations: int = Field(3, ge=1, le=99)
+    """K: where the lineage stops for now; raise it to go on."""
+    granularity: Granularity = "principle"
+    """What an experience item keeps: a reusable strategy, or the detail of one trajectory."""
+    injection: InjectionPattern = "step_wise"
+    """How items stand in the teacher's context: chosen anew at each step, the whole pool before the task, or not at all."""
+    regime: Regime = Regime()
+    models: Models = Models()
+    environment: Annotated[PocketEnvironment | CorpusEnvironment, Field(discriminator="kind")] = PocketEnvironment()
+    tasks: Tasks = Tasks()
+    rollout: RolloutSettings = RolloutSettings()
+    extraction: ExtractionSettings = ExtractionSettings()
+    selection: SelectionSettings = SelectionSettings()
+    distillation: DistillationSettings = DistillationSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    gate: GateSettings = GateSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+
+    @field_validator("regime", mode="before")
+    @classmethod
+    def _regime(cls, value: Any) -> Any:
+        return Regime.model_validate(value) if isinstance(value, (str, dict)) else value
+
+    def slice(self, *keys: str) -> dict[str, Any]:
+        """The part of the config under the dotted ``keys``, as plain JSON values.
+
+        Example:
+            ``experiment.slice("seed", "tasks.train")`` -> ``{"seed": 0, "tasks.train": {...}}``
+        """
+        out: dict[str, Any] = {}
+        for key in keys:
+            value: Any = self
+            for part in key.split("."):
+                value = getattr(value, part)
+            out[key] = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+        return out
+
+
+def contradictions(e: Experiment) -> list[tuple[str, str]]:
+    """Combinations that cannot work: ``(key, what is wrong)``."""
+    found: list[tuple[str, str]] = []
+    if e.injection == "none" and e.regime.divergence != "cross_entropy":
+        found.append(
+            (
+                "injection",
+                f"'none' makes teacher and student equal, so {e.regime.divergence} is zero everywhere: "
+                "set regime.divergence to cross_entropy (the control without experience)",
+            )
+        )
+    if e.distillation.refresh > 1 and e.regime.source != "student":
+        found.append(("distillation.refresh", "only source: student samples anew while training: set it to 1"))
+    splits = {name: getattr(e.tasks, name) for name in ("train", "development", "held_out")}
+    for name, split in splits.items():
+        key = f"tasks.{name}"
+        if e.environment.kind == "pocket":
+            if split.path is not None:
+                found.append(
+                    (f"{key}.path", "the pocket world makes its own tasks: remove it, or set environment.kind to corpus")
+                )
+            if split.world is None:
+                found.append((f"{key}.world", "missing: the number of the pocket world"))
+            if split.count is None:
+                found.append((f"{key}.count", "missing: how many tasks"))
+        elif split.path is None:
+            found.append((f"{key}.path", "missing: a JSONL file of tasks"))
+    pairs = [("train", "development"), ("train", "held_out"), ("development", "held_out")]
+    for a, b in pairs:
+        if e.environment.kind == "pocket" and splits[a].world is not None and splits[a].world == splits[b].world:
+            found.append((f"tasks.{b}.world", f"the same world as tasks.{a}: splits must not share a world"))
+    return found
+
+
+def load_experiment(path: str | Path) -> Experiment:
+    """Read, merge (``extends``) and check an experiment file.
+
+    Paths inside the file are made absolute against the file that states them.
+
+    Raises:
+        ConfigError: lists every mistake with its file and key.
+    """
+    path = Path(path)
+    merged, origin = _merge_chain(path, ())
+    merged.setdefault("experiment", path.stem)
+    mistakes: list[str] = []
+    experiment: Experiment | None = None
+    try:
+        experiment = Experiment.model_validate(merged)
+    except ValidationError as error:
+        mistakes = [_describe(item, merged, origin, path) for item in error.errors()]
+    if experiment is not None:
+        mistakes = [f"{_origin(origin, key, path)}: {key}: {what}" for key, what in contradictions(experiment)]
+        if not mistakes:
+            return experiment
+    lines = "\n".join(f"  {n}. {m}" for n, m in enumerate(mistakes, 1))
+    raise ConfigError(
+        f"{path}: {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}\n{lines}",
+        "mend the keys above; docs/configuration.md lists every key",
+    )
+
+
+_PATH_KEYS = ("environment.pages", "tasks.train.path", "tasks.development.path", "tasks.held_out.path", "models.policy.path")
+
+
+def _merge_chain(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Content of ``path`` laid over what it extends, and the file that each dotted key came from."""
+    resolved = path.resolve()
+    if resolved in seen:
+        raise ConfigError(
+            f"{path}: extends itself through {' -> '.join(p.name for p in (*seen, resolved))}", "break the circle"
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file", "check the path given, or the extends: of the file that names it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}", "check indentation and colons at the place above") from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path}: holds a {type(content).__name__}, not a mapping of keys", "start with e.g. `extends: pocket.yaml`"
+        )
+    parent = content.pop("extends", None)
+    for dotted in _PATH_KEYS:
+        _make_absolute(content, dotted, path)
+    if parent is None:
+        base: dict[str, Any] = {}
+        origin: dict[str, Path] = {}
+    else:
+        if not isinstance(parent, str):
+            raise ConfigError(f"{path}: extends: must be the name of one file", "write e.g. `extends: pocket.yaml`")
+        base, origin = _merge_chain(path.parent / parent, (*seen, resolved))
+        if "experiment" not in content:
+            base.pop("experiment", None)
+    _overlay(base, content, "", path, origin)
+    return base, origin
+
+
+def _make_absolute(content: dict[str, Any], dotted: str, path: Path) -> None:
+    *parents, last = dotted.split(".")
+    node: Any = content
+    for part in parents:
+        node = node.get(part) if isinstance(node, dict) else None
+    if isinstance(node, dict) and isinstance(node.get(last), str) and node[last] != "pocket":
+        node[last] = str((path.parent / node[last]).resolve())
+
+
+def _overlay(base: dict[str, Any], over: Mapping[str, Any], prefix: str, path: Path, origin: dict[str, Path]) -> None:
+    for key, value in over.items():
+        dotted = f"{prefix}{key}"
+        origin[dotted] = path
+        current = base.get(key)
+        if key == "regime":  # a preset in a parent and a part in the child must combine
+            current, value = _as_regime(current), _as_regime(value)
+            if isinstance(value, dict) and "preset" in value:
+                current = None
+        replaces_kind = key == "environment" and isinstance(value, dict) and "kind" in value
+        if isinstance(value, dict) and isinstance(current, dict) and not replaces_kind:
+            merged = dict(current)
+            _overlay(merged, value, f"{dotted}.", path, origin)
+            base[key] = merged
+        else:
+            base[key] = value
+            for inner in _keys(value, dotted):
+                origin[inner] = path
+
+
+def _as_regime(value: Any) -> Any:
+    return {"preset": value} if isinstance(value, str) else value
+
+
+def _keys(value: Any, prefix: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield f"{prefix}.{key}"
+            yield from _keys(inner, f"{prefix}.{key}")
+
+
+def _origin(origin: Mapping[str, Path], key: str, default: Path) -> Path:
+    while key:
+        if key in origin:
+            return origin[key]
+        key = key.rpartition(".")[0]
+    return default
+
+
+def _describe(error: Any, merged: Mapping[str, Any], origin: Mapping[str, Path], path: Path) -> str:
+    location = [str(part) for part in error["loc"]]
+    kind = merged.get("environment", {}).get("kind") if isinstance(merged.get("environment"), dict) else None
+    if len(location) > 1 and location[0] == "environment" and location[1] == kind:
+        del location[1]  # pydantic names the union's branch; the reader's key has no such part
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        what = f"unknown key{_did_you_mean(location)}"
+    elif error["type"] == "missing":
+        what = "missing"
+    else:
+        shown = "" if isinstance(error["input"], (dict, list)) else f", not {error['input']!r}"
+        what = re.sub(r"^(Input|Value error,) ?", "", error["msg"]) + shown
+    return f"{_origin(origin, key, path)}: {key or 'file'}: {what}"
+
+
+def _did_you_mean(location: list[str]) -> str:
+    import difflib
+
+    node: Any = Experiment
+    for part in location[:-1]:
+        field = node.model_fields.get(part) if isinstance(node, type) and issubclass(node, BaseModel) else None
+        node = field.annotation if field is not None else None
+    if not (isinstance(node, type) and issubclass(node, BaseModel)):
+        return ""
+    close = difflib.get_close_matches(location[-1], list(node.model_fields), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else f"; known here: {', '.join(node.model_fields)}"

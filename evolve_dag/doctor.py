@@ -1,0 +1,196 @@
+"""What ``evolve doctor`` looks at. Changes nothing but for a probe file in the store, which it removes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from evolve_dag import registry
+from evolve_dag.errors import EvolveError
+
+State = Literal["ok", "note", "broken"]
+
+LEAST_FREE_GIB = 1.0
+"""Free disk below which a note is made: a store of three pocket iterations takes a few hundred MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report."""
+
+    state: State
+    """``ok``; ``note``: something works without it; ``broken``: experiments cannot run."""
+    subject: str
+    text: str
+
+
+def examine(root: Path) -> Iterator[Finding]:
+    """Look at everything that an experiment needs, cheapest first.
+
+    Args:
+        root: the store.
+    """
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _python,
+        _packages,
+        _threads,
+        _weights,
+        _configs,
+        lambda: _registry(root),
+        lambda: _store(root),
+        lambda: _dagster_home(root),
+        _optional,
+    )
+    for check in checks:
+        try:
+            yield from check()
+        except EvolveError as error:
+            yield Finding("broken", "installation", str(error))
+
+
+def _python() -> Iterator[Finding]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    good = sys.version_info >= (3, 11)
+    yield Finding("ok" if good else "broken", "python", version if good else f"{version}: needs 3.11 or later")
+
+
+def _packages() -> Iterator[Finding]:
+    try:
+        needed = [line.partition(";") for line in metadata.requires("evolve-dag") or [] if "extra ==" not in line]
+    except metadata.PackageNotFoundError:
+        yield Finding("note", "packages", "evolve-dag is not installed, only found on the path: pip install -e .")
+        return
+    from packaging.requirements import Requirement
+
+    found: list[str] = []
+    for text, _, _ in needed:
+        requirement = Requirement(text)
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield Finding("broken", requirement.name, f"not installed: pip install '{requirement}'")
+            continue
+        if requirement.specifier.contains(version, prereleases=True):
+            found.append(f"{requirement.name} {version}")
+        else:
+            yield Finding("broken", requirement.name, f"{version} is installed, needed is {requirement.specifier}")
+    yield Finding("ok", "packages", ", ".join(found))
+
+
+def _threads() -> Iterator[Finding]:
+    import torch
+
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    text = f"{threads} threads on {cores} cores (runtime.threads in the experiment file decides)"
+    yield Finding("ok", "torch", text)
+    if torch.cuda.is_available():
+        yield Finding("ok", "gpu", f"{torch.cuda.get_device_name(0)}: use it with runtime.device: cuda")
+    else:
+        yield Finding("ok", "gpu", "none; the pocket world needs none")
+
+
+def _weights() -> Iterator[Finding]:
+    from evolve_dag.config import ModelSettings
+    from evolve_dag.inference.folders import folder_digest, model_folder
+
+    try:
+        folder = model_folder(ModelSettings())
+    except EvolveError as error:
+        yield Finding("broken", "pocket weights", f"{error.what}; {error.remedy}")
+        return
+    from safetensors import SafetensorError, safe_open
+
+    digest = folder_digest(folder)
+    try:
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, framework="numpy") as weights:
+                count = len(weights.keys())
+    except (SafetensorError, OSError) as error:
+        yield Finding("broken", "pocket weights", f"{path}: {error}: make them anew with `evolve pocket pretrain`")
+        return
+    record = folder / "pretraining.json"
+    expected = json.loads(record.read_text(encoding="utf-8")).get("digest") if record.is_file() else None
+    if expected is not None and expected != digest:
+        yield Finding(
+            "broken",
+            "pocket weights",
+            f"{folder}: digest {digest[:12]}..., recorded is {expected[:12]}...: reinstall the package",
+        )
+        return
+    checked = "as recorded" if expected else "no digest recorded beside them"
+    yield Finding("ok", "pocket weights", f"{count} tensors, digest {digest[:12]}..., {checked}")
+
+
+def _configs() -> Iterator[Finding]:
+    folder = registry.configs_folder()
+    found, mistakes = registry.scan(folder)
+    for mistake in mistakes:
+        yield Finding("broken", "experiment file", mistake.what)
+    if found:
+        yield Finding("ok", "experiments", f"{folder}/: {', '.join(entry.name for entry in found)}")
+    elif not mistakes:
+        yield Finding(
+            "note",
+            "experiments",
+            f"no *.yaml in {folder}/: go to the project's folder, or set {registry.CONFIGS_VARIABLE}",
+        )
+
+
+def _registry(root: Path) -> Iterator[Finding]:
+    for path in sorted((root / "experiments").glob("*.json")):
+        try:
+            registry.load(root, path.stem)
+        except EvolveError as error:
+            yield Finding("note", f"lineage {path.stem}", f"{error.what}; {error.remedy}")
+
+
+def _store(root: Path) -> Iterator[Finding]:
+    place = root
+    while not place.exists():  # a first run makes the folder: look at what it would be made in
+        place = place.parent if place != place.parent else Path()
+    probe = place / f".probe-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        yield Finding("broken", "store", f"{root}: not writable: {error.strerror}: name another folder with --store")
+        return
+    from evolve_dag.store import Store
+
+    made = sum(1 for _ in Store(root).artifacts()) if root.exists() else 0
+    yield Finding(
+        "ok", "store", f"{root}: writable, {made} artifacts" if root.exists() else f"{root}: not there yet, can be made"
+    )
+    free = shutil.disk_usage(place).free / 2**30
+    yield Finding("ok" if free >= LEAST_FREE_GIB else "note", "disk", f"{free:.1f} GiB free")
+
+
+def _dagster_home(root: Path) -> Iterator[Finding]:
+    configured = os.environ.get("DAGSTER_HOME")
+    if not configured:
+        yield Finding("ok", "dagster home", f"{root / 'dagster'} (DAGSTER_HOME is not set)")
+    elif not Path(configured).is_absolute():
+        yield Finding("broken", "dagster home", f"DAGSTER_HOME={configured}: must be an absolute path, Dagster says")
+    elif not Path(configured).is_dir():
+        yield Finding("note", "dagster home", f"DAGSTER_HOME={configured}: not there yet, is made by the first run")
+    else:
+        yield Finding("ok", "dagster home", f"{configured} (DAGSTER_HOME)")
+
+
+def _optional() -> Iterator[Finding]:
+    features = {
+        "dagster_webserver": "the web interface (evolve ui): pip install dagster-webserver",
+        "pytest": "the tests (make test): pip install -e '.[dev]'",
+    }
+    for module, feature in features.items():
+        if importlib.util.find_spec(module) is None:
+            yield Finding("note", module, f"missing: {feature}")
+    yield Finding("ok", "not needed", "API keys, a GPU, a browser, vLLM, MLflow: nothing here asks for them")

@@ -1,0 +1,230 @@
+"""Measures what the pocket policy can do, for its model card (``evolve pocket measure``).
+
+Every figure is sampled at temperature 1 in worlds that neither pretraining nor any task uses. Obedience is measured on
+paraphrases that pretraining never showed (:func:`~evolve_dag.environments.pocket.language.is_held_out`) and, beside
+it, on ones that it did.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from evolve_dag.environments.pocket.language import SYSTEM_PROMPT, PhraseBank, case_text
+from evolve_dag.environments.pocket.pretrain import Encoder
+from evolve_dag.environments.pocket.script import HABIT, MOVES, FastSearch, ScriptedAgent, Transcript, action_text, habitual
+from evolve_dag.environments.pocket.world import World
+from evolve_dag.records import Message
+
+MEASURING_WORLDS = range(900_000, 900_040)
+"""Worlds of this measurement alone."""
+
+
+class Sampler:
+    """Samples one action for many conversations at once with plain ``transformers``."""
+
+    def __init__(self, folder: Path, seed: int = 0) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.encode = Encoder(self.tokenizer)
+        self.opening = self.encode.header["assistant"]
+        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        torch.manual_seed(seed)
+
+    def __call__(self, conversations: Sequence[Sequence[Message]], *, batch: int = 128, tokens: int = 40) -> list[str]:
+        """One sampled action per conversation, control tokens included, end-of-turn removed."""
+        import torch
+
+        prompts = [[*self.encode(Transcript(tuple(c), (False,) * len(c), "", False))[0], *self.opening] for c in conversations]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        out = [""] * len(prompts)
+        pad = self.tokenizer.pad_token_id
+        for chunk in _chunks(order, batch):
+            width = len(prompts[chunk[-1]])
+            ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in chunk])
+            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chunk])
+            with torch.inference_mode():
+                sampled = self.model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=tokens,
+                )
+            for i, row in zip(chunk, sampled[:, width:], strict=True):
+                out[i] = self.tokenizer.decode(row, skip_special_tokens=False).split("<|im_end|>")[0]
+        return out
+
+
+def _chunks(order: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def situations(per_state: int, rng: Random) -> dict[str, list[tuple[list[Message], ScriptedAgent]]]:
+    """Conversations that stand in each state, with the agent that knows the truth there."""
+    found: dict[str, list[tuple[list[Message], ScriptedAgent]]] = defaultdict(list)
+    advice = [(s, m) for s in MOVES for m in MOVES[s]]
+    for seed in itertools.cycle(MEASURING_WORLDS):
+        world = World(seed)
+        search = FastSearch(world)
+        for _ in range(40):
+            question = world.question(rng)
+            agent = ScriptedAgent(world, question, search)
+            messages = [Message("system", SYSTEM_PROMPT), Message("user", question.text)]
+            for _ in range(8):
+                if len(found[agent.state]) < per_state:
+                    found[agent.state].append((list(messages), copy.copy(agent)))
+                thought, tool, argument = agent.act(habitual(agent.state, rng.sample(advice, 6), rng))
+                if tool == "answer":
+                    break
+                if rng.random() < 0.05:
+                    argument = argument.split(" ")[0] + " " + " ".join(rng.sample(_names(), 2))
+                messages.append(Message("assistant", action_text(thought, tool, argument)))
+                messages.append(Message("tool", agent.observe(tool, argument)))
+        if all(len(found[s]) >= per_state for s in MOVES):
+            return dict(found)
+    raise AssertionError("cycle() does not end")
+
+
+def _names() -> list[str]:
+    from evolve_dag.environments.pocket.language import NAME_WORDS
+
+    return NAME_WORDS
+
+
+def _classify(text: str, agent: ScriptedAgent) -> tuple[str, bool]:
+    """(move, copied exactly); the move is ``other`` when no move of the state looks like it."""
+    wanted = {}
+    for move in MOVES[agent.state]:
+        wanted[move] = action_text(*copy.copy(agent).act(move))
+    squeezed = "".join(text.split())
+    for move, action in wanted.items():
+        if "".join(action.split()) == squeezed:
+            return move, True
+    shape = _shape(text)
+    for move, action in wanted.items():
+        if _shape(action) == shape:
+            return move, False
+    return "other", False
+
+
+def _shape(action: str) -> str:
+    names = set(_names())
+    kept = [w for w in action.replace('"', " ").replace("<", " ").replace(">", " ").split() if w not in names]
+    return " ".join(kept)
+
+
+def _hinted(messages: Sequence[Message], items: Sequence[str]) -> list[Message]:
+    last = messages[-1]
+    return [*messages[:-1], Message(last.role, f"{last.content}\nhint:\n" + "\n".join(items))]
+
+
+def measure(folder: Path, *, per_state: int = 150, seed: int = 0) -> dict[str, Any]:
+    """All figures of the model card.
+
+    Args:
+        folder: the model.
+        per_state: conversations per state; each is asked once per move.
+        seed: of the conversations and the sampling.
+
+    Returns:
+        ``copy_accuracy``, ``habit`` (state -> move -> share, no item), ``obedience`` (state -> move -> share followed, held-out
+        paraphrases), ``obedience_seen``, ``indifference`` (total variation that distractors and items on other states cause),
+        ``recall`` (right and wrong case).
+    """
+    rng = Random(seed)
+    sample = Sampler(folder, seed)
+    stand = situations(per_state, rng)
+    jobs: list[tuple[str, str, str, list[Message], ScriptedAgent]] = []
+    held_out, seen = PhraseBank(held_out=True), PhraseBank(held_out=False)
+    for state, found in stand.items():
+        for messages, agent in found:
+            jobs.append(("habit", state, "", messages, agent))
+            jobs.append(("distractor", state, "", _hinted(messages, [held_out.distractor(rng) for _ in range(2)]), agent))
+            other = rng.choice([s for s in MOVES if s != state])
+            item = held_out.principle(other, rng.choice(MOVES[other]), rng)
+            jobs.append(("elsewhere", state, "", _hinted(messages, [item]), agent))
+            for move in MOVES[state]:
+                jobs.append(("held_out", state, move, _hinted(messages, [held_out.principle(state, move, rng)]), agent))
+                if len(jobs) % 3 == 0:
+                    jobs.append(("seen", state, move, _hinted(messages, [seen.principle(state, move, rng)]), agent))
+    texts = sample([j[3] for j in jobs])
+    shares: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+    followed: dict[str, dict[str, list[bool]]] = {"held_out": defaultdict(list), "seen": defaultdict(list)}
+    exact: list[bool] = []
+    for (kind, state, move, _, agent), text in zip(jobs, texts, strict=True):
+        done, copied = _classify(text, agent)
+        if done != "other":
+            exact.append(copied)
+        if move:
+            followed[kind][f"{state} -> {move}"].append(done == move)
+        else:
+            shares[kind][state][done] += 1
+    habit = {s: {m: n / sum(c.values()) for m, n in sorted(c.items())} for s, c in shares["habit"].items()}
+    result: dict[str, Any] = {
+        "conversations_per_state": per_state,
+        "copy_accuracy": sum(exact) / len(exact),
+        "unknown_actions": sum(c["other"] for c in shares["habit"].values())
+        / sum(sum(c.values()) for c in shares["habit"].values()),
+        "habit": habit,
+        "habit_taught": HABIT,
+        "obedience": {k: sum(v) / len(v) for k, v in followed["held_out"].items()},
+        "obedience_seen": {k: sum(v) / len(v) for k, v in followed["seen"].items()},
+        "indifference": {
+            kind: {s: _variation(shares["habit"][s], shares[kind][s]) for s in MOVES} for kind in ("distractor", "elsewhere")
+        },
+        "recall": _recall(sample, rng, 300),
+    }
+    result["obedience_mean"] = sum(result["obedience"].values()) / len(result["obedience"])
+    result["obedience_seen_mean"] = sum(result["obedience_seen"].values()) / len(result["obedience_seen"])
+    return _rounded(result)
+
+
+def _variation(a: Counter[str], b: Counter[str]) -> float:
+    return 0.5 * sum(abs(a[m] / a.total() - b[m] / b.total()) for m in {*a, *b})
+
+
+def _recall(sample: Sampler, rng: Random, count: int) -> dict[str, float]:
+    """Share of first actions that recall a case: of the very question, and of other questions only."""
+    right: list[list[Message]] = []
+    wrong: list[list[Message]] = []
+    answers = []
+    for n in range(count):
+        world = World(MEASURING_WORLDS[n % len(MEASURING_WORLDS)])
+        question, *others = (world.question(rng) for _ in range(4))
+        base = [Message("system", SYSTEM_PROMPT), Message("user", question.text)]
+        cases = [case_text(q.text, q.answer) for q in others]
+        wrong.append(_hinted(base, cases))
+        cases[rng.randrange(3)] = case_text(question.text, question.answer)
+        right.append(_hinted(base, cases))
+        answers.append(question.answer)
+    right_texts, wrong_texts = sample(right), sample(wrong)
+    return {
+        "right_case": sum(f"<answer>{a}</answer>" in t for t, a in zip(right_texts, answers, strict=True)) / count,
+        "wrong_case": sum("<answer>" in t for t in wrong_texts) / count,
+    }
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return value
+
+
+def write(folder: Path, out: Path, **kwargs: Any) -> dict[str, Any]:
+    """Measure and write ``out`` as JSON."""
+    result = measure(folder, **kwargs)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    return result

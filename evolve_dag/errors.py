@@ -1,0 +1,49 @@
+"""One exception family. Every message says what, where and how to mend it.
+
+Each class also derives from the standard type that fits, so a caller who knows nothing of evolve-dag
+can still catch ``ValueError`` or ``OSError``.
+"""
+
+from __future__ import annotations
+
+
+class EvolveError(Exception):
+    """Root of the family.
+
+    Args:
+        what: the problem, with the culprit (file, key, id) in it.
+        remedy: what the reader should do next; shown after a line break.
+    """
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        self.what = what
+        self.remedy = remedy
+        super().__init__(f"{what}\n  remedy: {remedy}" if remedy else what)
+
+
+class ConfigError(EvolveError, ValueError):
+    """An experiment file is wrong; lists all mistakes at once."""
+
+
+class DataError(EvolveError, ValueError):
+    """A user's file (tasks, corpus, pool) cannot be used as it is."""
+
+
+class StoreError(EvolveError, OSError):
+    """An artifact is missing, corrupt or cannot be written."""
+
+
+class ConcurrencyError(EvolveError, RuntimeError):
+    """Another run holds what this run needs."""
+
+
+class OrderError(EvolveError, RuntimeError):
+    """A step was asked for before what it needs exists (iteration k before promotion of k-1)."""
+
+
+class ModelError(EvolveError, RuntimeError):
+    """A language model cannot be loaded or called."""
+
+
+class AlignmentError(EvolveError, ValueError):
+    """Student and teacher views do not share the same action ids, or history holds experience."""

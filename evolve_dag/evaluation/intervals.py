@@ -1,0 +1,163 @@
+"""Intervals of means and of paired differences, by resampling tasks.
+
+The task is the unit that was drawn at random, so it is the unit that is resampled: rollouts of one task are
+not independent of each other (a cluster bootstrap). The weights of a resample depend on the seed and the
+number of tasks alone, so two policies measured on the same tasks see the same resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+Interval = tuple[float, float]
+Floats = NDArray[np.float64]
+
+SMALL = 30
+"""Below so many tasks a percentile interval of a share is too narrow; Wilson's is used."""
+
+_CHUNK = 4_000_000
+"""Weights held at once; bounds memory on large suites without changing a single draw."""
+
+
+def by_task(tasks: Sequence[str], values: Sequence[float | None]) -> dict[str, list[float]]:
+    """Known values of each task, tasks in sorted order so that no result depends on the order of rows.
+
+    Args:
+        tasks: task id of each value.
+        values: one value per rollout; None (not judged) is left out, never counted as 0.
+    """
+    found: dict[str, list[float]] = {}
+    for task, value in zip(tasks, values, strict=True):
+        if value is not None:
+            found.setdefault(task, []).append(float(value))
+    return dict(sorted(found.items()))
+
+
+def mean_interval(
+    tasks: Sequence[str], values: Sequence[float | None], *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
+) -> Interval | None:
+    """Percentile interval of the mean over rollouts, by a bootstrap over tasks.
+
+    Args:
+        tasks: task id of each value.
+        values: one value per rollout; None is left out.
+        resamples: bootstrap resamples.
+        confidence: e.g. 0.95.
+        seed: decides the resamples.
+
+    Returns:
+        ``(low, high)``, or None without a single known value. One task, or equal values, give an interval of
+        width 0: a bootstrap cannot see what it was not shown. For shares use :func:`share_interval`.
+    """
+    known = by_task(tasks, values)
+    if not known:
+        return None
+    sums_T = np.array([sum(row) for row in known.values()])
+    counts_T = np.array([len(row) for row in known.values()], dtype=np.float64)
+    return _percentiles(_resampled_ratio(sums_T, counts_T, resamples, seed), confidence)
+
+
+def share_interval(
+    tasks: Sequence[str], values: Sequence[float | None], *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
+) -> Interval | None:
+    """Interval of a share (values in 0..1): the bootstrap over tasks, or Wilson's where that would mislead.
+
+    With fewer than :data:`SMALL` tasks, or when all values are equal, the bootstrap's interval is too narrow
+    (none of 20 right is no proof of a rate of 0). Wilson's interval then takes the number of *tasks* for n, as if the
+    rollouts of a task told nothing new: wide rather than wrong.
+
+    Returns:
+        ``(low, high)`` inside 0..1, or None without a single known value.
+    """
+    known = by_task(tasks, values)
+    if not known:
+        return None
+    flat = [value for row in known.values() for value in row]
+    if len(known) < SMALL or min(flat) == max(flat):
+        return wilson(sum(flat) / len(flat), len(known), confidence=confidence)
+    return mean_interval(tasks, values, resamples=resamples, confidence=confidence, seed=seed)
+
+
+def wilson(share: float, n: int, *, confidence: float = 0.95) -> Interval | None:
+    """Wilson's score interval of a share.
+
+    Args:
+        share: observed share, 0..1. A mean of partial rewards may be given: 0/1 values have the largest variance
+            of all values in 0..1 with that mean, so the interval is then at least wide enough.
+        n: independent observations.
+        confidence: e.g. 0.95.
+
+    Returns:
+        ``(low, high)`` inside 0..1, or None for n = 0.
+
+    Source: Wilson (1927), J. Am. Stat. Assoc. 22, 209-212.
+    """
+    if n == 0:
+        return None
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    # the bounds meet the observed share exactly at 0 and 1; rounding must not put it outside
+    return min(max(0.0, centre - half), share), max(min(1.0, centre + half), share)
+
+
+def paired_difference(
+    a: Mapping[str, Sequence[float]],
+    b: Mapping[str, Sequence[float]],
+    *,
+    share: bool = True,
+    resamples: int = 4000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, Interval] | None:
+    """Mean difference ``a - b`` over the tasks that both sides know, with its interval.
+
+    Pairing takes the difficulty of the tasks out of the comparison. A task counts once: its difference is the difference of
+    its mean values.
+
+    Args:
+        a: task id -> values of one side (see :func:`by_task`).
+        b: the other side.
+        share: the values lie in 0..1. Two invented tasks, one won and one lost, are then added before resampling: without
+            them one lost task of one, or four of a hundred and none won, would pass for a certain loss. It is the
+            adjustment of Bonett and Price (2012), J. Educ. Behav. Stat. 37, 479-488, as a bootstrap.
+        resamples: bootstrap resamples.
+        confidence: e.g. 0.95.
+        seed: decides the resamples.
+
+    Returns:
+        ``(difference, (low, high))``, the difference always inside; None when no task is known to both.
+    """
+    common = sorted(task for task in a if task in b and len(a[task]) and len(b[task]))
+    if not common:
+        return None
+    differences_T = np.array([np.mean(a[task]) - np.mean(b[task]) for task in common])
+    difference = float(differences_T.mean())
+    if share:
+        differences_T = np.append(differences_T, [1.0, -1.0])
+    low, high = _percentiles(_resampled_ratio(differences_T, np.ones_like(differences_T), resamples, seed), confidence)
+    return difference, (min(low, difference), max(high, difference))
+
+
+def _resampled_ratio(sums_T: Floats, counts_T: Floats, resamples: int, seed: int) -> Floats:
+    """Mean of each resample: drawn tasks' sums over drawn tasks' counts. Returns (resamples,)."""
+    tasks = len(sums_T)
+    generator = np.random.default_rng(seed)
+    both_T_2 = np.stack([sums_T, counts_T], axis=1)
+    rows = max(1, _CHUNK // tasks)
+    chunks = []
+    for start in range(0, resamples, rows):
+        # how often each task is drawn; rows are drawn one after the other, so chunks change nothing
+        weights_R_T = generator.multinomial(tasks, np.full(tasks, 1 / tasks), size=min(rows, resamples - start))
+        drawn_R_2 = weights_R_T.astype(np.float64) @ both_T_2
+        chunks.append(drawn_R_2[:, 0] / drawn_R_2[:, 1])
+    return np.concatenate(chunks)
+
+
+def _percentiles(means_R: Floats, confidence: float) -> Interval:
+    low, high = np.quantile(means_R, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(low), float(high)

@@ -1,0 +1,136 @@
+"""Injection: experience in the teacher's view, never in the stored history (METHOD step 4).
+
+``step_wise`` appends the items that fit the state to the last user or tool message, ``global`` appends the whole pool
+to the system message; both of a copy. The student's view is the stored history itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from evolve_dag.errors import AlignmentError
+from evolve_dag.experience.pool import Pool
+from evolve_dag.experience.selection import Selector
+from evolve_dag.records import InjectionPattern, Message, Trajectory
+
+STEP_HEADING = "hint:"
+"""Line above the items of a step."""
+
+GLOBAL_HEADING = "notes:"
+"""Line above the pool in the system message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Injected:
+    """The teacher's view of a history."""
+
+    messages: tuple[Message, ...]
+    """A copy; equals the history when nothing was selected."""
+    selected: tuple[str, ...]
+    """Ids of the items that stand in it."""
+    text: str
+    """Exactly what was added; '' for nothing."""
+
+
+def one_line(text: str) -> str:
+    """``text`` on one line: an item cannot forge a heading or a second item."""
+    return " ".join(text.split())
+
+
+def block(heading: str, texts: Sequence[str]) -> str:
+    """What is appended: heading and items, one a line; '' without items."""
+    lines = [line for text in texts if (line := one_line(text))]
+    return "".join(f"\n{line}" for line in [heading, *lines]) if lines else ""
+
+
+def inject_step_wise(messages: Sequence[Message], texts: Sequence[str]) -> tuple[Message, ...]:
+    """A copy with ``texts`` appended to the last user or tool message.
+
+    Raises:
+        AlignmentError: there is none, or an assistant message follows it (then no action is next).
+    """
+    copy = list(messages)
+    text = block(STEP_HEADING, texts)
+    if text:
+        if not copy or copy[-1].role not in ("user", "tool"):
+            raise AlignmentError(
+                f"step-wise injection: the last message is {copy[-1].role if copy else 'missing'}, not user or tool",
+                "inject into the history that precedes an action",
+            )
+        copy[-1] = replace(copy[-1], content=copy[-1].content + text)
+    return tuple(copy)
+
+
+def inject_global(messages: Sequence[Message], texts: Sequence[str]) -> tuple[Message, ...]:
+    """A copy with ``texts`` appended to the system message, i.e. before the task.
+
+    Raises:
+        AlignmentError: the conversation does not begin with a system message.
+    """
+    copy = list(messages)
+    text = block(GLOBAL_HEADING, texts)
+    if text:
+        if not copy or copy[0].role != "system":
+            raise AlignmentError("global injection: no system message", "begin the conversation with one")
+        copy[0] = replace(copy[0], content=copy[0].content + text)
+    return tuple(copy)
+
+
+class Injector:
+    """The experience source of an episode: gives the teacher's view before every step.
+
+    Args:
+        pattern: ``none``, ``global`` or ``step_wise``.
+        pool: what is chosen from; not changed.
+        selector: needed by ``step_wise`` only.
+    """
+
+    def __init__(self, pattern: InjectionPattern, pool: Pool, selector: Selector | None = None) -> None:
+        if pattern == "step_wise" and selector is None:
+            raise ValueError("step_wise injection needs a selector")
+        self.pattern = pattern
+        self.pool = pool
+        self._selector = selector
+        self._texts = {item.id: item.text for item in pool.items}
+
+    async def prepare(self, trajectory: Trajectory) -> Injected:
+        """The teacher's view of the history before step ``len(trajectory.steps)``.
+
+        Raises:
+            AlignmentError: the stored history holds experience already.
+        """
+        assert_clean(trajectory, self._texts.values())
+        history = trajectory.history(len(trajectory.steps))
+        if self.pattern == "none" or not self._texts:
+            return Injected(history, (), "")
+        if self.pattern == "global":
+            texts = list(self._texts.values())
+            return Injected(inject_global(history, texts), tuple(self._texts), block(GLOBAL_HEADING, texts))
+        assert self._selector is not None  # checked when this was made
+        selection = await self._selector.select(trajectory.question, trajectory.steps, self.pool)
+        texts = [self._texts[item_id] for item_id in selection.ids]
+        return Injected(inject_step_wise(history, texts), selection.ids, block(STEP_HEADING, texts))
+
+
+def assert_clean(trajectory: Trajectory, texts: Iterable[str]) -> None:
+    """Stored history never holds experience: neither system message, question nor any observation has a heading line
+    with an item below it. Actions are the policy's own words and are not looked at.
+
+    Raises:
+        AlignmentError: one does; names the place and the item.
+    """
+    lines = {one_line(text) for text in texts}
+    places = [("system message", trajectory.system), ("question", trajectory.question)]
+    places += [(f"observation of step {s.index}", s.observation) for s in trajectory.steps if s.observation is not None]
+    for where, content in places:
+        if STEP_HEADING not in content and GLOBAL_HEADING not in content:
+            continue
+        below = False
+        for line in content.split("\n"):
+            if below and line in lines:
+                raise AlignmentError(
+                    f"trajectory {trajectory.id}: the stored {where} holds experience: {line[:80]!r}",
+                    "inject into a copy of the history only (evolve_dag.experience.injection)",
+                )
+            below = below or line in (STEP_HEADING, GLOBAL_HEADING)

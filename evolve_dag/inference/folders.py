@@ -1,0 +1,58 @@
+"""Where a model's files lie and what they hash to; nothing here loads a model."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+from evolve_dag.config import ModelSettings
+from evolve_dag.errors import ModelError
+
+POCKET = Path(__file__).resolve().parent.parent / "environments" / "pocket" / "model"
+"""The policy that ships with the package."""
+
+
+def model_folder(settings: ModelSettings) -> Path:
+    """Folder of the model's files.
+
+    Raises:
+        ModelError: there is no such folder, or it holds no weights.
+    """
+    folder = POCKET if settings.path == "pocket" else Path(settings.path)
+    if not any(folder.glob("*.safetensors")):
+        remedy = (
+            "make the weights: `evolve pocket pretrain`"
+            if settings.path == "pocket"
+            else "set models.policy.path to a folder with config.json, tokenizer.json and *.safetensors"
+        )
+        raise ModelError(f"{settings.path}: no weights (*.safetensors) there", remedy)
+    return folder
+
+
+def base_identity(settings: ModelSettings) -> str:
+    """Identity of the base model: its weights and number format, wherever the folder lies."""
+    if settings.backend == "scripted":
+        return f"scripted:{settings.path}"
+    return f"sha256:{folder_digest(model_folder(settings))[:32]}:{settings.dtype}"
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over names and contents of the files that decide what a model says."""
+    files = sorted(
+        p
+        for p in folder.iterdir()
+        if p.suffix in (".safetensors", ".json", ".jinja", ".model") and p.name != "pretraining.json"
+    )
+    return _digest(tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files))
+
+
+@lru_cache(maxsize=32)
+def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
+    total = hashlib.sha256()
+    for name, _, _ in files:
+        path = Path(name)
+        total.update(path.name.encode() + b"\0")
+        with path.open("rb") as handle:
+            total.update(hashlib.file_digest(handle, "sha256").digest())
+    return total.hexdigest()

@@ -1,0 +1,102 @@
+"""One reader for JSONL files that users write: every mistake at once, each with its line number."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from evolve_dag.errors import DataError
+
+SHOWN = 10
+"""Mistakes that one message spells out; the rest are counted."""
+
+Mistake = tuple[int, str]
+"""1-based line number and what is wrong there."""
+
+
+def read_objects(path: str | Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Mistake]]:
+    """The JSON objects of a file with their 1-based line numbers, and the lines that hold none.
+
+    Blank lines and a byte-order mark are skipped. Lines are judged one by one, so one broken line
+    does not hide the next.
+
+    Raises:
+        DataError: the file is missing, unreadable or holds no line at all.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file", "check the path in the experiment file") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}", "the path must name a readable JSONL file") from None
+    objects: list[tuple[int, dict[str, Any]]] = []
+    mistakes: list[Mistake] = []
+    # Split on line feeds only: str.splitlines would also cut at U+2028, which is legal inside JSON text.
+    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not raw.strip():
+            continue
+        try:
+            value = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_repeated_keys)
+        except UnicodeDecodeError as error:
+            mistakes.append((number, f"not UTF-8 (byte {error.start + 1} of the line)"))
+        except json.JSONDecodeError as error:
+            mistakes.append((number, f"not valid JSON: {error.msg} (character {error.pos + 1} of the line)"))
+        except _RepeatedKeyError as error:
+            mistakes.append((number, f"key {error.args[0]!r} stands twice"))
+        except RecursionError:
+            mistakes.append((number, "not valid JSON: nested too deeply"))
+        else:
+            if isinstance(value, dict):
+                objects.append((number, value))
+            else:
+                mistakes.append((number, f"holds {kind_of(value)}, not an object like {{...}}"))
+    if not objects and not mistakes:
+        raise DataError(f"{path}: empty file", "write one JSON object a line")
+    return objects, mistakes
+
+
+def text_mistakes(value: dict[str, Any], key: str) -> list[str]:
+    """What is wrong with the field ``key``, which must hold text that is not blank; [] when nothing is."""
+    if key not in value or value[key] is None:
+        return [f"{key!r} is missing"]
+    if not isinstance(value[key], str):
+        return [f"{key!r} must be text, not {kind_of(value[key])}"]
+    if not value[key].strip():
+        return [f"{key!r} is empty"]
+    return []
+
+
+def refuse(path: str | Path, mistakes: list[Mistake], remedy: str) -> NoReturn:
+    """Raise one DataError that lists ``mistakes`` by line, the first :data:`SHOWN` in full."""
+    ordered = sorted(mistakes)
+    lines = [f"  line {number}: {what}" for number, what in ordered[:SHOWN]]
+    if len(ordered) > SHOWN:
+        lines.append(f"  ... and {len(ordered) - SHOWN} more")
+    listing = "\n".join(lines)
+    raise DataError(f"{path}: {len(ordered)} mistake{'s' if len(ordered) > 1 else ''}\n{listing}", remedy)
+
+
+def kind_of(value: Any) -> str:
+    """The JSON kind of ``value`` in a reader's words."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, (int, float)):
+        return f"the number {value}"
+    return "text" if isinstance(value, str) else "a list" if isinstance(value, list) else "an object"
+
+
+class _RepeatedKeyError(ValueError):
+    """An object names one key twice; json would keep the last in silence."""
+
+
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for key, inner in pairs:
+        if key in value:
+            raise _RepeatedKeyError(key)
+        value[key] = inner
+    return value

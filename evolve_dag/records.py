@@ -1,0 +1,203 @@
+"""The nouns of evolve-dag: frozen records that every part reads and none mutates.
+
+Nothing here imports a heavy library. A record that reaches disk has one Parquet or JSON shape,
+written and read by :mod:`evolve_dag.store`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Role = Literal["system", "user", "assistant", "tool"]
+Granularity = Literal["principle", "instance"]
+InjectionPattern = Literal["none", "global", "step_wise"]
+Source = Literal["teacher", "student"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "cross_entropy"]
+TrajectoryStatus = Literal["answered", "forced", "unanswered", "failed"]
+PoolOperation = Literal["add", "update", "delete", "merge"]
+Decision = Literal["promote", "keep"]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A question with its reference answer."""
+
+    id: str
+    """Unique within a suite; never derived from the position in a file."""
+    question: str
+    """What the policy is asked, as plain text."""
+    answer: str
+    """Reference answer; never shown to the policy."""
+    suite: str = ""
+    """Name of the task suite, e.g. ``pocket/train``."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Facts for breakdowns (``hops``, ``difficulty``); never shown to the policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One parsed tool call."""
+
+    name: str
+    """Tool name exactly as the policy wrote it."""
+    arguments: Mapping[str, str]
+    """Argument name -> value, as text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+    """Text of the turn, without any chat-template markup."""
+    token_ids: tuple[int, ...] = ()
+    """Sampled ids of an assistant turn, end-of-turn token included when it was sampled. Rendered
+    verbatim, so nothing is re-tokenized between rollout and training. Empty for other roles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One model call and the observation that follows."""
+
+    index: int
+    """0-based position in the trajectory."""
+    text: str
+    """Decoded action, without the end-of-turn token."""
+    token_ids: tuple[int, ...]
+    """Sampled token ids of the action (end-of-turn included when sampled)."""
+    logprobs: tuple[float, ...]
+    """Log-probability (nats, temperature 1, of the model that sampled, in the context it saw) of each
+    sampled id; same length as ``token_ids``, or empty when the backend does not report it."""
+    call: ToolCall | None = None
+    """The tool call, or None for a final answer or a malformed action."""
+    answer: str | None = None
+    """Final answer when this step gave one."""
+    observation: str | None = None
+    """What came back: tool output, or what was wrong with the action. None after the last step."""
+    problem: str | None = None
+    """Why the action was refused (malformed, unknown tool, bad argument), or None."""
+    selected: tuple[str, ...] = ()
+    """Ids of the experience items that stood in the context of this call."""
+    injected: str = ""
+    """Exact text that was added to the copy of the history for this call; '' without experience."""
+    prompt_tokens: int = 0
+    """Tokens of the context of this call."""
+    seconds: float = 0.0
+    """Wall time from request to observation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """The record of one rollout. A failed rollout is a row with its error, not a crash."""
+
+    id: str
+    """Unique in an artifact: ``<task id>#<rollout>``."""
+    task_id: str
+    rollout: int
+    """0-based index within its group (the trajectories of one task in one iteration)."""
+    seed: int
+    """Seed from which every sampled token of this trajectory follows."""
+    system: str
+    """System message of the clean history (never holds experience)."""
+    question: str
+    """First user message of the clean history (never holds experience)."""
+    steps: tuple[Step, ...]
+    status: TrajectoryStatus
+    """``answered``; ``forced``: answered only when a limit demanded it; ``unanswered``; ``failed``."""
+    answer: str | None = None
+    reward: float | None = None
+    """1.0 right, 0.0 wrong, None not judged (never 0 for 'could not be judged')."""
+    error: str | None = None
+    """What went wrong in a failed rollout; holds no secret."""
+    seconds: float = 0.0
+
+    def history(self, step: int) -> tuple[Message, ...]:
+        """Clean history h_{t-1} that precedes ``step``: system, question, then action and observation pairs."""
+        messages = [Message("system", self.system), Message("user", self.question)]
+        for earlier in self.steps[:step]:
+            messages.append(Message("assistant", earlier.text, earlier.token_ids))
+            if earlier.observation is not None:
+                messages.append(Message("tool", earlier.observation))
+        return tuple(messages)
+
+    @property
+    def turns(self) -> int:
+        """Assistant turns."""
+        return len(self.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class ExperienceItem:
+    """One lesson of the experience pool."""
+
+    id: str
+    """Never changes and is never reused within a lineage."""
+    text: str
+    """What the teacher reads. A principle reads ``Name: when <situation>, <strategy>.``"""
+    granularity: Granularity
+    condition: Mapping[str, str] = field(default_factory=dict)
+    """Feature -> value under which the item applies (used by the ``state`` selector); may be empty."""
+    evidence: Mapping[str, float] = field(default_factory=dict)
+    """``support``, ``lift``, ``low``, ``high`` and the like, as the extractor measured them."""
+    trajectory_ids: tuple[str, ...] = ()
+    """Trajectories that taught it."""
+    created: int = 0
+    """Iteration that added it."""
+    updated: int = 0
+    """Iteration that last changed it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolEdit:
+    """One change of the pool, kept for ever."""
+
+    operation: PoolOperation
+    item_id: str
+    iteration: int
+    before: str | None
+    """Text before the edit; None for ``add``."""
+    after: str | None
+    """Text after the edit; None for ``delete``."""
+    reason: str
+    """Why, in words a reader understands (e.g. ``over the cap of 12: lowest lift``)."""
+    trajectory_ids: tuple[str, ...] = ()
+    """Trajectories that caused the edit."""
+    into: str | None = None
+    """For ``merge``: id of the item that absorbed this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRef:
+    """What enters iteration k: policy(k) = base model + adapter(k-1) + experience pool(k-1)."""
+
+    iteration: int
+    """k, 1-based."""
+    base: str
+    """Identity of the base model: the path as configured plus the digest of its weights."""
+    adapter: str | None = None
+    """Digest of the adapter artifact, or None for the bare base model."""
+    experience: str | None = None
+    """Digest of the experience artifact, or None for an empty pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The result of one evaluation rollout of one task."""
+
+    task_id: str
+    rollout: int
+    condition: str
+    """``without`` or ``with`` experience in context, or ``greedy`` (argmax, without experience)."""
+    reward: float | None
+    """None: not judged."""
+    premature: bool
+    """Answered before any tool result held the answer's evidence, see evaluation.metrics."""
+    status: TrajectoryStatus
+    turns: int
+    tokens: int
+    """Sampled tokens."""
+    answer: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,344 @@
+"""A lineage as plain values: what every table, status and report shows, read from the store once.
+
+What is read, by kind of artifact (all of it optional, so that a lineage can be looked at while it grows):
+
+    scores      summary.json   {"without": metrics, "with": metrics, "greedy": metrics, "base": metrics}, each of them
+                               optional; "base" is what entered iteration 1, without experience
+    promotion   decision.json  see evaluation.gate.gate_to_json
+    experience  manifest.summary  items, added, updated, deleted, merged, locality {name: share};  items.parquet
+    adapter     manifest.summary  rows, kept, loss_first, loss_last, ...;  curve.parquet or curve.json, one record a step
+    any         manifest.seconds, manifest.summary["tokens"] (sampled tokens), digests
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from evolve_dag.errors import DataError, OrderError
+from evolve_dag.evaluation.gate import GateDecision, gate_from_json, gate_to_json
+from evolve_dag.evaluation.intervals import Interval
+from evolve_dag.evaluation.metrics import Metrics, metrics_from_json, metrics_to_json
+from evolve_dag.records import ExperienceItem
+from evolve_dag.steps.base import STEP_ORDER
+
+if TYPE_CHECKING:
+    from evolve_dag.store import Artifact, Ref, Store
+
+EDITS = ("added", "updated", "deleted", "merged")
+"""Counts of pool edits, as the experience artifact's summary names them."""
+
+
+LOCALITY = ("url", "number", "entity", "strategy")
+"""Shares of the pool's items, as :class:`evolve_dag.experience.locality.Locality` names them."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """One step of one iteration, as its artifact tells."""
+
+    name: str
+    digest: str
+    seconds: float
+    """Wall time of the process that made the artifact, whichever experiment that was."""
+    tokens: int | None = None
+    """Sampled tokens; None or 0 where the step samples nothing."""
+    recomputed: bool | None = None
+    """Whether the last run made it (True) or found it (False); None when that is not known."""
+    resumed: bool = False
+    """Part of the work was taken from a killed predecessor, so ``seconds`` is too small."""
+    created: str = ""
+    """ISO 8601, UTC."""
+    code_version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class IterationRow:
+    """One iteration of a lineage; 0 is the base policy that entered the first one."""
+
+    iteration: int
+    without: Metrics | None = None
+    """Held-out results of the candidate without experience in context (internalized)."""
+    with_experience: Metrics | None = None
+    """The same with the pool in context."""
+    greedy: Metrics | None = None
+    """Argmax, without experience."""
+    pool_size: int | None = None
+    """Items in the pool E(k)."""
+    edits: Mapping[str, int] = field(default_factory=dict)
+    """Pool edits of this iteration: name as in :data:`EDITS` -> count."""
+    locality: Mapping[str, float] = field(default_factory=dict)
+    """Share of the pool's items with a URL, a number, ... (name -> 0..1)."""
+    gate: GateDecision | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """The adapter's summary: rows, kept, loss_first, loss_last, ..."""
+    curve: tuple[Mapping[str, float], ...] = ()
+    """Training curve, one record an optimizer step: ``loss`` and, where known, ``step``."""
+    items: tuple[ExperienceItem, ...] = ()
+    """The pool's items."""
+    steps: tuple[StepRow, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LineageSummary:
+    """One experiment, as far as it has come."""
+
+    experiment: str
+    rows: tuple[IterationRow, ...]
+    """By iteration; the base policy first once iteration 1 is scored."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Config slices that the artifacts were made with, dotted key -> value."""
+    command: str = ""
+    """What makes this lineage again."""
+
+    @property
+    def iterations(self) -> tuple[IterationRow, ...]:
+        """The rows without the base policy."""
+        return tuple(row for row in self.rows if row.iteration > 0)
+
+    @property
+    def champion(self) -> int | None:
+        """Iteration whose candidate holds; 0 is the base policy; None before the first decision."""
+        decided = [row for row in self.rows if row.gate is not None]
+        if not decided:
+            return None
+        return max((row.iteration for row in decided if row.gate and row.gate.decision == "promote"), default=0)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all steps."""
+        return sum(step.seconds for row in self.rows for step in row.steps)
+
+    @property
+    def tokens(self) -> int:
+        """Sampled tokens of all steps."""
+        return sum(step.tokens or 0 for row in self.rows for step in row.steps)
+
+
+def summarize(
+    store: Store, experiment: str, *, config: str | None = None, recomputed: Mapping[tuple[int, str], bool] | None = None
+) -> LineageSummary:
+    """Read a lineage from its refs and artifacts; writes nothing.
+
+    Args:
+        store: where the artifacts are.
+        experiment: name of the lineage.
+        config: path of the experiment file, for the command that makes it again.
+        recomputed: (iteration, step) -> whether this run made it. Without an entry the ref's fact ``recomputed`` is taken.
+
+    Raises:
+        OrderError: nothing of that name has been run in this store.
+        StoreError: an artifact is missing or corrupt.
+        DataError: an artifact's JSON is not what the steps write.
+    """
+    refs = store.refs(experiment)
+    if not refs:
+        known = sorted({ref.experiment for ref in store.refs()})
+        have = f"it holds {', '.join(known)}" if known else "it is empty"
+        raise OrderError(
+            f"experiment {experiment!r} has not been run in {store.root} ({have})",
+            f"run it first: evolve run {config or f'configs/{experiment}.yaml'}",
+        )
+    by_iteration: dict[int, dict[str, tuple[Ref, Artifact]]] = {}
+    for ref in refs:
+        by_iteration.setdefault(ref.iteration, {})[ref.kind] = (ref, store.open(ref.kind, ref.digest))
+    last = max(by_iteration)
+    if last > 1 and by_iteration[last].keys() == {"policy"}:
+        del by_iteration[last]  # a promotion commits the next policy at once; that iteration has not begun
+    rows: list[IterationRow] = []
+    settings: dict[str, Any] = {}
+    for iteration, found in sorted(by_iteration.items()):
+        artifacts = {kind: artifact for kind, (_, artifact) in found.items()}
+        for artifact in artifacts.values():
+            settings |= artifact.manifest.config
+        scores = _json(artifacts.get("scores"), "summary.json")
+        if iteration == 1 and scores.get("base") is not None:
+            rows.append(IterationRow(0, without=_metrics(scores, "base", artifacts["scores"])))
+        rows.append(_row(iteration, found, artifacts, scores, recomputed or {}))
+    for entry in ("iteration", "policy"):  # part of what is computed, no setting
+        settings.pop(entry, None)
+    return LineageSummary(
+        experiment, tuple(rows), dict(sorted(settings.items())), _command(experiment, config, settings, max(by_iteration))
+    )
+
+
+def _command(experiment: str, config: str | None, settings: Mapping[str, Any], iterations: int) -> str:
+    seed = settings.get("seed")
+    # a lineage under another seed than the file's is named <experiment>-s<seed> (evolve_dag.registry)
+    seeded = experiment.endswith(f"-s{seed}")
+    name = experiment.removesuffix(f"-s{seed}")
+    return f"evolve run {config or f'configs/{name}.yaml'} --iterations {iterations}" + (f" --seed {seed}" if seeded else "")
+
+
+def _row(
+    iteration: int,
+    found: Mapping[str, tuple[Ref, Artifact]],
+    artifacts: Mapping[str, Artifact],
+    scores: Mapping[str, Any],
+    recomputed: Mapping[tuple[int, str], bool],
+) -> IterationRow:
+    experience, adapter = artifacts.get("experience"), artifacts.get("adapter")
+    pool = experience.summary if experience else {}
+    shares = pool.get("locality") or {}
+    decision = _json(artifacts.get("promotion"), "decision.json")
+    return IterationRow(
+        iteration,
+        without=_metrics(scores, "without", artifacts.get("scores")),
+        with_experience=_metrics(scores, "with", artifacts.get("scores")),
+        greedy=_metrics(scores, "greedy", artifacts.get("scores")),
+        pool_size=int(pool["items"]) if pool.get("items") is not None else None,
+        edits={name: int(pool[name]) for name in EDITS if pool.get(name) is not None},
+        locality={name: float(shares[name]) for name in LOCALITY if shares.get(name) is not None},
+        gate=gate_from_json(decision) if decision else None,
+        training=dict(adapter.summary) if adapter else {},
+        curve=_curve(adapter),
+        items=_items(experience),
+        steps=tuple(
+            StepRow(
+                name=kind,
+                digest=ref.digest,
+                seconds=artifact.manifest.seconds,
+                tokens=None if artifact.summary.get("tokens") is None else int(artifact.summary["tokens"]),
+                recomputed=recomputed.get((iteration, kind), ref.facts.get("recomputed")),
+                resumed=artifact.manifest.resumed,
+                created=artifact.manifest.created,
+                code_version=artifact.manifest.code_version,
+            )
+            for kind, (ref, artifact) in sorted(found.items(), key=lambda entry: _order(entry[0]))
+        ),
+    )
+
+
+def status_json(summary: LineageSummary) -> dict[str, Any]:
+    """The summary as JSON values: what ``evolve status --json`` prints."""
+    return {
+        "experiment": summary.experiment,
+        "champion": summary.champion,
+        "command": summary.command,
+        "seconds": summary.seconds,
+        "tokens": summary.tokens,
+        "iterations": [
+            {
+                "iteration": row.iteration,
+                "without": metrics_to_json(row.without) if row.without else None,
+                "with": metrics_to_json(row.with_experience) if row.with_experience else None,
+                "greedy": metrics_to_json(row.greedy) if row.greedy else None,
+                "pool": {"items": row.pool_size, **row.edits, "locality": dict(row.locality)},
+                "training": dict(row.training),
+                "gate": gate_to_json(row.gate) if row.gate else None,
+                "steps": {
+                    step.name: {
+                        "digest": step.digest,
+                        "seconds": step.seconds,
+                        "tokens": step.tokens,
+                        "recomputed": step.recomputed,
+                        "resumed": step.resumed,
+                        "created": step.created,
+                    }
+                    for step in row.steps
+                },
+            }
+            for row in summary.rows
+        ],
+    }
+
+
+# -- how values are shown, the same in the terminal and in the report
+
+
+def percent(value: float | None) -> str:
+    """``0.6123`` -> ``61.2%``; unknown is a dash, never 0."""
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def percent_interval(interval: Interval | None) -> str:
+    """``(0.551, 0.67)`` -> ``55.1–67.0``; '' when there is none."""
+    return "" if interval is None else f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}"
+
+
+def number(value: float | None) -> str:
+    """``5.213`` -> ``5.21``."""
+    return "–" if value is None else f"{value:.2f}"
+
+
+def number_interval(interval: Interval | None) -> str:
+    """``(5.0, 5.4)`` -> ``5.00–5.40``."""
+    return "" if interval is None else f"{interval[0]:.2f}–{interval[1]:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """``7.4 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def count(value: int | None) -> str:
+    """``41200`` -> ``41.2k``."""
+    if value is None:
+        return "–"
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if value >= size:
+            return f"{value / size:.1f}{unit}"
+    return str(value)
+
+
+def step_names(rows: Iterable[IterationRow]) -> list[str]:
+    """The steps that occur in ``rows``, in the order of the loop."""
+    return sorted({step.name for row in rows for step in row.steps}, key=_order)
+
+
+def recompute_note(summary: LineageSummary) -> str:
+    """``0 of 21 steps recomputed``, or '' when the last run is not known."""
+    known = [step.recomputed for row in summary.rows for step in row.steps if step.recomputed is not None]
+    return f"{sum(known)} of {len(known)} steps recomputed" if known else ""
+
+
+# -- inside
+
+
+def _order(kind: str) -> tuple[int, str]:
+    return (STEP_ORDER.index(kind) if kind in STEP_ORDER else len(STEP_ORDER), kind)
+
+
+def _json(artifact: Artifact | None, name: str) -> Mapping[str, Any]:
+    if artifact is None:
+        return {}
+    content = artifact.json(name)
+    if not isinstance(content, Mapping):
+        raise DataError(f"{artifact.path / name}: holds a {type(content).__name__}, not an object", "run this step again")
+    return content
+
+
+def _metrics(scores: Mapping[str, Any], condition: str, artifact: Artifact | None) -> Metrics | None:
+    if scores.get(condition) is None:
+        return None
+    try:
+        return metrics_from_json(scores[condition])
+    except DataError as error:
+        where = artifact.path / "summary.json" if artifact else "summary.json"
+        raise DataError(f"{where}: {condition}: {error.what}", error.remedy) from error
+
+
+def _curve(adapter: Artifact | None) -> tuple[Mapping[str, float], ...]:
+    if adapter is None:
+        return ()
+    if "curve.parquet" in adapter.manifest.files:
+        records: Any = adapter.frame("curve.parquet").to_dicts()
+    elif "curve.json" in adapter.manifest.files:
+        records = adapter.json("curve.json")
+    else:
+        return ()
+    numbers = [{k: float(v) for k, v in record.items() if isinstance(v, (int, float)) and isfinite(v)} for record in records]
+    return tuple(record for record in numbers if "loss" in record)
+
+
+def _items(experience: Artifact | None) -> tuple[ExperienceItem, ...]:
+    if experience is None or "items.parquet" not in experience.manifest.files:
+        return ()
+    from evolve_dag.frames import items_from_frame
+
+    return tuple(items_from_frame(experience.frame("items.parquet")))

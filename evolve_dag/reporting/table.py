@@ -1,0 +1,151 @@
+"""What a run ends with in the terminal: results per iteration, then seconds and tokens per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from evolve_dag.evaluation.intervals import Interval
+from evolve_dag.evaluation.metrics import Metrics
+from evolve_dag.reporting.summary import (
+    IterationRow,
+    LineageSummary,
+    StepRow,
+    count,
+    duration,
+    number,
+    number_interval,
+    percent,
+    percent_interval,
+    recompute_note,
+    step_names,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+MOST_ITERATIONS = 5
+"""Columns of the table of steps; the rest stands in the report."""
+
+WIDE = 116
+"""Terminal columns from which a value and its interval stand in one line."""
+
+
+def print_summary(summary: LineageSummary, console: Console) -> None:
+    """Print both tables, the reasons of declined candidates and what was recomputed."""
+    from rich.text import Text
+
+    console.print(iteration_table(summary, wide=console.width >= WIDE))
+    for note in _notes(summary):
+        console.print(Text(note, style="dim"))
+    for row in summary.rows:
+        if row.gate is not None and row.gate.decision == "keep":
+            # Text, not a string: reasons are data and may hold brackets, which rich would read as markup
+            console.print(Text(f"iteration {row.iteration}: the champion stays: {'; '.join(row.gate.reasons)}", style="yellow"))
+    console.print()
+    console.print(step_table(summary))
+    if recompute_note(summary):
+        console.print(Text(recompute_note(summary), style="bold"))
+
+
+def iteration_table(summary: LineageSummary, *, wide: bool = True) -> Table:
+    """One line an iteration: held-out results with 95% intervals, pool size, the gate's decision."""
+    from rich import box
+    from rich.table import Table
+
+    title = f"{summary.experiment}: held-out results (95% interval)"
+    padding = (0, 1) if wide else (0, 1, 0, 0)
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=wide, padding=padding)
+    table.add_column("iteration" if wide else "k", justify="right", min_width=4)
+    for heading in ("success without", "success with", "mean turns", "premature", "unanswered"):
+        table.add_column(heading, justify="right", min_width=max(len(word) for word in heading.split()))
+    table.add_column("pool", justify="right")
+    table.add_column("gate")
+    for row in summary.rows:
+        table.add_row(
+            "base" if row.iteration == 0 else str(row.iteration),
+            _cell(row.without, "success", percent, percent_interval, wide),
+            _cell(row.with_experience, "success", percent, percent_interval, wide),
+            _cell(row.without, "turns", number, number_interval, wide),
+            _cell(row.without, "premature", percent, percent_interval, wide),
+            _cell(row.without, "unanswered", percent, percent_interval, wide),
+            "–" if row.pool_size is None else str(row.pool_size),
+            _gate(row),
+        )
+    return table
+
+
+def step_table(summary: LineageSummary) -> Table:
+    """One line a step: seconds, and tokens where the step reports them, in the last iterations and in all of them."""
+    from rich import box
+    from rich.table import Table
+
+    rows = summary.iterations
+    shown = rows[-MOST_ITERATIONS:]
+    table = Table(title="seconds and tokens per step", box=box.SIMPLE_HEAD, title_justify="left", show_footer=True)
+    table.add_column("step", footer="all", no_wrap=True)
+    for row in shown:
+        table.add_column(f"iteration {row.iteration}", justify="right", footer=_spent(row.steps))
+    table.add_column("all", justify="right", footer=_spent([s for row in rows for s in row.steps]))
+    for name in step_names(rows):
+        per_row = [[s for s in row.steps if s.name == name] for row in rows]
+        cells = [_spent(steps) for steps in per_row[-len(shown) :]]
+        table.add_row(name, *cells, _spent([s for steps in per_row for s in steps]))
+    notes = []
+    if len(shown) < len(rows):
+        notes.append(f"iterations 1 to {rows[-len(shown)].iteration - 1} are counted under 'all' only")
+    if any(step.resumed for row in rows for step in row.steps):
+        notes.append("> resumed after a kill: the time before it is not counted")
+    table.caption = "\n".join(notes) or None
+    return table
+
+
+def _spent(steps: Sequence[StepRow]) -> Text:
+    from rich.text import Text
+
+    if not steps:
+        return Text("–", style="dim")
+    text = Text((">" if any(s.resumed for s in steps) else "") + duration(sum(s.seconds for s in steps)))
+    tokens = [s.tokens for s in steps if s.tokens]
+    if tokens:
+        text.append(f"\n{count(sum(tokens))}", style="dim")
+    return text
+
+
+def _cell(
+    metrics: Metrics | None,
+    field: str,
+    value: Callable[[float | None], str],
+    interval: Callable[[Interval | None], str],
+    wide: bool,
+) -> Text:
+    from rich.text import Text
+
+    if metrics is None:
+        return Text("–", style="dim")
+    shown: float | None = getattr(metrics, field)
+    text = Text(value(shown) + ("*" if field == "success" and metrics.judged < metrics.n else ""))
+    bounds = interval(metrics.intervals.get(field))
+    if bounds:
+        text.append((" " if wide else "\n") + bounds, style="dim")
+    return text
+
+
+def _gate(row: IterationRow) -> Text:
+    from rich.text import Text
+
+    if row.gate is None:
+        return Text("–", style="dim")
+    return Text(row.gate.decision, style="green" if row.gate.decision == "promote" else "bold yellow")
+
+
+def _notes(summary: LineageSummary) -> list[str]:
+    notes = []
+    for row in summary.rows:
+        for condition, metrics in (("without", row.without), ("with", row.with_experience)):
+            if metrics is not None and metrics.judged < metrics.n:
+                name = "base" if row.iteration == 0 else f"iteration {row.iteration}"
+                notes.append(f"* {name}, {condition}: {metrics.judged} of {metrics.n} episodes were judged")
+    return notes

@@ -1,0 +1,278 @@
+"""The seven steps of an iteration as pure functions over the store, and the digest chain that links them.
+
+``resolve`` says what digest a step *should* have under the present config, without running anything; ``run_step``
+makes the artifact when it is not there. Dagster's assets and the command line both call these two, so there is one
+code path. The chain through an iteration (METHOD, the loop)::
+
+    policy -> trajectories -> experience -> contexts -> adapter -> scores -> promotion ..> policy of the next iteration
+
+A step's digest covers its code version, the slice of config that it reads (with files replaced by the hash of their
+content, so it does not depend on where a checkout lies) and the digests of what it read. A policy's digest covers
+what it *is* (base, adapter, pool), not how it was decided: a gate with another threshold and the same verdict leaves
+the next iteration untouched.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from evolve_dag.benchmarks.suites import data_digests
+from evolve_dag.config import Experiment
+from evolve_dag.errors import OrderError
+from evolve_dag.inference.folders import base_identity
+from evolve_dag.records import PolicyRef
+from evolve_dag.store import Artifact, Build, Store
+
+STEP_ORDER = ("policy", "trajectories", "experience", "contexts", "adapter", "scores", "promotion")
+
+
+class Progress(Protocol):
+    """Where a long step tells how far it is."""
+
+    def start(self, label: str, total: int) -> None:
+        """A phase of ``total`` units begins."""
+
+    def advance(self, n: int = 1) -> None:
+        """``n`` units are done."""
+
+    def finish(self) -> None:
+        """The phase is over."""
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def start(self, label: str, total: int) -> None: ...
+
+    def advance(self, n: int = 1) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepSpec:
+    """What decides the outcome of one step."""
+
+    name: str
+    version: str
+    """Raise it when the code of the step makes something else of the same inputs."""
+    config: tuple[str, ...]
+    """Config keys that the step reads."""
+    inputs: tuple[str, ...]
+    """Steps of the same iteration whose artifacts it reads."""
+    iteration: bool = False
+    """Does the number of the iteration enter (fresh draws in every iteration)?"""
+
+
+_TASK_KEYS = ("environment", "rollout")
+SPECS: Mapping[str, StepSpec] = {
+    spec.name: spec
+    for spec in (
+        StepSpec("policy", "1", ("models.policy",), ()),
+        StepSpec("trajectories", "1", ("seed", "tasks.train", *_TASK_KEYS), ("policy",), iteration=True),
+        StepSpec("experience", "1", ("seed", "granularity", "extraction"), ("policy", "trajectories"), iteration=True),
+        StepSpec(
+            "contexts",
+            "1",
+            (
+                "seed",
+                "injection",
+                "regime.source",
+                "regime.rejection",
+                "selection",
+                "distillation.top_k",
+                "tasks.train",
+                *_TASK_KEYS,
+            ),
+            ("policy", "trajectories", "experience"),
+            iteration=True,
+        ),
+        StepSpec("adapter", "1", ("seed", "regime", "distillation"), ("policy", "experience", "contexts"), iteration=True),
+        StepSpec(
+            "scores",
+            "1",
+            ("evaluation", "injection", "selection", "tasks.development", "tasks.held_out", *_TASK_KEYS),
+            ("policy", "experience", "adapter"),
+        ),
+        StepSpec("promotion", "1", ("gate", "seed"), ("policy", "experience", "adapter", "scores")),
+    )
+}
+SETTINGS: Mapping[str, tuple[str, ...]] = {name: spec.config for name, spec in SPECS.items()}
+
+
+def code_version(name: str) -> str:
+    """Version of the step's code, part of its digest."""
+    return SPECS[name].version
+
+
+def settings(name: str, experiment: Experiment) -> dict[str, Any]:
+    """The slice of config that the step reads, files and models replaced by the hash of their content."""
+    values = experiment.slice(*SPECS[name].config)
+    for key, digest in data_digests(experiment).items():
+        holder, _, last = key.rpartition(".")
+        if holder in values:
+            values[holder][last] = digest
+    if "models.policy" in values:
+        values["models.policy"]["path"] = base_identity(experiment.models.policy)
+    return values
+
+
+def settings_digest(name: str, experiment: Experiment) -> str:
+    """Digest of the config slice alone, for the config assets."""
+    return Store.digest_of(f"config/{name}", "1", settings(name, experiment), {})
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a step's artifact should be under the present config."""
+
+    name: str
+    iteration: int
+    digest: str | None
+    """None when something earlier is missing, so that the digest is not known yet."""
+    exists: bool
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    missing: str | None = None
+    """What must be materialized first, e.g. ``promotion[pocket|01]``; None when nothing is."""
+
+
+def partition(experiment: Experiment, iteration: int) -> str:
+    """Partition key of one iteration: ``pocket|02``."""
+    return f"{experiment.experiment}|{iteration:02d}"
+
+
+def resolve(name: str, experiment: Experiment, iteration: int, store: Store) -> Resolved:
+    """The expected digest of ``name`` in ``iteration``; runs nothing."""
+    entering = _entering(experiment, iteration, store)
+    return _resolve(name, experiment, iteration, store, entering)
+
+
+def resolve_iteration(experiment: Experiment, iteration: int, store: Store) -> dict[str, Resolved]:
+    """All seven steps of one iteration, in order."""
+    entering = _entering(experiment, iteration, store)
+    return {name: _resolve(name, experiment, iteration, store, entering) for name in STEP_ORDER}
+
+
+def entering_policy(experiment: Experiment, iteration: int | None, store: Store) -> PolicyRef:
+    """policy(k) by value; for ``iteration`` None the newest that the store holds.
+
+    Raises:
+        OrderError: iteration k-1 is not promoted.
+    """
+    if iteration is not None:
+        found = _entering(experiment, iteration, store)
+        if isinstance(found, str):
+            raise OrderError(f"policy[{partition(experiment, iteration)}] is not promoted yet", f"materialize {found} first")
+        return found
+    newest = _entering(experiment, 1, store)
+    for k in range(2, experiment.iterations + 2):
+        found = _entering(experiment, k, store)
+        if isinstance(found, str):
+            break
+        newest = found
+    assert isinstance(newest, PolicyRef)
+    return newest
+
+
+def _entering(experiment: Experiment, iteration: int, store: Store) -> PolicyRef | str:
+    """policy(k) as values, or the name of what is missing."""
+    from evolve_dag.steps.promotion import next_policy
+
+    ref = PolicyRef(iteration=1, base=base_identity(experiment.models.policy))
+    for k in range(1, iteration):
+        promotion = _resolve("promotion", experiment, k, store, ref)
+        if promotion.digest is None or not promotion.exists:
+            return f"promotion[{partition(experiment, k)}]"
+        ref = next_policy(store.open("promotion", promotion.digest), k + 1)
+    return ref
+
+
+def _resolve(name: str, experiment: Experiment, iteration: int, store: Store, entering: PolicyRef | str) -> Resolved:
+    spec = SPECS[name]
+    if isinstance(entering, str):
+        return Resolved(name, iteration, None, False, missing=entering)
+    config = settings(name, experiment)
+    inputs: dict[str, str] = {}
+    missing = None
+    if name == "policy":
+        config |= {"policy": asdict(entering)}
+    else:
+        for upstream in spec.inputs:
+            found = _resolve(upstream, experiment, iteration, store, entering)
+            assert found.digest is not None
+            inputs[upstream] = found.digest
+            if not found.exists and missing is None:
+                missing = found.missing or f"{upstream}[{partition(experiment, iteration)}]"
+    if spec.iteration:
+        config |= {"iteration": iteration}
+    digest = Store.digest_of(name, spec.version, config, inputs)
+    return Resolved(name, iteration, digest, store.exists(name, digest), inputs, config, missing)
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What the body of a step gets."""
+
+    experiment: Experiment
+    iteration: int
+    store: Store
+    inputs: Mapping[str, Artifact]
+    """Step -> its artifact, opened and checked."""
+    build: Build
+    progress: Progress
+    entering: PolicyRef
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """The artifact, and whether it had to be made."""
+
+    artifact: Artifact
+    recomputed: bool
+    seconds: float
+
+
+Body = Callable[[StepContext], None]
+
+
+def _body(name: str) -> Body:
+    from importlib import import_module
+
+    body: Body = import_module(f"evolve_dag.steps.{name}").run
+    return body
+
+
+def run_step(name: str, experiment: Experiment, iteration: int, store: Store, progress: Progress | None = None) -> StepOutcome:
+    """Make the artifact of ``name`` in ``iteration``, or find it in the store.
+
+    Raises:
+        OrderError: something upstream is not there under the present config; the message says what to materialize.
+        StoreError: an artifact is corrupt, or the disk is full; nothing half-written stays visible.
+    """
+    started = time.monotonic()
+    entering = _entering(experiment, iteration, store)
+    expected = _resolve(name, experiment, iteration, store, entering)
+    here = f"{name}[{partition(experiment, iteration)}]"
+    if expected.missing is not None or expected.digest is None or isinstance(entering, str):
+        what = "is not promoted yet" if name == "policy" else "cannot be made yet"
+        raise OrderError(
+            f"{here} {what}: {expected.missing} is missing or out of date", f"materialize {expected.missing} first"
+        )
+    recomputed = not expected.exists
+    if recomputed:
+        inputs = {upstream: store.open(upstream, digest) for upstream, digest in expected.inputs.items()}
+        with store.build(
+            name, expected.digest, code_version=code_version(name), config=dict(expected.config), inputs=dict(expected.inputs)
+        ) as build:
+            _body(name)(StepContext(experiment, iteration, store, inputs, build, progress or Silent(), entering))
+    artifact = store.open(name, expected.digest)
+    seconds = time.monotonic() - started
+    store.set_ref(experiment.experiment, iteration, name, expected.digest, recomputed=recomputed, seconds=round(seconds, 3))
+    if name == "promotion":
+        # The next policy is committed with the promotion itself, so no crash can leave a decision without its policy.
+        run_step("policy", experiment, iteration + 1, store)
+    return StepOutcome(artifact, recomputed, seconds)

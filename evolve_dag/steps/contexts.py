@@ -1,0 +1,100 @@
+"""Step ``contexts``: step-aligned contexts of student and teacher (METHOD step 4, DESIGN alignment).
+
+Source ``teacher`` samples new trajectories from the experience-aware teacher; source ``student`` takes the student's own
+trajectories and adds the teacher's view. In both cases the action ids are the same in the two views, which is checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from evolve_dag.agent.loop import ExperienceSource, stable_hash
+from evolve_dag.benchmarks.suites import load_split
+from evolve_dag.distillation.alignment import align_all, no_injection, replay_injection, select_rows, without_problems
+from evolve_dag.distillation.dataset import DistillationRow, make_rows, save_contexts
+from evolve_dag.distillation.teacher import TeacherScorer
+from evolve_dag.records import Trajectory
+from evolve_dag.steps.base import StepContext
+from evolve_dag.steps.policies import (
+    adapter_folder,
+    counts,
+    experience_source,
+    load_trajectories,
+    open_policy,
+    open_pool,
+    roll_out,
+    save_trajectories,
+)
+
+if TYPE_CHECKING:
+    from evolve_dag.config import Experiment
+
+
+def run(context: StepContext) -> None:
+    """Sample or take trajectories, keep what the regime keeps, align and score by the teacher."""
+    experiment = context.experiment
+    source = experience_source(experiment, open_pool(context.inputs["experience"]))
+    split = load_split(experiment, "train")
+    with open_policy(experiment, adapter_folder(context.store, context.entering.adapter)) as model:
+        if experiment.regime.source == "teacher":
+            trajectories = roll_out(
+                context,
+                split,
+                model,
+                label="teacher rollouts",
+                seed=stable_hash("contexts", experiment.seed, context.iteration),
+                group_size=experiment.rollout.group_size,
+                experience=source,
+            )
+        else:
+            trajectories = asyncio.run(with_teacher_views(load_trajectories(context.inputs["trajectories"]), source))
+        selection = select_rows(trajectories, experiment.regime.rejection)
+        rows = score(experiment, selection.kept, model, context.progress)
+    folder = context.build.path
+    save_trajectories(folder, trajectories)
+    save_contexts(folder, rows)
+    chosen = [len(c.selected) for row in rows for c in row.contexts]
+    context.build.note(
+        **counts(trajectories) if experiment.regime.source == "teacher" else {**counts(trajectories), "tokens": 0},
+        kept=len(rows),
+        **{f"dropped_{k}": v for k, v in selection.counts.items() if k != "kept"},
+        steps=len(chosen),
+        action_tokens=sum(row.action_tokens for row in rows),
+        items_per_step=sum(chosen) / max(1, len(chosen)),
+        steps_without_item=sum(n == 0 for n in chosen),
+    )
+
+
+def score(experiment: Experiment, kept: Sequence[Trajectory], model: Any, progress: Any) -> list[DistillationRow]:
+    """Align ``kept`` and score every action token by the teacher (``model`` with experience in context).
+
+    Raises:
+        AlignmentError: the two views do not share their action ids, or a student's view holds experience.
+    """
+    inject = no_injection if experiment.injection == "none" else replay_injection(experiment.injection)
+    aligned = align_all(kept, model.chat, inject, without_problems)
+    if experiment.regime.divergence == "cross_entropy" and experiment.injection == "none":
+        return make_rows(aligned, None)
+    scorer = TeacherScorer(model.model, top_k=experiment.distillation.top_k)
+    progress.start("teacher scoring", len(aligned))
+    try:
+        return make_rows(aligned, scorer.score([one.tree for one in aligned], progress.advance))
+    finally:
+        progress.finish()
+
+
+async def with_teacher_views(trajectories: Sequence[Trajectory], source: ExperienceSource | None) -> list[Trajectory]:
+    """Student trajectories with what the teacher would have had in its context recorded in every step."""
+    if source is None:
+        return list(trajectories)
+    out = []
+    for trajectory in trajectories:
+        steps = []
+        for step in trajectory.steps:
+            view = await source.prepare(replace(trajectory, steps=trajectory.steps[: step.index]))
+            steps.append(replace(step, selected=view.selected, injected=view.text))
+        out.append(replace(trajectory, steps=tuple(steps)))
+    return out

@@ -1,0 +1,35 @@
+"""Step ``promotion``: the gate's recorded decision; on ``keep`` the champion stays (METHOD step 7)."""
+
+from __future__ import annotations
+
+import json
+
+from evolve_dag.evaluation.gate import decide, gate_to_json
+from evolve_dag.frames import scores_from_frame
+from evolve_dag.records import PolicyRef
+from evolve_dag.steps.base import StepContext
+from evolve_dag.steps.scores import DEVELOPMENT
+from evolve_dag.store import Artifact
+
+
+def run(context: StepContext) -> None:
+    """Compare candidate and champion on the development tasks and record what becomes of it."""
+    scores = scores_from_frame(context.inputs["scores"].frame("scores.parquet"))
+    candidate, champion = ([s for s in scores if s.condition == condition] for condition in DEVELOPMENT)
+    decision = decide(candidate, champion, context.experiment.gate, context.experiment.seed)
+    entering = context.entering
+    promoted = decision.decision == "promote"
+    leaving = {
+        "base": entering.base,
+        "adapter": context.inputs["adapter"].digest if promoted else entering.adapter,
+        "experience": context.inputs["experience"].digest if promoted else entering.experience,
+    }
+    content = {**gate_to_json(decision), "policy": leaving}
+    (context.build.path / "decision.json").write_text(json.dumps(content, indent=1) + "\n")
+    context.build.note(decision=decision.decision, reasons=list(decision.reasons))
+
+
+def next_policy(promotion: Artifact, iteration: int) -> PolicyRef:
+    """policy(k+1) as the promotion of iteration k recorded it."""
+    leaving = promotion.json("decision.json")["policy"]
+    return PolicyRef(iteration, leaving["base"], leaving["adapter"], leaving["experience"])

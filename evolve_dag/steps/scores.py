@@ -1,0 +1,84 @@
+"""Step ``scores``: held-out results, reported, and development results, for the gate (METHOD step 6).
+
+Every condition draws from the same random numbers (``evaluation.seed``), so two policies on the same task differ by
+what they are, not by luck. Held-out tasks decide nothing.
+"""
+
+from __future__ import annotations
+
+import json
+
+from evolve_dag.agent.loop import stable_hash
+from evolve_dag.benchmarks.suites import Split, load_split
+from evolve_dag.evaluation.metrics import evaluate_summary, score_trajectories
+from evolve_dag.frames import scores_to_frame
+from evolve_dag.records import Score, Trajectory
+from evolve_dag.steps.base import StepContext
+from evolve_dag.steps.policies import (
+    adapter_folder,
+    by_id,
+    counts,
+    experience_source,
+    open_policy,
+    open_pool,
+    roll_out,
+    save_trajectories,
+)
+
+DEVELOPMENT = ("development_candidate", "development_champion")
+"""Conditions that the gate compares."""
+
+
+def run(context: StepContext) -> None:
+    """Evaluate the candidate (adapter(k), E(k)), and on development tasks the champion too."""
+    experiment = context.experiment
+    evaluation = experiment.evaluation
+    held_out, development = load_split(experiment, "held_out"), load_split(experiment, "development")
+    source = experience_source(experiment, open_pool(context.inputs["experience"]))
+    trajectories: list[Trajectory] = []
+    scores: list[Score] = []
+    summary: dict[str, object] = {}
+
+    def evaluate(model: object, condition: str, split: Split, **how: object) -> None:
+        seed = stable_hash("evaluation", evaluation.seed)
+        found = roll_out(
+            context,
+            split,
+            model,
+            label=condition.replace("_", " "),
+            seed=seed,
+            group_size=1 if condition == "greedy" else evaluation.rollouts,
+            **how,  # type: ignore[arg-type]
+        )
+        tasks = by_id(split.tasks)
+        scores.extend(score_trajectories(found, tasks, condition))
+        summary[condition] = evaluate_summary(found, tasks, evaluation)
+        trajectories.extend(found)
+
+    champion = adapter_folder(context.store, context.entering.adapter)
+    with open_policy(experiment, champion) as model:
+        if context.iteration == 1:
+            evaluate(model, "base", held_out)
+        evaluate(model, "development_champion", development)
+    with open_policy(experiment, context.inputs["adapter"].path) as model:
+        evaluate(model, "development_candidate", development)
+        evaluate(model, "without", held_out)
+        if evaluation.with_experience and source is not None:
+            evaluate(model, "with", held_out, experience=source)
+        if evaluation.greedy:
+            evaluate(model, "greedy", held_out, greedy=True)
+    folder = context.build.path
+    scores_to_frame(scores).write_parquet(folder / "scores.parquet")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    save_trajectories(folder, _distinct(trajectories, scores))
+    note = counts(trajectories)
+    context.build.note(
+        tokens=note["tokens"], trajectories=note["trajectories"], failed=note["failed"], conditions=list(summary)
+    )
+
+
+def _distinct(trajectories: list[Trajectory], scores: list[Score]) -> list[Trajectory]:
+    """The same trajectories with their condition in the id: one task is rolled out under several."""
+    from dataclasses import replace
+
+    return [replace(t, id=f"{s.condition}/{t.id}") for t, s in zip(trajectories, scores, strict=True)]

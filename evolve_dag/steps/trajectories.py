@@ -1,0 +1,26 @@
+"""Step ``trajectories``: G rollouts per training task, verified (METHOD steps 1 and 2)."""
+
+from __future__ import annotations
+
+from evolve_dag.agent.loop import stable_hash
+from evolve_dag.benchmarks.suites import check_disjoint, load_split
+from evolve_dag.steps.base import StepContext
+from evolve_dag.steps.policies import adapter_folder, counts, open_policy, roll_out, save_trajectories
+
+
+def run(context: StepContext) -> None:
+    """Roll out policy(k) without experience in its context, so that what it lacks shows."""
+    experiment = context.experiment
+    check_disjoint(experiment)
+    split = load_split(experiment, "train")
+    with open_policy(experiment, adapter_folder(context.store, context.entering.adapter)) as model:
+        trajectories = roll_out(
+            context,
+            split,
+            model,
+            label="rollouts",
+            seed=stable_hash("trajectories", experiment.seed, context.iteration),
+            group_size=experiment.rollout.group_size,
+        )
+    save_trajectories(context.build.path, trajectories)
+    context.build.note(**counts(trajectories))

@@ -1,0 +1,80 @@
+"""Right is what reads the same as the reference."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from evolve_dag.records import Task
+
+
+class ExactVerifier:
+    """An answer is right when it equals the reference, or one of the task's aliases, after :func:`normalise`.
+
+    Aliases stand in ``task.metadata["aliases"]``, separated by ``|``. Every task has a reference, so every answer can be
+    judged: never None, and no answer is a wrong answer. Equality is of the whole text. No verdict is looked for in it
+    and no prefix counts, so "Rato Miku or Zano Pile" is wrong where "Rato Miku" is right.
+    """
+
+    async def verify(self, task: Task, answer: str | None) -> float | None:
+        if answer is None:
+            return 0.0
+        given = normalise(answer)
+        references = [task.answer, *(alias for alias in task.metadata.get("aliases", "").split("|") if alias.strip())]
+        return 1.0 if any(given == normalise(reference) for reference in references) else 0.0
+
+
+def normalise(text: str) -> str:
+    """``text`` without what does not change an answer.
+
+    - Unicode: compatibility forms (NFKC: full-width letters, ligatures) and case, as in the standard's compatibility
+      caseless matching (Unicode, section 3.13, D146); invisible format characters go. Raised digits keep their
+      meaning: "10²" reads "10^2", not "102".
+    - White space: runs become one space, ends go.
+    - Punctuation around the whole answer: a pair of quotation marks or brackets, and the marks that end a sentence.
+      Signs that belong to a value stay: "-5", ".5", "5%", "C#", "$3", the feet of 5' and the factorial of "5!".
+
+    Articles stay: "The Who" is not "Who", and other languages have other articles. List such variants as aliases.
+    """
+    text = _RAISED.sub(lambda digits: f"^{digits.group()}", text)
+    # D146: one pass is not enough, folding can make new compatibility forms and the other way round.
+    for form in ("NFD", "NFKD", "NFKD"):
+        text = unicodedata.normalize(form, text).casefold()
+    text = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+    text = " ".join(text.split())
+    while True:
+        bare = _END_MARKS.sub("", text)
+        if bare[:1] + bare[-1:] in _PAIRS and len(bare) > 1:
+            bare = bare[1:-1]
+        bare = bare.strip()
+        if not bare or bare == text:  # an answer of nothing but signs is that answer
+            return text
+        text = bare
+
+
+_RAISED = re.compile("[⁰¹²³⁴-⁹]+")
+_END_MARKS = re.compile(r"([.,;:。、\s]|(?<!\d)[!?])+$")
+_PAIRS = frozenset(
+    {
+        '""',
+        "''",
+        "``",
+        "()",
+        "[]",
+        "{}",
+        "<>",
+        "«»",
+        "»«",
+        "‹›",
+        "“”",
+        "„“",
+        "„”",
+        "‘’",
+        "‚‘",
+        "「」",
+        "『』",
+        "《》",
+        "〈〉",
+        "【】",
+    }
+)

@@ -1,0 +1,151 @@
+"""The action grammar, by cases and by fuzzing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evolve_dag.agent.actions import ParsedAction, explain, parse_action, validate_call
+from evolve_dag.agent.chat import GRAMMAR_TAGS
+from evolve_dag.environments.base import ToolSpec
+from evolve_dag.records import ToolCall
+
+TOOLS = (ToolSpec("search", "find pages", {"query": "words"}), ToolSpec("visit", "read a page", {"page": "title"}))
+
+
+def called(body: str, before: str = "", after: str = "") -> str:
+    return f"{before}<tool_call>\n{body}\n</tool_call>{after}"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            called('{"name": "search", "arguments": {"query": "Bado Keli mayor"}}', "look it up\n"),
+            ParsedAction("look it up", ToolCall("search", {"query": "Bado Keli mayor"})),
+        ),
+        ("<answer>Rato Miku</answer>", ParsedAction("", answer="Rato Miku")),
+        ("seen it\n<answer>\n Rato Miku \n</answer>", ParsedAction("seen it", answer="Rato Miku")),
+        (
+            "<think>\nmaybe <answer>no</answer>\n</think>\n<answer>Rato</answer>",
+            ParsedAction("maybe <answer>no</answer>", answer="Rato"),
+        ),
+        (
+            called('{"name": "visit", "arguments": {"page": "a", "n": 1.50, "deep": true}, "id": 7}'),
+            ParsedAction("", ToolCall("visit", {"page": "a", "n": "1.50", "deep": "true"})),
+        ),
+        (called('{"name": "now", "arguments": {}}', after=" and then"), ParsedAction("", ToolCall("now", {}))),
+        (
+            called('{"name": "search", "arguments": {"query": "what is <answer>?"}}'),
+            ParsedAction("", ToolCall("search", {"query": "what is <answer>?"})),
+        ),
+        ("", ParsedAction("", problem="there is no tool call and no answer")),
+        ("Rato Miku", ParsedAction("Rato Miku", problem="there is no tool call and no answer")),
+        ("<answer> </answer>", ParsedAction("", problem="the answer is empty")),
+        ("<answer>a</answer><answer>b</answer>", ParsedAction("", problem="there are 2 answers")),
+        ("so <answer>Rato", ParsedAction("so", problem="the answer is not closed")),
+        ("Rato</answer>", ParsedAction("Rato", problem="the answer is closed but never opened")),
+        ('<tool_call>{"name": "search"', ParsedAction("", problem="the tool call is not closed")),
+        ("}</tool_call>", ParsedAction("}", problem="the tool call is closed but never opened")),
+        (
+            called('{"name": "a", "arguments": {}}') + called('{"name": "b", "arguments": {}}'),
+            ParsedAction("", problem="there are 2 tool calls, none was made"),
+        ),
+        (
+            called('{"name": "a", "arguments": {}}') + "<answer>x</answer>",
+            ParsedAction("", problem="there are both a tool call and an answer"),
+        ),
+        (
+            called('{"name": "a", "arguments": {}}') + "<tool_call>",
+            ParsedAction("", problem="the tool call is not closed"),
+        ),
+        (called("search Bado"), ParsedAction("", problem="the tool call is not valid json")),
+        (called("[1]"), ParsedAction("", problem="the tool call is not a json object")),
+        (called("[" * 100_000), ParsedAction("", problem="the tool call is not valid json")),
+        (called('{"arguments": {}}'), ParsedAction("", problem="the tool call has no name")),
+        (called('{"name": null, "arguments": {}}'), ParsedAction("", problem="the tool call has no name")),
+        (called('{"name": "search"}'), ParsedAction("", problem="the tool call has no arguments")),
+        (called('{"name": "search", "arguments": "Bado"}'), ParsedAction("", problem="the arguments are not a json object")),
+        (
+            called('{"name": "search", "arguments": {"query": ["a"]}}'),
+            ParsedAction("", problem="the argument query is a list, it must be text"),
+        ),
+        (
+            called('{"name": "search", "arguments": {"query": {"a": 1}}}'),
+            ParsedAction("", problem="the argument query is an object, it must be text"),
+        ),
+        (
+            called('{"name": "search", "arguments": {"query": null}}'),
+            ParsedAction("", problem="the argument query is null, it must be text"),
+        ),
+        (
+            called('{"name": "search", "arguments": {"query": "\\ud800"}}'),
+            ParsedAction("", problem="the tool call holds characters that are not text"),
+        ),
+    ],
+)
+def test_cases(text: str, expected: ParsedAction) -> None:
+    assert parse_action(text) == expected
+
+
+fragments = st.sampled_from(
+    [
+        *GRAMMAR_TAGS,
+        '{"name": "search", "arguments": {"query": "x"}}',
+        '{"name":',
+        "}",
+        '"arguments"',
+        "[[",
+        "\\ud800",
+        "1e999",
+        "NaN",
+        "\n",
+    ]
+)
+
+
+@given(st.lists(fragments | st.text(max_size=8), max_size=10).map("".join))
+@settings(max_examples=200, deadline=None)
+def test_never_raises_and_says_exactly_one_thing(text: str) -> None:
+    action = parse_action(text)
+    assert sum(part is not None for part in (action.call, action.answer, action.problem)) == 1
+    if action.call is not None:
+        assert all(isinstance(value, str) for value in action.call.arguments.values())
+        validate_call(action.call, TOOLS)
+    if action.problem is not None:
+        assert not any(tag in explain(action.problem) for tag in GRAMMAR_TAGS)
+        assert len(explain(action.problem)) < 250
+
+
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+
+
+@given(name=names, arguments=st.dictionaries(names, st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_round_trip(name: str, arguments: dict[str, str]) -> None:
+    body = json.dumps({"name": name, "arguments": arguments}).replace("<", "\\u003c")  # as a careful writer escapes tags
+    assert parse_action(called(body, "because ")) == ParsedAction("because", ToolCall(name, arguments))
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (ToolCall("search", {"query": "a"}), None),
+        (ToolCall("serach", {"query": "a"}), "there is no tool serach; the tools are: search, visit"),
+        (ToolCall("search", {}), "the argument query is missing; search takes query"),
+        (ToolCall("search", {"q": "a"}), "the argument query is missing; search takes query"),
+        (ToolCall("search", {"query": "a", "limit": "3"}), "the argument limit is unknown; search takes query"),
+    ],
+)
+def test_validate(call: ToolCall, expected: str | None) -> None:
+    assert validate_call(call, TOOLS) == expected
+
+
+def test_a_made_up_name_is_not_repeated_at_length() -> None:
+    problem = validate_call(ToolCall("x\n" * 500, {}), TOOLS)
+    assert problem is not None
+    assert len(problem) < 120
+    assert "\n" not in problem

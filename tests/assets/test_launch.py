@@ -1,0 +1,168 @@
+"""Driving Dagster from the command line: resume, no-op, locks, leftovers of killed runs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import dagster as dg
+import pytest
+import yaml
+from assets_helpers import FakeSteps, write_config
+from evolve_dag.assets import automation, launch
+from rich.console import Console
+
+from evolve_dag import registry
+from evolve_dag.definitions import defs
+from evolve_dag.errors import ConcurrencyError, ConfigError, DataError
+from evolve_dag.steps import base
+from evolve_dag.store import Store
+
+ROOT = Path(".evolve")
+
+
+def run(config: Path, *, iterations: int | None = None, seed: int | None = None) -> tuple[launch.RunResult, str]:
+    """``evolve run`` without the tables; returns what it printed as well."""
+    printed = io.StringIO()
+    result = launch.run(config, seed=seed, iterations=iterations, root=ROOT, console=Console(file=printed, width=120))
+    return result, printed.getvalue()
+
+
+def test_a_run_makes_everything_and_the_next_one_nothing(fake: FakeSteps, config: Path) -> None:
+    result, printed = run(config)
+    assert result.runs == 2
+    assert all(result.recomputed[key] for key in result.recomputed if key != (2, "policy"))
+    assert result.recomputed[2, "policy"] is False, "the promotion has committed it"
+    assert "tiny 2/2 promotion" in printed
+    ran = list(fake.ran)
+    again, printed = run(config)
+    assert (again.runs, printed, fake.ran) == (0, "", ran)
+    assert set(again.recomputed.values()) == {False}
+
+
+def test_more_iterations_run_only_the_new_ones(fake: FakeSteps, config: Path) -> None:
+    run(config, iterations=1)
+    result, _ = run(config, iterations=2)
+    assert result.runs == 1
+    assert [ran for ran in fake.ran if ran.startswith("trajectories")] == ["trajectories[tiny|01]", "trajectories[tiny|02]"]
+
+
+def test_artifacts_without_a_record_are_recorded_but_not_recomputed(
+    fake: FakeSteps, config: Path, monkeypatch: pytest.MonkeyPatch, place: Path
+) -> None:
+    run(config, iterations=1)
+    ran = list(fake.ran)
+    monkeypatch.setenv("DAGSTER_HOME", str(place / "another_home"))
+    result, _ = run(config, iterations=1)
+    assert result.runs == 1
+    assert set(result.recomputed.values()) == {False}
+    assert fake.ran == ran
+
+
+def test_a_failed_step_leaves_its_predecessors_and_the_next_run_goes_on(fake: FakeSteps, config: Path) -> None:
+    fake.fail["adapter"] = DataError("the disk of doom", "mend it")
+    with pytest.raises(DataError, match="the disk of doom") as caught:
+        run(config, iterations=1)
+    assert caught.value.remedy == "mend it"
+    del fake.fail["adapter"]
+    result, _ = run(config, iterations=1)
+    assert [name for (_, name), made in result.recomputed.items() if made] == ["adapter", "scores", "promotion"]
+
+
+def test_ctrl_c_ends_the_run_and_leaves_nothing_started(fake: FakeSteps, config: Path) -> None:
+    fake.fail["experience"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run(config, iterations=1)
+    del fake.fail["experience"]
+    result, _ = run(config, iterations=1)
+    assert result.runs == 1
+    with launch.open_instance(ROOT) as instance:
+        assert not instance.get_runs(dg.RunsFilter(statuses=automation.IN_PROGRESS))
+
+
+def test_two_runs_of_one_experiment_at_once_are_refused(fake: FakeSteps, config: Path) -> None:
+    with Store(ROOT).lock("tiny"), pytest.raises(ConcurrencyError, match="'tiny' is being run"):
+        run(config)
+    assert fake.ran == []
+
+
+def test_the_run_of_a_killed_command_is_ended(fake: FakeSteps, config: Path) -> None:
+    with launch.open_instance(ROOT) as instance:
+        dead = instance.create_run_for_job(
+            job_def=defs.resolve_job_def("iteration"),
+            status=dg.DagsterRunStatus.STARTED,
+            tags={launch.LINEAGE_TAG: "tiny"},
+        )
+    run(config, iterations=1)
+    with launch.open_instance(ROOT) as instance:
+        found = instance.get_run_by_id(dead.run_id)
+        assert found is not None
+        assert found.status == dg.DagsterRunStatus.FAILURE
+
+
+def test_another_seed_is_another_lineage_that_shares_what_it_can(fake: FakeSteps, config: Path) -> None:
+    run(config, iterations=1)
+    result, _ = run(config, iterations=1, seed=5)
+    assert result.experiment.experiment == "tiny-s5"
+    assert result.experiment.seed == 5
+    made = {name for (_, name), made in result.recomputed.items() if made}
+    assert "policy" not in made, "the base policy does not depend on the seed"
+    assert "trajectories" in made
+    assert registry.load(ROOT, "tiny-s5").seed == 5
+
+
+def test_the_files_own_seed_keeps_the_name(fake: FakeSteps, config: Path) -> None:
+    result, _ = run(config, iterations=1, seed=0)
+    assert result.experiment.experiment == "tiny"
+
+
+def test_a_name_that_another_file_holds_is_refused(fake: FakeSteps, config: Path, place: Path) -> None:
+    run(config, iterations=1)
+    other = write_config(place / "elsewhere" / "tiny.yaml", granularity="instance")
+    with pytest.raises(ConfigError, match="belongs to"):
+        run(other)
+    config.unlink()
+    result, _ = run(other, iterations=1)
+    assert result.experiment.granularity == "instance", "the name is free once its file is gone"
+
+
+def test_mistakes_in_the_users_files_leave_no_store(config: Path, place: Path) -> None:
+    (place / "pages.jsonl").write_text('{"title": "a", "text": "b"}\n')
+    (place / "tasks.jsonl").write_text("not json\n")
+    splits = {name: {"path": "../tasks.jsonl", "count": None, "world": None} for name in ("train", "development", "held_out")}
+    write_config(config, environment={"kind": "corpus", "pages": "../pages.jsonl"}, tasks=splits)
+    with pytest.raises(DataError, match="tasks.jsonl"):
+        run(config)
+    assert not ROOT.exists()
+
+
+def test_the_store_gets_the_projects_dagster_settings_without_its_storage(place: Path) -> None:
+    (place / "dagster.yaml").write_text("storage: {sqlite: {base_dir: elsewhere}}\nnux: {enabled: false}\n")
+    home = launch.prepare_home(place / "store")
+    assert yaml.safe_load((home / "dagster.yaml").read_text()) == {"nux": {"enabled": False}}
+    (home / "dagster.yaml").write_text("nux: {enabled: true}\n")
+    launch.prepare_home(place / "store")
+    assert "true" in (home / "dagster.yaml").read_text(), "what the user changed there stays"
+
+
+def test_a_dagster_home_of_the_users_own_is_used_as_it_is(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(place / "mine"))
+    assert launch.prepare_home(place / "store") == place / "mine"
+    assert not (place / "mine" / "dagster.yaml").exists()
+
+
+def test_bars_follow_a_steps_phases() -> None:
+    from rich.progress import Progress
+
+    bars = Progress(console=Console(file=io.StringIO()))
+    shown = launch.Bars(bars, "tiny 1/2 adapter")
+    shown.start("distillation", 10)
+    shown.advance(4)
+    [task] = bars.tasks
+    assert (task.description, task.completed, task.total) == ("tiny 1/2 adapter distillation", 4, 10)
+    shown.finish()
+    shown.start("scoring", 3)
+    assert (task.completed, task.total) == (0, 3)
+    progress: base.Progress = shown
+    progress.advance()
+    assert task.completed == 1

@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distillation_fakes import TinyChat, make_scored_rows, make_trajectory, tiny_model
+
+import evolve_dag.distillation.losses as losses_module
+import evolve_dag.distillation.trainer as trainer_module
+from evolve_dag.config import DistillationSettings, Regime
+from evolve_dag.distillation.adapter import load_adapter, merged_model
+from evolve_dag.distillation.alignment import align, no_injection, replay_injection
+from evolve_dag.distillation.dataset import DistillationRow, make_rows
+from evolve_dag.distillation.trainer import (
+    CurvePoint,
+    DistillationResult,
+    collate,
+    distill,
+    learning_rate,
+    step_divergences,
+)
+from evolve_dag.errors import AlignmentError, ModelError, StoreError
+
+STEP_WISE = replay_injection("step_wise")
+SETTINGS = DistillationSettings(rank=8, alpha=16, learning_rate=1e-2, epochs=2, tokens_per_batch=256, top_k=8)
+
+
+@pytest.fixture(scope="module")
+def rows(trained: torch.nn.Module) -> list[DistillationRow]:
+    return make_scored_rows(trained, range(24), STEP_WISE)
+
+
+@pytest.fixture(scope="module")
+def held_out(trained: torch.nn.Module) -> list[DistillationRow]:
+    return make_scored_rows(trained, range(1000, 1024), STEP_WISE)
+
+
+def run(model: torch.nn.Module, rows: list[DistillationRow], out: Path, **changes: Any) -> DistillationResult:
+    settings = SETTINGS.model_copy(
+        update={key: changes.pop(key) for key in list(changes) if key in DistillationSettings.model_fields}
+    )
+    regime = Regime(**{"divergence": changes.pop("divergence", "forward_kl")})
+    return distill(model, rows, settings=settings, regime=regime, out=out, **changes)
+
+
+def mean_divergence(model: torch.nn.Module, rows: list[DistillationRow]) -> float:
+    return float(np.mean([value for steps in step_divergences(model, rows) for value in steps]))
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "cross_entropy"])
+def test_the_student_moves_to_the_hint_following_teacher(
+    divergence: str, trained: torch.nn.Module, held_out: list[DistillationRow], tmp_path: Path
+) -> None:
+    """Without the hint the student learns what the hint would have said, also on trajectories it never saw."""
+    rows = make_scored_rows(trained, range(48), STEP_WISE)
+    before = mean_divergence(trained, held_out)
+    result = run(trained, rows, tmp_path, divergence=divergence, epochs=10)
+    after = mean_divergence(merged_model(trained, result.adapter), held_out)
+    assert before > 0.4
+    assert after < 0.5 * before
+    assert not result.unchanged
+    assert mean_divergence(trained, held_out) == before  # the model given is as it was
+
+
+def test_teacher_without_experience_gives_nothing_to_learn(trained: torch.nn.Module, tmp_path: Path) -> None:
+    rows = make_scored_rows(trained, range(8), no_injection, hints=False)
+    result = run(trained, rows, tmp_path, epochs=1)
+    assert result.curve[0].loss == pytest.approx(0, abs=1e-6)
+    assert max(abs(value) for steps in step_divergences(trained, rows) for value in steps) < 1e-5
+
+
+def test_the_loss_is_the_mean_over_action_tokens(trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path) -> None:
+    """Against a loop that computes all logits, one row at a time, and knows nothing of spans in batches."""
+    result = run(trained, rows, tmp_path, tokens_per_batch=100_000, epochs=1)
+    total, tokens = 0.0, 0
+    for row in rows:
+        assert row.teacher is not None
+        assert row.teacher.ids is not None
+        assert row.teacher.tail is not None
+        with torch.no_grad():
+            q = torch.log_softmax(trained(input_ids=torch.tensor([row.row.ids])).logits[0].double(), -1)
+        for n, position in enumerate(row.row.positions):
+            p, ids = row.teacher.logprobs[n], row.teacher.ids[n]
+            kept = q[position - 1, torch.tensor(ids).long()].numpy()
+            total += float((np.exp(p) * (p - kept)).sum())
+            tail = float(row.teacher.tail[n])
+            total += math.exp(tail) * (tail - math.log1p(-math.exp(float(np.logaddexp.reduce(kept)))))
+            tokens += 1
+    assert result.curve[0].loss == pytest.approx(total / tokens, rel=1e-3)
+    assert result.curve[0].action_tokens == tokens == result.action_tokens
+    assert result.curve[0].tokens == sum(row.tokens for row in rows) == result.tokens
+
+
+def test_padding_and_batching_do_not_change_divergences(trained: torch.nn.Module, rows: list[DistillationRow]) -> None:
+    alone = [value for row in rows for value in step_divergences(trained, [row])[0]]
+    together = [value for steps in step_divergences(trained, rows, tokens_per_batch=1000) for value in steps]
+    np.testing.assert_allclose(alone, together, atol=1e-5)
+
+
+def test_small_logit_chunks_train_the_same(
+    trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(trained, rows, tmp_path / "a")
+    monkeypatch.setattr(losses_module, "CHUNK_ELEMENTS", 132 * 7)
+    chunked = run(trained, rows, tmp_path / "b")
+    assert [p.loss for p in chunked.curve] == pytest.approx([p.loss for p in whole.curve], rel=1e-3)
+
+
+def test_same_seed_same_bytes(trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path) -> None:
+    made = {}
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        torch.manual_seed(hash(name) % 1000)  # what the process drew before does not matter
+        made[name] = run(trained, rows, tmp_path / name, seed=seed)
+    weights = {name: (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in made}
+    assert weights["a"] == weights["b"]
+    assert weights["a"] != weights["c"]
+
+    def facts(point: CurvePoint) -> CurvePoint:
+        return replace(point, tokens_per_second=0.0)
+
+    assert [facts(p) for p in made["a"].curve] == [facts(p) for p in made["b"].curve]
+
+
+def test_the_adapter_continues(trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path) -> None:
+    first = run(trained, rows, tmp_path / "1", epochs=4)
+    second = run(trained, rows, tmp_path / "2", epochs=1, tokens_per_batch=100_000, init_adapter=first.adapter, iteration=2)
+    policy = load_adapter(tiny_model(), first.adapter)
+    policy.get_base_model().load_state_dict({**policy.get_base_model().state_dict(), **_base_weights(policy, trained)})
+    tokens = [end - start for row in rows for start, end in row.row.spans]
+    values = [value for steps in step_divergences(policy, rows) for value in steps]
+    assert second.curve[0].loss == pytest.approx(float(np.average(values, weights=tokens)), rel=1e-3)
+    assert second.curve[0].learning_rate == pytest.approx(1e-2 * 0.7 / 5)
+
+
+def _base_weights(policy: Any, trained: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights of ``trained`` under the names that the wrapped model has for them."""
+    names = set(policy.get_base_model().state_dict())
+    found = {}
+    for name, tensor in trained.state_dict().items():
+        stem, _, last = name.rpartition(".")
+        found[f"{stem}.base_layer.{last}" if f"{stem}.base_layer.{last}" in names else name] = tensor
+    return found
+
+
+def test_nothing_kept_leaves_the_adapter_unchanged(
+    trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path
+) -> None:
+    first = run(trained, rows, tmp_path / "1")
+    second = run(trained, [], tmp_path / "2", init_adapter=first.adapter, refresh=3)
+    assert second.unchanged
+    assert second.note == "no trajectory was kept"
+    assert (second.rows, second.curve, second.tokens) == (0, (), 0)
+    weights = "adapter_model.safetensors"
+    assert (second.adapter / weights).read_bytes() == (first.adapter / weights).read_bytes()
+    from_base = run(trained, [], tmp_path / "3")
+    ids = torch.arange(8, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(merged_model(trained, from_base.adapter)(input_ids=ids).logits, trained(input_ids=ids).logits)
+
+
+def test_learning_rate_warms_up_decays_to_a_tenth_and_falls_per_iteration() -> None:
+    settings = SETTINGS.model_copy(update={"warmup_steps": 5})
+    rates = [learning_rate(settings, step, 101) for step in range(101)]
+    assert rates[0] == pytest.approx(1e-2 / 5)
+    assert max(rates) == rates[4] == pytest.approx(1e-2 * (1 - 0.9 * 4 / 100))
+    assert rates[50] == pytest.approx(1e-2 * 0.55)
+    assert rates[100] == pytest.approx(1e-3)
+    assert learning_rate(settings, 50, 101, iteration=3) == pytest.approx(rates[50] * 0.49)
+    assert learning_rate(settings.model_copy(update={"warmup_steps": 0}), 0, 1) == pytest.approx(1e-2)
+
+
+def test_every_row_is_seen_once_per_epoch(trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path) -> None:
+    result = run(trained, rows, tmp_path, epochs=3)
+    assert result.tokens == 3 * sum(row.tokens for row in rows)
+    assert sum(point.action_tokens for point in result.curve) == 3 * result.action_tokens
+
+
+def test_on_step_follows_training(trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    result = run(trained, rows, tmp_path, on_step=lambda point, total: seen.append((point.step, total)))
+    assert seen == [(step, len(result.curve)) for step in range(len(result.curve))]
+
+
+def test_fresh_trajectories_come_at_even_points_from_the_current_student(
+    trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path
+) -> None:
+    fresh = make_scored_rows(trained, range(200, 212), STEP_WISE)
+    asked: list[tuple[int, float]] = []
+
+    def resample(number: int, student: torch.nn.Module) -> list[DistillationRow]:
+        asked.append((number, mean_divergence(student, fresh)))
+        torch.set_num_threads(2)
+        with torch.no_grad():  # the student is a copy: what happens to it stays without effect
+            for parameter in student.parameters():
+                parameter.zero_()
+        return fresh if number != 2 else []
+
+    result = run(trained, rows, tmp_path, divergence="reverse_kl", refresh=3, epochs=6, resample=resample)
+    assert [number for number, _ in asked] == [1, 2]
+    assert mean_divergence(trained, fresh) > asked[0][1] > asked[1][1]
+    assert (result.refreshes, result.empty_refreshes) == (2, 1)
+    total = len(result.curve)
+    starts = [next(point.step for point in result.curve if point.round == number) for number in range(3)]
+    assert starts == [0, total // 3, total * 2 // 3]
+    lengths = {row.tokens for row in fresh}
+    first_round = [point for point in result.curve if point.round == 1]
+    assert len(first_round) > 2
+    assert max(point.tokens for point in first_round) <= 256
+    assert lengths  # rounds train on the fresh rows: their divergence at the start is the student's own
+    assert mean_divergence(merged_model(trained, result.adapter), fresh) < asked[1][1]
+
+
+def test_refresh_without_a_sampler_is_a_mistake(trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="refresh is 2, but nothing can sample"):
+        run(trained, rows, tmp_path, refresh=2)
+
+
+def poison(row: DistillationRow) -> DistillationRow:
+    """A teacher that claims more than probability 1 by infinity: loss and gradient are not finite."""
+    assert row.teacher is not None
+    return replace(row, teacher=replace(row.teacher, logprobs=np.full_like(row.teacher.logprobs, np.inf)))
+
+
+def test_a_bad_batch_is_skipped_and_counted(trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path) -> None:
+    result = run(trained, [poison(rows[0]), *rows[1:]], tmp_path, epochs=2)
+    assert result.skipped == 2  # once per epoch
+    assert sum(point.skipped for point in result.curve) == 2
+    assert all(math.isfinite(point.loss) for point in result.curve if not point.skipped)
+    assert not result.unchanged
+    load_adapter(tiny_model(), result.adapter)
+
+
+def test_gradients_that_are_not_finite_are_skipped(
+    trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def broken_once(parameters: Any, limit: float) -> torch.Tensor:
+        calls.append(1)
+        norm = clip(parameters, limit)
+        return torch.tensor(math.inf) if len(calls) == 2 else norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken_once)
+    result = run(trained, rows, tmp_path)
+    assert [point.step for point in result.curve if point.skipped] == [1]
+
+
+def test_bad_batches_in_a_row_end_the_training_and_give_the_model_back(
+    trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path
+) -> None:
+    before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    with pytest.raises(ModelError, match="training step 3: 4 batches in a row"):
+        run(trained, [poison(row) for row in rows], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert list(trained.state_dict()) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
+
+
+def test_three_bad_batches_alone_are_no_update(trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path) -> None:
+    result = run(trained, [poison(rows[0])], tmp_path, epochs=3)
+    assert result.unchanged
+    assert result.note == "every batch was skipped"
+
+
+def test_rows_without_a_teacher_are_refused_where_one_is_needed(trained: torch.nn.Module, tmp_path: Path) -> None:
+    chat = TinyChat()
+    bare = make_rows([align(make_trajectory(chat, seed), chat, STEP_WISE) for seed in range(4)], None)
+    with pytest.raises(AlignmentError, match=r"trajectory t0#0: no teacher log-probabilities, which forward_kl needs"):
+        run(trained, bare, tmp_path)
+    result = run(trained, bare, tmp_path, divergence="cross_entropy")
+    assert {point.divergence for point in result.curve} == {None}
+    assert result.curve[0].loss > 0
+
+
+def test_mixed_teachers_are_refused(trained: torch.nn.Module) -> None:
+    mixed = [make_scored_rows(trained, [1], STEP_WISE, top_k=k)[0] for k in (4, 8)]
+    with pytest.raises(AlignmentError, match="different kinds of teacher"):
+        collate(mixed)
+
+
+def test_full_vocabulary_and_wide_top_k_agree(trained: torch.nn.Module, tmp_path: Path) -> None:
+    curves = []
+    for top_k in (0, 131):
+        rows = make_scored_rows(trained, range(8), STEP_WISE, top_k=top_k)
+        curves.append([point.loss for point in run(trained, rows, tmp_path / str(top_k)).curve])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+
+
+def test_a_model_folder_and_an_untied_model(rows: list[DistillationRow], trained: torch.nn.Module, tmp_path: Path) -> None:
+    trained.save_pretrained(tmp_path / "model")
+    from_folder = run(tmp_path / "model", rows, tmp_path / "a")  # type: ignore[arg-type]
+    from_object = run(trained, rows, tmp_path / "b")
+    weights = "adapter_model.safetensors"
+    assert (from_folder.adapter / weights).read_bytes() == (from_object.adapter / weights).read_bytes()
+    untied = run(tiny_model(tie_word_embeddings=False), rows, tmp_path / "c", epochs=1)
+    assert not any("lm_head" in name for name in load_adapter(tiny_model(), untied.adapter).state_dict() if "lora" in name)
+
+
+def test_what_cannot_be_loaded_is_named(rows: list[DistillationRow], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nowhere: not a model"):
+        run(tmp_path / "nowhere", rows, tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(StoreError, match=r"adapter_config\.json: no such file"):
+        run(tiny_model(), rows, tmp_path / "out", init_adapter=tmp_path)
+
+
+def test_threads_are_given_back(trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path) -> None:
+    assert torch.get_num_threads() == 1
+    seen: list[int] = []
+    run(trained, rows[:1], tmp_path, threads=2, epochs=1, on_step=lambda *_: seen.append(torch.get_num_threads()))
+    assert set(seen) == {2}
+    assert torch.get_num_threads() == 1
+
+
+def test_betas_and_final_fraction_are_those_of_the_method() -> None:
+    assert trainer_module.BETAS == (0.9, 0.99)
+    assert trainer_module.FINAL_FRACTION == 0.1

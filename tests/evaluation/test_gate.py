@@ -1,0 +1,166 @@
+"""The gate: when the champion stays."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evolve_dag.config import GateSettings
+from evolve_dag.errors import DataError
+from evolve_dag.evaluation.gate import decide, gate_from_json, gate_to_json
+from evolve_dag.records import Score
+
+SETTINGS = GateSettings()
+
+
+def score(task: int, reward: float | None = 1.0, *, premature: bool = False, turns: int = 4, rollout: int = 0) -> Score:
+    return Score(f"t{task:03d}", rollout, "without", reward, premature, "answered", turns, 20)
+
+
+def side(rewards: list[float | None], **fields) -> list[Score]:
+    return [score(i, reward, **fields) for i, reward in enumerate(rewards)]
+
+
+def test_a_better_candidate_is_promoted_and_the_reasons_carry_the_numbers() -> None:
+    d = decide(side([1.0] * 80 + [0.0] * 20), side([1.0] * 40 + [0.0] * 60), SETTINGS, 0)
+    assert d.decision == "promote"
+    assert d.reasons[0].startswith("success 80.0% against 40.0%: +40.0 points")
+    assert d.evidence["success_difference"] == pytest.approx(0.4)
+    low = d.evidence["success_low"]
+    assert low is not None
+    assert 0.2 < low < 0.4
+
+
+def test_a_significant_loss_keeps_the_champion() -> None:
+    d = decide(side([1.0] * 30 + [0.0] * 70), side([1.0] * 60 + [0.0] * 40), SETTINGS, 0)
+    assert d.decision == "keep"
+    assert len(d.reasons) == 1
+    assert d.reasons[0].startswith("significant loss of success 30.0% against 60.0%: -30.0 points")
+
+
+def test_a_loss_within_the_noise_is_no_reason() -> None:
+    champion = [1.0, 0.0] * 50
+    candidate = [0.0 if i < 8 else 1.0 if 9 <= i < 14 else v for i, v in enumerate(champion)]
+    assert sum(candidate) < sum(champion)
+    assert decide(side(candidate), side(champion), SETTINGS, 0).decision == "promote"
+
+
+def test_rise_of_premature_answers() -> None:
+    champion = side([1.0] * 100)
+
+    def candidate(premature: int) -> list[Score]:
+        return [score(i, premature=i < premature) for i in range(100)]
+
+    assert decide(candidate(10), champion, SETTINGS, 0).decision == "promote"
+    d = decide(candidate(11), champion, SETTINGS, 0)
+    assert d.decision == "keep"
+    assert d.reasons == ("premature answers 11.0% against 0.0%: +11.0 points, at most +10.0 allowed",)
+
+
+def test_many_more_turns() -> None:
+    assert decide(side([1.0] * 9, turns=8), side([1.0] * 9, turns=4), SETTINGS, 0).decision == "promote"
+    d = decide(side([1.0] * 9, turns=9), side([1.0] * 9, turns=4), SETTINGS, 0)
+    assert d.decision == "keep"
+    assert "2.25 times as many" in d.reasons[0]
+    assert d.evidence["turn_ratio"] == 2.25
+
+
+def test_every_failed_check_is_named() -> None:
+    d = decide(side([0.0] * 50, turns=9, premature=True), side([1.0] * 50), SETTINGS, 0)
+    assert d.decision == "keep"
+    assert [reason.split()[0] for reason in d.reasons] == ["significant", "premature", "mean"]
+
+
+@pytest.mark.parametrize("candidate", [[None] * 4, [1.0, None, None, None]])
+def test_too_few_judged_keeps(candidate: list[float | None]) -> None:
+    d = decide(side(candidate), side([1.0] * 4), SETTINGS, 0)
+    assert d.decision == "keep"
+    assert "too few to compare" in d.reasons[0]
+
+
+def test_tasks_judged_on_one_side_only_decide_nothing() -> None:
+    champion = side([1.0] * 40 + [None] * 10)
+    candidate = side([1.0] * 40 + [0.0] * 10)
+    d = decide(candidate, champion, SETTINGS, 0)
+    assert d.decision == "promote"
+    assert d.evidence["judged_tasks"] == 40
+    assert d.evidence["success_difference"] == 0.0
+
+
+def test_no_task_at_all_keeps() -> None:
+    d = decide([], [], SETTINGS, 0)
+    assert d.decision == "keep"
+    assert "0 of 0" in d.reasons[0]
+
+
+def test_a_champion_without_turns_has_no_ratio() -> None:
+    d = decide(side([1.0] * 3, turns=2), side([1.0] * 3, turns=0), SETTINGS, 0)
+    assert d.decision == "promote"
+    assert d.evidence["turn_ratio"] is None
+
+
+def test_other_tasks_are_refused() -> None:
+    with pytest.raises(DataError, match=r"different tasks: 1 on one side only, first 't003' \(champion\)"):
+        decide(side([1.0] * 3), side([1.0] * 4), SETTINGS, 0)
+
+
+def test_a_rollout_twice_is_refused() -> None:
+    with pytest.raises(DataError, match="candidate scores hold 1 rollouts more than once"):
+        decide([score(0), score(0)], [score(0)], SETTINGS, 0)
+
+
+def test_a_task_weighs_the_same_however_often_it_was_rolled_out() -> None:
+    candidate = [score(0, 0.0), *(score(1, 1.0, rollout=r) for r in range(9))]
+    d = decide(candidate, side([0.0, 1.0]), SETTINGS, 0)
+    assert d.evidence["success_candidate"] == 0.5
+    assert d.evidence["success_difference"] == 0.0
+
+
+rows = st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.booleans(), st.integers(0, 9)), min_size=1, max_size=30)
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows, st.integers(0, 5))
+def test_identical_scores_lose_nothing(values: list[tuple[float, bool, int]], seed: int) -> None:
+    scores = [score(i, reward, premature=premature, turns=turns) for i, (reward, premature, turns) in enumerate(values)]
+    assert decide(scores, scores, SETTINGS, seed).decision == "promote"
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows, rows, st.integers(0, 5))
+def test_more_success_never_turns_promote_into_keep(
+    candidate: list[tuple[float, bool, int]], champion: list[tuple[float, bool, int]], seed: int
+) -> None:
+    n = min(len(candidate), len(champion))
+
+    def made(values: list[tuple[float, bool, int]], **over) -> list[Score]:
+        return [score(i, over.get("reward", r), premature=p, turns=t) for i, (r, p, t) in enumerate(values[:n])]
+
+    if decide(made(candidate), made(champion), SETTINGS, seed).decision == "promote":
+        assert decide(made(candidate, reward=1.0), made(champion), SETTINGS, seed).decision == "promote"
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows, st.randoms(use_true_random=False))
+def test_order_of_rows_decides_nothing(values: list[tuple[float, bool, int]], random) -> None:
+    a = [score(i, r, premature=p, turns=t) for i, (r, p, t) in enumerate(values)]
+    b = [score(i, 1.0 - r, premature=not p, turns=t) for i, (r, p, t) in enumerate(values)]
+    shuffled = list(a)
+    random.shuffle(shuffled)
+    assert decide(shuffled, b, SETTINGS, 1) == decide(a, b, SETTINGS, 1)
+
+
+def test_json_is_lossless() -> None:
+    d = decide(side([1.0] * 5), side([0.0] * 5, turns=0), SETTINGS, 0)
+    assert gate_from_json(json.loads(json.dumps(gate_to_json(d)))) == d
+
+
+@pytest.mark.parametrize(
+    "broken", [{}, {"decision": "maybe", "reasons": [], "evidence": {}}, {"decision": "keep", "reasons": 3, "evidence": {}}]
+)
+def test_a_broken_decision_is_a_data_error(broken: dict) -> None:
+    with pytest.raises(DataError, match="gate decision"):
+        gate_from_json(broken)

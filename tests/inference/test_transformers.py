@@ -1,0 +1,428 @@
+"""The batched model with its cache against one sequence at a time without any."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import naive
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from evolve_dag.agent.chat import ChatFormat
+from evolve_dag.errors import ModelError
+from evolve_dag.inference import transformers as backend
+from evolve_dag.inference.protocol import Completion, LanguageModel, Request, Sampling
+from evolve_dag.inference.transformers import TransformersModel, uniforms
+from evolve_dag.records import Message
+
+SYSTEM = Message("system", "Use the tools: search, visit. Then answer.")
+
+
+def ask(model: TransformersModel, requests: Sequence[Request]) -> list[Completion]:
+    async def scene() -> list[Completion]:
+        return list(await asyncio.gather(*(model.generate(request) for request in requests)))
+
+    return asyncio.run(scene())
+
+
+def question(number: int, **sampling: Any) -> Request:
+    words = " ".join(["Who", "is", "the", "mayor", "of", "Bado", "Keli", "city"][: 1 + number % 8] * (1 + number % 3))
+    settings = {"max_tokens": 6 + number % 9, "seed": number, **sampling}
+    return Request((SYSTEM, Message("user", words)), Sampling(**settings), f"s{number}")
+
+
+def check(model: Any, chat: ChatFormat, request: Request, completion: Completion) -> None:
+    ids, logprobs = naive.answer(model, chat, request)
+    assert list(completion.token_ids) == ids
+    assert np.allclose(completion.logprobs, logprobs, atol=1e-4)
+    assert completion.finish_reason == ("stop" if ids[-1] in chat.stop_ids else "length")
+    assert completion.text == chat.decode_action(ids)
+    assert completion.prompt_tokens == len(chat.encode(request.messages))
+
+
+def load(model: PreTrainedModel, chat: ChatFormat, **options: Any) -> TransformersModel:
+    return TransformersModel.load(copy.deepcopy(model), chat, threads=1, **options)
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.0}, {}, {"temperature": 0.6}, {"top_p": 0.7}, {"temperature": 1.5, "top_p": 0.5}]
+)
+def test_ragged_batch_matches_the_naive_loop(policy: PreTrainedModel, chat: ChatFormat, sampling: dict[str, float]) -> None:
+    model = load(policy, chat)
+    assert isinstance(model, LanguageModel)
+    requests = [question(number, **sampling) for number in range(7)]
+    for request, completion in zip(requests, ask(model, requests), strict=True):
+        check(policy, chat, request, completion)
+    assert model.counters.rounds == 1
+    assert model.counters.calls == 7
+
+
+def test_mixed_settings_share_a_round(policy: PreTrainedModel, chat: ChatFormat) -> None:
+    requests = [
+        question(0, temperature=0.0),
+        question(1),
+        question(2, temperature=0.5),
+        question(3, top_p=0.6),
+        question(4, temperature=0.0, top_p=0.1),
+    ]
+    for request, completion in zip(requests, ask(load(policy, chat), requests), strict=True):
+        check(policy, chat, request, completion)
+
+
+def test_turns_with_hints_put_in_and_taken_out(policy: PreTrainedModel, chat: ChatFormat) -> None:
+    """Episodes of several turns; a hint stands in one view and is gone in the next; some episodes end early."""
+    model = load(policy, chat)
+    rng = random.Random(1)
+    histories = {f"s{n}": question(n).messages for n in range(6)}
+    lengths = {name: 2 + n % 4 for n, name in enumerate(histories)}
+    cached = 0
+    for turn in range(5):
+        requests = []
+        for name, history in histories.items():
+            if turn >= lengths[name]:
+                model.release(name)
+                continue
+            hint = "\nhint:\n" + "visit the page " * rng.randint(1, 4) if rng.random() < 0.6 else ""
+            view = (*history[:-1], replace(history[-1], content=history[-1].content + hint))
+            requests.append(Request(view, Sampling(max_tokens=rng.randint(3, 9), seed=rng.randrange(2**40)), name))
+        for request, completion in zip(requests, ask(model, requests), strict=True):
+            check(policy, chat, request, completion)
+            cached += completion.cached_tokens if turn else 0
+            observation = Message("tool", "page: city " + "Bado Keli " * rng.randint(1, 8))
+            histories[request.session] = (
+                *histories[request.session],
+                Message("assistant", completion.text, completion.token_ids),
+                observation,
+            )
+    assert cached > 500
+
+
+def test_cache_is_cut_where_the_prompt_diverges(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    model = load(qwen3, chat)
+    first = Request((SYSTEM, Message("user", "Who is the mayor? hint: visit")), Sampling(max_tokens=4, seed=1), "s")
+    [one] = ask(model, [first])
+    assert one.cached_tokens == 0
+    other = replace(first, messages=(SYSTEM, Message("user", "Who is the mayor? Then say it.")))
+    [two] = ask(model, [other])
+    a, b = chat.encode(first.messages), chat.encode(other.messages)
+    shared = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    assert 10 < shared < len(b)
+    assert two.cached_tokens == shared
+    check(qwen3, chat, other, two)
+    # Growing again from the clean trunk reuses prompt and sampled tokens; the last sampled one was never computed.
+    grown = replace(
+        other, messages=(*other.messages, Message("assistant", two.text, two.token_ids), Message("tool", "no results"))
+    )
+    [three] = ask(model, [grown])
+    assert three.cached_tokens == len(b) + len(two.token_ids) - 1
+    check(qwen3, chat, grown, three)
+    # The same prompt once more: everything but the last token, whose logits are needed.
+    [four] = ask(model, [grown])
+    assert four.cached_tokens == len(chat.encode(grown.messages)) - 1
+    assert four.token_ids == three.token_ids
+
+
+def test_company_does_not_matter(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    requests = [question(number, max_tokens=20) for number in range(12)]
+    alone = [ask(load(qwen3, chat), [request])[0] for request in requests]
+    together = ask(load(qwen3, chat), requests)
+    shuffled = dict(zip(range(11, -1, -1), ask(load(qwen3, chat, max_batch=5), requests[::-1]), strict=True))
+    for number, completion in enumerate(alone):
+        assert completion.token_ids == together[number].token_ids == shuffled[number].token_ids
+        assert np.allclose(completion.logprobs, together[number].logprobs, atol=1e-4)
+
+
+def test_finished_rows_leave_and_the_rest_goes_on(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    """Row lengths from 1 to 40: the round is compacted several times, in and outside the slab."""
+    model = load(qwen3, chat)
+    for seed in (0, 100):
+        requests = [question(n, max_tokens=limit, seed=seed + n) for n, limit in enumerate([1, 40, 2, 3, 30, 4, 5, 20, 6, 7])]
+        completions = ask(model, requests)
+        for request, completion in zip(requests, completions, strict=True):
+            check(qwen3, chat, request, completion)
+        followed = [
+            replace(
+                request,
+                messages=(*request.messages, Message("assistant", c.text, c.token_ids), Message("tool", "no results")),
+                sampling=replace(request.sampling, max_tokens=5),
+            )
+            for request, c in list(zip(requests, completions, strict=True))[1::3]
+        ]
+        for request, completion in zip(followed, ask(model, followed), strict=True):
+            check(qwen3, chat, request, completion)
+            assert completion.cached_tokens > 20
+
+
+def test_scarce_memory_evicts_and_stays_right(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    per_token = 2 * 2 * 2 * 8 * 4
+    model = load(qwen3, chat, cache_bytes=3 * 128 * per_token)  # three slots of 128 tokens for eight sessions
+    histories = [question(n).messages for n in range(8)]
+    for turn in range(3):
+        requests = [Request(h, Sampling(max_tokens=5, seed=turn), f"s{n}") for n, h in enumerate(histories)]
+        for n, (request, completion) in enumerate(zip(requests, ask(model, requests), strict=True)):
+            check(qwen3, chat, request, completion)
+            histories[n] = (
+                *histories[n],
+                Message("assistant", completion.text, completion.token_ids),
+                Message("tool", "none " * 3),
+            )
+    assert model._pool.slots * model._pool.columns <= 3 * 128 * 2  # a round of one longer session may exceed it
+
+
+def test_new_sessions_share_what_they_start_with(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    model = load(qwen3, chat)
+    requests = [question(number) for number in range(8)]
+    completions = ask(model, requests)
+    system = len(chat.encode([SYSTEM], generation_prompt=False))
+    assert [c.cached_tokens >= system for c in completions] == [True] * 8
+    for request in requests:
+        model.release(request.session)
+    late = replace(question(3), session="late")
+    [completion] = ask(model, [late])
+    assert completion.cached_tokens == completion.prompt_tokens - 1  # a released slot still serves
+    check(qwen3, chat, late, completion)
+
+
+def test_merged_adapter_equals_peft(qwen3: PreTrainedModel, chat: ChatFormat, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        copy.deepcopy(qwen3), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    qwen3.save_pretrained(tmp_path / "base")
+    adapted.eval()
+    before = {name: value.clone() for name, value in qwen3.state_dict().items()}
+    requests = [question(number) for number in range(4)]
+    loaded = [
+        TransformersModel.load(tmp_path / "base", chat, adapter_dir=tmp_path / "adapter", threads=1),
+        TransformersModel.load(qwen3, chat, adapter_dir=tmp_path / "adapter", threads=1),
+        TransformersModel.load(qwen3, chat, adapter_dir=tmp_path / "adapter", threads=1, merge=False),
+        TransformersModel.load(adapted, chat, threads=1),
+    ]
+    for model in loaded:
+        for request, completion in zip(requests, ask(model, requests), strict=True):
+            check(adapted, chat, request, completion)
+    assert all(torch.equal(value, before[name]) for name, value in qwen3.state_dict().items())
+    assert any(ask(loaded[0], [r])[0].token_ids != ask(load(qwen3, chat), [r])[0].token_ids for r in requests)
+
+
+def test_model_still_scores_a_padded_batch_like_the_stock_one(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    """The attention function stays in the model's config: scoring and training go through it too."""
+    ours = copy.deepcopy(qwen3)
+    TransformersModel.load(ours, chat)
+    assert ours.config._attn_implementation == backend.ATTENTION
+    ids = torch.randint(0, 300, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    mask[2, :3] = 0
+    with torch.no_grad():
+        expected, found = (m(input_ids=ids, attention_mask=mask).logits[mask.bool()] for m in (qwen3, ours))
+        assert torch.allclose(expected, found, atol=1e-5)
+        plain, other = (m(input_ids=ids).logits for m in (qwen3, ours))
+        assert torch.allclose(plain, other, atol=1e-5)
+    ours.train()
+    ours(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in ours.parameters() if p.grad is not None)
+
+
+def test_too_long_context_fails_alone(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    model = load(qwen3, chat)
+    long = Request((SYSTEM, Message("user", "Bado Keli " * 400)), Sampling(max_tokens=4), "long")
+
+    async def scene() -> list[Any]:
+        return await asyncio.gather(model.generate(long), model.generate(question(1)), return_exceptions=True)
+
+    error, completion = asyncio.run(scene())
+    assert isinstance(error, ModelError)
+    assert "the model takes 512" in str(error)
+    assert "remedy: lower rollout.max_tokens" in str(error)
+    check(qwen3, chat, question(1), completion)
+
+
+def test_answer_ends_where_the_positions_end(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    count = 505
+    base = (SYSTEM, Message("user", ""))
+    filler = count - len(chat.encode(base))
+    messages = (SYSTEM, Message("user", "é" * 0 + "\x01" * filler))
+    assert len(chat.encode(messages)) == count
+    request = Request(messages, Sampling(max_tokens=50, seed=3), "s")
+    [completion] = ask(load(qwen3, chat), [request])
+    assert len(completion.token_ids) <= 512 - count
+    check(qwen3, chat, replace(request, sampling=replace(request.sampling, max_tokens=512 - count)), completion)
+
+
+def test_broken_weights_are_an_error_not_a_text(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    model = copy.deepcopy(qwen3)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="not numbers"):
+        ask(TransformersModel.load(model, chat, threads=1), [question(0)])
+
+
+def test_failure_in_the_model_reaches_every_caller_and_the_next_call_works(
+    qwen3: PreTrainedModel, chat: ChatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(qwen3, chat)
+    ask(model, [question(0)])
+    whole = TransformersModel._forward
+    calls = 0
+
+    def fails_late(self: TransformersModel, *args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise RuntimeError("not enough memory: you tried to allocate")
+        return whole(self, *args)
+
+    monkeypatch.setattr(TransformersModel, "_forward", fails_late)
+
+    async def scene() -> list[Any]:
+        return await asyncio.gather(model.generate(question(0)), model.generate(question(4)), return_exceptions=True)
+
+    errors = asyncio.run(scene())
+    assert [type(error) for error in errors] == [ModelError, ModelError]
+    assert "not enough memory" in str(errors[0])
+    assert "remedy: lower runtime.concurrency" in str(errors[0])
+    for request, completion in zip([question(0), question(4)], ask(model, [question(0), question(4)]), strict=True):
+        check(qwen3, chat, request, completion)
+
+
+def test_cancelled_caller_harms_nobody(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    model = load(qwen3, chat)
+
+    async def scene() -> Completion:
+        victim = asyncio.create_task(model.generate(question(2, max_tokens=40)))
+        other = asyncio.create_task(model.generate(question(5)))
+        await asyncio.sleep(0.001)
+        victim.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await victim
+        return await other
+
+    check(qwen3, chat, question(5), asyncio.run(scene()))
+    check(qwen3, chat, question(2), ask(model, [question(2)])[0])
+
+
+def test_two_calls_of_one_session_and_calls_without_session(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    model = load(qwen3, chat)
+    requests = [replace(question(n), session="same") for n in range(3)] + [replace(question(n), session="") for n in range(3)]
+    for request, completion in zip(requests, ask(model, requests), strict=True):
+        check(qwen3, chat, request, completion)
+
+
+def test_sessions_at_a_slow_tool_do_not_stop_the_others(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    model = load(qwen3, chat)
+
+    async def scene() -> float:
+        await asyncio.gather(model.generate(question(0)), model.generate(question(1)))
+        begun = asyncio.get_running_loop().time()
+        await model.generate(question(0))  # s1 lives and does not ask
+        return asyncio.get_running_loop().time() - begun
+
+    assert asyncio.run(scene()) < 0.5
+
+
+def test_live_sessions_are_waited_for(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    """Episodes whose tools take unequal, short times still share rounds."""
+    model = load(qwen3, chat)
+    model._last_round = 0.4  # so that the others may be up to 40 ms late
+
+    async def episode(number: int) -> None:
+        for _ in range(4):
+            await model.generate(question(number, max_tokens=3))
+            model._last_round = 0.4
+            await asyncio.sleep(0.001 * number)
+        model.release(f"s{number}")
+
+    async def scene() -> None:
+        await asyncio.gather(*(episode(number) for number in range(6)))
+
+    asyncio.run(scene())
+    assert model.counters.calls == 24
+    assert model.counters.rounds == 4
+
+
+def test_close_twice(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    model = load(qwen3, chat)
+    ask(model, [question(0)])
+    asyncio.run(model.close())
+    asyncio.run(model.close())
+    with pytest.raises(ModelError, match="closed"):
+        ask(model, [question(0)])
+
+
+def test_unreadable_folders(qwen3: PreTrainedModel, chat: ChatFormat, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"model .*nowhere: cannot be read"):
+        TransformersModel.load(tmp_path / "nowhere", chat)
+    with pytest.raises(ModelError, match="no adapter_config"):
+        TransformersModel.load(qwen3, chat, adapter_dir=tmp_path)
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(copy.deepcopy(qwen3), LoraConfig(r=4, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(ModelError, match=r"adapter .*cannot be read[\s\S]*remedy: it must be intact"):
+        TransformersModel.load(qwen3, chat, adapter_dir=tmp_path / "adapter")
+    small = Qwen3ForCausalLM(Qwen3Config(**{**qwen3.config.to_dict(), "vocab_size": 100, "pad_token_id": None}))
+    with pytest.raises(ModelError, match="the model knows 100"):
+        TransformersModel.load(small, chat)
+    with pytest.raises(ModelError, match="without tokenizer"):
+        TransformersModel.load(qwen3)
+
+
+def test_sliding_window_counts_as_the_end_of_the_context(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    config = {
+        **qwen3.config.to_dict(),
+        "use_sliding_window": True,
+        "sliding_window": 64,
+        "max_window_layers": 1,
+        "layer_types": None,
+    }
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**config)).eval()
+    assert "sliding_attention" in model.config.layer_types
+    loaded = load(model, chat)
+    assert loaded.max_context == 64
+    request = Request((Message("user", "Who?"),), Sampling(max_tokens=30, seed=1), "s")
+    check(model, chat, request, ask(loaded, [request])[0])
+
+
+def test_bfloat16(qwen3: PreTrainedModel, chat: ChatFormat, tmp_path: Path) -> None:
+    qwen3.save_pretrained(tmp_path)
+    model = TransformersModel.load(tmp_path, chat, dtype="bfloat16", threads=1)
+    exact = ask(load(qwen3, chat), [question(0, temperature=0.0, max_tokens=1)])
+    [completion] = ask(model, [question(0, temperature=0.0, max_tokens=1)])
+    assert model._pool.keys[0].dtype == torch.bfloat16
+    assert np.allclose(completion.logprobs, exact[0].logprobs, atol=0.3)
+
+
+def test_uniforms_are_fixed_uniform_and_independent() -> None:
+    draws = uniforms(range(2000), 50)
+    assert draws.shape == (2000, 50)
+    assert ((draws >= 0) & (draws < 1)).all()
+    assert np.array_equal(draws[7], uniforms([7], 80)[0, :50])
+    counts, _ = np.histogram(draws, bins=20, range=(0, 1))
+    assert np.abs(counts / draws.size - 0.05).max() < 0.004
+    assert abs(np.corrcoef(draws[:-1].ravel(), draws[1:].ravel())[0, 1]) < 0.02
+    assert abs(np.corrcoef(draws[:, :-1].ravel(), draws[:, 1:].ravel())[0, 1]) < 0.02
+    assert uniforms([-1, 2**63 - 1], 1).shape == (2, 1)
+
+
+def test_sampled_frequencies_follow_the_distribution() -> None:
+    logits = torch.tensor([[2.0, -float("inf"), 0.5, 1.0, -3.0]]).expand(20_000, 5)
+    requests = [Request((), Sampling(seed=seed)) for seed in range(20_000)]
+    draw = backend._Sampler(requests, 1, torch.device("cpu"))
+    chosen, logprobs = draw(logits, torch.arange(20_000), 0)
+    expected = torch.softmax(logits[0], -1)
+    assert torch.allclose(torch.bincount(chosen, minlength=5) / 20_000, expected, atol=0.012)
+    assert torch.allclose(logprobs, expected.log()[chosen])

@@ -1,0 +1,126 @@
+"""Figures: what they draw, that plotly accepts them, and the SVG."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lineages import lineage
+
+from evolve_dag.reporting import figures
+from evolve_dag.reporting.figures import Figure
+from evolve_dag.reporting.summary import IterationRow, LineageSummary
+
+ONE = [lineage(declined=(3,))]
+TWO = [*ONE, lineage("global", (0.28, 0.41, 0.57), (0.53, 0.6), (0.76, 0.58, 0.42))]
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def every_figure(summaries: list[LineageSummary]) -> dict[str, Figure]:
+    one = summaries[0]
+    return {
+        "success": figures.success(summaries, ["without", "with_experience"]),
+        "turns": figures.behaviour(summaries, "turns", share=False),
+        "premature": figures.behaviour(summaries, "premature", share=True),
+        "endings": figures.endings(one),
+        "breakdown": figures.breakdown(one, "hops"),
+        "pool_growth": figures.pool_growth(summaries),
+        "pool_edits": figures.pool_edits(one),
+        "locality": figures.locality(one),
+        "training": figures.training(one),
+        "seconds": figures.seconds(one),
+        "tokens": figures.tokens(one),
+    }
+
+
+@pytest.mark.parametrize("name", every_figure(ONE))
+@pytest.mark.parametrize("summaries", [ONE, TWO], ids=["one", "two"])
+def test_plotly_accepts_every_figure(name: str, summaries: list[LineageSummary]) -> None:
+    from plotly.graph_objects import Figure as PlotlyFigure
+
+    figure = every_figure(summaries)[name]
+    assert figure["data"]
+    PlotlyFigure(figure)  # validates every property
+    json.dumps(figure, allow_nan=False)
+    assert all(set(trace["meta"]) == {"slot", "paint"} for trace in figure["data"])
+    assert not any("color" in json.dumps(trace) for trace in figure["data"]), "the page paints, for light and dark"
+
+
+@pytest.mark.parametrize("name", every_figure([LineageSummary("empty", ())]))
+def test_nothing_known_draws_nothing(name: str) -> None:
+    for summary in (LineageSummary("empty", ()), LineageSummary("begun", (IterationRow(1),))):
+        assert every_figure([summary])[name]["data"] == []
+
+
+def test_success_draws_values_bands_and_declined_candidates() -> None:
+    figure = figures.success(ONE, ["without"])
+    band, line = figure["data"]
+    assert line["x"] == [0, 1, 2, 3]
+    assert line["y"] == pytest.approx([28, 62, 79, 81])
+    assert band["x"] == [0, 1, 2, 3, 3, 2, 1, 0]
+    assert all(low <= value <= high for value, high, low in zip(line["y"], band["y"][:4], band["y"][:3:-1], strict=True))
+    assert line["marker"]["symbol"] == ["circle", "circle", "circle", "circle-open"]
+    assert "declined" in line["customdata"][3]
+    assert "declined" not in line["customdata"][2]
+
+
+def test_a_condition_that_was_not_measured_has_no_point() -> None:
+    figure = figures.success(ONE, ["with_experience"])
+    assert [trace["x"] for trace in figure["data"] if trace["meta"]["paint"] == "line"] == [[1, 2, 3]]
+
+
+def test_endings_add_up() -> None:
+    figure = figures.endings(ONE[0])
+    for column in zip(*(trace["y"] for trace in figure["data"]), strict=True):
+        assert sum(column) == pytest.approx(100)
+
+
+def test_several_experiments_have_their_own_colours_and_names() -> None:
+    lines = [t for t in figures.success(TWO, ["without"])["data"] if t["meta"]["paint"] == "line"]
+    assert [(t["name"], t["meta"]["slot"]) for t in lines] == [("pocket", 0), ("global", 1)]
+
+
+@pytest.mark.parametrize("summaries", [ONE, TWO], ids=["one", "two"])
+def test_svg_is_well_formed_and_shows_the_values(summaries: list[LineageSummary]) -> None:
+    svg = ElementTree.fromstring(figures.success_svg(summaries, title="Success & more"))
+    texts = [text.text for text in svg.iter(f"{SVG}text")]
+    alone = ["81% without experience", "85% with experience in context"]
+    names = alone if len(summaries) == 1 else ["81% pocket", "57% global"]
+    assert {"base", "1", "2", "3", "Success & more", *names} <= set(texts)
+    assert len(list(svg.iter(f"{SVG}polyline"))) == 2
+    assert len(list(svg.iter(f"{SVG}polygon"))) == 2
+    height = float(svg.attrib["height"])
+    assert all(0 < float(circle.attrib["cy"]) < height for circle in svg.iter(f"{SVG}circle"))
+
+
+def test_svg_places_success_by_height() -> None:
+    svg = ElementTree.fromstring(figures.success_svg([_bare()]))
+    ys = [float(circle.attrib["cy"]) for circle in svg.iter(f"{SVG}circle")]
+    assert ys[0] - ys[1] == pytest.approx(ys[1] - ys[2], abs=0.2)
+    assert ys[0] > ys[2]
+
+
+def _bare() -> LineageSummary:
+    summary = lineage(without=(0.0, 0.5, 1.0), with_experience=(0.5, 0.5), premature=(0.1, 0.1, 0.1))
+    return replace(summary, rows=tuple(replace(row, with_experience=None) for row in summary.rows))
+
+
+def test_svg_of_a_lineage_without_scores_is_an_empty_plot() -> None:
+    svg = ElementTree.fromstring(figures.success_svg([LineageSummary("begun", (IterationRow(1),))]))
+    assert not list(svg.iter(f"{SVG}polyline"))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.floats(0, 300), min_size=1, max_size=9), st.floats(1, 30))
+def test_labels_never_overlap_and_keep_their_order(positions: list[float], least: float) -> None:
+    placed = figures._apart(positions, least)
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    for upper, lower in pairwise(order):
+        assert placed[lower] - placed[upper] >= least - 1e-6
+    if all(b - a >= least for a, b in pairwise(sorted(positions))):
+        assert placed == pytest.approx(positions)

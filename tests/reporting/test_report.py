@@ -1,0 +1,192 @@
+"""The report: self-contained, escaped, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from lineages import PRINCIPLES, lineage
+
+from evolve_dag.errors import DataError, StoreError
+from evolve_dag.evaluation.gate import GateDecision
+from evolve_dag.reporting import report
+from evolve_dag.reporting.summary import IterationRow, LineageSummary
+
+EVIL = "Evil: when </script><script>alert('x')</script> & <img src=x onerror=alert(1)>, {{figures}} \"quote\"."
+
+
+class Page(HTMLParser):
+    """Tags, attributes and visible text of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.text: list[str] = []
+        self.inside = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.inside == "script":
+            self.scripts[-1] += data
+        elif self.inside != "style":
+            self.text.append(data)
+
+    @property
+    def figures(self) -> list[dict]:
+        return json.loads(self.scripts[1])
+
+
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for plotly's 4.8 MB, so that a page parses fast; one test uses the real one."""
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "/* plotly */")
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> Page:
+    small(monkeypatch)
+    return Page(report.render([lineage(declined=(3,), texts=(EVIL, *PRINCIPLES))]))
+
+
+def test_it_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
+    from plotly.offline import get_plotlyjs
+
+    path = report.write_report([lineage()], tmp_path / "new" / "report.html")
+    html = path.read_text(encoding="utf-8")
+    assert html.count(get_plotlyjs()) == 1
+    assert len(html) < 6_000_000
+    own = html.replace(get_plotlyjs(), "")
+    assert not re.search(r"https?://|@import|url\(|\bsrc=|<link", own)
+    assert "default-src 'none'" in own
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"], "no temporary file stays"
+
+
+def test_text_of_artifacts_is_text(page: Page) -> None:
+    assert EVIL in page.text
+    assert len(page.scripts) == 4
+    assert not [tag for tag, _ in page.tags if tag == "img"]
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+
+
+def test_hostile_names_reach_neither_the_page_nor_plotly(monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch)
+    name = "</script><b>bold</b>"
+    hostile = replace(
+        lineage(),
+        experiment=name,
+        settings={"key": "<script>1</script>"},
+        command="evolve run '<i>'",
+    )
+    row = hostile.rows[1]
+    gate = GateDecision("keep", ("<u>reason</u>",), {"<em>": 1.0})
+    row = replace(row, gate=gate, training={"<th>": 1}, locality={"<s>": 0.5}, steps=(replace(row.steps[0], name="<q>"),))
+    html = report.render([replace(hostile, rows=(hostile.rows[0], row)), lineage()])
+    page = Page(html)
+    assert len(page.scripts) == 4
+    assert not {"i", "u", "em", "s", "q"} & {tag for tag, _ in page.tags}
+    assert not re.search(r"<b>bold|<u>reason|<script>1", html)
+    assert "<u>reason</u>" in page.text
+    assert "</script>" not in json.dumps([t.get("name", "") for f in page.figures for t in f["data"]])
+
+
+def test_every_figure_of_the_page_has_its_specification(page: Page) -> None:
+    wanted = [int(attributes["data-figure"] or "") for _, attributes in page.tags if "data-figure" in attributes]
+    assert wanted == list(range(len(page.figures)))
+    assert len(wanted) >= 11
+    assert all(figure["data"] for figure in page.figures)
+
+
+def test_sections_and_numbers(page: Page) -> None:
+    text = " ".join(page.text)
+    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    assert {"result", "behaviour", "experience", "training", "gate", "cost", "reproduce"} <= ids
+    for expected in (
+        "Self-evolution of pocket",
+        "81.0%",
+        "77.6–84.4",
+        "base 28.0%",
+        "512 of 512",
+        "principle, step_wise, source teacher, forward_kl, with rejection",
+        "The champion is the candidate of iteration 2.",
+        "evolve run configs/pocket.yaml --iterations 3",
+        "evolve report pocket",
+        "first seen",
+        "3 min 17 s",
+    ):
+        assert expected in text, expected
+    digests = [attributes["title"] for tag, attributes in page.tags if tag == "code" and "title" in attributes]
+    assert len(digests) == 21
+    assert all(re.fullmatch(r"[0-9a-f]{32}", digest or "") for digest in digests)
+
+
+def test_both_themes_are_there(page: Page) -> None:
+    painting = page.scripts[3]
+    assert "light:" in painting
+    assert "dark:" in painting
+    assert 'getElementById("theme")' in painting
+    assert "prefers-color-scheme: dark" in page.scripts[0]
+
+
+def test_several_experiments_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch)
+    other = lineage("global", (0.28, 0.41, 0.57), (0.53, 0.6), (0.76, 0.58, 0.42), declined=(1, 2))
+    page = Page(report.render([lineage(), other]))
+    first = [trace["name"] for trace in page.figures[0]["data"] if trace["meta"]["paint"] == "line"]
+    assert first == ["pocket", "global"]
+    text = " ".join(page.text)
+    assert "Pool edits, global" in text
+    assert "evolve report pocket global" in text
+    assert "The champion is the base policy." in text
+
+
+def test_a_lineage_that_has_just_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch)
+    page = Page(report.render([LineageSummary("begun", (IterationRow(1),))]))
+    assert page.figures == []
+    assert "No held-out scores yet." in page.text
+    assert "No decision yet." in page.text
+    Page(report.render([LineageSummary("begun", (IterationRow(1),)), lineage()]))
+
+
+def test_no_experiment_and_twice_the_same_are_refused() -> None:
+    with pytest.raises(DataError, match="no experiment"):
+        report.render([])
+    with pytest.raises(DataError, match="named twice"):
+        report.render([lineage(), lineage()])
+
+
+def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch)
+    path = tmp_path / "report.html"
+    path.write_text("old")
+
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(StoreError, match=r"report\.html: the report cannot be written: No space left"):
+        report.write_report([lineage()], path)
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_an_unfilled_or_unknown_blank_is_an_error() -> None:
+    assert report._fill("{{a}} {{b}}", {"a": "{{b}}", "b": "2"}) == "{{b}} 2"
+    with pytest.raises(DataError, match="differ: b"):
+        report._fill("{{a}} {{b}}", {"a": "1"})
+    with pytest.raises(DataError, match="differ: c"):
+        report._fill("{{a}}", {"a": "1", "c": "3"})

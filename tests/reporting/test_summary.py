@@ -1,0 +1,184 @@
+"""Reading a lineage from a real store, as far as it has come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lineages import lineage, metrics
+
+from evolve_dag.errors import DataError, OrderError, StoreError
+from evolve_dag.evaluation.gate import GateDecision, gate_to_json
+from evolve_dag.evaluation.metrics import metrics_to_json
+from evolve_dag.frames import items_to_frame
+from evolve_dag.records import ExperienceItem
+from evolve_dag.reporting.summary import count, duration, number, percent, percent_interval, status_json, summarize
+from evolve_dag.store import Artifact, Build, Store
+
+BASE, FIRST, WITH = metrics(0.28, 0.76, 3.9, 0.0), metrics(0.6, 0.3, 4.9, 0.01), metrics(0.7, 0.2, 5.0, 0.01)
+ITEM = ExperienceItem("p-001", "Verify: when a listing shows it, visit the page.", "principle", created=1, updated=1)
+
+
+def make(store: Store, kind: str, body: Callable[[Build], Any] | None = None, **config: Any) -> Artifact:
+    digest = Store.digest_of(kind, "1", config, {})
+    with store.build(kind, digest, code_version="1", config=config, inputs={}) as build:
+        if body is not None:
+            body(build)
+    return store.open(kind, digest)
+
+
+def put(store: Store, iteration: int, kind: str, body: Callable[[Build], Any] | None = None, **config: Any) -> Artifact:
+    artifact = make(store, kind, body, iteration=iteration, **config)
+    store.set_ref("pocket", iteration, kind, artifact.digest, recomputed=True)
+    return artifact
+
+
+def write(name: str, content: Any) -> Callable[[Build], Any]:
+    return lambda build: (build.path / name).write_text(json.dumps(content))
+
+
+def experience(build: Build) -> None:
+    items_to_frame([ITEM]).write_parquet(build.path / "items.parquet")
+    shares = {"items": 1, "url": 0.0, "number": 0.0, "entity": 0.0, "strategy": 1.0}
+    build.note(items=1, added=1, updated=0, deleted=0, merged=0, locality=shares)
+
+
+def adapter(build: Build) -> None:
+    import polars as pl
+
+    pl.DataFrame({"step": [0, 1, 2], "loss": [0.5, float("nan"), 0.25]}).write_parquet(build.path / "curve.parquet")
+    build.note(rows=10, loss_first=0.5, loss_last=0.25, tokens=0)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store(tmp_path / "store")
+    put(store, 1, "policy")
+    put(store, 1, "trajectories", lambda build: build.note(tokens=1234), seed=7)
+    put(store, 1, "experience", experience, granularity="principle")
+    put(store, 1, "adapter", adapter)
+    scores = {"base": metrics_to_json(BASE), "without": metrics_to_json(FIRST), "with": metrics_to_json(WITH)}
+    put(store, 1, "scores", write("summary.json", scores))
+    decision = gate_to_json(GateDecision("promote", ("success 60%",), {"success_difference": 0.3}))
+    leaving = {"base": "b", "adapter": None, "experience": None}
+    put(store, 1, "promotion", write("decision.json", {**decision, "policy": leaving}))
+    put(store, 2, "policy")  # a promotion commits the next policy at once
+    return store
+
+
+def test_everything_that_the_steps_write_is_read(store: Store) -> None:
+    summary = summarize(store, "pocket")
+    assert [row.iteration for row in summary.rows] == [0, 1], "iteration 2 has not begun"
+    base, first = summary.rows
+    assert base.without == BASE
+    assert first.without == FIRST
+    assert first.with_experience == WITH
+    assert first.greedy is None
+    assert first.items == (ITEM,)
+    assert first.pool_size == 1
+    assert first.edits == {"added": 1, "updated": 0, "deleted": 0, "merged": 0}
+    assert first.locality == {"url": 0.0, "number": 0.0, "entity": 0.0, "strategy": 1.0}, "the count is no share"
+    assert first.gate is not None
+    assert first.gate.decision == "promote"
+    assert summary.champion == 1
+    assert [step.name for step in first.steps] == ["policy", "trajectories", "experience", "adapter", "scores", "promotion"]
+    assert [step.tokens for step in first.steps] == [None, 1234, None, 0, None, None]
+    assert all(step.recomputed for step in first.steps)
+    assert [record["loss"] for record in first.curve] == [0.5, 0.25], "a skipped batch has no loss"
+    assert summary.settings == {"granularity": "principle", "seed": 7}
+    assert summary.command == "evolve run configs/pocket.yaml --iterations 1"
+    assert summary.tokens == 1234
+
+
+def test_the_run_says_what_it_recomputed(store: Store) -> None:
+    summary = summarize(store, "pocket", config="my/pocket.yaml", recomputed={(1, "adapter"): False})
+    assert {step.name: step.recomputed for step in summary.rows[1].steps}["adapter"] is False
+    assert summary.command.startswith("evolve run my/pocket.yaml ")
+
+
+def test_another_seed_is_part_of_the_command(store: Store) -> None:
+    digest = make(store, "trajectories", seed=7).digest
+    store.set_ref("pocket-s7", 1, "trajectories", digest)
+    assert summarize(store, "pocket-s7").command == "evolve run configs/pocket.yaml --iterations 1 --seed 7"
+
+
+def test_a_lineage_that_has_just_begun(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    put(store, 1, "policy")
+    summary = summarize(store, "pocket")
+    assert [row.iteration for row in summary.rows] == [1]
+    assert summary.rows[0].without is None
+    assert summary.champion is None
+    assert json.loads(json.dumps(status_json(summary)))["iterations"][0]["gate"] is None
+
+
+def test_a_declined_candidate_leaves_the_champion(store: Store) -> None:
+    put(store, 2, "promotion", write("decision.json", gate_to_json(GateDecision("keep", ("worse",), {}))))
+    assert summarize(store, "pocket").champion == 1
+
+
+def test_an_unknown_experiment_names_the_known_ones(store: Store) -> None:
+    with pytest.raises(OrderError, match=r"'pockt' has not been run .*it holds pocket"):
+        summarize(store, "pockt")
+
+
+def test_an_empty_store_stays_empty(tmp_path: Path) -> None:
+    with pytest.raises(OrderError, match=r"it is empty"):
+        summarize(Store(tmp_path / "none"), "pocket")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_corrupt_artifact_is_told(store: Store) -> None:
+    ref = store.ref("pocket", 1, "scores")
+    assert ref is not None
+    (store.root / "objects" / "scores" / ref.digest / "summary.json").write_text("{}")
+    with pytest.raises(StoreError, match=r"summary\.json"):
+        summarize(store, "pocket")
+
+
+@pytest.mark.parametrize("content", [[], {"without": {"n": 3}}, {"without": 3}])
+def test_scores_of_another_shape_are_told_with_their_file(tmp_path: Path, content: Any) -> None:
+    store = Store(tmp_path / "store")
+    put(store, 1, "scores", write("summary.json", content))
+    with pytest.raises(DataError, match=r"summary\.json"):
+        summarize(store, "pocket")
+
+
+def test_status_is_json_with_everything() -> None:
+    summary = lineage(declined=(3,))
+    content = json.loads(json.dumps(status_json(summary), allow_nan=False))
+    assert content["champion"] == 2
+    assert [row["iteration"] for row in content["iterations"]] == [0, 1, 2, 3]
+    last = content["iterations"][3]
+    assert last["without"]["success"] == 0.81
+    assert last["without"]["intervals"]["success"][0] < 0.81
+    assert last["gate"]["decision"] == "keep"
+    assert last["pool"]["items"] == 6
+    assert set(last["steps"]["adapter"]) == {"digest", "seconds", "tokens", "recomputed", "resumed", "created"}
+    steps = [step for row in content["iterations"] for step in row["steps"].values()]
+    assert content["seconds"] == pytest.approx(sum(step["seconds"] for step in steps))
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (percent(None), "–"),
+        (percent(0.0), "0.0%"),
+        (percent_interval(None), ""),
+        (percent_interval((0.551, 0.67)), "55.1–67.0"),
+        (number(5.213), "5.21"),
+        (duration(7.42), "7.4 s"),
+        (duration(99.96), "1 min 40 s"),
+        (duration(185), "3 min 05 s"),
+        (duration(7800), "2 h 10 min"),
+        (count(None), "–"),
+        (count(950), "950"),
+        (count(41_200), "41.2k"),
+        (count(1_500_000), "1.5M"),
+    ],
+)
+def test_how_values_are_shown(shown: str, expected: str) -> None:
+    assert shown == expected
