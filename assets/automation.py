@@ -79,6 +79,12 @@ def config_watch(context: dg.SensorEvaluationContext, store: StoreResource) -> d
     for entry in registry.scan(registry.configs_folder())[0]:
         registry.remember(store.path, entry)
     experiments, problems = known_experiments(store.path)
+    events: list[dg.AssetMaterialization] = []
+    for experiment in experiments:
+        try:
+            events += settings_events(context.instance, experiment)
+        except EvolveError as error:  # a file of tasks or a model that it names is missing
+            problems.append(f"{experiment.experiment}: {error.what}")
     for problem in problems:
         context.log.warning(f"left out: {problem}")
     wanted = {
@@ -91,7 +97,6 @@ def config_watch(context: dg.SensorEvaluationContext, store: StoreResource) -> d
         missing = [key for key in wanted[str(dimension.name)] if key not in known]
         if missing:
             requests.append(dimension.build_add_request(missing))
-    events = [event for experiment in experiments for event in settings_events(context.instance, experiment)]
     if not requests and not events:
         return dg.SkipReason(f"nothing has changed in {len(experiments)} experiments" + _left_out(problems))
     return dg.SensorResult(dynamic_partitions_requests=requests, asset_events=events)

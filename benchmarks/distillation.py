@@ -18,15 +18,17 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from evolve_dag.config import DistillationSettings, Regime
 from evolve_dag.distillation.adapter import attach, detach
-from evolve_dag.distillation.alignment import Aligned, StudentRow, TeacherView
+from evolve_dag.distillation.alignment import Aligned, StudentRow, TeacherView, teacher_tree
 from evolve_dag.distillation.dataset import DistillationRow, batches, make_rows
 from evolve_dag.distillation.losses import Teacher, token_losses
 from evolve_dag.distillation.teacher import TeacherScorer, TeacherTargets
@@ -88,6 +90,16 @@ def plain_loop(
     return losses
 
 
+def view_by_view(model: torch.nn.Module, aligned: Sequence[Aligned]) -> list[TeacherTargets]:
+    """One sequence per step, in length-sorted batches of the same budget, and joined per trajectory."""
+    scored = iter(TeacherScorer(model).score([teacher_tree([view]) for one in aligned for view in one.views]))
+    joined = []
+    for one in aligned:
+        parts = [next(scored) for _ in one.views]
+        joined.append(TeacherTargets(np.concatenate([part.logprobs for part in parts])))
+    return joined
+
+
 def best_of(repeats: int, arms: dict[str, Callable[[], Any]]) -> tuple[dict[str, float], dict[str, Any]]:
     """Least CPU seconds per arm, arms taking turns, and what each returned last."""
     seconds = dict.fromkeys(arms, float("inf"))
@@ -135,11 +147,10 @@ def main() -> None:
         seconds, values = best_of(
             given.repeats,
             {
-                "tree": lambda trees=trees: TeacherScorer(model).score(trees),
-                "per_step": lambda trees=trees: TeacherScorer(model, tree=False).score(trees),
+                "tree": partial(TeacherScorer(model).score, trees),
+                "per_step": partial(view_by_view, model, aligned),
             },
         )
-        # Global views have no branches, so tree=False packs them too: the plain way is scored view by view.
         results[f"scoring {injection}"] = {
             "tokens_tree": sum(tree.tokens for tree in trees),
             "tokens_per_step": sum(tree.unpacked_tokens for tree in trees),

@@ -92,7 +92,7 @@ async def episodes(model: TransformersModel, scripts: list[Script], concurrency:
 
     async def work() -> None:
         for number, script in waiting:
-            messages = script.start
+            messages: tuple[Message, ...] = script.start
             for turn, (length, observation) in enumerate(script.turns):
                 sampling = Sampling(max_tokens=length, seed=number * 100 + turn)
                 completion = await model.generate(Request(messages, sampling, f"s{number}"))
@@ -107,7 +107,7 @@ def one_by_one(model: Qwen3ForCausalLM, chat: ChatFormat, scripts: list[Script])
     """Tokens sampled with one ``generate`` per call, whole prompt each time."""
     sampled = 0
     for script in scripts:
-        messages = script.start
+        messages: tuple[Message, ...] = script.start
         for length, observation in script.turns:
             ids = torch.tensor([chat.encode(messages)])
             out = model.generate(

@@ -43,6 +43,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON")]
 
 def main() -> None:
     """Entry point: turns the project's own errors into one clean message and an exit code."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars would run through ours
     try:
         app()
     except EvolveError as error:

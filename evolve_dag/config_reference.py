@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the settings classes, so the two cannot differ: ``python -m evolve_dag.config_reference``."""
+"""Writes docs/configuration.md from the settings classes: ``python -m evolve_dag.config_reference``."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ INTRODUCTION = """# Every key of an experiment file
 
 Made from `evolve_dag/config.py` by `python -m evolve_dag.config_reference`; do not edit by hand.
 
-An experiment file is YAML. `extends: other.yaml` starts from another file (a path relative to this one) and lays this one's keys
-over it. Unknown keys, wrong types and combinations that cannot work are refused, all in one message.
-Paths are relative to the file that states them. `regime` takes a preset (`off_policy`, `on_policy`), or a preset and changes to it:
-`regime: {preset: off_policy, divergence: cross_entropy}`. Keys under `runtime` say how fast, never what: they are in no digest.
+An experiment file is YAML. `extends: other.yaml` starts from another file (a path relative to this one) and lays this
+one's keys over it. Unknown keys, wrong types and combinations that cannot work are refused, all in one message.
+Paths are relative to the file that states them. `regime` takes a preset (`off_policy`, `on_policy`), or a preset and
+changes to it: `regime: {preset: off_policy, divergence: cross_entropy}`. Keys under `runtime` say how fast, never what:
+they are in no digest.
 
 | key | type | default | meaning |
 |---|---|---|---|

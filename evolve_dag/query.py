@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 VIEWS = {
     "artifacts": "one row per artifact: kind, digest, config, inputs and summary as JSON, created (UTC), seconds, bytes",
     "refs": "which artifact an iteration of an experiment uses for each kind",
-    "trajectories": "one row per trajectory; kind tells training rollouts (trajectories), the teacher's (contexts), evaluation (scores)",
+    "trajectories": "one row per trajectory; by kind: training rollouts, contexts (the teacher's), scores (evaluation)",
     "steps": "one row per step of those trajectories",
     "items": "experience items of every pool",
     "edits": "every pool edit with its reason",

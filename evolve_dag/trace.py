@@ -88,11 +88,12 @@ def trace(store: Store, id: str) -> Trace:
         starts = walk.starts(id)
         if not starts:
             raise walk.unknown(id)
+        starts.sort(key=lambda start: start.artifact not in walk.places)  # what an iteration uses now comes first
         origins = [start.origins(walk.fresh()) for start in starts]
         uses = [start.uses(walk.fresh()) for start in starts]
     if len(starts) == 1:
         return Trace(id, origins[0], uses[0])
-    heading = f"{len(starts)} things bear the id {id}"
+    heading = f"{len(starts)} things bear the id {id} (<digest>/{id} names one)"
     return Trace(id, TraceNode("group", "", heading, {}, tuple(origins)), TraceNode("group", "", heading, {}, tuple(uses)))
 
 

@@ -12,7 +12,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "evolve_dag"
-HEAVY = {"torch", "transformers", "peft", "vllm", "mlflow", "dagster", "polars", "duckdb", "plotly", "safetensors", "tokenizers"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "vllm",
+    "mlflow",
+    "dagster",
+    "polars",
+    "duckdb",
+    "plotly",
+    "safetensors",
+    "tokenizers",
+}
 LAYERS = {
     "records": 0, "errors": 0, "jsonlines": 0, "config": 1, "store": 1, "verification": 2, "environments": 2, "inference": 3,
     "frames": 2, "experience": 3, "agent": 3, "distillation": 3, "evaluation": 3, "benchmarks": 4, "steps": 5, "query": 5,
@@ -71,7 +83,9 @@ def test_dagster_lives_in_the_assets_alone(path: Path) -> None:
 
 
 def test_command_line_starts_without_heavy_libraries() -> None:
-    code = "import sys, evolve_dag, evolve_dag.cli, evolve_dag.config, evolve_dag.records, evolve_dag.store; print(*sys.modules)"
+    code = (
+        "import sys, evolve_dag, evolve_dag.cli, evolve_dag.config, evolve_dag.records, evolve_dag.store; print(*sys.modules)"
+    )
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert not HEAVY & {name.split(".")[0] for name in loaded}
 

@@ -34,7 +34,9 @@ def test_every_cell_of_the_grid_is_there_once() -> None:
         for name, preset in REGIME_PRESETS.items():
             if e.regime.model_dump() == preset and e.selection.selector == "state" and e.environment.kind == "pocket":
                 cells.append((e.granularity, e.injection, name))
-    wanted = [(g, i, r) for g in ("principle", "instance") for i in ("step_wise", "global") for r in ("off_policy", "on_policy")]
+    wanted = [
+        (g, i, r) for g in ("principle", "instance") for i in ("step_wise", "global") for r in ("off_policy", "on_policy")
+    ]
     assert sorted(cells) == sorted(wanted)
 
 
@@ -96,7 +98,9 @@ def test_regime_parts_settable_alone_and_over_a_preset(tmp_path: Path) -> None:
     write(tmp_path, "on.yaml", "regime: on_policy\n")
     part = load_experiment(write(tmp_path, "part.yaml", "extends: on.yaml\nregime: {rejection: true}\n")).regime
     assert (part.source, part.divergence, part.rejection) == ("student", "reverse_kl", True)
-    other = load_experiment(write(tmp_path, "other.yaml", "extends: part.yaml\nregime: {preset: off_policy, divergence: jsd}\n"))
+    other = load_experiment(
+        write(tmp_path, "other.yaml", "extends: part.yaml\nregime: {preset: off_policy, divergence: jsd}\n")
+    )
     assert (other.regime.source, other.regime.divergence, other.regime.rejection) == ("teacher", "jsd", True)
 
 

@@ -1,8 +1,9 @@
 """Messages -> token ids, in ChatML, piece by piece.
 
-Every part of the text is encoded on its own: headers and footers once, with control tokens; content with
-control tokens disabled, so text from outside (a web page, a question, an experience item) can never open or
-close a turn. What was sampled is copied verbatim. Three properties follow, and the tests hold them:
+Every part of the text is encoded on its own: headers and footers once, with control tokens; content without
+them, so text from outside (a web page, a question, an experience item) can never open or close a turn. Tokens of
+the action grammar (``<tool_call>``) may come from the policy's turns and the system message only. What was
+sampled is copied verbatim. Three properties follow, and the tests hold them:
 
 - the encoding of a history is a prefix of the encoding of every longer history (DESIGN: Alignment);
 - text that is appended to a copy of one message changes the ids of that message only;
@@ -64,7 +65,14 @@ class ChatFormat:
     vocab_size: int
     """Ids of the tokenizer are below this; the model's embedding may be larger (padded)."""
 
-    def __init__(self, backend: FastTokenizer, *, end_of_text_id: int | None = None, name: str = "tokenizer") -> None:
+    def __init__(
+        self,
+        backend: FastTokenizer,
+        *,
+        end_of_text_id: int | None = None,
+        named_ids: Iterable[int] = (),
+        name: str = "tokenizer",
+    ) -> None:
         from tokenizers import Tokenizer as FastTokenizer
 
         for token in (TURN_START, TURN_END):
@@ -74,6 +82,7 @@ class ChatFormat:
                     "use a model with a ChatML tokenizer (Qwen2, Qwen3, SmolLM2-Instruct), or add the special tokens "
                     f"{TURN_START} and {TURN_END} and train their embeddings",
                 )
+        named_ids = frozenset(named_ids)
         # Private copies: whether special tokens are recognised is state of the tokenizer object itself.
         serialized = backend.to_str()
         self._markup = FastTokenizer.from_str(serialized)
@@ -90,11 +99,13 @@ class ChatFormat:
 
         added = backend.get_added_tokens_decoder()
         special = {index: token.content for index, token in added.items() if token.special}
-        tags = {index: token.content for index, token in added.items() if re.fullmatch(r"<.+>", token.content, re.S)}
+        # A tokenizer may have parts of the action grammar as special tokens. Those are for the policy to write.
+        control = {i: text for i, text in special.items() if re.search(r"<\|.*?\|>", text) or i in named_ids}
+        tags = {i: token.content for i, token in added.items() if re.fullmatch(r"<.+>", token.content, re.S)}
         for tag in GRAMMAR_TAGS:
             if (index := backend.token_to_id(tag)) is not None:
                 tags[index] = tag
-        self._closed = {True: _Closed(special), False: _Closed(special | tags)}
+        self._closed = {True: _Closed(control), False: _Closed(special | tags)}
         self._headers = {role: self._markup_ids(text) for role, text in _HEADERS.items()}
         self._footers = {role: self._markup_ids(text) for role, text in _FOOTERS.items()}
         self._after_end = self._markup_ids("\n")
@@ -114,7 +125,8 @@ class ChatFormat:
                 f"{name} is not a fast tokenizer",
                 "load it with AutoTokenizer.from_pretrained(...); the folder must hold a tokenizer.json",
             )
-        return cls(backend, end_of_text_id=tokenizer.eos_token_id, name=name)
+        named = tokenizer.convert_tokens_to_ids(list(tokenizer.special_tokens_map.values()))
+        return cls(backend, end_of_text_id=tokenizer.eos_token_id, named_ids=named, name=name)
 
     @property
     def assistant_header(self) -> tuple[int, ...]:
@@ -175,7 +187,8 @@ class ChatFormat:
         full-width ``＜`` under NFKC), the text is encoded character by character.
         """
         closed = self._closed[trusted]
-        ids = [index for piece in closed.pieces(text) for index in self._content.encode(piece, add_special_tokens=False).ids]
+        tokenizer = self._markup if trusted else self._content
+        ids = [index for piece in closed.pieces(text) for index in tokenizer.encode(piece, add_special_tokens=False).ids]
         if not closed.ids.isdisjoint(ids):
             ids = [index for letter in text for index in self._content.encode(letter, add_special_tokens=False).ids]
             ids = [index for index in ids if index not in closed.ids]

@@ -12,14 +12,15 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from evolve_dag.agent.actions import ParsedAction, explain, parse_action, validate_call
 from evolve_dag.environments.base import Environment, ToolError
 from evolve_dag.errors import EvolveError
+from evolve_dag.experience.injection import Injected
 from evolve_dag.inference.protocol import Completion, LanguageModel, Request, Sampling
-from evolve_dag.records import Message, Step, Task, Trajectory, TrajectoryStatus
+from evolve_dag.records import Step, Task, Trajectory, TrajectoryStatus
 
 if TYPE_CHECKING:
     from evolve_dag.config import RolloutSettings
@@ -29,17 +30,6 @@ LAST_STEP = "last step: answer now"
 """The line that ends the last observation (or the question) before the last allowed call."""
 
 _session_numbers = itertools.count()
-
-
-@dataclass(frozen=True, slots=True)
-class Injected:
-    """The teacher's view of a history: a copy with experience in it."""
-
-    messages: tuple[Message, ...]
-    selected: tuple[str, ...] = ()
-    """Ids of the items that stand in it, in order."""
-    text: str = ""
-    """Exact text that was added; '' when no item fits."""
 
 
 class ExperienceSource(Protocol):

@@ -59,17 +59,11 @@ def check_disjoint(experiment: Experiment) -> None:
     """Held-out and development tasks must not be trained on.
 
     Raises:
-        DataError: two splits share a question; names the first.
+        DataError: two splits share a question; names them.
     """
-    seen: dict[str, SplitName] = {}
-    for name in SPLITS:
-        for task in load_split(experiment, name).tasks:
-            other = seen.setdefault(task.question, name)
-            if other != name:
-                raise DataError(
-                    f"tasks.{name} and tasks.{other} share the question {task.question!r}",
-                    "remove it from one of the two: a task that is trained on measures nothing",
-                )
+    from evolve_dag.benchmarks.jsonl import refuse_shared_questions
+
+    refuse_shared_questions({name: load_split(experiment, name).tasks for name in SPLITS})
 
 
 def _corpus(experiment: Experiment, settings: CorpusEnvironment) -> Environment:

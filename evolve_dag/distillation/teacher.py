@@ -1,10 +1,12 @@
 """Log-probabilities of the experience-aware teacher on every action token of a trajectory.
 
-Tree attention: all teacher views of a trajectory go through the model as one packed sequence, trunk first,
-then every branch. A branch token attends to the trunk up to its branch point and to its own branch causally,
-at the rotary positions it has in the unpacked sequence, so the values are those of one sequence per step
-at about half the tokens. Views that lie wholly in the trunk (global or no injection) need no mask at all:
-one ordinary row per trajectory.
+Tree attention: the common trunk of a trajectory's teacher views goes through the model once, causally; then all
+branches follow as one packed sequence on top of the trunk's keys and values. A branch token attends to the
+trunk up to its branch point and to its own branch causally, at the rotary positions it has in the unpacked
+sequence, so the values are those of one sequence per step at about half the tokens. Two passes and not one:
+a single packed sequence would spend most of its attention on pairs that the mask forbids.
+
+Views that lie wholly in the trunk (global or no injection) need no second pass: one row per trajectory.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from evolve_dag.errors import ModelError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-BOOL_MASK = ("sdpa", "evolve_grouped")
-"""Attention implementations that take a boolean mask; the second is that of :mod:`evolve_dag.inference.transformers`."""
+TAKES_A_MASK = ("sdpa", "eager", "evolve_grouped")
+"""Attention implementations that take a custom mask; the last is that of :mod:`evolve_dag.inference.transformers`."""
 
 MASK_ELEMENTS = 1 << 26
-"""Most elements of one batch's attention mask (64 MB as bool); a longer tree is scored one sequence per step."""
+"""Most elements of one batch's attention mask (256 MB in float32); a larger tree is scored one sequence per step."""
 
 LOGIT_ELEMENTS = 1 << 25
 """Logits held at once (128 MB in float32)."""
@@ -59,7 +61,7 @@ class _Row:
     predictors: Sequence[int]
     """For each action token, the packed index of the token whose hidden state predicts it."""
     tree: TeacherTree | None
-    """Given when the row is a packed tree with branches, which needs positions and a mask."""
+    """Given when the row is a packed tree with branches, which needs a second pass."""
     owner: int
     """Index of the trajectory."""
     part: int
@@ -72,7 +74,7 @@ class TeacherScorer:
     Args:
         model: a causal language model of transformers, bare or wrapped by peft: the weights of policy(k).
         top_k: tokens kept per action token; 0 (or the vocabulary's size and more) keeps all.
-        tokens_per_batch: padded tokens of one forward pass.
+        tokens_per_batch: padded tokens of one forward pass. The default suits a CPU's cache; a GPU wants more.
         tree: pack step-wise views (the default). Models whose attention cannot take a custom mask
             (sliding windows, flash attention) are scored one sequence per step whatever this says.
 
@@ -80,7 +82,7 @@ class TeacherScorer:
         ModelError: the model rescales its logits behind the output layer, which the scorer would miss.
     """
 
-    def __init__(self, model: nn.Module, *, top_k: int = 64, tokens_per_batch: int = 16384, tree: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, top_k: int = 64, tokens_per_batch: int = 4096, tree: bool = True) -> None:
         self.decoder, self.head = decoder_and_head(model)
         self.model: Any = model
         self.config: Any = model.config
@@ -127,50 +129,70 @@ class TeacherScorer:
         rows: list[_Row] = []
         for owner, tree in enumerate(trees):
             branched = any(branch.ids for branch in tree.branches)
-            if branched and not (self.tree and tree.tokens**2 <= MASK_ELEMENTS):
+            if branched and not (self.tree and _mask_elements([tree]) <= MASK_ELEMENTS):
                 for part, branch in enumerate(tree.branches):
                     rows.append(_Row(tree.sequence(branch), range(branch.start - 1, branch.end - 1), None, owner, part))
             else:
                 ids, predictors = pack(tree)
                 rows.append(_Row(ids, predictors, tree if branched else None, owner, 0))
-        for masked in (False, True):
-            group = sorted((row for row in rows if (row.tree is not None) == masked), key=lambda row: -len(row.ids))
+        for packed in (False, True):
+            group = sorted((row for row in rows if (row.tree is not None) == packed), key=lambda row: -len(row.ids))
             batch: list[_Row] = []
             for row in group:
-                width = len(batch[0].ids) if batch else 0  # the longest comes first
-                full = (len(batch) + 1) * width > self.tokens_per_batch
-                if batch and (full or (masked and (len(batch) + 1) * width**2 > MASK_ELEMENTS)):
+                if batch and not self._fits([*batch, row]):
                     yield batch
                     batch = []
                 batch.append(row)
             if batch:
                 yield batch
 
+    def _fits(self, batch: list[_Row]) -> bool:
+        trees = [row.tree for row in batch if row.tree is not None]
+        if not trees:
+            return len(batch) * max(len(row.ids) for row in batch) <= self.tokens_per_batch
+        return len(trees) * sum(_widths(trees)) <= self.tokens_per_batch and _mask_elements(trees) <= MASK_ELEMENTS
+
     def _forward(self, batch: list[_Row]) -> list[tuple[np.ndarray, ...]]:
         import torch
 
-        device = self.head.weight.device
-        B, L = len(batch), max(len(row.ids) for row in batch)
-        ids_B_L = torch.zeros((B, L), dtype=torch.long)
-        for b, row in enumerate(batch):
-            ids_B_L[b, : len(row.ids)] = torch.tensor(row.ids)
-        extra: dict[str, Any] = {}
-        if batch[0].tree is not None:
-            mask_B_L_L = torch.zeros((B, L, L), dtype=torch.bool)
-            positions_B_L = torch.zeros((B, L), dtype=torch.long)
-            for b, row in enumerate(batch):
-                assert row.tree is not None
-                fill_mask(row.tree, mask_B_L_L[b], positions_B_L[b])
-            extra["attention_mask"] = attention_argument(mask_B_L_L, self.config, self.head.weight.dtype).to(device)
-            extra["position_ids"] = positions_B_L.to(device)
-        # Padding stands on the right of a causal row: no real token sees it, and no mask is needed.
-        hidden_B_L_H = self.decoder(input_ids=ids_B_L.to(device), use_cache=False, **extra).last_hidden_state
-        flat = torch.tensor([b * L + at for b, row in enumerate(batch) for at in row.predictors], device=device)
+        trees = [row.tree for row in batch if row.tree is not None]
+        hidden_B_L_H, at = self._tree_hidden(batch, trees) if trees else self._row_hidden(batch)
+        L = hidden_B_L_H.shape[1]
+        flat = torch.tensor([b * L + position for b, row in enumerate(at) for position in row], device=hidden_B_L_H.device)
         hidden_N_H = hidden_B_L_H.flatten(0, 1).index_select(0, flat)
         columns = [torch.cat(column) for column in zip(*self._distributions(hidden_N_H), strict=True)]
         sizes = [len(row.predictors) for row in batch]
         split = [[part.cpu().numpy() for part in column.split(sizes)] for column in columns]
         return list(zip(*split, strict=True))
+
+    def _row_hidden(self, batch: list[_Row]) -> tuple[Tensor, list[Sequence[int]]]:
+        """Hidden states of plain rows. Padding stands on the right: no real token sees it, no mask is needed."""
+        ids_B_L = _padded([row.ids for row in batch], self.head.weight.device)
+        return self.decoder(input_ids=ids_B_L, use_cache=False).last_hidden_state, [row.predictors for row in batch]
+
+    def _tree_hidden(self, batch: list[_Row], trees: list[TeacherTree]) -> tuple[Tensor, list[Sequence[int]]]:
+        """Hidden states of trunks (padded to T) and, behind them, of packed branches (padded to S)."""
+        import torch
+
+        device = self.head.weight.device
+        T, S = _widths(trees)
+        trunk = self.decoder(input_ids=_padded([tree.trunk for tree in trees], device), use_cache=True)
+        mask_B_S_K = torch.zeros((len(trees), S, T + S), dtype=torch.bool)
+        positions_B_S = torch.zeros((len(trees), S), dtype=torch.long)
+        for b, tree in enumerate(trees):
+            fill_mask(tree, mask_B_S_K[b], positions_B_S[b])
+        branches = self.decoder(
+            input_ids=_padded([row.ids[len(tree.trunk) :] for row, tree in zip(batch, trees, strict=True)], device),
+            attention_mask=additive(mask_B_S_K, trunk.last_hidden_state.dtype).to(device),
+            position_ids=positions_B_S.to(device),
+            past_key_values=trunk.past_key_values,
+            use_cache=True,
+        )
+        at: list[Sequence[int]] = []
+        for row, tree in zip(batch, trees, strict=True):
+            end = len(tree.trunk)
+            at.append([position if position < end else position - end + T for position in row.predictors])
+        return torch.cat([trunk.last_hidden_state, branches.last_hidden_state], dim=1), at
 
     def _distributions(self, hidden_N_H: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Per chunk of action tokens: (log-probabilities,) or (top log-probabilities, ids, log tail)."""
@@ -197,40 +219,61 @@ def pack(tree: TeacherTree) -> tuple[list[int], list[int]]:
     return ids, predictors
 
 
-def fill_mask(tree: TeacherTree, mask_L_L: Tensor, positions_L: Tensor) -> None:
-    """Write who may see whom, and the positions, of a packed tree; the rest of the row is padding.
+def fill_mask(tree: TeacherTree, mask_S_K: Tensor, positions_S: Tensor) -> None:
+    """Write whom the branch tokens of one tree may see, and their positions.
 
     Args:
-        mask_L_L: bool, all False on entry; ``[query, key]``.
-        positions_L: long, all 0 on entry.
+        mask_S_K: bool ``[query, key]``, all False on entry. Keys are T trunk tokens, then the S branch tokens;
+            T and S may be larger than this tree's (padding).
+        positions_S: long, all 0 on entry.
     """
     import torch
 
-    end = len(tree.trunk)
-    mask_L_L[:end, :end] = torch.ones((end, end), dtype=torch.bool).tril()
-    positions_L[:end] = torch.arange(end)
+    T = mask_S_K.shape[1] - mask_S_K.shape[0]
+    end = 0
     for branch in tree.branches:
         start, end = end, end + len(branch.ids)
-        mask_L_L[start:end, : branch.shared] = True
-        mask_L_L[start:end, start:end] = torch.ones((end - start, end - start), dtype=torch.bool).tril()
-        positions_L[start:end] = branch.shared + torch.arange(end - start)
-    # A row that may see nothing turns into NaN in some attention kernels: padding sees itself.
-    mask_L_L[end:, end:].fill_diagonal_(True)
+        mask_S_K[start:end, : branch.shared] = True
+        mask_S_K[start:end, T + start : T + end] = torch.ones((end - start, end - start), dtype=torch.bool).tril()
+        positions_S[start:end] = branch.shared + torch.arange(end - start)
+    # A query that may see nothing turns into NaN in some attention kernels: padding sees itself.
+    mask_S_K[end:, T + end :].fill_diagonal_(True)
 
 
-def attention_argument(mask_B_L_L: Tensor, config: Any, dtype: Any) -> Tensor:
-    """The mask in the form that the model's attention takes: bool for sdpa, additive for eager."""
+def _widths(trees: Sequence[TeacherTree]) -> tuple[int, int]:
+    """(T, S): longest trunk and most branch tokens."""
+    return max(len(tree.trunk) for tree in trees), max(tree.tokens - len(tree.trunk) for tree in trees)
+
+
+def _mask_elements(trees: Sequence[TeacherTree]) -> int:
+    T, S = _widths(trees)
+    return len(trees) * S * (T + S)
+
+
+def _padded(rows: Sequence[Sequence[int]], device: Any) -> Tensor:
     import torch
 
-    mask = mask_B_L_L[:, None]
-    if config._attn_implementation in BOOL_MASK:
-        return mask
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    ids_B_L = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
+    for b, row in enumerate(rows):
+        ids_B_L[b, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return ids_B_L.to(device)
+
+
+def additive(mask_B_S_K: Tensor, dtype: Any) -> Tensor:
+    """The mask as what is added to the attention scores, ``(B, 1, S, K)``.
+
+    Every kind of attention takes this form, and sdpa would make it anew from a bool mask in every layer, which
+    costs a fifth of the scoring on a CPU.
+    """
+    import torch
+
+    scores = torch.full(mask_B_S_K.shape, torch.finfo(dtype).min, dtype=dtype)
+    return scores.masked_fill_(mask_B_S_K, 0.0)[:, None]
 
 
 def supports_tree(config: Any) -> bool:
     """Whether a custom mask reaches every layer of the model unchanged."""
-    if getattr(config, "_attn_implementation", None) not in (*BOOL_MASK, "eager"):
+    if getattr(config, "_attn_implementation", None) not in TAKES_A_MASK:
         return False
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:

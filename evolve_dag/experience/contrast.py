@@ -37,7 +37,7 @@ Condition = tuple[tuple[str, str], ...]
 """(feature, value) pairs in the order of ``features.FEATURES``: a hashable conjunction."""
 
 MIN_OTHERS = 5
-"""Trajectories that must have done something else in the situation: without them there is no contrast."""
+"""Trajectories that must stand on either side of a comparison: fewer are no contrast."""
 
 MAX_TRAJECTORY_IDS = 50
 """Provenance kept per pattern."""
@@ -136,14 +136,17 @@ class Mined:
         """Evidence for one pattern; None without two trajectories on either side."""
         return _effect(self._actions, self._situations, condition, action, self._confidence)
 
-    def clearly_better(self, condition: Condition, better: str, worse: str) -> bool:
-        """Whether ``better`` beats ``worse`` in the situation at the configured confidence; also true when (almost)
-        nobody did ``worse`` there, so that its advice has no ground in this situation."""
+    def clearly_better(self, condition: Condition, better: str, worse: str, *, measured: bool = False) -> bool:
+        """Whether ``better`` beats ``worse`` in the situation at the configured confidence.
+
+        When (almost) nobody did ``worse`` there, its advice has no ground in this situation: true, unless the
+        comparison must be ``measured``.
+        """
         a, b = self._actions.get((condition, better)), self._actions.get((condition, worse))
-        if a is None:
+        if a is None or (measured and a.count < MIN_OTHERS):
             return False
         if b is None or b.count < MIN_OTHERS:
-            return True
+            return not measured
         return _welch(a, b, self._situations[condition].variance, self._confidence)[1] > 0
 
 
@@ -395,15 +398,19 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
     ]
     for item, condition, action in known:
         effect = mined.effect(condition, action)
-        if effect is not None and effect.high < 0:
+        if effect is not None and effect.high < 0 and min(effect.support, effect.others) >= MIN_OTHERS:
             delete(item, f"refuted: lift {_show(effect)}")
-    # A general rule is held against its standing special cases as well: this iteration may have had too few of them to
-    # find the exception anew. All contradictions first: an item that goes must not keep out the special cases that it covered until now.
+    # All contradictions first: an item that goes must not keep out the special cases that it covered until now.
     for pattern in mined.patterns:
         for item, condition, action in known:
-            here = max(condition, pattern.condition, key=len)
-            related = set(condition) <= set(pattern.condition) or set(condition) > set(pattern.condition)
-            if related and action != pattern.action and mined.measured_better(here, pattern.action, action):
+            if action == pattern.action:
+                continue
+            if set(condition) <= set(pattern.condition):
+                beaten = mined.clearly_better(pattern.condition, pattern.action, action)
+            else:  # a special case of the pattern goes only if it was put to the test again, and lost
+                special = set(condition) > set(pattern.condition)
+                beaten = special and mined.clearly_better(condition, pattern.action, action, measured=True)
+            if beaten:
                 delete(item, f"contradicted by: {pattern.text} (lift {_show(pattern.effect)})", pattern.trajectory_ids)
     standing = [entry for entry in known if entry[0].id not in gone]
     for pattern in mined.patterns:

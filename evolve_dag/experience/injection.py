@@ -27,9 +27,9 @@ class Injected:
 
     messages: tuple[Message, ...]
     """A copy; equals the history when nothing was selected."""
-    selected: tuple[str, ...]
+    selected: tuple[str, ...] = ()
     """Ids of the items that stand in it."""
-    text: str
+    text: str = ""
     """Exactly what was added; '' for nothing."""
 
 

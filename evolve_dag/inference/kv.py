@@ -176,13 +176,11 @@ class RoundCache(Cache):
         """Where the next forward pass writes.
 
         Args:
-            columns: [rows, new tokens]; -1 marks padding.
+            columns: [rows, new tokens]; -1 marks padding and, being the last column, is where padding goes.
             length: columns of the slab that the pass attends to.
         """
         self._length = length
-        padding = columns < 0
-        self._slab_columns = torch.where(padding, self._pool.columns, columns)
-        self._copy_columns = torch.where(padding, self._width, columns)
+        self._columns = columns
 
     def compact(self, keep: torch.Tensor) -> None:
         """Go on with the rows ``keep`` (indices, ascending) only."""
@@ -201,13 +199,13 @@ class RoundCache(Cache):
         new = key_states.transpose(1, 2), value_states.transpose(1, 2)
         if self._span is not None:
             keys, values = keys[self._span], values[self._span]
-            keys[self._rows, :, self._slab_columns], values[self._rows, :, self._slab_columns] = new
+            keys[self._rows, :, self._columns], values[self._rows, :, self._columns] = new
         else:
             slots = self._slots[:, None]
-            keys[slots, :, self._slab_columns], values[slots, :, self._slab_columns] = new
+            keys[slots, :, self._columns], values[slots, :, self._columns] = new
             if layer_idx in self._copies:
                 keys, values = self._copies[layer_idx]
-                keys[self._rows, :, self._copy_columns], values[self._rows, :, self._copy_columns] = new
+                keys[self._rows, :, self._columns], values[self._rows, :, self._columns] = new
             else:
                 # What was just written comes along. One column more, for what padding writes.
                 keys, values = (buffer[:, :, : self._width + 1].index_select(0, self._slots) for buffer in (keys, values))

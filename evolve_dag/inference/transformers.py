@@ -151,7 +151,8 @@ class TransformersModel:
         Args:
             path_or_model: a folder that ``from_pretrained`` reads, or a model that is in memory. The latter is
                 used as it is, in evaluation mode; where an adapter is merged it is copied first.
-            tokenizer: Hugging Face tokenizer or :class:`ChatFormat`; None reads it from the folder.
+            tokenizer: Hugging Face tokenizer, :class:`ChatFormat`, or a folder that holds a tokenizer; None reads
+                it from the model's folder.
             adapter_dir: folder of a LoRA adapter that peft wrote.
             merge: add adapters into the weights (unmerged they cost 20-37% of a rollout's time).
             threads: CPU threads of a forward pass; None leaves torch's setting.
@@ -169,11 +170,9 @@ class TransformersModel:
             if isinstance(path_or_model, torch.nn.Module) and adapter_dir is None:
                 model = copy.deepcopy(model)  # the caller may be training it
             model = model.merge_and_unload()
-        chat = (
-            tokenizer
-            if isinstance(tokenizer, ChatFormat)
-            else ChatFormat.from_tokenizer(tokenizer or _read_tokenizer(path_or_model, name))
-        )
+        if tokenizer is None or isinstance(tokenizer, (str, Path)):
+            tokenizer = _read_tokenizer(tokenizer or path_or_model, name)
+        chat = tokenizer if isinstance(tokenizer, ChatFormat) else ChatFormat.from_tokenizer(tokenizer)
         embeddings = model.get_input_embeddings().weight.shape[0]
         if chat.vocab_size > embeddings:
             raise ModelError(
@@ -284,6 +283,7 @@ class TransformersModel:
         That is when every session that will ask again has asked, or enough calls wait, or the others let wait
         longer than a tenth of a round (they are at a slow tool).
         """
+        before_waiting: int | None = None
         while True:
             seen, still = -1, 0
             while still < 3:  # whoever can run now runs first, and may ask
@@ -291,13 +291,15 @@ class TransformersModel:
                 seen = len(self._waiting)
                 await asyncio.sleep(0)
             sessions = {call.session for call in self._waiting}
-            if len(self._waiting) >= self._max_batch or self._live <= sessions:
+            if len(self._waiting) >= self._max_batch or self._live <= sessions or before_waiting == len(self._waiting):
                 return
             self._arrived.clear()
             try:
                 await asyncio.wait_for(self._arrived.wait(), min(max(0.1 * self._last_round, 0.002), 0.05))
+                before_waiting = None
             except TimeoutError:
-                return
+                # Not yet: on a busy machine this timer and the calls it should wait for come due together.
+                before_waiting = len(self._waiting)
 
     def _take(self) -> list[_Call]:
         """The calls of the next round, first come first served, one per session."""
@@ -461,12 +463,12 @@ class TransformersModel:
         """Sample until every row has ended; ids (-1 behind the end) and log-probabilities, both [rows, steps]."""
         device, count = self._device, len(calls)
         steps = max(call.limit for call in calls)
-        length = max(len(call.ids) for call in calls)
+        width = max(len(call.ids) + call.limit for call in calls)
         limits = torch.tensor([call.limit for call in calls], device=device)
         draw = _Sampler([call.request for call in calls], steps, device)
         tokens = torch.full((count, steps), -1, dtype=torch.long, device=device)
         logprobs = torch.zeros((count, steps), dtype=torch.float32, device=device)
-        cache = RoundCache(self._pool, slots, length + steps, device)
+        cache = RoundCache(self._pool, slots, width, device)
         rows = torch.arange(count, device=device)
         columns = torch.tensor([len(call.ids) for call in calls], device=device)
         running = torch.ones(count, dtype=torch.bool, device=device)

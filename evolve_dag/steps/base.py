@@ -268,7 +268,8 @@ def run_step(name: str, experiment: Experiment, iteration: int, store: Store, pr
         with store.build(
             name, expected.digest, code_version=code_version(name), config=dict(expected.config), inputs=dict(expected.inputs)
         ) as build:
-            _body(name)(StepContext(experiment, iteration, store, inputs, build, progress or Silent(), entering))
+            if build.artifact is None:  # else another process has made it while this one waited for the lock
+                _body(name)(StepContext(experiment, iteration, store, inputs, build, progress or Silent(), entering))
     artifact = store.open(name, expected.digest)
     seconds = time.monotonic() - started
     store.set_ref(experiment.experiment, iteration, name, expected.digest, recomputed=recomputed, seconds=round(seconds, 3))

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from evolve_dag.agent.chat import GRAMMAR_TAGS, ChatFormat
+from evolve_dag.environments.pocket.tokenizer import CONTROL, build_tokenizer
 from evolve_dag.errors import ModelError
 from evolve_dag.records import Message
 
@@ -140,6 +141,24 @@ def test_end_of_text_also_ends_an_action(byte_chat: ChatFormat) -> None:
     end_of_text = tiny_tokenizers.byte_level().eos_token_id
     assert byte_chat.stop_ids == {byte_chat.end_of_turn_id, end_of_text}
     assert byte_chat.decode_action([*byte_chat.encode_action("yes")[:-1], end_of_text]) == "yes"
+
+
+def test_grammar_parts_that_are_special_tokens_are_for_the_policy_only() -> None:
+    """The pocket tokenizer writes ``\\n<tool_call>\\n{"name": "`` as one special token."""
+    tokenizer = build_tokenizer()
+    chat = ChatFormat.from_tokenizer(tokenizer)
+    text = 'look up\n<tool_call>\n{"name": "search", "arguments": {"query": "Bado Keli mayor"}}\n</tool_call>'
+    ids = chat.encode_action(text)
+    assert ids == [*tokenizer.encode(text, add_special_tokens=False), chat.end_of_turn_id]
+    assert chat.decode_action(ids) == text
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for role in ("user", "tool"):
+        frame = chat.encode([Message(role, "")], generation_prompt=False)  # type: ignore[arg-type]
+        whole = chat.encode([Message(role, "".join(CONTROL) + text)], generation_prompt=False)  # type: ignore[arg-type]
+        assert [i for i in whole if i in special] == [i for i in frame if i in special]
+    frame = chat.encode([Message("assistant", "")], generation_prompt=False)
+    whole = chat.encode([Message("assistant", "<|im_end|>\n<|im_start|>user\n")], generation_prompt=False)
+    assert [i for i in whole if i in special] == [i for i in frame if i in special]
 
 
 def test_callers_tokenizer_is_left_alone() -> None:

@@ -83,6 +83,16 @@ def test_a_broken_file_is_left_out_and_told(config: Path, memory: dg.DagsterInst
     dg.Definitions.validate_loadable(defs)
 
 
+def test_an_experiment_whose_model_is_missing_does_not_stop_the_others(config: Path, memory: dg.DagsterInstance) -> None:
+    write_config(config.with_name("modelless.yaml"), models={"policy": {"path": "nowhere"}})
+    result = watch(memory)
+    assert isinstance(result, dg.SensorResult)
+    assert {event.partition for event in result.asset_events} == {"tiny"}
+    quiet = watch(memory)
+    assert isinstance(quiet, dg.SkipReason)
+    assert "modelless: " in str(quiet.skip_message)
+
+
 def test_a_seed_of_its_own_is_an_experiment_of_its_own(config: Path, memory: dg.DagsterInstance) -> None:
     registry.register(registry.default_store(), config, seed=7)
     watch(memory)
@@ -114,16 +124,16 @@ def test_nightly_without_any_experiment_says_so(instance: dg.DagsterInstance) ->
     assert "no experiment is known" in str(nightly(instance))
 
 
-def test_continue_until_goes_on_and_stops(instance: dg.DagsterInstance) -> None:
-    promote(instance, "tiny", 1)
-    run = finished_run(instance, {"evolve/until": "3", "dagster/partition": "tiny|01"})
-    request = follow(instance, run)
+def test_continue_until_goes_on_and_stops(memory: dg.DagsterInstance) -> None:
+    promote(memory, "tiny", 1)
+    run = finished_run(memory, {"evolve/until": "3", "dagster/partition": "tiny|01"})
+    request = follow(memory, run)
     assert isinstance(request, dg.RunRequest)
     assert request.partition_key == "tiny|02"
     assert request.tags["evolve/until"] == "3", "the tag travels on"
-    promote(instance, "tiny", 3)
-    last = finished_run(instance, {"evolve/until": "3", "dagster/partition": "tiny|03"})
-    assert "iteration 3 is reached" in str(follow(instance, last))
+    promote(memory, "tiny", 3)
+    last = finished_run(memory, {"evolve/until": "3", "dagster/partition": "tiny|03"})
+    assert "iteration 3 is reached" in str(follow(memory, last))
 
 
 @pytest.mark.parametrize(
@@ -135,8 +145,8 @@ def test_continue_until_goes_on_and_stops(instance: dg.DagsterInstance) -> None:
         ({"evolve/until": "3", "dagster/partition": "tiny|01"}, "promotion[tiny|01] is not materialized"),
     ],
 )
-def test_continue_until_says_why_it_does_not(instance: dg.DagsterInstance, tags: dict[str, str], reason: str) -> None:
-    assert reason in str(follow(instance, finished_run(instance, tags)))
+def test_continue_until_says_why_it_does_not(memory: dg.DagsterInstance, tags: dict[str, str], reason: str) -> None:
+    assert reason in str(follow(memory, finished_run(memory, tags)))
 
 
 def test_a_backfill_over_iterations_runs_one_at_a_time_per_experiment(

@@ -78,11 +78,11 @@ def test_the_equality_above_can_fail(trained: torch.nn.Module, monkeypatch: pyte
 
     def off_by_one(tree, mask, positions):  # type: ignore[no-untyped-def]
         right(tree, mask, positions)
-        positions[len(tree.trunk) :] += 1
+        positions += 1
 
     def leaking(tree, mask, positions):  # type: ignore[no-untyped-def]
         right(tree, mask, positions)
-        mask[len(tree.trunk) :, : len(tree.trunk)] = True
+        mask[:, : len(tree.trunk)] = True
 
     for wrong in (off_by_one, leaking):
         monkeypatch.setattr(teacher_module, "fill_mask", wrong)
@@ -94,7 +94,9 @@ def test_sequence_per_step_is_the_same(trained: torch.nn.Module, monkeypatch: py
     trees = [one.tree for one in some()]
     expected = TeacherScorer(trained, top_k=0).score(trees)
     plain = TeacherScorer(trained, top_k=0, tree=False).score(trees)
-    monkeypatch.setattr(teacher_module, "MASK_ELEMENTS", 60**2)  # longer trees than this are unpacked
+    sizes = sorted(teacher_module._mask_elements([tree]) for tree in trees if tree.branches[0].ids)
+    assert sizes[0] < sizes[-1]
+    monkeypatch.setattr(teacher_module, "MASK_ELEMENTS", sizes[len(sizes) // 2])  # larger trees are unpacked
     mixed = TeacherScorer(trained, top_k=0).score(trees)
     for other in (plain, mixed):
         assert nearest([one.logprobs for one in expected], other) < 1e-4

@@ -22,6 +22,7 @@ from evolve_dag.experience.contrast import (
     t_quantile,
 )
 from evolve_dag.experience.features import features
+from evolve_dag.experience.phrases import render
 from evolve_dag.experience.pool import Pool, Proposal, extract
 from evolve_dag.records import Step, Trajectory
 
@@ -243,6 +244,26 @@ def test_a_general_item_goes_when_its_special_cases_disagree() -> None:
     # The special case that agrees comes as an item of its own, because the rule that covered it is gone.
     assert ("delete", "p0001") in edits
     assert sorted(i.text.split(":")[0] for i in after.items) == ["Conclude", "Narrow"]
+
+
+def special_case(action: str) -> Pool:
+    condition = {"tool": "visit", "observation": "page", "evidence": "asked"}
+    proposal = Proposal("add", text=render(condition, action), condition=condition, evidence={"lift": 0.4, "low": 0.2})
+    return Pool().apply([proposal], iteration=1, strict=True).pool
+
+
+def test_a_general_rule_yields_to_a_standing_exception_that_was_not_put_to_the_test() -> None:
+    pool = special_case("open_fitting")  # nobody opens anything after a page here
+    after, edits = run(two_pages(0, "search", "search"), pool, 2)
+    assert edits == []
+    assert after == pool
+
+
+def test_a_general_rule_replaces_an_exception_that_lost() -> None:
+    pool = special_case("answer_page")
+    after, edits = run(two_pages(0, "search", "search"), pool, 2)
+    assert edits == [("delete", "p0001"), ("add", "p0002")]
+    assert after.items[0].text == "Narrow: when a page is shown, search only the short name."
 
 
 def test_a_general_rule_absorbs_its_special_case() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import naive
 import numpy as np
 import pytest
+import tiny_tokenizers
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -216,6 +217,23 @@ def test_merged_adapter_equals_peft(qwen3: PreTrainedModel, chat: ChatFormat, tm
     assert any(ask(loaded[0], [r])[0].token_ids != ask(load(qwen3, chat), [r])[0].token_ids for r in requests)
 
 
+def test_a_model_that_trains_is_copied_with_its_adapter(qwen3: PreTrainedModel, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    tiny_tokenizers.byte_level().save_pretrained(tmp_path)
+    student = get_peft_model(copy.deepcopy(qwen3), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    student.train()
+    ids = torch.arange(12)[None]
+    student(input_ids=ids, labels=ids).loss.backward()
+    model = TransformersModel.load(student, tmp_path, threads=1)
+    [completion] = ask(model, [question(1)])
+    assert student.training
+    assert all(p.grad is not None for name, p in student.named_parameters() if "lora" in name)
+    assert student.config._attn_implementation == "sdpa"
+    student.eval()
+    check(student, model.chat, question(1), completion)
+
+
 def test_model_still_scores_a_padded_batch_like_the_stock_one(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
     """The attention function stays in the model's config: scoring and training go through it too."""
     ours = copy.deepcopy(qwen3)
@@ -253,7 +271,7 @@ def test_answer_ends_where_the_positions_end(qwen3: PreTrainedModel, chat: ChatF
     count = 505
     base = (SYSTEM, Message("user", ""))
     filler = count - len(chat.encode(base))
-    messages = (SYSTEM, Message("user", "é" * 0 + "\x01" * filler))
+    messages = (SYSTEM, Message("user", "\x01" * filler))
     assert len(chat.encode(messages)) == count
     request = Request(messages, Sampling(max_tokens=50, seed=3), "s")
     [completion] = ask(load(qwen3, chat), [request])

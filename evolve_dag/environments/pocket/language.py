@@ -173,13 +173,25 @@ SITUATIONS: Mapping[State, Sequence[Sequence[str]]] = {
         ["lacks", "misses", "leaves out", "does not hold"],
         ["the asked part", "the needed part", "every asked word", "what was asked"],
     ],
+    "listing": [
+        ["a search", "the search", "the last search", "the query", "the list"],
+        ["shows", "lists", "returns", "brings"],
+        ["results", "some results", "titles", "some titles", "some pages"],
+    ],
+    "page": [
+        ["the page", "a page", "the text", "this page", "some page"],
+        ["is shown", "is read", "is open", "was opened", "is there"],
+    ],
     "missing": [
         ["no page", "not one page", "no title"],
         ["has", "carries", "bears", "matches"],
         ["that name", "this name", "the name", "that title"],
     ],
 }
-"""State -> slots of its paraphrases; the text is one choice per slot, joined by blanks."""
+"""State, or group of states, -> slots of its paraphrases; the text is one choice per slot, joined by blanks."""
+
+GROUPS: Mapping[State, Sequence[State]] = {"listing": ("one", "several"), "page": ("part", "asked", "wrong")}
+"""Situations that cover more than one state."""
 
 STRATEGIES: Mapping[Move, Sequence[Sequence[str]]] = {
     "search_short": [

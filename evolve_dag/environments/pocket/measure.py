@@ -16,9 +16,18 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from evolve_dag.environments.pocket.language import SYSTEM_PROMPT, PhraseBank, case_text
+from evolve_dag.environments.pocket.language import GROUPS, SYSTEM_PROMPT, PhraseBank, case_text
 from evolve_dag.environments.pocket.pretrain import Encoder
-from evolve_dag.environments.pocket.script import HABIT, MOVES, FastSearch, ScriptedAgent, Transcript, action_text, habitual
+from evolve_dag.environments.pocket.script import (
+    GROUP_MOVES,
+    HABIT,
+    MOVES,
+    FastSearch,
+    ScriptedAgent,
+    Transcript,
+    action_text,
+    habitual,
+)
 from evolve_dag.environments.pocket.world import World
 from evolve_dag.records import Message
 
@@ -73,7 +82,7 @@ def _chunks(order: Sequence[int], size: int) -> list[Sequence[int]]:
 def situations(per_state: int, rng: Random) -> dict[str, list[tuple[list[Message], ScriptedAgent]]]:
     """Conversations that stand in each state, with the agent that knows the truth there."""
     found: dict[str, list[tuple[list[Message], ScriptedAgent]]] = defaultdict(list)
-    advice = [(s, m) for s in MOVES for m in MOVES[s]]
+    advice = [((s,), m) for s in MOVES for m in MOVES[s]]
     for seed in itertools.cycle(MEASURING_WORLDS):
         world = World(seed)
         search = FastSearch(world)
@@ -158,6 +167,9 @@ def measure(folder: Path, *, per_state: int = 150, seed: int = 0) -> dict[str, A
                 jobs.append(("held_out", state, move, _hinted(messages, [held_out.principle(state, move, rng)]), agent))
                 if len(jobs) % 3 == 0:
                     jobs.append(("seen", state, move, _hinted(messages, [seen.principle(state, move, rng)]), agent))
+            for group, states in GROUPS.items():
+                for move in GROUP_MOVES[group] if state in states else ():
+                    jobs.append(("held_out", state, move, _hinted(messages, [held_out.principle(group, move, rng)]), agent))
     texts = sample([j[3] for j in jobs])
     shares: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     followed: dict[str, dict[str, list[bool]]] = {"held_out": defaultdict(list), "seen": defaultdict(list)}

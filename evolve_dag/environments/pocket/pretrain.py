@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,8 @@ class PretrainSettings:
     """Last rate as a share of the first."""
     longest: int = 640
     """Transcripts with more tokens are left out."""
+    modes: Mapping[str, float] = field(default_factory=lambda: dict(MODES))
+    """What stands in the context of a transcript, and how often."""
     start: str | None = None
     """Folder of a model to continue from; None starts anew."""
     hidden: int = 128
@@ -63,6 +65,21 @@ class PretrainSettings:
     heads: int = 4
     kv_heads: int = 2
     feed_forward: int = 384
+
+
+RECIPE = (
+    PretrainSettings(),
+    PretrainSettings(
+        seed=1,
+        tokens=2_000_000,
+        simple_share=0.0,
+        decay_from=0.0,
+        muon_rate=0.012,
+        adam_rate=1.8e-3,
+        modes={"none": 0.3, "step": 0.38, "global": 0.22, "case": 0.1},
+    ),
+)
+"""Stages that made the shipped weights: all modes, then a short one that sharpens copying."""
 
 
 class Encoder:
@@ -185,7 +202,7 @@ def _worker(rank: int, settings: PretrainSettings, out: str, port: int) -> None:
     ]
     base = [settings.muon_rate, settings.adam_rate]
     encode = Encoder(tokenizer)
-    simple, full = batches(rank, settings, encode, SIMPLE_MODES), batches(rank, settings, encode, MODES)
+    simple, full = batches(rank, settings, encode, SIMPLE_MODES), batches(rank, settings, encode, settings.modes)
     weights = torch.tensor([0.0, settings.context_weight, 1.0])
     seen, started, recent = 0.0, time.time(), []
     for step in itertools.count():
@@ -287,4 +304,26 @@ def pretrain(out: Path, settings: PretrainSettings, on_progress: Callable[[dict[
     return out
 
 
-__all__ = ["PAD", "Encoder", "PretrainSettings", "new_model", "pretrain"]
+def pretrain_recipe(out: Path, seed: int = 0, on_progress: Callable[[dict[str, Any]], None] | None = None) -> Path:
+    """Run :data:`RECIPE`: the weights that ship, up to the machine's rounding.
+
+    Args:
+        out: folder to write.
+        seed: added to the seed of every stage, for base policies of another draw.
+        on_progress: gets every line of progress, with ``stage`` and ``done`` over the whole recipe.
+    """
+    total = sum(stage.tokens for stage in RECIPE)
+    before = 0
+    for number, stage in enumerate(RECIPE):
+        settings = replace(stage, seed=stage.seed + 2 * seed, start=str(out) if number else None)
+
+        def report(line: dict[str, Any], number: int = number, before: int = before) -> None:
+            if on_progress:
+                on_progress({**line, "stage": number + 1, "done": min(1.0, (before + line["tokens"]) / total)})
+
+        pretrain(out, settings, report)
+        before += stage.tokens
+    return out
+
+
+__all__ = ["PAD", "Encoder", "PretrainSettings", "new_model", "pretrain", "pretrain_recipe"]

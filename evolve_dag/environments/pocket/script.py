@@ -16,7 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
+from evolve_dag.agent.loop import LAST_STEP
 from evolve_dag.environments.pocket.language import (
+    GROUPS,
     KINDS,
     NAME_WORDS,
     SYSTEM_PROMPT,
@@ -29,7 +31,6 @@ from evolve_dag.environments.pocket.world import MINIMUM_MATCH, RESULTS, Entity,
 from evolve_dag.records import Message
 
 MAX_STEPS = 12
-LAST_STEP = "last step: answer now"
 
 MOVES: Mapping[State, Sequence[Move]] = {
     "start": ["search_short", "search_long"],
@@ -43,6 +44,12 @@ MOVES: Mapping[State, Sequence[Move]] = {
     "missing": ["search_short", "visit_match", "answer"],
 }
 """What can be done in each state; items in pretraining recommend any of these."""
+
+GROUP_MOVES: Mapping[State, Sequence[Move]] = {"listing": ["visit_match", "snippet"], "page": ["answer", "search_short"]}
+"""The same for situations that cover several states."""
+
+Advice = tuple[Sequence[State], Move]
+"""What one item recommends: a move in any of some states."""
 
 HABIT: Mapping[State, Mapping[Move, float]] = {
     "start": {"search_short": 0.55, "search_long": 0.45},
@@ -229,9 +236,9 @@ def recalled(question: Question) -> str:
     return f"case {title(question.reference)}? answer {question.answer}"
 
 
-def habitual(state: State, advice: Sequence[tuple[State, Move]], rng: Random) -> Move:
+def habitual(state: State, advice: Sequence[Advice], rng: Random) -> Move:
     """The next move: advice about this state is mostly followed, else habit decides."""
-    fitting = [move for s, move in advice if s == state]
+    fitting = [move for states, move in advice if state in states]
     if fitting and rng.random() < OBEDIENCE:
         return rng.choice(fitting)
     habit = HABIT[state]
@@ -244,9 +251,9 @@ class TranscriptWriter:
     def __init__(self, rng: Random, bank: PhraseBank, modes: Mapping[str, float] = MODES) -> None:
         self.rng, self.bank, self.modes = rng, bank, modes
 
-    def advice(self, count: int) -> list[tuple[str, tuple[State, Move] | None]]:
+    def advice(self, count: int) -> list[tuple[str, Advice | None]]:
         """``count`` random items: principles on any state with any of its moves, and distractors."""
-        out: list[tuple[str, tuple[State, Move] | None]] = []
+        out: list[tuple[str, Advice | None]] = []
         for _ in range(count):
             if self.rng.random() < 0.2:
                 out.append((self.bank.distractor(self.rng), None))
@@ -254,11 +261,16 @@ class TranscriptWriter:
                 out.append(self._item(self.rng.choice(list(MOVES))))
         return out
 
-    def _item(self, state: State) -> tuple[str, tuple[State, Move]]:
+    def _item(self, state: State) -> tuple[str, Advice]:
+        """A principle about ``state``, or about a group of states that holds it."""
+        group = next((g for g, states in GROUPS.items() if state in states), None)
+        if group is not None and self.rng.random() < 0.3:
+            move = self.rng.choice(GROUP_MOVES[group])
+            return self.bank.principle(group, move, self.rng), (GROUPS[group], move)
         move = self.rng.choice(MOVES[state])
-        return self.bank.principle(state, move, self.rng), (state, move)
+        return self.bank.principle(state, move, self.rng), ((state,), move)
 
-    def _pool(self) -> list[tuple[str, tuple[State, Move] | None]]:
+    def _pool(self) -> list[tuple[str, Advice | None]]:
         """Items of a global context: at most one per state half of the time, as a real pool has it."""
         if self.rng.random() < 0.5:
             return self.advice(self.rng.randint(1, 12))
@@ -293,7 +305,7 @@ class TranscriptWriter:
         agent = ScriptedAgent(world, question, search)
         limit = rng.randint(1, 6) if rng.random() < 0.15 else MAX_STEPS
         notes: list[str] = []
-        standing: list[tuple[State, Move]] = []
+        standing: list[Advice] = []
         cases: list[str] = []
         case_step, match = -1, False
         if mode == "global":
@@ -314,7 +326,7 @@ class TranscriptWriter:
             last = step == limit - 1
             if last:
                 content = f"{content}\n{LAST_STEP}"
-            hints: list[tuple[str, tuple[State, Move] | None]] = []
+            hints: list[tuple[str, Advice | None]] = []
             if mode == "step" and rng.random() < 0.8:
                 hints = self.advice(rng.randint(0, 2))
                 if rng.random() < 0.75 or not hints:

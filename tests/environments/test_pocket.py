@@ -1,0 +1,214 @@
+"""The pocket world, its scripted transcripts, its tokenizer and the weights that ship."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections import Counter
+from random import Random
+
+import pytest
+
+from evolve_dag.agent.actions import parse_action
+from evolve_dag.agent.chat import ChatFormat
+from evolve_dag.agent.loop import LAST_STEP
+from evolve_dag.environments.pocket.language import KINDS, PhraseBank, is_held_out, vocabulary
+from evolve_dag.environments.pocket.pretrain import ACTION, SLIP, Encoder, PretrainSettings, pretrain
+from evolve_dag.environments.pocket.script import GROUP_MOVES, MOVES, FastSearch, ScriptedAgent, habitual, transcripts
+from evolve_dag.environments.pocket.tokenizer import CONTROL, build_tokenizer
+from evolve_dag.environments.pocket.world import World, title
+from evolve_dag.experience.phrases import all_phrases
+from evolve_dag.inference.folders import POCKET
+from evolve_dag.records import Message, ToolCall
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World(3)
+
+
+@pytest.fixture(scope="module")
+def some_transcripts() -> list:
+    return list(itertools.islice(transcripts(Random(0), itertools.count(10**6)), 600))
+
+
+def test_a_world_is_a_function_of_its_seed(world: World) -> None:
+    assert [p for p in World(3).pages()] == world.pages()
+    assert [p for p in World(4).pages()] != world.pages()
+
+
+def test_questions_are_answered_by_following_the_pages(world: World) -> None:
+    rng = Random(1)
+    hops = Counter()
+    for _ in range(300):
+        question = world.question(rng)
+        current, kinds = question.reference, []
+        for relation in question.relations:
+            page = world.resolve(current)
+            kinds.append(page[0])
+            assert relation in dict(KINDS[page[0]])
+            current = world.facts[page][relation]
+        assert current[1] == question.answer
+        assert len(set(kinds)) == len(kinds)
+        hops[len(question.relations)] += 1
+    assert set(hops) == {1, 2, 3}
+
+
+def test_tasks_are_distinct_and_stable(world: World) -> None:
+    tasks = world.tasks(200, "pocket/train")
+    assert len({t.question for t in tasks}) == len({t.id for t in tasks}) == 200
+    assert world.tasks(200, "pocket/train") == tasks
+    assert all(t.answer not in t.question.split("What is")[0] for t in tasks)
+
+
+def test_pretraining_sees_what_the_real_environment_answers(world: World) -> None:
+    real, fast = world.environment(), FastSearch(world)
+    rng = Random(2)
+    entities = [*world.facts, *world.alias_of]
+    queries = []
+    for _ in range(400):
+        kind, name = rng.choice(entities)
+        attribute = rng.choice([a for a, _ in KINDS[kind]])
+        queries += [name, f"{name} {attribute}", world.question(rng).text, f"{attribute} of {kind} {name}"]
+    for query, observation in zip(queries, real.search_many(queries), strict=True):
+        assert fast.search(query)[0] == observation, query
+    for entity in rng.sample(entities, 50):
+        call = ToolCall("visit", {"page": title(entity)})
+        assert asyncio.run(real.call(call)) == fast.visit(title(entity))
+    assert fast.visit("city No Where") == asyncio.run(real.call(ToolCall("visit", {"page": "city No Where"})))
+
+
+def test_good_advice_succeeds_and_habit_mostly_fails() -> None:
+    good = {"start": "search_short", "empty": "search_short", "one": "visit_match", "several": "visit_match", "missing": "search_short",
+            "redirect": "visit_link", "part": "search_short", "asked": "answer", "wrong": "visit_match"}  # fmt: skip
+
+    def success(advice: list) -> float:
+        rng, wins = Random(5), 0
+        for n in range(600):
+            if n % 100 == 0:
+                world = World(700 + n)
+                search = FastSearch(world)
+            agent = ScriptedAgent(world, world.question(rng), search)
+            for _ in range(12):
+                _, tool, argument = agent.act(habitual(agent.state, advice, rng))
+                if tool == "answer":
+                    wins += argument == agent.question.answer
+                    break
+                agent.observe(tool, argument)
+        return wins / 600
+
+    assert 0.2 < success([]) < 0.37
+    assert success([((s,), m) for s, m in good.items()]) > 0.9
+
+
+def test_transcripts_hold_no_held_out_phrase(some_transcripts: list) -> None:
+    held_out = PhraseBank(held_out=True)
+    phrases = [p for bank in (held_out.situations, held_out.strategies) for found in bank.values() for p in found]
+    extractor = [p for p in all_phrases() if len(p.split()) > 2]
+    assert all(is_held_out(p) for p in [*phrases, *extractor])
+    text = "\n".join(m.content for t in some_transcripts for m in t.messages if m.role != "assistant")
+    clauses = {
+        c.strip() for line in text.splitlines() if ": when " in line for c in line.split(": when ")[1].rstrip(".").split(",")
+    }
+    situations = {c.split(" and ")[0] for c in clauses}
+    assert situations
+    assert not situations & {*phrases, *extractor}
+
+
+def test_pretraining_prefers_no_move(some_transcripts: list) -> None:
+    """Which move pays must not be readable from the items of pretraining: all moves of a state are drawn alike."""
+    bank = PhraseBank(held_out=False)
+    counts: dict[str, Counter] = {state: Counter() for state in MOVES}
+    for transcript in some_transcripts:
+        for message in transcript.messages:
+            for state in MOVES:
+                for line in message.content.splitlines():
+                    clause = line.partition(": when ")[2].partition(",")
+                    if clause[0].split(" and ")[0] in bank.situations[state]:
+                        move = next(m for m, found in bank.strategies.items() if clause[2].strip(" .") in found)
+                        counts[state][move] += 1
+    for state, moves in MOVES.items():
+        shares = [counts[state][m] / counts[state].total() for m in moves]
+        assert max(abs(s - 1 / len(moves)) for s in shares) < 0.2, (state, counts[state])
+    assert set(GROUP_MOVES["listing"]) == set(MOVES["one"])
+
+
+def test_actions_of_transcripts_are_well_formed(some_transcripts: list) -> None:
+    announced = 0
+    for transcript in some_transcripts:
+        actions = [m for m in transcript.messages if m.role == "assistant"]
+        for message in actions:
+            parsed = parse_action(message.content)
+            assert parsed.problem is None, message.content
+        assert parse_action(actions[-1].content).answer is not None
+        announced += any(LAST_STEP in m.content for m in transcript.messages)
+    assert announced > 20
+
+
+def test_tokenizer_reads_back_what_it_wrote(some_transcripts: list) -> None:
+    tokenizer = build_tokenizer()
+    for transcript in some_transcripts[:100]:
+        for message in transcript.messages:
+            ids = tokenizer.encode(message.content, add_special_tokens=False)
+            assert tokenizer.decode(ids) == message.content
+            assert not [i for i in ids if tokenizer.convert_ids_to_tokens(i).startswith("<0x")]
+    assert len(vocabulary()) == len(set(vocabulary()))
+    for text in ("Ünïcode & emoji 🙂", "https://example.org/a?b=c", "tabs\tand  spaces"):
+        assert tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_pretraining_and_rollouts_share_their_tokens(some_transcripts: list) -> None:
+    tokenizer = build_tokenizer()
+    chat, encode = ChatFormat.from_tokenizer(tokenizer), Encoder(tokenizer)
+    for transcript in some_transcripts[:100]:
+        ids, roles = encode(transcript)
+        assert len(ids) == len(roles)
+        sampled = [
+            Message(m.role, m.content, tuple(chat.encode_action(m.content))) if m.role == "assistant" else m
+            for m in transcript.messages
+        ]
+        assert chat.encode(sampled, generation_prompt=False) == ids
+        written = [i for i, role in zip(ids, roles, strict=True) if role != 1]
+        assert written == [i for m in sampled if m.role == "assistant" for i in m.token_ids]
+        assert (SLIP in roles) == (
+            not all(t for t, m in zip(transcript.targets, transcript.messages, strict=True) if m.role == "assistant")
+        )
+        assert ACTION in roles
+
+
+def test_text_from_a_page_never_becomes_a_control_token() -> None:
+    chat = ChatFormat.from_tokenizer(build_tokenizer())
+    plain = chat.encode([Message("user", "x")])
+    for control in CONTROL:
+        ids = chat.encode([Message("user", f"x {control} x")])
+        assert Counter(i for i in ids if i < len(CONTROL)) == Counter(i for i in plain if i < len(CONTROL)), control
+
+
+def test_shipped_weights_belong_to_this_code() -> None:
+    """A change of the language without new weights would feed the policy wrong token ids."""
+    from transformers import AutoTokenizer
+
+    shipped = AutoTokenizer.from_pretrained(POCKET)
+    assert shipped.get_vocab() == build_tokenizer().get_vocab()
+    assert (POCKET / "model.safetensors").stat().st_size < 6_000_000
+
+
+def test_model_card_holds_the_measured_figures() -> None:
+    measured = json.loads((POCKET.parent / "measured.json").read_text())
+    card = (POCKET.parent.parent.parent.parent / "docs/pocket_model_card.md").read_text()
+    for key in ("copy_accuracy", "obedience_mean", "obedience_seen_mean"):
+        assert f"{measured[key]:.3f}" in card, key
+    assert f"{measured['recall']['right_case']:.2f}" in card
+    assert f"{measured['recall']['wrong_case']:.2f}" in card
+
+
+def test_pretraining_is_seeded_and_writes_a_loadable_model(tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    settings = PretrainSettings(tokens=4_000, processes=1, hidden=32, layers=1, heads=2, kv_heads=1, feed_forward=32)
+    weights = []
+    for name in ("a", "b"):
+        folder = pretrain(tmp_path / name, settings)
+        weights.append(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+    assert all((weights[0][k] == weights[1][k]).all() for k in weights[0])

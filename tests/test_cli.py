@@ -1,0 +1,195 @@
+"""The command line: quick help, clean messages, exit codes. What the commands do is tested beside what they call."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from evolve_dag import cli, doctor, registry
+from evolve_dag.errors import ConfigError, StoreError
+
+HEAVY = ("torch", "dagster", "polars", "transformers", "duckdb", "plotly", "peft", "numpy")
+
+
+def evolve(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``evolve`` in a process of its own."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("EVOLVE_") and k != "DAGSTER_HOME"}
+    return subprocess.run(
+        [sys.executable, "-m", "evolve_dag", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**clean, **environment},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["pocket", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from evolve_dag import cli
+sys.argv = ["evolve", *{arguments!r}]
+try:
+    cli.main()
+except SystemExit as end:
+    assert not end.code, end.code
+loaded = sorted(set({HEAVY!r}) & set(sys.modules))
+assert not loaded, loaded
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: evolve" in done.stdout
+
+
+def test_every_command_has_help() -> None:
+    for command in ("run", "status", "report", "trace", "sql", "doctor", "ui", "pocket pretrain", "pocket play"):
+        result = CliRunner().invoke(cli.app, [*command.split(), "--help"])
+        assert result.exit_code == 0, command
+        assert "Usage" in result.output
+
+
+def test_a_wrong_config_lists_its_mistakes_and_exits_2(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("iteratons: 3\nseed: many\n")
+    done = evolve("run", "bad.yaml", folder=tmp_path)
+    assert done.returncode == 2
+    assert "bad.yaml: 2 mistakes" in done.stderr
+    assert "iteratons" in done.stderr
+    assert "remedy:" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == [tmp_path / "bad.yaml"], "nothing was made"
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = evolve("status", "absent.yaml", folder=tmp_path, EVOLVE_DEBUG="1")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+def test_wrong_usage_exits_2(tmp_path: Path) -> None:
+    assert evolve("run", "x.yaml", "--iterations", "0", folder=tmp_path).returncode == 2
+    assert evolve("nonsense", folder=tmp_path).returncode == 2
+
+
+def test_status_before_any_run_names_the_command(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("description: mine\n")
+    done = evolve("status", "mine.yaml", folder=tmp_path)
+    assert done.returncode == 1
+    assert "evolve run mine.yaml" in done.stderr
+    assert not (tmp_path / ".evolve").exists(), "looking makes nothing"
+
+
+def test_unknown_ids_and_wrong_sql_end_in_a_message(tmp_path: Path) -> None:
+    done = evolve("trace", "abcdef", folder=tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    done = evolve("sql", "select * from nowhere", folder=tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "nowhere" in done.stderr
+
+
+def test_sql_prints_tables_and_csv(tmp_path: Path) -> None:
+    table = CliRunner().invoke(cli.app, ["sql", "select 1.5 as number, 'a' as word", "--store", str(tmp_path)])
+    assert "number" in table.output
+    assert "1.5" in table.output
+    csv = CliRunner().invoke(cli.app, ["sql", "select [1, 2] as list, 'a' as word", "--csv", "--store", str(tmp_path)])
+    assert csv.output.splitlines() == ["list,word", '"[1, 2]",a']
+    cut = CliRunner().invoke(cli.app, ["sql", "select * from range(9)", "--rows", "2", "--store", str(tmp_path)])
+    assert "2 of 9 rows" in cut.output
+
+
+def test_ctrl_c_says_how_to_resume(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from evolve_dag.assets import launch
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "run", interrupted)
+    result = CliRunner().invoke(cli.app, ["run", "x.yaml", "--store", str(tmp_path)])
+    assert result.exit_code == 130
+    assert "run the same command to resume" in result.output
+
+
+def test_doctor_says_what_is_missing_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "good.yaml").write_text("description: good\n")
+    (tmp_path / "configs" / "bad.yaml").write_text("sede: 1\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DAGSTER_HOME", "not/absolute")
+    before = sorted(tmp_path.rglob("*"))
+    findings = list(doctor.examine(tmp_path / "store"))
+    assert sorted(tmp_path.rglob("*")) == before
+    text = {(finding.state, finding.subject): finding.text for finding in findings}
+    assert "sede" in text["broken", "experiment file"]
+    assert "good" in text["ok", "experiments"]
+    assert "must be an absolute path" in text["broken", "dagster home"]
+    assert ("ok", "python") in text
+    assert "torch" in text["ok", "packages"]
+    assert ("ok", "store") in text
+
+
+def test_doctor_finds_broken_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evolve_dag.inference import folders
+
+    monkeypatch.setattr(folders, "POCKET", tmp_path)
+    [missing] = doctor._weights()
+    assert missing.state == "broken"
+    assert "evolve pocket pretrain" in missing.text
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 20)
+    [corrupt] = doctor._weights()
+    assert corrupt.state == "broken"
+    assert "model.safetensors" in corrupt.text
+
+
+def test_doctor_holds_the_weights_against_their_recorded_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from evolve_dag.inference import folders
+
+    monkeypatch.setattr(folders, "POCKET", tmp_path)
+    save_file({"w": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "pretraining.json").write_text(json.dumps({"digest": folders.folder_digest(tmp_path)}))
+    [sound] = doctor._weights()
+    assert (sound.state, "as recorded" in sound.text) == ("ok", True)
+    save_file({"w": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
+    [changed] = doctor._weights()
+    assert changed.state == "broken"
+
+
+def test_doctor_exits_1_when_something_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda root: iter([doctor.Finding("broken", "store", "not writable [here]")]))
+    result = CliRunner().invoke(cli.app, ["doctor", "--store", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "not writable [here]" in result.output
+
+
+def test_a_registry_entry_edited_into_nonsense_is_told(tmp_path: Path) -> None:
+    entry = tmp_path / "experiments" / "mine.json"
+    entry.parent.mkdir()
+    entry.write_text("[]")
+    with pytest.raises(StoreError, match=r"mine\.json: not a registry entry"):
+        registry.load(tmp_path, "mine")
+    assert list(registry.entries(tmp_path)) == []
+
+
+def test_a_registered_file_that_now_names_another_experiment_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("description: mine\n")
+    registry.register(tmp_path, path)
+    path.write_text("experiment: other\n")
+    with pytest.raises(ConfigError, match="'mine' was registered from it"):
+        registry.load(tmp_path, "mine")
+
+
+def test_two_files_of_one_name_the_first_keeps_it(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("experiment: same\n")
+    (tmp_path / "b.yaml").write_text("experiment: same\n")
+    found, mistakes = registry.scan(tmp_path)
+    assert [entry.config.name for entry in found] == ["a.yaml"]
+    assert ["'same' is taken by a.yaml" in mistake.what for mistake in mistakes] == [True]
