@@ -207,36 +207,49 @@ def ui(
 def pretrain(
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: the folder in the package")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    tokens: Annotated[int | None, typer.Option(min=10_000, help="Tokens seen. Default: as the shipped weights")] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="One thread each; decides the result, as the seed does")] = None,
+    scale: Annotated[float, typer.Option(min=0.001, max=10, help="Share of the tokens that the shipped weights saw")] = 1.0,
+    processes: Annotated[int, typer.Option(min=1, help="One thread each; decides the result, as the seed does")] = 2,
     measure: Annotated[bool, typer.Option(help="Measure copying, obedience and recall afterwards (measured.json)")] = True,
 ) -> None:
     """Make the weights of the pocket policy anew (about 20 minutes on 2 cores)."""
-    from dataclasses import replace
-
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from evolve_dag.environments.pocket.pretrain import PretrainSettings
-    from evolve_dag.environments.pocket.pretrain import pretrain as train
+    from evolve_dag.environments.pocket.pretrain import pretrain_recipe
     from evolve_dag.inference.folders import POCKET
 
-    settings = replace(PretrainSettings(), seed=seed)
-    settings = replace(settings, tokens=tokens or settings.tokens, processes=processes or settings.processes)
     folder = out or POCKET
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with _interruptible("the weights were not written"), Progress(*columns, console=_console(stderr=True)) as bars:
         task = bars.add_task("pretraining", total=1.0)
-        train(
+        pretrain_recipe(
             folder,
-            settings,
-            lambda line: bars.update(task, completed=line["done"], description=f"pretraining, loss {line['loss']:.3f}"),
+            seed=seed,
+            scale=scale,
+            processes=processes,
+            on_progress=lambda line: bars.update(
+                task, completed=line["done"], description=f"stage {line['stage']}, loss {line['loss']:.3f}"
+            ),
         )
     print(f"weights: {folder}")
     if measure:
         from evolve_dag.environments.pocket.measure import write
 
         with _interruptible("the weights are written, their measurement is not"):
-            _print_json(write(folder, folder / "measured.json"))
+            _print_json(write(folder))
+
+
+@pocket.command("measure")
+def measure_policy(
+    folder: Annotated[Path | None, typer.Option("--model", metavar="DIR", help="Default: the weights that ship")] = None,
+    card: Annotated[Path | None, typer.Option("--card", metavar="FILE", help="Write the model card there too")] = None,
+    per_state: Annotated[int, typer.Option(min=10, help="Conversations per state")] = 150,
+) -> None:
+    """Measure copying, habit, obedience, indifference and recall of a pocket policy (measured.json beside the weights)."""
+    from evolve_dag.environments.pocket.measure import write
+    from evolve_dag.inference.folders import POCKET
+
+    with _interruptible("nothing was written"):
+        _print_json(write(folder or POCKET, card, per_state=per_state))
 
 
 @pocket.command("play")

@@ -28,7 +28,9 @@ HEAVY = {
 LAYERS = {
     "records": 0, "errors": 0, "jsonlines": 0, "config": 1, "store": 1, "verification": 2, "environments": 2, "inference": 3,
     "frames": 2, "experience": 3, "agent": 3, "distillation": 3, "evaluation": 3, "benchmarks": 4, "steps": 5, "query": 5,
-    "trace": 5, "reporting": 6, "registry": 6, "config_reference": 6, "assets": 7, "definitions": 7, "doctor": 7, "cli": 8, "__main__": 9,
+    "trace": 5,
+    "reporting": 6, "registry": 6, "config_reference": 6, "assets": 7,
+    "definitions": 7, "doctor": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 """Part -> layer; a part imports its own layer or lower ones. What only types need (TYPE_CHECKING) does not count."""
 

@@ -78,7 +78,7 @@ def test_impossible_values_are_refused(tmp_path: Path, text: str, key: str) -> N
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "just words\n", "\x00"])
 def test_files_that_are_no_mapping_are_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ConfigError, match="x.yaml"):
+    with pytest.raises(ConfigError, match=r"x\.yaml"):
         load_experiment(write(tmp_path, "x.yaml", text))
 
 
@@ -111,7 +111,8 @@ def test_name_comes_from_the_file_that_is_run(tmp_path: Path) -> None:
 
 def test_paths_are_relative_to_the_file_that_names_them(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
-    tasks = "tasks: {train: {path: t.jsonl, world: null}, development: {path: d.jsonl, world: null}, held_out: {path: h.jsonl, world: null}}"
+    splits = ", ".join(f"{name}: {{path: {name[0]}.jsonl, world: null}}" for name in ("train", "development", "held_out"))
+    tasks = f"tasks: {{{splits}}}"
     write(tmp_path / "deep", "base.yaml", f"environment: {{kind: corpus, pages: pages.jsonl}}\n{tasks}\n")
     e = load_experiment(write(tmp_path, "top.yaml", "extends: deep/base.yaml\ntasks: {train: {path: mine.jsonl}}\n"))
     assert e.environment.kind == "corpus"

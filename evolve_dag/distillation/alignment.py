@@ -253,7 +253,7 @@ def student_row(trajectory: Trajectory, chat: Chat, keep_step: KeepStep | None =
                 trajectory.id,
                 step.index,
                 f"tokens {start}..{end} of the row are not the sampled action ids",
-                "the chat format must copy token_ids verbatim behind the generation prompt",
+                _VERBATIM,
             )
         spans.append((start, end))
     return StudentRow(trajectory.id, tuple(row), tuple(step.index for step in kept), tuple(spans))
@@ -283,7 +283,7 @@ def align(trajectory: Trajectory, chat: Chat, inject: Inject, keep_step: KeepSte
     views = tuple(teacher_view(trajectory, step, inject(trajectory, step), chat) for step in row.steps)
     for view, (start, end) in zip(views, row.spans, strict=True):
         if view.action_ids != row.ids[start:end]:
-            raise _error(trajectory.id, view.step, "teacher and student views hold different action ids", "report this")
+            raise _error(trajectory.id, view.step, "teacher and student views hold different action ids", _VERBATIM)
     return Aligned(row, views)
 
 
@@ -312,6 +312,8 @@ def teacher_tree(views: Sequence[TeacherView]) -> TeacherTree:
         branches.append(TeacherBranch(view.step, shared, view.ids[shared:], view.start, len(view.ids)))
     return TeacherTree(views[0].trajectory_id, trunk, tuple(branches))
 
+
+_VERBATIM = "the chat format must copy token_ids verbatim behind the generation prompt"
 
 _ONLY_THE_TEXT = "the teacher's view is the clean history plus the recorded text; anything else would be distilled too"
 

@@ -378,8 +378,9 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
     - same situation, another action clearly better: ``delete`` and ``add``. An id means one lesson, so it is not rewritten;
     - a general item that a new special case clearly contradicts: ``delete``, and ``add`` of the special case;
     - an item whose lift is now clearly below zero: ``delete``;
-    - everything else that is new: ``add``, unless a general item already says the same, or a standing special case says
-      otherwise (its situation would get two contrary pieces of advice).
+    - everything else that is new: ``add``, strongest first, unless a general item already says the same, or an item that
+      stands says otherwise about a situation that overlaps: some states would get two contrary pieces of advice, and a
+      teacher that is told two things does worse than one that is told either.
     """
     from evolve_dag.experience.pool import Proposal
 
@@ -413,7 +414,8 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
             if beaten:
                 delete(item, f"contradicted by: {pattern.text} (lift {_show(pattern.effect)})", pattern.trajectory_ids)
     standing = [entry for entry in known if entry[0].id not in gone]
-    for pattern in mined.patterns:
+    held = [(condition, action) for _, condition, action in standing]
+    for pattern in sorted(mined.patterns, key=lambda p: (-p.effect.low, p.condition)):
         effect, ids = pattern.effect, pattern.trajectory_ids
         same = next(
             (i for i, condition, action in standing if (condition, action) == (pattern.condition, pattern.action)), None
@@ -426,17 +428,24 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
                          reason=f"new evidence: lift {_show(effect)}{was}")
             )  # fmt: skip
             continue
-        covering = [(i, action) for i, condition, action in standing if set(condition) <= set(pattern.condition)]
         # Standing items with another action are not clearly worse here (they would be gone): they keep their place.
-        if any(action != pattern.action or effect.low <= item.evidence.get("lift", 0.0) for item, action in covering):
+        if any(
+            set(condition) <= set(pattern.condition) if action == pattern.action else compatible(condition, pattern.condition)
+            for condition, action in held
+        ):
             continue
-        if any(set(condition) > set(pattern.condition) and action != pattern.action for _, condition, action in standing):
-            continue
+        held.append((pattern.condition, pattern.action))
         proposals.append(
             Proposal("add", text=pattern.text, granularity="principle", condition=dict(pattern.condition),
                      evidence=effect.evidence(), trajectory_ids=ids, reason=f"lift {_show(effect)}")
         )  # fmt: skip
     return proposals
+
+
+def compatible(a: Condition, b: Condition) -> bool:
+    """Can a state meet both conditions?"""
+    values = dict(a)
+    return all(values.get(feature, value) == value for feature, value in b)
 
 
 def subsumed(pool: Pool) -> list[Proposal]:

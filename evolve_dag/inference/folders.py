@@ -39,11 +39,8 @@ def base_identity(settings: ModelSettings) -> str:
 
 def folder_digest(folder: Path) -> str:
     """SHA-256 over names and contents of the files that decide what a model says."""
-    files = sorted(
-        p
-        for p in folder.iterdir()
-        if p.suffix in (".safetensors", ".json", ".jinja", ".model") and p.name != "pretraining.json"
-    )
+    kinds, notes = (".safetensors", ".json", ".jinja", ".model"), ("pretraining.json", "measured.json")
+    files = sorted(p for p in folder.iterdir() if p.suffix in kinds and p.name not in notes)
     return _digest(tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files))
 
 

@@ -73,7 +73,7 @@ SPECS: Mapping[str, StepSpec] = {
     for spec in (
         StepSpec("policy", "1", ("models.policy",), ()),
         StepSpec("trajectories", "1", ("seed", "tasks.train", *_TASK_KEYS), ("policy",), iteration=True),
-        StepSpec("experience", "1", ("seed", "granularity", "extraction"), ("policy", "trajectories"), iteration=True),
+        StepSpec("experience", "2", ("seed", "granularity", "extraction"), ("policy", "trajectories"), iteration=True),
         StepSpec(
             "contexts",
             "1",

@@ -34,8 +34,8 @@ def some_transcripts() -> list:
 
 
 def test_a_world_is_a_function_of_its_seed(world: World) -> None:
-    assert [p for p in World(3).pages()] == world.pages()
-    assert [p for p in World(4).pages()] != world.pages()
+    assert World(3).pages() == world.pages()
+    assert World(4).pages() != world.pages()
 
 
 def test_questions_are_answered_by_following_the_pages(world: World) -> None:
@@ -80,8 +80,8 @@ def test_pretraining_sees_what_the_real_environment_answers(world: World) -> Non
 
 
 def test_good_advice_succeeds_and_habit_mostly_fails() -> None:
-    good = {"start": "search_short", "empty": "search_short", "one": "visit_match", "several": "visit_match", "missing": "search_short",
-            "redirect": "visit_link", "part": "search_short", "asked": "answer", "wrong": "visit_match"}  # fmt: skip
+    good = dict.fromkeys(("start", "empty", "part", "missing"), "search_short")
+    good |= dict.fromkeys(("one", "several", "wrong"), "visit_match") | {"redirect": "visit_link", "asked": "answer"}
 
     def success(advice: list) -> float:
         rng, wins = Random(5), 0
@@ -195,8 +195,8 @@ def test_shipped_weights_belong_to_this_code() -> None:
 
 
 def test_model_card_holds_the_measured_figures() -> None:
-    measured = json.loads((POCKET.parent / "measured.json").read_text())
-    card = (POCKET.parent.parent.parent.parent / "docs/pocket_model_card.md").read_text()
+    measured = json.loads((POCKET / "measured.json").read_text())
+    card = (POCKET.parents[3] / "docs/pocket_model_card.md").read_text()
     for key in ("copy_accuracy", "obedience_mean", "obedience_seen_mean"):
         assert f"{measured[key]:.3f}" in card, key
     assert f"{measured['recall']['right_case']:.2f}" in card

@@ -17,7 +17,7 @@ from random import Random
 from typing import Any
 
 from evolve_dag.environments.pocket.language import GROUPS, SYSTEM_PROMPT, PhraseBank, case_text
-from evolve_dag.environments.pocket.pretrain import Encoder
+from evolve_dag.environments.pocket.pretrain import RECIPE, Encoder
 from evolve_dag.environments.pocket.script import (
     GROUP_MOVES,
     HABIT,
@@ -235,8 +235,46 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def write(folder: Path, out: Path, **kwargs: Any) -> dict[str, Any]:
-    """Measure and write ``out`` as JSON."""
+def write(folder: Path, card: Path | None = None, **kwargs: Any) -> dict[str, Any]:
+    """Measure, write ``measured.json`` beside the weights and the model card to ``card``."""
     result = measure(folder, **kwargs)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "measured.json").write_text(json.dumps(result, indent=2) + "\n")
+    if card is not None:
+        card.write_text(model_card(result, json.loads((folder / "pretraining.json").read_text())))
     return result
+
+
+def model_card(measured: dict[str, Any], made: dict[str, Any]) -> str:
+    """The card as Markdown, from what was measured."""
+    states = "\n".join(
+        f"| {state} | {_shares(HABIT[state])} | {_shares(measured['habit'].get(state, {}))} |" for state in MOVES
+    )
+    obeyed = "\n".join(
+        f"| {case} | {share:.2f} | {measured['obedience_seen'].get(case, float('nan')):.2f} |"
+        for case, share in measured["obedience"].items()
+    )
+    away = measured["indifference"]
+    indifference = "\n".join(
+        f"| {state} | {away['distractor'][state]:.2f} | {away['elsewhere'][state]:.2f} |" for state in MOVES
+    )
+    recall = measured["recall"]
+    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    return template.format(
+        stages=len(RECIPE),
+        tokens=sum(stage.tokens for stage in RECIPE) / 1e6,
+        loss=made["final_loss"],
+        copy=measured["copy_accuracy"],
+        unknown=measured["unknown_actions"],
+        held_out=measured["obedience_mean"],
+        seen=measured["obedience_seen_mean"],
+        right=recall["right_case"],
+        wrong=recall["wrong_case"],
+        conversations=measured["conversations_per_state"],
+        states=states,
+        obeyed=obeyed,
+        indifference=indifference,
+    )
+
+
+def _shares(habit: Any) -> str:
+    return ", ".join(f"{move} {share:.2f}" for move, share in habit.items())

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from evolve_dag.environments.pocket.script import MODES, SIMPLE_MODES, Transcript, transcripts
 from evolve_dag.environments.pocket.tokenizer import END_OF_TURN, PAD, build_tokenizer
 from evolve_dag.environments.pocket.world import PRETRAINING_SEEDS
+from evolve_dag.inference.folders import folder_digest
 
 if TYPE_CHECKING:
     import torch
@@ -268,6 +269,7 @@ def save(model: Any, tokenizer: Any, out: Path, settings: PretrainSettings, loss
         "final_loss": round(sum(losses[-100:]) / max(1, len(losses[-100:])), 4),
         "steps": len(losses),
     }
+    made["digest"] = folder_digest(out)
     (out / "pretraining.json").write_text(json.dumps(made, indent=2) + "\n")
 
 
@@ -304,22 +306,38 @@ def pretrain(out: Path, settings: PretrainSettings, on_progress: Callable[[dict[
     return out
 
 
-def pretrain_recipe(out: Path, seed: int = 0, on_progress: Callable[[dict[str, Any]], None] | None = None) -> Path:
+def pretrain_recipe(
+    out: Path,
+    *,
+    seed: int = 0,
+    scale: float = 1.0,
+    processes: int = 2,
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
+) -> Path:
     """Run :data:`RECIPE`: the weights that ship, up to the machine's rounding.
 
     Args:
         out: folder to write.
-        seed: added to the seed of every stage, for base policies of another draw.
-        on_progress: gets every line of progress, with ``stage`` and ``done`` over the whole recipe.
+        seed: for base policies of another draw.
+        scale: share of the recipe's tokens.
+        processes: one thread each; decides the result, as the seed does.
+        on_progress: gets every line of progress, with ``stage`` and with ``done`` over the whole recipe.
     """
     total = sum(stage.tokens for stage in RECIPE)
     before = 0
     for number, stage in enumerate(RECIPE):
-        settings = replace(stage, seed=stage.seed + 2 * seed, start=str(out) if number else None)
+        settings = replace(
+            stage,
+            seed=stage.seed + len(RECIPE) * seed,
+            tokens=int(stage.tokens * scale),
+            processes=processes,
+            start=str(out) if number else None,
+        )
 
         def report(line: dict[str, Any], number: int = number, before: int = before) -> None:
             if on_progress:
-                on_progress({**line, "stage": number + 1, "done": min(1.0, (before + line["tokens"]) / total)})
+                done = (before + line["tokens"] / scale) / total
+                on_progress({**line, "stage": number + 1, "done": min(1.0, done)})
 
         pretrain(out, settings, report)
         before += stage.tokens
