@@ -72,7 +72,7 @@ RECIPE = (
     PretrainSettings(),
     PretrainSettings(
         seed=1,
-        tokens=2_000_000,
+        tokens=3_000_000,
         simple_share=0.0,
         decay_from=0.0,
         muon_rate=0.012,

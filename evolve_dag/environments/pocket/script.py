@@ -70,8 +70,8 @@ RECALL = 0.93
 """Chance that the case of the very question is recalled when it stands in the context."""
 NEAR_MISS = 0.1
 """Chance that a case of another question is about the same entity."""
-SLIP = 0.04
-"""Chance that a name is copied wrongly, so that the states after a slip are known; a slip is never a target."""
+SLIP = 0.05
+"""Chance that a name is copied wrongly, so that reading it again is known; a slip itself is never a target."""
 
 
 class FastSearch:
@@ -348,7 +348,7 @@ class TranscriptWriter:
             else:
                 thought, tool, argument = agent.act(habitual(agent.state, advice, rng))
                 if tool != "answer" and rng.random() < SLIP:
-                    argument, slip = self._misspell(argument), True
+                    (thought, argument), slip = self._misspell(thought, argument), True
             messages.append(Message("assistant", action_text(thought, tool, argument)))
             targets.append(not slip)
             if tool == "answer":
@@ -357,11 +357,11 @@ class TranscriptWriter:
             content, role = agent.observe(tool, argument), "tool"
         return Transcript(tuple(messages), tuple(targets), mode, success)
 
-    def _misspell(self, argument: str) -> str:
-        words = argument.split()
-        names = [i for i, w in enumerate(words) if w in NAME_WORDS]
-        words[self.rng.choice(names)] = self.rng.choice(NAME_WORDS)
-        return " ".join(words)
+    def _misspell(self, thought: str, argument: str) -> tuple[str, str]:
+        """Thought and argument with one word of the name replaced in both, as the policy itself errs."""
+        wrong = self.rng.choice([w for w in argument.split() if w in NAME_WORDS])
+        right = self.rng.choice(NAME_WORDS)
+        return thought.replace(wrong, right), argument.replace(wrong, right)
 
 
 def transcripts(

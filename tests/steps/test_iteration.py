@@ -1,0 +1,246 @@
+"""A whole iteration through the real steps: small, but with the real policy, world, trainer and store."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from evolve_dag.config import Experiment
+from evolve_dag.distillation.dataset import load_contexts
+from evolve_dag.errors import DataError, OrderError, StoreError
+from evolve_dag.experience.injection import STEP_HEADING
+from evolve_dag.frames import scores_from_frame
+from evolve_dag.steps.base import STEP_ORDER, entering_policy, resolve, resolve_iteration, run_step, settings_digest
+from evolve_dag.steps.policies import load_trajectories
+from evolve_dag.store import Store
+
+SMALL = {
+    "experiment": "small",
+    "seed": 4,
+    "tasks": {
+        "train": {"count": 10, "world": 12},
+        "development": {"count": 6, "world": 22},
+        "held_out": {"count": 6, "world": 32},
+    },
+    "extraction": {"min_support": 3, "confidence": 0.6},
+    "distillation": {"epochs": 1},
+    "evaluation": {"bootstrap": 200},
+    "runtime": {"threads": 1, "concurrency": 64},
+}  # fmt: skip
+
+
+def small(**changes: object) -> Experiment:
+    return Experiment.model_validate(SMALL | changes)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store that holds one iteration of ``small``."""
+    store = Store(tmp_path_factory.mktemp("made"))
+    for step in STEP_ORDER:
+        assert run_step(step, small(), 1, store).recomputed
+    return store
+
+
+@pytest.fixture
+def copied(made: Store, tmp_path: Path) -> Store:
+    shutil.copytree(made.root, tmp_path / "store")
+    return Store(tmp_path / "store")
+
+
+def test_a_second_run_makes_nothing(made: Store) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (made.root / "objects").rglob("*") if p.is_file()}
+    for step in STEP_ORDER:
+        assert not run_step(step, small(), 1, made).recomputed
+    assert {p: p.stat().st_mtime_ns for p in (made.root / "objects").rglob("*") if p.is_file()} == before
+
+
+def test_the_policy_of_the_next_iteration_is_committed_with_the_promotion(made: Store) -> None:
+    promoted = made.ref("small", 1, "promotion")
+    assert promoted is not None
+    decision = made.open("promotion", promoted.digest).json("decision.json")
+    following = entering_policy(small(), 2, made)
+    assert made.ref("small", 2, "policy") is not None
+    assert following.adapter == decision["policy"]["adapter"]
+    if decision["decision"] == "promote":
+        assert following.adapter == made.ref("small", 1, "adapter").digest
+
+
+def test_an_iteration_needs_the_promotion_before_it(made: Store) -> None:
+    with pytest.raises(OrderError, match=r"materialize promotion\[small\|02\] first"):
+        run_step("trajectories", small(), 3, made)
+    assert resolve("adapter", small(), 3, made).missing == "promotion[small|02]"
+
+
+def test_a_step_needs_what_stands_before_it(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(OrderError, match=r"policy\[small\|01\]"):
+        run_step("adapter", small(), 1, store)
+    assert not (tmp_path / "objects").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"runtime": {"threads": 2}}, None),
+        ({"description": "other words"}, None),
+        ({"iterations": 9}, None),
+        ({"gate": {"max_turn_ratio": 3.0}}, {"promotion"}),
+        ({"evaluation": {"seed": 1}}, {"scores"}),
+        ({"distillation": {"learning_rate": 2e-3}}, {"adapter"}),
+        ({"regime": {"divergence": "jsd"}}, {"adapter"}),
+        ({"selection": {"selector": "lexical"}}, {"contexts", "scores"}),
+        ({"injection": "global"}, {"contexts", "scores"}),
+        ({"extraction": {"cap": 5}}, {"experience"}),
+        ({"granularity": "instance"}, {"experience"}),
+        ({"rollout": {"max_steps": 9}}, {"trajectories", "contexts", "scores"}),
+        ({"seed": 5}, {"trajectories", "experience", "contexts", "adapter", "promotion"}),
+        ({"models": {"policy": {"dtype": "bfloat16"}}}, {"policy"}),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else None,
+)
+def test_a_key_touches_the_steps_that_read_it_and_what_follows(made: Store, changes: dict, first: set[str] | None) -> None:
+    old, new = small(), small(**changes)
+    read = {step for step in STEP_ORDER if settings_digest(step, old) != settings_digest(step, new)}
+    assert read == (first or set())
+    before, after = (resolve_iteration(e, 1, made) for e in (old, new))
+    touched = {step for step in STEP_ORDER if before[step].digest != after[step].digest}
+    if first is None:
+        assert not touched
+    else:
+        expected = set(read)
+        for step in STEP_ORDER:  # in order, so that what follows follows
+            expected |= {step} if expected & set(before[step].inputs) else set()
+        assert touched == expected
+
+
+def test_stored_histories_hold_no_experience_and_rows_hold_the_sampled_ids(made: Store) -> None:
+    artifact = made.open("contexts", made.ref("small", 1, "contexts").digest)
+    trajectories = {t.id: t for t in load_trajectories(artifact)}
+    rows = load_contexts(artifact.path)
+    assert rows
+    assert any(t.steps[0].injected for t in trajectories.values())
+    for row in rows:
+        trajectory = trajectories[row.row.trajectory_id]
+        assert trajectory.reward == 1.0
+        assert all(STEP_HEADING not in message.content for message in trajectory.history(trajectory.turns))
+        for step, (start, end) in zip(row.row.steps, row.row.spans, strict=True):
+            assert row.row.ids[start:end] == trajectory.steps[step].token_ids
+
+
+def test_scores_say_under_which_condition_and_hold_every_task(made: Store) -> None:
+    artifact = made.open("scores", made.ref("small", 1, "scores").digest)
+    scores = scores_from_frame(artifact.frame("scores.parquet"))
+    for condition in ("base", "without", "greedy", "development_candidate", "development_champion"):
+        assert len({s.task_id for s in scores if s.condition == condition}) == 6
+    assert set(artifact.json("summary.json")) == {s.condition for s in scores}
+
+
+def test_a_broken_adapter_is_declined_and_the_champion_stays(copied: Store) -> None:
+    """A learning rate that wrecks the policy: the gate keeps the champion and the loop can go on."""
+    wrecked = small(distillation={"epochs": 8, "learning_rate": 0.3, "warmup_steps": 0}, tasks=SMALL["tasks"] | {
+        "development": {"count": 32, "world": 22}})  # fmt: skip
+    for step in STEP_ORDER:
+        outcome = run_step(step, wrecked, 1, copied)
+    decision = outcome.artifact.json("decision.json")
+    assert decision["decision"] == "keep"
+    assert decision["reasons"]
+    assert entering_policy(wrecked, 2, copied).adapter is None
+    assert resolve("trajectories", wrecked, 2, copied).missing is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "reader"),
+    [
+        ("adapter", "adapter_model.safetensors", "scores"),
+        ("trajectories", "steps.parquet", "experience"),
+        ("experience", "pool.json", "contexts"),
+    ],
+)
+def test_a_corrupt_artifact_is_named_with_its_remedy(copied: Store, kind: str, name: str, reader: str) -> None:
+    path = copied.open(kind, copied.ref("small", 1, kind).digest).path / name
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + b"?" + content[len(content) // 2 + 1 :])
+    changes = {
+        "scores": {"evaluation": {"seed": 9}},
+        "experience": {"extraction": {"cap": 4}},
+        "contexts": {"selection": {"max_items": 2}},
+    }
+    objects = sorted((copied.root / "objects").rglob("manifest.json"))
+    with pytest.raises(StoreError, match=name) as caught:
+        run_step(reader, small(**(SMALL | changes[reader])), 1, copied)
+    assert caught.value.remedy
+    assert sorted((copied.root / "objects").rglob("manifest.json")) == objects
+
+
+def test_bad_tasks_leave_the_store_untouched(tmp_path: Path) -> None:
+    page = {"title": "city Beli Zuto", "text": "mayor: person Zali Zeto"}
+    (tmp_path / "pages.jsonl").write_text(json.dumps(page) + "\n")
+    good = json.dumps({"question": "What is the mayor of city Beli Zuto?", "answer": "Zali Zeto"})
+    (tmp_path / "train.jsonl").write_text(f'{good}\n{{"question": "half\n')
+    for name in ("development", "held_out"):
+        (tmp_path / f"{name}.jsonl").write_text(good.replace("mayor", name) + "\n")
+    tasks = {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in ("train", "development", "held_out")}
+    experiment = small(environment={"kind": "corpus", "pages": str(tmp_path / "pages.jsonl")}, tasks=tasks)
+    store = Store(tmp_path / "store")
+    run_step("policy", experiment, 1, store)
+    with pytest.raises(DataError, match="line 2"):
+        run_step("trajectories", experiment, 1, store)
+    assert [a.kind for a in store.artifacts()] == ["policy"]
+
+
+RUN = """
+import sys
+from pathlib import Path
+from evolve_dag.config import Experiment
+from evolve_dag.steps.base import STEP_ORDER, run_step
+from evolve_dag.store import Store
+experiment = Experiment.model_validate_json(sys.argv[1])
+for step in STEP_ORDER:
+    print(step, run_step(step, experiment, 1, Store(sys.argv[2])).artifact.digest, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "journal"), [("trajectories", "rollouts"), ("contexts", "teacher_rollouts"), ("scores", "without")]
+)
+def test_kill_at_any_moment_then_the_same_digests_and_nothing_done_twice(
+    made: Store, tmp_path: Path, step: str, journal: str
+) -> None:
+    # Few episodes at a time, so that there is a middle to be killed in.
+    experiment = small(runtime={"threads": 1, "concurrency": 2})
+    command = [sys.executable, "-c", RUN, experiment.model_dump_json(), str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    try:
+        deadline = time.monotonic() + 240
+        files: list[Path] = []
+        while not (files and len(files[0].read_bytes().splitlines()) >= 3):
+            assert process.poll() is None, "finished before it could be killed"
+            assert time.monotonic() < deadline, "never got there"
+            time.sleep(0.01)
+            files = list(tmp_path.glob(f"work/{step}/*/journals/{journal}.jsonl"))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    lines = files[0].read_bytes().splitlines(keepends=True)
+    kept = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    assert not (tmp_path / "objects" / step).exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    digests = dict(line.split() for line in done.stdout.splitlines())
+    assert digests == {name: made.ref("small", 1, name).digest for name in STEP_ORDER}
+    final = {
+        t.id.rpartition("/")[2]: t
+        for t in load_trajectories(Store(tmp_path).open(step, digests[step]))
+        if "/" not in t.id or t.id.startswith(f"{journal}/")
+    }
+    for record in kept:  # a rollout that was journalled is in the artifact as it was, to the microsecond it took
+        assert final[record["id"]].seconds == pytest.approx(record["seconds"], abs=1e-9)
