@@ -169,9 +169,9 @@ class DistillationSettings(Section):
     """Rank of the LoRA matrices on all linear layers."""
     alpha: float = Field(32.0, gt=0)
     """Scale of the LoRA update: alpha / rank."""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(7e-4, gt=0)
     """Peak rate of AdamW in iteration 1."""
-    learning_rate_decay: float = Field(0.7, gt=0, le=1.0)
+    learning_rate_decay: float = Field(0.6, gt=0, le=1.0)
     """Factor per iteration: Adam near zero divergence still takes almost full steps."""
     epochs: int = Field(2, ge=1)
     """Passes over the kept trajectories."""
@@ -185,6 +185,9 @@ class DistillationSettings(Section):
     """Of the LoRA matrices."""
     top_k: int = Field(64, ge=0)
     """Teacher log-probabilities kept per action token, the tail as one more class; 0 keeps all."""
+    retention: float = Field(0.3, ge=0, le=1)
+    """Share of the steps with an item in context that are learned a second time *with* it, towards the same teacher, so that
+    policy(k+1) still reads experience (docs/adr/0004-retention.md). 0 is the loss of the paper alone."""
     jsd_weight: float = Field(0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of ``divergence: jsd``."""
     refresh: int = Field(1, ge=1)

@@ -100,6 +100,33 @@ def make_rows(aligned: Sequence[Aligned], targets: Sequence[TeacherTargets] | No
     ]
 
 
+def retention_rows(
+    rows: Sequence[DistillationRow], aligned: Sequence[Aligned], share: float, seed: int
+) -> list[DistillationRow]:
+    """Teacher's views as rows of their own: the student reads the experience and learns what the teacher did with it.
+
+    The clean rows move the weights where no experience stands in the context; nothing holds them where it does, and after
+    a few iterations a small policy cannot read it any more. These rows hold them.
+
+    Args:
+        rows: what :func:`make_rows` made of ``aligned``.
+        share: of the steps that had an item, how many; the choice follows from ``seed`` and the step alone.
+    """
+    found: list[DistillationRow] = []
+    for one, pair in zip(rows, aligned, strict=True):
+        first = 0
+        for view, context, (start, end) in zip(pair.views, one.contexts, one.row.spans, strict=True):
+            part = slice(first, first + end - start)
+            first = part.stop
+            name = f"{view.trajectory_id}@{view.step}"
+            if not view.injected or random.Random(f"retention:{seed}:{name}").random() >= share:
+                continue
+            row = StudentRow(name, view.ids, (view.step,), ((view.start, len(view.ids)),))
+            teacher = None if one.teacher is None else one.teacher[part]
+            found.append(DistillationRow(row, (context,), teacher))
+    return found
+
+
 def _context(view: TeacherView) -> StepContext:
     return StepContext(view.step, view.selected, view.injected, view.start)
 

@@ -44,6 +44,14 @@ class TeacherTargets:
     tail: np.ndarray | None = None
     """float32 ``(N,)`` log of the probability of all other tokens together; None for the full vocabulary."""
 
+    def __getitem__(self, part: slice) -> TeacherTargets:
+        """The distributions of some of the action tokens."""
+        return TeacherTargets(
+            self.logprobs[part],
+            None if self.ids is None else self.ids[part],
+            None if self.tail is None else self.tail[part],
+        )
+
     @property
     def kind(self) -> str:
         """``top_k`` or ``full``."""

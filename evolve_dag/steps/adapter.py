@@ -14,7 +14,7 @@ from evolve_dag.distillation.dataset import DistillationRow, load_contexts
 from evolve_dag.distillation.trainer import CurvePoint, distill, load_model
 from evolve_dag.inference.folders import model_folder
 from evolve_dag.steps.base import Silent, StepContext
-from evolve_dag.steps.contexts import score, with_teacher_views
+from evolve_dag.steps.contexts import RETENTION, score, with_teacher_views
 from evolve_dag.steps.policies import adapter_folder, experience_source, open_policy, open_pool
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ def run(context: StepContext) -> None:
     import polars as pl
 
     experiment, entering = context.experiment, context.entering
-    rows = load_contexts(context.inputs["contexts"].path)
+    contexts = context.inputs["contexts"].path
+    rows = load_contexts(contexts) + load_contexts(contexts / RETENTION)
     settings = experiment.models.policy
     started = False
 
@@ -61,7 +62,7 @@ def run(context: StepContext) -> None:
     divergences = [p.divergence for p in result.curve if not p.skipped and p.divergence is not None]
     context.build.note(
         rows=result.rows,
-        kept=result.rows,
+        kept=context.inputs["contexts"].summary["kept"],
         action_tokens=result.action_tokens,
         tokens_trained=result.tokens,
         steps=len(result.curve),
@@ -131,4 +132,5 @@ class _Resample:
         trajectories = asyncio.run(with_teacher_views(trajectories, self.source))
         kept = select_rows(trajectories, experiment.regime.rejection).kept
         with open_policy(experiment, adapter_folder(context.store, context.entering.adapter)) as teacher:
-            return score(experiment, kept, teacher, Silent())
+            clean, retention = score(experiment, kept, teacher, Silent())
+            return clean + retention

@@ -76,7 +76,7 @@ SPECS: Mapping[str, StepSpec] = {
         StepSpec("experience", "2", ("seed", "granularity", "extraction"), ("policy", "trajectories"), iteration=True),
         StepSpec(
             "contexts",
-            "1",
+            "2",
             (
                 "seed",
                 "injection",
@@ -84,13 +84,14 @@ SPECS: Mapping[str, StepSpec] = {
                 "regime.rejection",
                 "selection",
                 "distillation.top_k",
+                "distillation.retention",
                 "tasks.train",
                 *_TASK_KEYS,
             ),
             ("policy", "trajectories", "experience"),
             iteration=True,
         ),
-        StepSpec("adapter", "1", ("seed", "regime", "distillation"), ("policy", "experience", "contexts"), iteration=True),
+        StepSpec("adapter", "2", ("seed", "regime", "distillation"), ("policy", "experience", "contexts"), iteration=True),
         StepSpec(
             "scores",
             "1",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from evolve_dag.agent.loop import ExperienceSource, stable_hash
 from evolve_dag.benchmarks.suites import load_split
 from evolve_dag.distillation.alignment import align_all, no_injection, replay_injection, select_rows, without_problems
-from evolve_dag.distillation.dataset import DistillationRow, make_rows, save_contexts
+from evolve_dag.distillation.dataset import DistillationRow, make_rows, retention_rows, save_contexts
 from evolve_dag.distillation.teacher import TeacherScorer
 from evolve_dag.records import Trajectory
 from evolve_dag.steps.base import StepContext
@@ -31,6 +31,10 @@ from evolve_dag.steps.policies import (
 
 if TYPE_CHECKING:
     from evolve_dag.config import Experiment
+
+
+RETENTION = "retention"
+"""Folder, in the artifact, of the rows in which the student reads experience too."""
 
 
 def run(context: StepContext) -> None:
@@ -52,14 +56,16 @@ def run(context: StepContext) -> None:
         else:
             trajectories = asyncio.run(with_teacher_views(load_trajectories(context.inputs["trajectories"]), source))
         selection = select_rows(trajectories, experiment.regime.rejection)
-        rows = score(experiment, selection.kept, model, context.progress)
+        rows, retention = score(experiment, selection.kept, model, context.progress)
     folder = context.build.path
     save_trajectories(folder, trajectories)
     save_contexts(folder, rows)
+    save_contexts(folder / RETENTION, retention)
     chosen = [len(c.selected) for row in rows for c in row.contexts]
     context.build.note(
         **counts(trajectories) if experiment.regime.source == "teacher" else {**counts(trajectories), "tokens": 0},
         kept=len(rows),
+        retention=len(retention),
         **{f"dropped_{k}": v for k, v in selection.counts.items() if k != "kept"},
         steps=len(chosen),
         action_tokens=sum(row.action_tokens for row in rows),
@@ -68,8 +74,13 @@ def run(context: StepContext) -> None:
     )
 
 
-def score(experiment: Experiment, kept: Sequence[Trajectory], model: Any, progress: Any) -> list[DistillationRow]:
+def score(
+    experiment: Experiment, kept: Sequence[Trajectory], model: Any, progress: Any
+) -> tuple[list[DistillationRow], list[DistillationRow]]:
     """Align ``kept`` and score every action token by the teacher (``model`` with experience in context).
+
+    Returns:
+        The student's clean rows, and the rows of ``distillation.retention``.
 
     Raises:
         AlignmentError: the two views do not share their action ids, or a student's view holds experience.
@@ -77,13 +88,14 @@ def score(experiment: Experiment, kept: Sequence[Trajectory], model: Any, progre
     inject = no_injection if experiment.injection == "none" else replay_injection(experiment.injection)
     aligned = align_all(kept, model.chat, inject, without_problems)
     if experiment.regime.divergence == "cross_entropy" and experiment.injection == "none":
-        return make_rows(aligned, None)
+        return make_rows(aligned, None), []
     scorer = TeacherScorer(model.model, top_k=experiment.distillation.top_k)
     progress.start("teacher scoring", len(aligned))
     try:
-        return make_rows(aligned, scorer.score([one.tree for one in aligned], progress.advance))
+        rows = make_rows(aligned, scorer.score([one.tree for one in aligned], progress.advance))
     finally:
         progress.finish()
+    return rows, retention_rows(rows, aligned, experiment.distillation.retention, experiment.seed)
 
 
 async def with_teacher_views(trajectories: Sequence[Trajectory], source: ExperienceSource | None) -> list[Trajectory]:
