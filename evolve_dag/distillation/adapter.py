@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import ConfigError, ModelError, StoreError
+from evolve_dag.inference.quiet import quiet_peft
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -68,7 +69,8 @@ def attach(model: nn.Module, *, rank: int, alpha: float, seed: int, init_adapter
             )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        wrapped = get_peft_model(model, config)
+        with quiet_peft():
+            wrapped = get_peft_model(model, config)
     if init_adapter is not None:
         try:
             _load_weights(wrapped, init_adapter)

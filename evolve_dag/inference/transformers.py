@@ -30,6 +30,7 @@ from evolve_dag.agent.chat import ChatFormat
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.kv import RoundCache, SlotPool
 from evolve_dag.inference.protocol import Completion, Request
+from evolve_dag.inference.quiet import quiet_peft
 
 ATTENTION = "evolve_grouped"
 _SHARED_PREFIX = 16
@@ -637,8 +638,13 @@ def _add_adapter(model: Any, adapter_dir: Path, name: str, *, in_memory: bool) -
     return _reading(
         f"adapter {adapter_dir}",
         f"it must be intact and made for {name}; materialize it again",
-        lambda: PeftModel.from_pretrained(base, str(adapter_dir)),
+        lambda: _read_adapter(PeftModel, base, adapter_dir),
     )
+
+
+def _read_adapter(kind: Any, base: Any, adapter_dir: Path) -> Any:
+    with quiet_peft():
+        return kind.from_pretrained(base, str(adapter_dir))
 
 
 def _reading(what: str, remedy: str, read: Callable[[], Any]) -> Any:

@@ -60,7 +60,8 @@ def run(context: StepContext) -> None:
         if context.iteration == 1:
             evaluate(model, "base", held_out)
         evaluate(model, "development_champion", development)
-    with open_policy(experiment, context.inputs["adapter"].path) as model:
+    candidate = adapter_folder(context.store, context.inputs["adapter"].digest)
+    with open_policy(experiment, candidate) as model:
         evaluate(model, "development_candidate", development)
         evaluate(model, "without", held_out)
         if evaluation.with_experience and source is not None:

@@ -19,6 +19,7 @@ from evolve_dag.errors import DataError, OrderError, StoreError
 from evolve_dag.experience.injection import STEP_HEADING
 from evolve_dag.frames import scores_from_frame
 from evolve_dag.steps.base import STEP_ORDER, entering_policy, resolve, resolve_iteration, run_step, settings_digest
+from evolve_dag.steps.contexts import RETENTION
 from evolve_dag.steps.policies import load_trajectories
 from evolve_dag.store import Store
 
@@ -127,13 +128,34 @@ def test_stored_histories_hold_no_experience_and_rows_hold_the_sampled_ids(made:
     trajectories = {t.id: t for t in load_trajectories(artifact)}
     rows = load_contexts(artifact.path)
     assert rows
-    assert any(t.steps[0].injected for t in trajectories.values())
+    assert any(step.injected for t in trajectories.values() for step in t.steps)
     for row in rows:
         trajectory = trajectories[row.row.trajectory_id]
         assert trajectory.reward == 1.0
         assert all(STEP_HEADING not in message.content for message in trajectory.history(trajectory.turns))
         for step, (start, end) in zip(row.row.steps, row.row.spans, strict=True):
             assert row.row.ids[start:end] == trajectory.steps[step].token_ids
+
+
+def test_retention_rows_hold_the_experience_and_the_same_actions(made: Store) -> None:
+    from evolve_dag.agent.chat import ChatFormat
+    from evolve_dag.environments.pocket.tokenizer import build_tokenizer
+
+    artifact = made.open("contexts", made.ref("small", 1, "contexts").digest)
+    trajectories = {t.id: t for t in load_trajectories(artifact)}
+    rows = load_contexts(artifact.path / RETENTION)
+    with_item = sum(bool(c.injected) for row in load_contexts(artifact.path) for c in row.contexts)
+    assert 0 < len(rows) < with_item
+    chat = ChatFormat.from_tokenizer(build_tokenizer())
+    for row in rows:
+        name, _, number = row.row.trajectory_id.rpartition("@")
+        step = trajectories[name].steps[int(number)]
+        [(start, end)] = row.row.spans
+        assert end == len(row.row.ids)
+        assert row.row.ids[start:end] == step.token_ids
+        assert step.injected
+        assert step.injected.strip() in chat.decode(row.row.ids[:start])
+        assert len(row.teacher) == len(step.token_ids)
 
 
 def test_scores_say_under_which_condition_and_hold_every_task(made: Store) -> None:
