@@ -58,8 +58,8 @@ class Regime(Section):
 class ModelSettings(Section):
     """One language model, by role."""
 
-    backend: Literal["transformers", "scripted"] = "transformers"
-    """``transformers``: in this process. ``scripted``: fixed replies, for tests."""
+    backend: Literal["transformers"] = "transformers"
+    """``transformers``: in this process."""
     path: str = "pocket"
     """``pocket`` (the policy that ships with the package) or a folder that ``from_pretrained`` reads."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

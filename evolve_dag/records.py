@@ -181,6 +181,9 @@ class PolicyRef:
     """Digest of the adapter artifact, or None for the bare base model."""
     experience: str | None = None
     """Digest of the experience artifact, or None for an empty pool."""
+    next_item: int = 1
+    """First number that an item of E(k) may bear. It counts past the items of declined candidates, whose pool is gone but
+    whose ids stay in the record: an id is never given twice."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,7 @@ def check_disjoint(experiment: Experiment) -> None:
 def _corpus(experiment: Experiment, settings: CorpusEnvironment) -> Environment:
     from evolve_dag.environments.corpus import CorpusSearch
     from evolve_dag.environments.pocket.language import SYSTEM_PROMPT
+    from evolve_dag.inference.folders import is_pocket
 
     return CorpusSearch.from_jsonl(
         Path(settings.pages),
@@ -78,7 +79,7 @@ def _corpus(experiment: Experiment, settings: CorpusEnvironment) -> Environment:
         text_weight=settings.text_weight,
         minimum_match=settings.minimum_match,
         # The pocket policy knows one system message; any other model is told the tools in full.
-        system_prompt=SYSTEM_PROMPT if experiment.models.policy.path == "pocket" else None,
+        system_prompt=SYSTEM_PROMPT if is_pocket(experiment.models.policy) else None,
     )
 
 

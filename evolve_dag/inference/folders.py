@@ -30,10 +30,13 @@ def model_folder(settings: ModelSettings) -> Path:
     return folder
 
 
+def is_pocket(settings: ModelSettings) -> bool:
+    """Is it the policy that ships with the package, wherever its folder lies?"""
+    return settings.path == "pocket" or folder_digest(model_folder(settings)) == folder_digest(POCKET)
+
+
 def base_identity(settings: ModelSettings) -> str:
     """Identity of the base model: its weights and number format, wherever the folder lies."""
-    if settings.backend == "scripted":
-        return f"scripted:{settings.path}"
     return f"sha256:{folder_digest(model_folder(settings))[:32]}:{settings.dtype}"
 
 

@@ -26,8 +26,13 @@ def run(context: StepContext) -> None:
     import polars as pl
 
     experiment, entering = context.experiment, context.entering
+    context.inputs["contexts"].verify()
     contexts = context.inputs["contexts"].path
-    rows = load_contexts(contexts) + load_contexts(contexts / RETENTION)
+    rows = load_contexts(contexts)
+    nothing_taught = not any(c.injected for row in rows for c in row.contexts)
+    if experiment.regime.divergence != "cross_entropy":
+        # Without an item in any context teacher and student are one: Adam would turn rounding noise into full steps.
+        rows = [] if nothing_taught else rows + load_contexts(contexts / RETENTION)
     settings = experiment.models.policy
     started = False
 
@@ -39,6 +44,7 @@ def run(context: StepContext) -> None:
         context.progress.advance()
 
     folder = context.build.path
+    resample = _Resample(context) if experiment.distillation.refresh > 1 else None
     result = distill(
         load_model(model_folder(settings), settings.dtype),
         rows,
@@ -51,7 +57,7 @@ def run(context: StepContext) -> None:
         threads=experiment.runtime.threads,
         device=experiment.runtime.device,
         base=entering.base,
-        resample=_Resample(context) if experiment.distillation.refresh > 1 else None,
+        resample=resample,
         on_step=on_step,
     )
     if started:
@@ -69,12 +75,12 @@ def run(context: StepContext) -> None:
         skipped=result.skipped,
         refreshes=result.refreshes,
         unchanged=result.unchanged,
-        note=result.note,
+        note="no experience stood in any context" if nothing_taught and not rows else result.note,
         loss_first=_mean(losses[:5]),
         loss_last=_mean(losses[-5:]),
         divergence_first=_mean(divergences[:5]),
         divergence_last=_mean(divergences[-5:]),
-        tokens=0,
+        tokens=resample.tokens if resample else 0,
     )
 
 
@@ -105,6 +111,8 @@ class _Resample:
 
     def __init__(self, context: StepContext) -> None:
         self.context = context
+        self.tokens = 0
+        """Sampled so far."""
         self.split: Split = load_split(context.experiment, "train")
         self.source = experience_source(context.experiment, open_pool(context.inputs["experience"]))
 
@@ -129,8 +137,9 @@ class _Resample:
             concurrency=runtime.concurrency,
         )
         asyncio.run(actor.close())
+        self.tokens += sum(len(step.token_ids) for t in trajectories for step in t.steps)
         trajectories = asyncio.run(with_teacher_views(trajectories, self.source))
         kept = select_rows(trajectories, experiment.regime.rejection).kept
         with open_policy(experiment, adapter_folder(context.store, context.entering.adapter)) as teacher:
             clean, retention = score(experiment, kept, teacher, Silent())
-            return clean + retention
+            return clean if experiment.regime.divergence == "cross_entropy" else clean + retention

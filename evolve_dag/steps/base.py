@@ -73,10 +73,10 @@ SPECS: Mapping[str, StepSpec] = {
     for spec in (
         StepSpec("policy", "1", ("models.policy",), ()),
         StepSpec("trajectories", "1", ("seed", "tasks.train", *_TASK_KEYS), ("policy",), iteration=True),
-        StepSpec("experience", "2", ("seed", "granularity", "extraction"), ("policy", "trajectories"), iteration=True),
+        StepSpec("experience", "3", ("seed", "granularity", "extraction"), ("policy", "trajectories"), iteration=True),
         StepSpec(
             "contexts",
-            "2",
+            "3",
             (
                 "seed",
                 "injection",
@@ -91,14 +91,14 @@ SPECS: Mapping[str, StepSpec] = {
             ("policy", "trajectories", "experience"),
             iteration=True,
         ),
-        StepSpec("adapter", "2", ("seed", "regime", "distillation"), ("policy", "experience", "contexts"), iteration=True),
+        StepSpec("adapter", "3", ("seed", "regime", "distillation"), ("policy", "experience", "contexts"), iteration=True),
         StepSpec(
             "scores",
             "1",
             ("evaluation", "injection", "selection", "tasks.development", "tasks.held_out", *_TASK_KEYS),
             ("policy", "experience", "adapter"),
         ),
-        StepSpec("promotion", "1", ("gate", "seed"), ("policy", "experience", "adapter", "scores")),
+        StepSpec("promotion", "2", ("gate", "seed"), ("policy", "experience", "adapter", "scores")),
     )
 }
 SETTINGS: Mapping[str, tuple[str, ...]] = {name: spec.config for name, spec in SPECS.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from evolve_dag.benchmarks.suites import load_split
 from evolve_dag.experience.locality import locality
@@ -18,6 +18,7 @@ def run(context: StepContext) -> None:
     trajectories = load_trajectories(context.inputs["trajectories"])
     entering = context.entering.experience
     pool = open_pool(context.store.open("experience", entering) if entering else None)
+    pool = replace(pool, next_number=max(pool.next_number, context.entering.next_item))
     context.progress.start("extraction", 1)
     found = extract(
         trajectories,

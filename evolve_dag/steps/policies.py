@@ -55,7 +55,7 @@ def adapter_folder(store: Store, digest: str | None) -> Path | None:
     if digest is None:
         return None
     artifact = store.open("adapter", digest)
-    artifact.file("adapter_model.safetensors")
+    artifact.verify()
     return artifact.path
 
 

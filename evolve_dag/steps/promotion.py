@@ -8,6 +8,7 @@ from evolve_dag.evaluation.gate import decide, gate_to_json
 from evolve_dag.frames import scores_from_frame
 from evolve_dag.records import PolicyRef
 from evolve_dag.steps.base import StepContext
+from evolve_dag.steps.policies import open_pool
 from evolve_dag.steps.scores import DEVELOPMENT
 from evolve_dag.store import Artifact
 
@@ -23,6 +24,7 @@ def run(context: StepContext) -> None:
         "base": entering.base,
         "adapter": context.inputs["adapter"].digest if promoted else entering.adapter,
         "experience": context.inputs["experience"].digest if promoted else entering.experience,
+        "next_item": open_pool(context.inputs["experience"]).next_number,
     }
     content = {**gate_to_json(decision), "policy": leaving}
     (context.build.path / "decision.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -32,4 +34,4 @@ def run(context: StepContext) -> None:
 def next_policy(promotion: Artifact, iteration: int) -> PolicyRef:
     """policy(k+1) as the promotion of iteration k recorded it."""
     leaving = promotion.json("decision.json")["policy"]
-    return PolicyRef(iteration, leaving["base"], leaving["adapter"], leaving["experience"])
+    return PolicyRef(iteration, leaving["base"], leaving["adapter"], leaving["experience"], leaving["next_item"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 
 from evolve_dag.agent.loop import stable_hash
-from evolve_dag.benchmarks.suites import Split, load_split
+from evolve_dag.benchmarks.suites import Split, check_disjoint, load_split
 from evolve_dag.evaluation.metrics import evaluate_summary, score_trajectories
 from evolve_dag.frames import scores_to_frame
 from evolve_dag.records import Score, Trajectory
@@ -32,6 +32,7 @@ DEVELOPMENT = ("development_candidate", "development_champion")
 def run(context: StepContext) -> None:
     """Evaluate the candidate (adapter(k), E(k)), and on development tasks the champion too."""
     experiment = context.experiment
+    check_disjoint(experiment)
     evaluation = experiment.evaluation
     held_out, development = load_split(experiment, "held_out"), load_split(experiment, "development")
     source = experience_source(experiment, open_pool(context.inputs["experience"]))

@@ -23,7 +23,7 @@ from evolve_dag.frames import edits_to_frame, items_to_frame, scores_to_frame, t
 from evolve_dag.records import ExperienceItem, PoolEdit, Score, Step, Task, ToolCall, Trajectory
 from evolve_dag.steps import base
 
-CONFIG = {"models": {"policy": {"backend": "scripted"}}, "iterations": 2, "evaluation": {"bootstrap": 100}}
+CONFIG = {"iterations": 2, "evaluation": {"bootstrap": 100}}
 TASKS = {f"t{n}": Task(f"t{n}", f"What is the mayor of city {n}?", "Rato Miku") for n in range(4)}
 
 

@@ -20,7 +20,7 @@ from evolve_dag.experience.injection import STEP_HEADING
 from evolve_dag.frames import scores_from_frame
 from evolve_dag.steps.base import STEP_ORDER, entering_policy, resolve, resolve_iteration, run_step, settings_digest
 from evolve_dag.steps.contexts import RETENTION
-from evolve_dag.steps.policies import load_trajectories
+from evolve_dag.steps.policies import load_trajectories, open_pool
 from evolve_dag.store import Store
 
 SMALL = {
@@ -177,6 +177,19 @@ def test_a_broken_adapter_is_declined_and_the_champion_stays(copied: Store) -> N
     assert decision["reasons"]
     assert entering_policy(wrecked, 2, copied).adapter is None
     assert resolve("trajectories", wrecked, 2, copied).missing is None
+    declined = open_pool(copied.open("experience", resolve("experience", wrecked, 1, copied).digest))
+    assert declined.next_number > 1
+    # The declined pool is gone, but its ids stay in the record: the next iteration must not give them again.
+    assert entering_policy(wrecked, 2, copied).next_item == declined.next_number
+
+
+def test_without_any_experience_nothing_is_trained(copied: Store) -> None:
+    """Teacher and student are one then, and Adam would turn rounding noise into full steps."""
+    silent = small(extraction={"min_support": 10_000})
+    for step in STEP_ORDER[:5]:
+        outcome = run_step(step, silent, 1, copied)
+    assert outcome.artifact.summary["unchanged"]
+    assert outcome.artifact.summary["note"] == "no experience stood in any context"
 
 
 @pytest.mark.parametrize(
