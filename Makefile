@@ -1,6 +1,8 @@
 # Two commands are enough: `make demo` and `make test`. Both need Python 3.11+ and make, nothing else.
 PYTHON ?= python3
 VENV   ?= .venv
+# For another package index, e.g. PyTorch's own one for CPU builds.
+PIP_ARGS ?=
 BIN     = $(VENV)/bin
 # Models are small here and the loop brings its own parallelism: more OpenMP threads than cores only wait for each other.
 export OMP_NUM_THREADS ?= 2
@@ -16,9 +18,10 @@ help:  ## list the targets
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "evolve-dag needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { echo "needs Python's venv module (Debian: apt install python3-venv)"; exit 1; }
+	@echo "installing into $(VENV): torch first, which is large (see README, Installing)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	touch $@
 
 install: $(VENV)/.installed  ## make the virtual environment

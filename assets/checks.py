@@ -13,13 +13,16 @@ from evolve_dag.config import Experiment
 from evolve_dag.evaluation.gate import LEAST_JUDGED, gate_from_json
 from evolve_dag.store import Artifact
 
+MAX_SKIPPED = 0.1
+"""Largest share of optimizer steps without a finite gradient."""
+
 SPECS: Mapping[str, Mapping[str, tuple[str, bool]]] = {
     "trajectories": {"judged": (f"At least {LEAST_JUDGED:.0%} of the trajectories could be judged.", False)},
     "experience": {
         "within_cap": ("The pool holds at most `extraction.cap` items, with distinct ids.", True),
         "form": ("Every principle reads `Name: when <situation>, <strategy>.`", False),
     },
-    "contexts": {"clean": ("The student never sees experience; student and teacher share the action ids.", True)},
+    "contexts": {"clean": ("No clean row of the student holds experience; student and teacher share the action ids.", True)},
     "adapter": {"finite_loss": ("Every loss of the training curve is a number.", True)},
     "scores": {"judged": (f"At least {LEAST_JUDGED:.0%} of the episodes could be judged.", False)},
     "promotion": {"gate": ("The candidate passed the gate; otherwise the champion stays.", False)},
@@ -83,8 +86,11 @@ def _experience(artifact: Artifact, experiment: Experiment) -> Iterator[dg.Asset
 def _contexts(artifact: Artifact, experiment: Experiment) -> Iterator[dg.AssetCheckResult]:
     from evolve_dag.distillation.dataset import load_contexts
     from evolve_dag.frames import STEPS, TRAJECTORIES, trajectories_from_frames
+    from evolve_dag.steps.contexts import RETENTION
 
+    artifact.verify()
     rows = load_contexts(artifact.path)
+    retention = load_contexts(artifact.path / RETENTION)
     trajectories = {t.id: t for t in trajectories_from_frames(artifact.frame(TRAJECTORIES), artifact.frame(STEPS))}
     steps, other_ids, seen = 0, [], []
     for one in rows:
@@ -97,12 +103,18 @@ def _contexts(artifact: Artifact, experiment: Experiment) -> Iterator[dg.AssetCh
             history = trajectory.history(len(trajectory.steps))
             if context.injected.strip() and any(context.injected.strip() in message.content for message in history):
                 seen.append(where)
+    for one in retention:  # these hold experience by design (docs/adr/0004-retention.md): only the actions must agree
+        name, _, number = one.row.trajectory_id.rpartition("@")
+        [(start, end)] = one.row.spans
+        if one.row.ids[start:end] != trajectories[name].steps[int(number)].token_ids:
+            other_ids.append(one.row.trajectory_id)
     yield dg.AssetCheckResult(
         check_name="clean",
         passed=not other_ids and not seen,
         metadata={
             "trajectories": len(rows),
             "steps": steps,
+            "retention_rows": len(retention),
             "steps_with_experience": sum(bool(context.injected) for one in rows for context in one.contexts),
             "other_action_ids": dg.MetadataValue.json(other_ids[:20]),
             "experience_in_student_view": dg.MetadataValue.json(seen[:20]),
@@ -114,12 +126,18 @@ def _adapter(artifact: Artifact, experiment: Experiment) -> Iterator[dg.AssetChe
     curve = artifact.frame("curve.parquet")
     taken = curve.filter(~curve["skipped"])
     bad = [step for step, loss in taken.select("step", "loss").iter_rows() if loss is None or not isfinite(loss)]
+    from safetensors.numpy import load_file
+
+    weights = load_file(artifact.file("adapter_model.safetensors"))
+    broken = [name for name, weight in weights.items() if not isfinite(float(abs(weight).max()))]
+    skipped = curve.height - taken.height
     yield dg.AssetCheckResult(
         check_name="finite_loss",
-        passed=not bad,
+        passed=not bad and not broken and skipped <= MAX_SKIPPED * curve.height,
         metadata={
+            "broken_tensors": dg.MetadataValue.json(broken[:20]),
             "optimizer_steps": curve.height,
-            "skipped": curve.height - taken.height,
+            "skipped": skipped,
             "not_finite": dg.MetadataValue.json(bad[:20]),
         },
     )

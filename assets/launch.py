@@ -20,9 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from evolve_dag import registry
 from evolve_dag.config import Experiment
-from evolve_dag.errors import EvolveError, StoreError
+from evolve_dag.errors import ConfigError, EvolveError, StoreError
 from evolve_dag.steps import base
-from evolve_dag.store import Store
+from evolve_dag.store import Store, is_disk_error
 
 LINEAGE_TAG = "evolve/experiment"
 """On every run that the command line starts; runs with it are over once their experiment's lock is free."""
@@ -70,9 +70,12 @@ def prepare_home(root: Path) -> Path:
         target = home / "dagster.yaml"
         if not configured and not target.exists():
             project = Path("dagster.yaml")
-            content = dict(yaml.safe_load(project.read_text(encoding="utf-8")) or {}) if project.is_file() else dict(INSTANCE)
-            content.pop("storage", None)
+            found = yaml.safe_load(project.read_text(encoding="utf-8")) if project.is_file() else INSTANCE
+            # Not every dagster.yaml in a working folder is ours: only what these assets need is taken over.
+            content = {key: value for key, value in dict(found or {}).items() if key in INSTANCE}
             target.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    except yaml.YAMLError as error:
+        raise ConfigError(f"dagster.yaml: not valid YAML: {error}", "mend it, or run from another folder") from None
     except OSError as error:
         raise StoreError(
             f"{home}: cannot be used as Dagster's home: {error}", "set DAGSTER_HOME or --store to a folder you may write"
@@ -152,6 +155,16 @@ def run(config: Path, *, seed: int | None, iterations: int | None, root: Path, c
         EvolveError: with the message for the user; ConcurrencyError when another run holds the experiment.
         KeyboardInterrupt: the user has stopped it; the same command goes on from there.
     """
+    try:
+        return _run(config, seed=seed, iterations=iterations, root=root, console=console)
+    except Exception as error:
+        culprit = _cause(error)
+        if culprit is None or os.environ.get("EVOLVE_DEBUG"):
+            raise
+        raise culprit from None
+
+
+def _run(config: Path, *, seed: int | None, iterations: int | None, root: Path, console: Console) -> RunResult:
     experiment = registry.load_seeded(config, seed)
     store = Store(root)
     # Mistakes in the user's files and missing weights show here, before anything is written.
@@ -185,7 +198,7 @@ def _is_up_to_date(experiment: Experiment, iteration: int, store: Store, instanc
     for name, expected in base.resolve_iteration(experiment, iteration, store).items():
         if expected.digest is None or not expected.exists:
             return False
-        store.open(name, expected.digest)  # a damaged one must be told, not passed over
+        store.open(name, expected.digest, verify=True)  # a damaged one must be told, not passed over
         ref = store.ref(experiment.experiment, iteration, name)
         if ref is None or ref.digest != expected.digest:
             return False
@@ -204,11 +217,6 @@ def _execute(root: Path, session: Session, instance: dg.DagsterInstance, job: st
         )
     except DagsterExecutionInterruptedError:
         raise KeyboardInterrupt from None
-    except Exception as error:
-        culprit = _cause(error)
-        if culprit is not None and not os.environ.get("EVOLVE_DEBUG"):
-            raise culprit from None
-        raise
 
 
 def _cause(error: BaseException) -> EvolveError | None:
@@ -217,6 +225,8 @@ def _cause(error: BaseException) -> EvolveError | None:
     while seen is not None:
         if isinstance(seen, EvolveError):
             return seen
+        if is_disk_error(seen):
+            return StoreError(f"the disk is full or broken: {seen}", "free room, then run the same command: nothing is lost")
         seen = seen.__cause__ or getattr(seen, "user_exception", None) or seen.__context__
     if type(error).__name__ == "DagsterAssetCheckFailedError":
         return EvolveError(str(error), "the check's evidence is in the web interface (evolve ui) under the asset's checks")

@@ -183,12 +183,13 @@ def doctor(store: StoreOption = None) -> None:
     from evolve_dag.doctor import examine
 
     console = _console()
-    findings = list(examine(_root(store)))
+    broken = False
     marks = {"ok": ("ok     ", "green"), "note": ("note   ", "yellow"), "broken": ("BROKEN ", "bold red")}
-    for finding in findings:
+    for finding in examine(_root(store)):
+        broken = broken or finding.state == "broken"
         mark, colour = marks[finding.state]
         console.print(Text.assemble((mark, colour), (f"{finding.subject:<20} ", "bold"), finding.text), soft_wrap=True)
-    if any(finding.state == "broken" for finding in findings):
+    if broken:
         raise typer.Exit(FAILED)
 
 

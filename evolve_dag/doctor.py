@@ -54,6 +54,8 @@ def examine(root: Path) -> Iterator[Finding]:
             yield from check()
         except EvolveError as error:
             yield Finding("broken", "installation", str(error))
+        except Exception as error:  # whatever is broken: this command must live to say so
+            yield Finding("broken", "installation", f"{type(error).__name__}: {error}")
 
 
 def _python() -> Iterator[Finding]:

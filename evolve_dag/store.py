@@ -48,7 +48,10 @@ _DIGEST = re.compile(r"[0-9a-f]{32}")
 _EXPERIMENT = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _JOURNAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
-_DISK_WORDS = re.compile(r"no space left on device|disk quota exceeded|\(os error (28|122|27|30|5)\)", re.IGNORECASE)
+_DISK_WORDS = re.compile(
+    r"no space left on device|disk quota exceeded|\(os error (28|122|27|30|5)\)|database or disk is full|disk i/o error",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)

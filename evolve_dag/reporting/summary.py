@@ -92,6 +92,8 @@ class LineageSummary:
     """Config slices that the artifacts were made with, dotted key -> value."""
     command: str = ""
     """What makes this lineage again."""
+    outdated: tuple[int, ...] = ()
+    """Iterations left out of ``rows``: they do not follow from the iterations before them, the config has changed since."""
 
     @property
     def iterations(self) -> tuple[IterationRow, ...]:
@@ -149,8 +151,12 @@ def summarize(
         del by_iteration[last]  # a promotion commits the next policy at once; that iteration has not begun
     rows: list[IterationRow] = []
     settings: dict[str, Any] = {}
+    outdated: list[int] = []
     for iteration, found in sorted(by_iteration.items()):
         artifacts = {kind: artifact for kind, (_, artifact) in found.items()}
+        if outdated or not _follows(artifacts, by_iteration.get(iteration - 1, {})):
+            outdated.append(iteration)
+            continue
         for artifact in artifacts.values():
             settings |= artifact.manifest.config
         scores = _json(artifacts.get("scores"), "summary.json")
@@ -160,8 +166,24 @@ def summarize(
     for entry in ("iteration", "policy"):  # part of what is computed, no setting
         settings.pop(entry, None)
     return LineageSummary(
-        experiment, tuple(rows), dict(sorted(settings.items())), _command(experiment, config, settings, max(by_iteration))
+        experiment,
+        tuple(rows),
+        dict(sorted(settings.items())),
+        _command(experiment, config, settings, max(by_iteration)),
+        tuple(outdated),
     )
+
+
+def _follows(artifacts: Mapping[str, Artifact], before: Mapping[str, tuple[Ref, Artifact]]) -> bool:
+    """Was every artifact made of those beside it, and the policy by the promotion before it?"""
+    for artifact in artifacts.values():
+        if any(kind in artifacts and artifacts[kind].digest != digest for kind, digest in artifact.inputs.items()):
+            return False
+    if "policy" in artifacts and "promotion" in before:
+        decided = before["promotion"][1].json("decision.json").get("policy") or {}
+        entered = artifacts["policy"].summary
+        return all(entered.get(key) == decided.get(key) for key in ("adapter", "experience"))
+    return True
 
 
 def _command(experiment: str, config: str | None, settings: Mapping[str, Any], iterations: int) -> str:
@@ -294,7 +316,12 @@ def step_names(rows: Iterable[IterationRow]) -> list[str]:
 def recompute_note(summary: LineageSummary) -> str:
     """``0 of 21 steps recomputed``, or '' when the last run is not known."""
     known = [step.recomputed for row in summary.rows for step in row.steps if step.recomputed is not None]
-    return f"{sum(known)} of {len(known)} steps recomputed" if known else ""
+    note = f"{sum(known)} of {len(known)} steps recomputed" if known else ""
+    if summary.outdated:
+        which = ", ".join(map(str, summary.outdated))
+        left_out = f"iteration {which} left out: made under another config; run the experiment again"
+        note = f"{note}\n{left_out}" if note else left_out
+    return note
 
 
 # -- inside

@@ -13,12 +13,14 @@ import yaml
 from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
 from dagster._core.loader import LoadingContextForTest
 from evolve_dag.assets import automation, partitions
+from safetensors.numpy import save_file
 
 from evolve_dag.definitions import defs
 from evolve_dag.distillation.alignment import StudentRow
 from evolve_dag.distillation.dataset import DistillationRow, StepContext, save_contexts
 from evolve_dag.distillation.teacher import TeacherTargets
 from evolve_dag.evaluation.metrics import evaluate_summary, score_trajectories
+from evolve_dag.experience.pool import Pool
 from evolve_dag.frames import edits_to_frame, items_to_frame, scores_to_frame, trajectories_to_frames
 from evolve_dag.records import ExperienceItem, PoolEdit, Score, Step, Task, ToolCall, Trajectory
 from evolve_dag.steps import base
@@ -81,6 +83,7 @@ class FakeSteps:
     def experience(self, context: base.StepContext) -> None:
         items = [ExperienceItem(f"p{n:04d}", text, "principle", created=1) for n, text in enumerate(self.items, 1)]
         items_to_frame(items).write_parquet(context.build.path / "items.parquet")
+        (context.build.path / "pool.json").write_text(Pool(tuple(items)).to_json())
         edits = [PoolEdit("add", item.id, 1, None, item.text, "mined") for item in items]
         edits_to_frame(edits).write_parquet(context.build.path / "edits.parquet")
         context.build.note(items=len(items), added=len(items), updated=0, deleted=0, merged=0, locality={})
@@ -98,11 +101,13 @@ class FakeSteps:
             for t in sampled
         ]
         save_contexts(context.build.path, made)
+        save_contexts(context.build.path / "retention", [])
         context.build.note(kept=len(made))
 
     def adapter(self, context: base.StepContext) -> None:
         curve = {"step": list(range(len(self.losses))), "loss": list(self.losses), "skipped": [False] * len(self.losses)}
         pl.DataFrame(curve).write_parquet(context.build.path / "curve.parquet")
+        save_file({"weight": np.zeros(2, dtype=np.float32)}, context.build.path / "adapter_model.safetensors")
         context.build.note(rows=8, kept=8, loss_first=self.losses[0], loss_last=self.losses[-1])
 
     def scores(self, context: base.StepContext) -> None:

@@ -207,23 +207,28 @@ def _variation(a: Counter[str], b: Counter[str]) -> float:
 
 
 def _recall(sample: Sampler, rng: Random, count: int) -> dict[str, float]:
-    """Share of first actions that recall a case: of the very question, and of other questions only."""
+    """Share of first actions that give the answer of the right case, of a wrong one, or any answer without a right case."""
     right: list[list[Message]] = []
     wrong: list[list[Message]] = []
-    answers = []
+    answers, others_answers = [], []
     for n in range(count):
         world = World(MEASURING_WORLDS[n % len(MEASURING_WORLDS)])
         question, *others = (world.question(rng) for _ in range(4))
         base = [Message("system", SYSTEM_PROMPT), Message("user", question.text)]
         cases = [case_text(q.text, q.answer) for q in others]
         wrong.append(_hinted(base, cases))
+        others_answers.append({q.answer for q in others})
         cases[rng.randrange(3)] = case_text(question.text, question.answer)
         right.append(_hinted(base, cases))
         answers.append(question.answer)
     right_texts, wrong_texts = sample(right), sample(wrong)
     return {
         "right_case": sum(f"<answer>{a}</answer>" in t for t, a in zip(right_texts, answers, strict=True)) / count,
-        "wrong_case": sum("<answer>" in t for t in wrong_texts) / count,
+        "wrong_case": sum(
+            any(f"<answer>{a}</answer>" in t for a in s) for t, s in zip(wrong_texts, others_answers, strict=True)
+        )
+        / count,
+        "answered_without_a_right_case": sum("<answer>" in t for t in wrong_texts) / count,
     }
 
 
@@ -269,6 +274,7 @@ def model_card(measured: dict[str, Any], made: dict[str, Any]) -> str:
         seen=measured["obedience_seen_mean"],
         right=recall["right_case"],
         wrong=recall["wrong_case"],
+        answered=recall["answered_without_a_right_case"],
         conversations=measured["conversations_per_state"],
         states=states,
         obeyed=obeyed,

@@ -77,7 +77,7 @@ def show(trajectory: Trajectory, reference: str, items: dict[str, str], title: s
     from rich.panel import Panel
     from rich.text import Text
 
-    console.print(Panel(Text(trajectory.question), title=title, subtitle=f"task {trajectory.task_id}"))
+    console.print(Panel(Text(trajectory.question), title=Text(title), subtitle=Text(f"task {trajectory.task_id}")))
     for step in trajectory.steps:
         for item in step.selected:
             console.print(Text(f"   {item}  {items.get(item, '')}", style="yellow"))
