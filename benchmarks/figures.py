@@ -80,9 +80,10 @@ def table(results: list[dict[str, Any]]) -> str:
         curve = " | ".join(f"{mean(runs, k, 'without'):.1%}" for k in range(last + 1))
         kept = sum(row["decision"] == "keep" for rows in runs for row in rows)
         success, informed = mean(runs, last, "without"), mean(runs, last, "with")
+        shown = f"{informed:.1%}" if informed == informed else "–"  # nan: the arm has no experience
         premature, unanswered, turns = (mean(runs, last, "without", key) for key in ("premature", "unanswered", "turns"))
         lines.append(
-            f"| {name} | {len(runs)} | {base:.1%} | {curve} | {success / base:.2f} | {informed:.1%} | {premature:.1%} | "
+            f"| {name} | {len(runs)} | {base:.1%} | {curve} | {success / base:.2f} | {shown} | {premature:.1%} | "
             f"{unanswered:.1%} | {turns:.2f} | {kept} |"
         )
     return "\n".join(lines)

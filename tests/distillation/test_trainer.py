@@ -27,7 +27,9 @@ from evolve_dag.distillation.trainer import (
 from evolve_dag.errors import AlignmentError, ModelError, StoreError
 
 STEP_WISE = replay_injection("step_wise")
-SETTINGS = DistillationSettings(rank=8, alpha=16, learning_rate=1e-2, epochs=2, tokens_per_batch=256, top_k=8)
+SETTINGS = DistillationSettings(
+    learning_rate_decay=0.7, rank=8, alpha=16, learning_rate=1e-2, epochs=2, tokens_per_batch=256, top_k=8
+)
 
 
 @pytest.fixture(scope="module")
