@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -71,10 +70,3 @@ class LanguageModel(Protocol):
     async def close(self) -> None:
         """Free memory and connections; safe to call twice."""
         ...
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """The part of a tokenizer that alignment needs; see :class:`evolve_dag.agent.chat.ChatFormat`."""
-
-    def encode(self, messages: Sequence[Message]) -> list[int]: ...

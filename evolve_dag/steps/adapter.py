@@ -20,6 +20,8 @@ from evolve_dag.steps.policies import adapter_folder, experience_source, open_po
 if TYPE_CHECKING:
     from torch import nn
 
+    from evolve_dag.config import Experiment
+
 
 def run(context: StepContext) -> None:
     """Train the student, which starts from policy(k), on the stored contexts."""
@@ -30,7 +32,7 @@ def run(context: StepContext) -> None:
     contexts = context.inputs["contexts"].path
     rows = load_contexts(contexts)
     nothing_taught = not any(c.injected for row in rows for c in row.contexts)
-    if experiment.regime.divergence != "cross_entropy":
+    if _learns_distributions(experiment):
         # Without an item in any context teacher and student are one: Adam would turn rounding noise into full steps.
         rows = [] if nothing_taught else rows + load_contexts(contexts / RETENTION)
     settings = experiment.models.policy
@@ -82,6 +84,11 @@ def run(context: StepContext) -> None:
         divergence_last=_mean(divergences[-5:]),
         tokens=resample.tokens if resample else 0,
     )
+
+
+def _learns_distributions(experiment: Experiment) -> bool:
+    """Cross-entropy learns sampled tokens; a retention row would have no anchor there (docs/adr/0004-retention.md)."""
+    return experiment.regime.divergence != "cross_entropy"
 
 
 def _mean(values: list[float]) -> float | None:
@@ -142,4 +149,4 @@ class _Resample:
         kept = select_rows(trajectories, experiment.regime.rejection).kept
         with open_policy(experiment, adapter_folder(context.store, context.entering.adapter)) as teacher:
             clean, retention = score(experiment, kept, teacher, Silent())
-            return clean if experiment.regime.divergence == "cross_entropy" else clean + retention
+            return clean + retention if _learns_distributions(experiment) else clean

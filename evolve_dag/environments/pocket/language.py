@@ -378,11 +378,6 @@ class PhraseBank:
         return f"{rng.choice(DISTRACTOR_NAMES)}: when {situation}, {strategy}."
 
 
-def case_text(question: str, answer: str) -> str:
-    """An instance-level item, as :mod:`evolve_dag.experience.instance` writes it."""
-    return f"Case: {question} answer {answer}."
-
-
 def vocabulary() -> list[str]:
     """All words of the language, sorted, each once."""
     words: set[str] = (

@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from evolve_dag.environments.pocket.language import GROUPS, SYSTEM_PROMPT, PhraseBank, case_text
+from evolve_dag.environments.pocket.language import GROUPS, SYSTEM_PROMPT, PhraseBank
 from evolve_dag.environments.pocket.pretrain import RECIPE, Encoder
 from evolve_dag.environments.pocket.script import (
     GROUP_MOVES,
@@ -29,6 +29,7 @@ from evolve_dag.environments.pocket.script import (
     habitual,
 )
 from evolve_dag.environments.pocket.world import World
+from evolve_dag.experience.instance import case_text
 from evolve_dag.records import Message
 
 MEASURING_WORLDS = range(900_000, 900_040)

@@ -25,9 +25,9 @@ from evolve_dag.environments.pocket.language import (
     Move,
     PhraseBank,
     State,
-    case_text,
 )
 from evolve_dag.environments.pocket.world import MINIMUM_MATCH, RESULTS, Entity, Question, World, title
+from evolve_dag.experience.instance import case_text
 from evolve_dag.records import Message
 
 MAX_STEPS = 12
