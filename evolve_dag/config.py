@@ -185,7 +185,7 @@ class DistillationSettings(Section):
     """Of the LoRA matrices."""
     top_k: int = Field(64, ge=0)
     """Teacher log-probabilities kept per action token, the tail as one more class; 0 keeps all."""
-    retention: float = Field(0.3, ge=0, le=1)
+    retention: float = Field(0.6, ge=0, le=1)
     """Share of the steps with an item in context that are learned a second time *with* it, towards the same teacher, so that
     policy(k+1) still reads experience (docs/adr/0004-retention.md). 0 is the loss of the paper alone."""
     jsd_weight: float = Field(0.5, gt=0, lt=1)
