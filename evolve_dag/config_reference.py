@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from evolve_dag.config import CorpusEnvironment, Experiment, PocketEnvironment
+from evolve_dag.config import (
+    CorpusEnvironment,
+    Experiment,
+    OpenAIModelSettings,
+    PocketEnvironment,
+    ToolsEnvironment,
+    TransformersModelSettings,
+    VllmModelSettings,
+)
 
 INTRODUCTION = """# Every key of an experiment file
 
@@ -26,13 +34,23 @@ they are in no digest.
 | key | type | default | meaning |
 |---|---|---|---|
 """
+HEAD = INTRODUCTION[INTRODUCTION.rindex("| key |") :]
 
 
 def reference() -> str:
     """The page."""
-    return INTRODUCTION + "".join(
-        f"| `{key}` | {kind} | {default} | {meaning} |\n" for key, kind, default, meaning in _rows(Experiment, "")
-    )
+    parts = [INTRODUCTION, _table(_rows(Experiment, ""))]
+    for title, section in (
+        ("A model in this process: `backend: transformers`", TransformersModelSettings),
+        ("A model that vLLM serves: `backend: vllm`", VllmModelSettings),
+        ("A model behind an endpoint: `backend: openai`", OpenAIModelSettings),
+    ):
+        parts.append(f"\n## {title}\n\n{HEAD}{_table(_rows(section, ''))}")
+    return "".join(parts)
+
+
+def _table(rows: Iterator[tuple[str, str, str, str]]) -> str:
+    return "".join(f"| `{key}` | {kind} | {default} | {meaning} |\n" for key, kind, default, meaning in rows)
 
 
 def _rows(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
@@ -40,8 +58,12 @@ def _rows(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str
         key = f"{prefix}{name}"
         inner = field.annotation
         if key == "environment":
-            for kind in (PocketEnvironment, CorpusEnvironment):
+            for kind in (PocketEnvironment, CorpusEnvironment, ToolsEnvironment):
                 yield from _rows(kind, "environment.")
+        elif prefix == "models.":
+            default = "none" if field.default is None else _text(getattr(field.default, "path", field.default))
+            kinds = "a model" if key == "models.policy" else "`policy` or a model" if field.default == "policy" else "a model"
+            yield key, kinds, default, " ".join((field.description or "").split())
         elif isinstance(inner, type) and issubclass(inner, BaseModel):
             yield from _rows(inner, f"{key}.")
         else:
@@ -55,10 +77,18 @@ def _type(annotation: Any) -> str:
         return " \\| ".join(f"`{value}`" for value in get_args(annotation))
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join("nothing" if a is type(None) else _type(a) for a in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        return _type(get_args(annotation)[0])
+    if get_origin(annotation) is tuple:
+        return f"list of {_type(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict:
+        return "mapping"
     return {str: "text", int: "whole number", float: "number", bool: "true \\| false"}.get(annotation, str(annotation))
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "`[" + ", ".join(map(str, value)) + "]`"
     return "none" if value is None else '""' if value == "" else f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

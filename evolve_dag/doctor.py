@@ -100,11 +100,11 @@ def _threads() -> Iterator[Finding]:
 
 
 def _weights() -> Iterator[Finding]:
-    from evolve_dag.config import ModelSettings
+    from evolve_dag.config import TransformersModelSettings
     from evolve_dag.inference.folders import folder_digest, model_folder
 
     try:
-        folder = model_folder(ModelSettings())
+        folder = model_folder(TransformersModelSettings())
     except EvolveError as error:
         yield Finding("broken", "pocket weights", f"{error.what}; {error.remedy}")
         return

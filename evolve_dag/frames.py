@@ -63,6 +63,7 @@ def schemas() -> dict[str, pl.Schema]:
                 "problem": text,
                 "selected": names,
                 "injected": text,
+                "rationale": text,
                 "prompt_tokens": number,
                 "seconds": pl.Float64(),
             }
@@ -150,6 +151,7 @@ def trajectories_to_frames(trajectories: Sequence[Trajectory]) -> tuple[pl.DataF
             "problem": step.problem,
             "selected": list(step.selected),
             "injected": step.injected,
+            "rationale": step.rationale,
             "prompt_tokens": step.prompt_tokens,
             "seconds": step.seconds,
         }
@@ -187,6 +189,7 @@ def trajectories_from_frames(trajectories: pl.DataFrame, steps: pl.DataFrame) ->
                 problem=row["problem"],
                 selected=tuple(row["selected"]),
                 injected=row["injected"],
+                rationale=row["rationale"],
                 prompt_tokens=row["prompt_tokens"],
                 seconds=row["seconds"],
             )

@@ -83,6 +83,8 @@ class Step:
     """Ids of the experience items that stood in the context of this call."""
     injected: str = ""
     """Exact text that was added to the copy of the history for this call; '' without experience."""
+    rationale: str = ""
+    """Why the selector chose ``selected``; '' without one."""
     prompt_tokens: int = 0
     """Tokens of the context of this call."""
     seconds: float = 0.0

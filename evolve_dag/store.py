@@ -288,6 +288,8 @@ class Build:
         self.resumed = False
         """True once a journal was opened that a killed predecessor had written to."""
         self._journals = folder / "journals"
+        self.ledger_path = self._journals / "calls.jsonl"
+        """Where calls to paid models are written down; outlives a killed builder, as journals do."""
 
     def journal(self, name: str = "journal") -> Journal:
         """The journal of that name, with what a killed predecessor wrote."""

@@ -49,7 +49,7 @@ assert not loaded, loaded
 
 
 def test_every_command_has_help() -> None:
-    for command in ("run", "status", "report", "trace", "sql", "doctor", "ui", "pocket pretrain", "pocket play"):
+    for command in ("run", "plan", "gc", "audit", "status", "report", "trace", "sql", "doctor", "ui", "pocket pretrain", "pocket play"):
         result = CliRunner().invoke(cli.app, [*command.split(), "--help"])
         assert result.exit_code == 0, command
         assert "Usage" in result.output

@@ -126,3 +126,56 @@ def test_slices_hold_just_what_was_asked() -> None:
     e = Experiment(experiment="x", seed=3)
     assert e.slice("seed", "regime.source") == {"seed": 3, "regime.source": "teacher"}
     assert e.slice("gate")["gate"]["confidence"] == 0.95
+
+
+MODELS = """
+models:
+  policy: {backend: vllm, path: pocket, servers: [http://one:8000/v1, http://two:8000/v1]}
+  extractor: {backend: openai, model: large, price_prompt: 1.5, endpoints: [http://one/v1]}
+  judge: {backend: openai, model: large}
+"""
+
+
+def test_models_by_role(tmp_path: Path) -> None:
+    e = load_experiment(write(tmp_path, "roles.yaml", f"extends: {CONFIGS / 'pocket.yaml'}\n{MODELS}"))
+    assert e.models.policy.backend == "vllm"
+    assert e.models.settings("selector") == e.models.policy
+    extractor = e.models.settings("extractor")
+    assert extractor is not None
+    assert extractor.backend == "openai"
+
+
+def test_where_and_how_fast_are_in_no_slice(tmp_path: Path) -> None:
+    one = load_experiment(write(tmp_path, "one.yaml", f"extends: {CONFIGS / 'pocket.yaml'}\n{MODELS}"))
+    other = load_experiment(
+        write(tmp_path, "two.yaml", f"extends: {CONFIGS / 'pocket.yaml'}\n{MODELS.replace('one', 'three').replace('1.5', '9')}")
+    )
+    assert one.models != other.models
+    assert one.slice("models") == other.slice("models")
+    assert one.slice("models.judge") == {"models.judge": {**one.slice("models.judge")["models.judge"], "model": "large"}}
+    renamed = load_experiment(write(tmp_path, "three.yaml", "extends: two.yaml\nmodels: {judge: {model: small}}"))
+    assert renamed.slice("models.judge") != one.slice("models.judge")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("models: {policy: {backend: openai, model: x}}", ["models.policy", "openai"]),
+        ("models: {extractor: {backend: openai}}", ["models.extractor.model: missing"]),
+        ("models: {selector: {backend: openai, model: x, key: 'sk-123 secret'}}", ["models.selector.key"]),
+        ("verification: {kind: judge}", ["models.judge: missing"]),
+        ("environment: {kind: tools, search: searxng}", ["environment.searxng: missing", "environment.files: missing"]),
+        ("environment: {kind: tools, tools: [browse]}", ["environment.tools.0"]),
+        ("extraction: {domain: mathematics}", ["extraction.domain"]),
+        ("tasks: {train: {suite: aime}}", ["tasks.train"]),
+        ("schedule: {cron: 'every night'}", ["schedule.cron"]),
+        ("schedule: {timezone: Mars/Olympus}", ["schedule.timezone"]),
+        ("schedule: {webhook: 'https://example.org/hook'}", ["schedule.webhook"]),
+    ],
+)
+def test_mistakes_of_models_tools_and_schedules(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(write(tmp_path, "wrong.yaml", f"extends: {CONFIGS / 'pocket.yaml'}\n{text}"))
+    for word in words:
+        assert word in str(caught.value)
+    assert "sk-123" not in str(caught.value)

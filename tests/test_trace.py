@@ -267,3 +267,17 @@ def test_a_short_prefix_is_refused(world: tuple[Store, dict[str, Artifact]]) -> 
 def test_an_empty_store_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the store is empty"):
         trace(Store(tmp_path / "none"), "p1")
+
+
+def test_one_experiment_alone(world: tuple[Store, dict[str, Artifact]]) -> None:
+    store, made = world
+    assert len(trace(store, "a#0").origins.children) == 3
+    only = trace(store, "a#0", experiment="twin")
+    assert only.origins.id == made["trajectories1"].digest[:12] + "/a#0"
+    assert trace(store, "p1", experiment="pocket").origins.label.startswith("p1: Look: twice.")
+    with pytest.raises(DataError, match="nothing that twin uses now has this id") as caught:
+        trace(store, "p1", experiment="twin")
+    assert "pocket" in caught.value.remedy
+    with pytest.raises(DataError, match="uses now") as caught:
+        trace(store, made["student1"].digest, experiment="pocket")
+    assert "leave out --of" in caught.value.remedy

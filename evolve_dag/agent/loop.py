@@ -149,7 +149,7 @@ class _Episode:
             )
         )
         action = parse_action(completion.text)
-        if self.last and action.plain and completion.text.strip():
+        if (self.last or self.settings.plain_answers) and action.plain and completion.text.strip():
             action = ParsedAction("", answer=completion.text.strip())
         problem = action.problem
         if problem is not None and completion.finish_reason == "length":
@@ -166,6 +166,7 @@ class _Episode:
             problem=problem,
             selected=view.selected,
             injected=view.text,
+            rationale=view.rationale,
             prompt_tokens=completion.prompt_tokens,
             seconds=time.monotonic() - begun,
         )

@@ -34,6 +34,26 @@ def load_tasks(path: str | Path, *, suite: str, count: int | None = None, seed: 
         DataError: lists every broken line with its number; or says how many tasks there are when ``count`` is larger.
     """
     objects, mistakes = read_objects(path)
+    return tasks_from(path, objects, mistakes, suite=suite, count=count, seed=seed)
+
+
+def tasks_from(
+    path: str | Path,
+    objects: Sequence[tuple[int, Mapping[str, Any]]],
+    mistakes: list[Mistake],
+    *,
+    suite: str,
+    count: int | None,
+    seed: int = 0,
+    skip: int = 0,
+) -> list[Task]:
+    """The tasks of rows that were read already; as :func:`load_tasks`.
+
+    Args:
+        objects: line or row number and the row, with ``question``, ``answer`` and perhaps ``id``.
+        mistakes: what is wrong with the rows that are not in ``objects``.
+        skip: tasks to pass over in the order of the draw, so that two splits of one file share none.
+    """
     tasks: list[tuple[int, Task]] = []
     for number, value in objects:
         wrong, metadata = _check(value)
@@ -46,16 +66,19 @@ def load_tasks(path: str | Path, *, suite: str, count: int | None = None, seed: 
     if mistakes:
         refuse(path, mistakes, 'one task a line: {"question": "...", "answer": "..."}, and "id" if you like')
     chosen = [task for _, task in tasks]
-    if count is None:
+    if count is None and not skip:
         return chosen
-    if count < 1:
+    if count is not None and count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
-    if count > len(chosen):
+    wanted = skip + (count or 1)
+    if wanted > len(chosen):
+        asked = f"{count} after the first {skip}" if skip else f"{count}"
         raise DataError(
-            f"{path}: holds {len(chosen)} task{'s' if len(chosen) > 1 else ''}, but the experiment asks for {count}",
-            f"set count to at most {len(chosen)}, or leave it out to take all",
+            f"{path}: holds {len(chosen)} task{'s' if len(chosen) > 1 else ''}, but the experiment asks for {asked}",
+            f"set count to at most {max(0, len(chosen) - skip)}, or leave it out to take all",
         )
-    kept = {task.id for task in sorted(chosen, key=lambda task: _draw(seed, task.id))[:count]}
+    drawn = sorted(chosen, key=lambda task: _draw(seed, task.id))
+    kept = {task.id for task in drawn[skip : None if count is None else skip + count]}
     return [task for task in chosen if task.id in kept]
 
 
@@ -94,7 +117,7 @@ def _draw(seed: int, identifier: str) -> str:
     return hashlib.sha256(json.dumps([seed, identifier]).encode()).hexdigest()
 
 
-def _check(value: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
+def _check(value: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
     """What is wrong with one line, and its metadata."""
     wrong = text_mistakes(value, "question")
     if value.get("answer") is None:

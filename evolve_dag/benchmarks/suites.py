@@ -6,13 +6,17 @@ import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from evolve_dag.config import CorpusEnvironment, Experiment, PocketEnvironment
+from evolve_dag.config import CorpusEnvironment, Experiment, PocketEnvironment, ToolsEnvironment
 from evolve_dag.environments.base import Environment
 from evolve_dag.errors import ConfigError, DataError
 from evolve_dag.records import Task
 from evolve_dag.verification.base import Verifier
+
+if TYPE_CHECKING:
+    from evolve_dag.environments.pocket.world import World
+    from evolve_dag.inference.roles import Roles
 
 SplitName = Literal["train", "development", "held_out"]
 SPLITS: tuple[SplitName, ...] = ("train", "development", "held_out")
@@ -27,32 +31,57 @@ class Split:
     verifier: Verifier
 
 
-def load_split(experiment: Experiment, name: SplitName) -> Split:
+def load_split(experiment: Experiment, name: SplitName, roles: Roles | None = None) -> Split:
     """Tasks, environment and verifier of one split.
+
+    Args:
+        roles: who is asked where a model judges answers or sums up pages.
 
     Raises:
         DataError: a file of tasks or pages is wrong; lists the lines.
     """
-    from evolve_dag.verification.exact import ExactVerifier
+    from evolve_dag.verification.choose import make_verifier
 
+    verifier = make_verifier(experiment.verification, roles)
+    settings = experiment.environment
+    tasks = load_tasks_of(experiment, name)
+    if isinstance(settings, PocketEnvironment):
+        return Split(tasks, _world(experiment, name).environment(settings.results), verifier)
+    if isinstance(settings, ToolsEnvironment):
+        from evolve_dag.environments.web.tools import ToolsWorld
+
+        asks = settings.summarize and roles is not None
+        world = ToolsWorld(
+            settings,
+            extractor=roles.later("extractor") if roles is not None and asks else None,
+            identity=(lambda: roles.identity("extractor")) if roles is not None and asks else "",
+            memory=roles.memory if roles is not None else None,
+        )
+        return Split(tasks, world, verifier)
+    return Split(tasks, _corpus(experiment, settings), verifier)
+
+
+def load_tasks_of(experiment: Experiment, name: SplitName) -> tuple[Task, ...]:
+    """The tasks of one split alone.
+
+    Raises:
+        DataError: a file of tasks is wrong; lists the lines.
+    """
     split = getattr(experiment.tasks, name)
     if isinstance(experiment.environment, PocketEnvironment):
-        from evolve_dag.environments.pocket.world import PRETRAINING_SEEDS, World
+        return tuple(_world(experiment, name).tasks(split.count, f"pocket/{name}"))
+    from evolve_dag.benchmarks.formats import load_suite
 
-        assert split.world is not None
-        assert split.count is not None
-        if split.world >= PRETRAINING_SEEDS:
-            raise ConfigError(
-                f"tasks.{name}.world: {split.world} is a pretraining world", f"use a number below {PRETRAINING_SEEDS}"
-            )
-        world = World(split.world)
-        tasks = tuple(world.tasks(split.count, f"pocket/{name}"))
-        return Split(tasks, world.environment(experiment.environment.results), ExactVerifier())
-    from evolve_dag.benchmarks.jsonl import load_tasks
+    return tuple(load_suite(split, suite=f"{experiment.experiment}/{name}"))
 
-    assert split.path is not None
-    tasks = tuple(load_tasks(Path(split.path), suite=f"{experiment.experiment}/{name}", count=split.count))
-    return Split(tasks, _corpus(experiment, experiment.environment), ExactVerifier())
+
+def _world(experiment: Experiment, name: SplitName) -> World:
+    from evolve_dag.environments.pocket.world import PRETRAINING_SEEDS, World
+
+    number = getattr(experiment.tasks, name).world
+    if number >= PRETRAINING_SEEDS:
+        raise ConfigError(f"tasks.{name}.world: {number} is a pretraining world", f"use a number below {PRETRAINING_SEEDS}")
+    return World(number)
 
 
 def check_disjoint(experiment: Experiment) -> None:
@@ -65,7 +94,7 @@ def check_disjoint(experiment: Experiment) -> None:
 
     if isinstance(experiment.environment, PocketEnvironment):
         return  # each split asks about a world of its own (config.py): the same words there ask about other facts
-    refuse_shared_questions({name: load_split(experiment, name).tasks for name in SPLITS})
+    refuse_shared_questions({name: load_tasks_of(experiment, name) for name in SPLITS})
 
 
 def _corpus(experiment: Experiment, settings: CorpusEnvironment) -> Environment:
@@ -81,7 +110,7 @@ def _corpus(experiment: Experiment, settings: CorpusEnvironment) -> Environment:
         text_weight=settings.text_weight,
         minimum_match=settings.minimum_match,
         # The pocket policy knows one system message; any other model is told the tools in full.
-        system_prompt=SYSTEM_PROMPT if is_pocket(experiment.models.policy) else None,
+        system_prompt=SYSTEM_PROMPT if is_pocket(experiment.models.policy) else settings.system or None,
     )
 
 

@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import comb
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.agent.loop import LAST_STEP
@@ -78,6 +79,9 @@ class Metrics:
     """Name of a field above -> its interval over tasks."""
     by: Mapping[str, Mapping[str, Breakdown]] = field(default_factory=dict)
     """Metadata key (``hops``) -> value -> results."""
+    pass_at: Mapping[int, float] = field(default_factory=dict)
+    """k -> pass@k, the chance that one of k rollouts of a task is right; empty with one rollout a task (``success`` is Pass@1,
+    and with several rollouts mean@n)."""
 
 
 def stands_in(value: str, text: str) -> bool:
@@ -243,7 +247,25 @@ def measure(
             key: {value: breakdown(which) for value, which in groups.items()}
             for key, groups in _groups([task.metadata for task in references]).items()
         },
+        pass_at=pass_at(ids, rewards),
     )
+
+
+def pass_at(task_ids: Sequence[str], rewards: Sequence[float | None]) -> dict[int, float]:
+    """pass@k for k = 1, 2, 4, ... and the most rollouts that every judged task has; {} when that is one.
+
+    The unbiased estimate of one task with n judged rollouts, c of them right, is 1 - C(n-c, k) / C(n, k); its mean over tasks.
+    """
+    judged: dict[str, list[bool]] = {}
+    for task_id, reward in zip(task_ids, rewards, strict=True):
+        if reward is not None:
+            judged.setdefault(task_id, []).append(reward >= 0.5)
+    most = min((len(known) for known in judged.values()), default=0)
+    if most < 2:
+        return {}
+    ks = sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | {most})
+    counts = [(len(known), sum(known)) for known in judged.values()]
+    return {k: sum(1 - comb(n - c, k) / comb(n, k) for n, c in counts) / len(counts) for k in ks}
 
 
 def evaluate_summary(
@@ -289,6 +311,7 @@ def metrics_to_json(metrics: Metrics) -> dict[str, Any]:
             }
             for key, values in metrics.by.items()
         },
+        "pass_at": {str(k): value for k, value in metrics.pass_at.items()},
     }
 
 
@@ -318,6 +341,7 @@ def metrics_from_json(content: Mapping[str, Any]) -> Metrics:
                 }
                 for key, values in content["by"].items()
             },
+            pass_at={int(k): float(value) for k, value in content.get("pass_at", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(

@@ -31,6 +31,8 @@ class Injected:
     """Ids of the items that stand in it."""
     text: str = ""
     """Exactly what was added; '' for nothing."""
+    rationale: str = ""
+    """Why these items; '' where nobody chose."""
 
 
 def one_line(text: str) -> str:
@@ -91,7 +93,7 @@ class Injector:
             raise ValueError("step_wise injection needs a selector")
         self.pattern = pattern
         self.pool = pool
-        self._selector = selector
+        self.selector = selector
         self._texts = {item.id: item.text for item in pool.items}
 
     async def prepare(self, trajectory: Trajectory) -> Injected:
@@ -107,10 +109,10 @@ class Injector:
         if self.pattern == "global":
             texts = list(self._texts.values())
             return Injected(inject_global(history, texts), tuple(self._texts), block(GLOBAL_HEADING, texts))
-        assert self._selector is not None  # checked when this was made
-        selection = await self._selector.select(trajectory.question, trajectory.steps, self.pool)
+        assert self.selector is not None  # checked when this was made
+        selection = await self.selector.select(trajectory.question, trajectory.steps, self.pool)
         texts = [self._texts[item_id] for item_id in selection.ids]
-        return Injected(inject_step_wise(history, texts), selection.ids, block(STEP_HEADING, texts))
+        return Injected(inject_step_wise(history, texts), selection.ids, block(STEP_HEADING, texts), selection.rationale)
 
 
 def assert_clean(trajectory: Trajectory, texts: Iterable[str]) -> None:

@@ -3,7 +3,9 @@
 :class:`StateSelector` reads the conditions that the miner wrote. :class:`LexicalSelector` knows nothing of them, nor of
 the miner's features: it compares words, so a result that holds with both is no artefact of a shared tracker.
 
-Neither chooses anything for a step at which only an answer is possible ('last step: answer now'): advice to search
+:mod:`selectors_llm` asks a language model, :mod:`embedding` compares hidden states.
+
+None chooses anything for a step at which only an answer is possible ('last step: answer now'): advice to search
 would end the episode without one.
 """
 
@@ -12,15 +14,22 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from evolve_dag.config import SelectionSettings
+from evolve_dag.errors import ConfigError
 from evolve_dag.experience.features import answer_demanded, features, strip_last_step
 from evolve_dag.experience.phrases import split
 from evolve_dag.experience.pool import Pool, lift
 from evolve_dag.records import ExperienceItem, Step
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from evolve_dag.inference.protocol import LanguageModel
+    from evolve_dag.memory import Memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +51,8 @@ class Selector(Protocol):
         ...
 
 
-_LAST = Selection((), "only an answer is possible now")
+ONLY_ANSWER = Selection((), "only an answer is possible now")
+"""What every selector gives for a step at which only an answer is possible."""
 _STOP = frozenset(
     re.findall(r"\w+", "the a an of to is are it that this and or in on at by with was were be has have for from")
 )
@@ -66,7 +76,7 @@ class StateSelector:
 
     async def select(self, question: str, steps: Sequence[Step], pool: Pool) -> Selection:
         if answer_demanded(question, steps):
-            return _LAST
+            return ONLY_ANSWER
         state = features(question, steps)
         shown = " ".join(f"{name}={value}" for name, value in state.items())
         fitting = [i for i in pool.items if i.condition and all(state.get(f) == v for f, v in i.condition.items())]
@@ -117,7 +127,7 @@ class LexicalSelector:
 
     async def select(self, question: str, steps: Sequence[Step], pool: Pool) -> Selection:
         if answer_demanded(question, steps):
-            return _LAST
+            return ONLY_ANSWER
         description = describe(question, steps)
         words = _terms(description)
         negated = bool(_NEGATIONS & set(_TOKEN.findall(description.lower())))
@@ -209,7 +219,39 @@ def bm25(query: set[str], documents: Sequence[Sequence[str]], k1: float = 1.2, b
     return scores
 
 
-def make_selector(settings: SelectionSettings) -> Selector:
-    """The selector that the experiment names."""
-    kind = {"state": StateSelector, "lexical": LexicalSelector}[settings.selector]
-    return kind(max_items=settings.max_items)
+def make_selector(
+    settings: SelectionSettings,
+    *,
+    model: Callable[[], LanguageModel] | None = None,
+    identity: str = "",
+    embedding_folder: Path | None = None,
+    memory: Memory | None = None,
+    seed: int = 0,
+) -> Selector:
+    """The selector that the experiment names.
+
+    Args:
+        model: for ``llm``: gives the model when it is first needed.
+        identity: for ``llm``: what the model is, for the keys of remembered choices.
+        embedding_folder: for ``embedding``: folder of the model.
+        memory: for ``llm``: where choices are remembered; None: in this process only.
+        seed: for ``llm``: of sampling.
+
+    Raises:
+        ConfigError: the selector needs a model that is not given.
+    """
+    if settings.selector == "state":
+        return StateSelector(max_items=settings.max_items)
+    if settings.selector == "lexical":
+        return LexicalSelector(max_items=settings.max_items)
+    if settings.selector == "embedding":
+        if embedding_folder is None:
+            raise ConfigError("selection.selector: embedding needs a model", "name one under models.embedding")
+        from evolve_dag.experience.embedding import Embedder, EmbeddingSelector
+
+        return EmbeddingSelector(Embedder(embedding_folder), settings.max_items)
+    if model is None:
+        raise ConfigError("selection.selector: llm needs a model", "name one under models.selector")
+    from evolve_dag.experience.selectors_llm import LLMSelector
+
+    return LLMSelector(settings, model, identity, memory=memory, seed=seed, characters=settings.max_characters)

@@ -6,14 +6,14 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
-from evolve_dag.config import ModelSettings
+from evolve_dag.config import PolicySettings
 from evolve_dag.errors import ModelError
 
 POCKET = Path(__file__).resolve().parent.parent / "environments" / "pocket" / "model"
 """The policy that ships with the package."""
 
 
-def model_folder(settings: ModelSettings) -> Path:
+def model_folder(settings: PolicySettings) -> Path:
     """Folder of the model's files.
 
     Raises:
@@ -30,12 +30,13 @@ def model_folder(settings: ModelSettings) -> Path:
     return folder
 
 
-def is_pocket(settings: ModelSettings) -> bool:
+def is_pocket(settings: PolicySettings) -> bool:
     """Is it the policy that ships with the package, wherever its folder lies?"""
-    return settings.path == "pocket" or folder_digest(model_folder(settings)) == folder_digest(POCKET)
+    folder = Path(settings.path)
+    return settings.path == "pocket" or (folder.is_dir() and folder_digest(folder) == folder_digest(POCKET))
 
 
-def base_identity(settings: ModelSettings) -> str:
+def base_identity(settings: PolicySettings) -> str:
     """Identity of the base model: its weights and number format, wherever the folder lies."""
     return f"sha256:{folder_digest(model_folder(settings))[:32]}:{settings.dtype}"
 

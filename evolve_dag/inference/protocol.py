@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from evolve_dag.records import Message
 
@@ -32,6 +33,9 @@ class Request:
     sampling: Sampling
     session: str = ""
     """Calls of one episode share it; a hint for KV reuse, never needed for correctness."""
+    answer_schema: Mapping[str, Any] | None = None
+    """JSON schema of the answer. Endpoints with structured outputs enforce it; the others ignore it, so the caller parses
+    what comes (:mod:`evolve_dag.inference.structured`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,8 @@ class Completion:
     """Tokens of the context."""
     cached_tokens: int = 0
     """How many of ``prompt_tokens`` were reused from an earlier call of the session."""
+    cut_characters: int = 0
+    """Characters that were cut out of the request to fit the context limit; 0: it was sent whole."""
 
 
 @runtime_checkable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from evolve_dag.distillation.trainer import CurvePoint, distill, load_model
 from evolve_dag.inference.folders import model_folder
 from evolve_dag.steps.base import Silent, StepContext
 from evolve_dag.steps.contexts import RETENTION, score, with_teacher_views
-from evolve_dag.steps.policies import adapter_folder, experience_source, open_policy, open_pool
+from evolve_dag.steps.policies import adapter_folder, experience_source, open_policy, open_pool, open_teacher
 
 if TYPE_CHECKING:
     from torch import nn
@@ -120,8 +121,8 @@ class _Resample:
         self.context = context
         self.tokens = 0
         """Sampled so far."""
-        self.split: Split = load_split(context.experiment, "train")
-        self.source = experience_source(context.experiment, open_pool(context.inputs["experience"]))
+        self.split: Split = load_split(context.experiment, "train", context.roles)
+        self.pool = open_pool(context.inputs["experience"])
 
     def __call__(self, number: int, student: nn.Module) -> list[DistillationRow]:
         from evolve_dag.inference.transformers import TransformersModel
@@ -145,8 +146,14 @@ class _Resample:
         )
         asyncio.run(actor.close())
         self.tokens += sum(len(step.token_ids) for t in trajectories for step in t.steps)
-        trajectories = asyncio.run(with_teacher_views(trajectories, self.source))
-        kept = select_rows(trajectories, experiment.regime.rejection).kept
-        with open_policy(experiment, adapter_folder(context.store, context.entering.adapter)) as teacher:
-            clean, retention = score(experiment, kept, teacher, Silent())
-            return clean + retention if _learns_distributions(experiment) else clean
+        adapter = context.entering.adapter
+        with ExitStack() as opened:
+            policy = opened.enter_context(open_policy(context.store, adapter, context.roles))
+            source = experience_source(experiment, self.pool, context.roles)
+            trajectories = asyncio.run(with_teacher_views(trajectories, source))
+            kept = select_rows(trajectories, experiment.regime.rejection).kept
+            if experiment.models.policy.backend != "transformers":
+                opened.close()
+            with open_teacher(experiment, adapter_folder(context.store, adapter), policy) as teacher:
+                clean, retention = score(experiment, kept, teacher, Silent())
+        return clean + retention if _learns_distributions(experiment) else clean

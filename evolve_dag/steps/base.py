@@ -14,17 +14,24 @@ the next iteration untouched.
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from evolve_dag.benchmarks.suites import data_digests
-from evolve_dag.config import Experiment
+from evolve_dag.config import Experiment, ToolsEnvironment
 from evolve_dag.errors import OrderError
+from evolve_dag.inference.backends import identity
 from evolve_dag.inference.folders import base_identity
+from evolve_dag.inference.roles import Roles
+from evolve_dag.memory import Memory
+from evolve_dag.prompts import digest
 from evolve_dag.records import PolicyRef
 from evolve_dag.store import Artifact, Build, Store
+from evolve_dag.tracking.ledger import Ledger
 
 STEP_ORDER = ("policy", "trajectories", "experience", "contexts", "adapter", "scores", "promotion")
 
@@ -67,22 +74,28 @@ class StepSpec:
     """Does the number of the iteration enter (fresh draws in every iteration)?"""
 
 
-_TASK_KEYS = ("environment", "rollout")
+_TASK_KEYS = ("environment", "rollout", "verification", "models.judge")
+_INJECTION_KEYS = ("injection", "selection", "models.selector", "models.embedding")
 SPECS: Mapping[str, StepSpec] = {
     spec.name: spec
     for spec in (
         StepSpec("policy", "1", ("models.policy",), ()),
-        StepSpec("trajectories", "1", ("seed", "tasks.train", *_TASK_KEYS), ("policy",), iteration=True),
-        StepSpec("experience", "3", ("seed", "granularity", "extraction"), ("policy", "trajectories"), iteration=True),
+        StepSpec("trajectories", "2", ("seed", "tasks.train", *_TASK_KEYS), ("policy",), iteration=True),
+        StepSpec(
+            "experience",
+            "3",
+            ("seed", "granularity", "extraction", "models.extractor"),
+            ("policy", "trajectories"),
+            iteration=True,
+        ),
         StepSpec(
             "contexts",
-            "3",
+            "4",
             (
                 "seed",
-                "injection",
+                *_INJECTION_KEYS,
                 "regime.source",
                 "regime.rejection",
-                "selection",
                 "distillation.top_k",
                 "distillation.retention",
                 "tasks.train",
@@ -94,8 +107,8 @@ SPECS: Mapping[str, StepSpec] = {
         StepSpec("adapter", "3", ("seed", "regime", "distillation"), ("policy", "experience", "contexts"), iteration=True),
         StepSpec(
             "scores",
-            "1",
-            ("evaluation", "injection", "selection", "tasks.development", "tasks.held_out", *_TASK_KEYS),
+            "2",
+            ("evaluation", *_INJECTION_KEYS, "tasks.development", "tasks.held_out", *_TASK_KEYS),
             ("policy", "experience", "adapter"),
         ),
         StepSpec("promotion", "2", ("gate", "seed"), ("policy", "experience", "adapter", "scores")),
@@ -112,12 +125,45 @@ def code_version(name: str) -> str:
 def settings(name: str, experiment: Experiment) -> dict[str, Any]:
     """The slice of config that the step reads, files and models replaced by the hash of their content."""
     values = experiment.slice(*SPECS[name].config)
-    for key, digest in data_digests(experiment).items():
+    for key, found in data_digests(experiment).items():
         holder, _, last = key.rpartition(".")
         if holder in values:
-            values[holder][last] = digest
-    if "models.policy" in values:
-        values["models.policy"]["path"] = base_identity(experiment.models.policy)
+            values[holder][last] = found
+    for role in ("policy", "extractor", "selector", "judge", "embedding"):
+        model = values.get(f"models.{role}")
+        if isinstance(model, dict) and "path" in model:
+            model["path"] = base_identity(getattr(experiment.models, role))
+    return _used(values, experiment)
+
+
+def _used(values: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
+    """Without the models that nobody asks under these settings, with the prompts of those that are asked."""
+    if experiment.extraction.extractor != "llm":
+        values.pop("models.extractor", None)
+    elif "extraction" in values:
+        from evolve_dag.experience.llm import prompt_names
+
+        values["prompts"] = digest(*prompt_names(experiment.granularity, experiment.extraction.domain))
+    if experiment.selection.selector != "llm":
+        values.pop("models.selector", None)
+    elif "selection" in values:
+        from evolve_dag.experience.selectors_llm import PROMPT as SELECTION
+
+        values["prompts.selection"] = digest(SELECTION)
+    if experiment.selection.selector != "embedding":
+        values.pop("models.embedding", None)
+    if experiment.verification.kind != "judge":
+        values.pop("models.judge", None)
+    elif "verification" in values:
+        from evolve_dag.verification.judge import prompt_name
+
+        values["prompts.verification"] = digest(prompt_name(experiment.verification.verdict))
+    if "environment" in values and isinstance(experiment.environment, ToolsEnvironment) and experiment.environment.summarize:
+        from evolve_dag.environments.web.reader import PROMPT as SUMMARY
+
+        settings = experiment.models.settings("extractor")
+        assert settings is not None
+        values |= {"summarizer": identity(settings), "prompts.summary": digest(SUMMARY)}
     return values
 
 
@@ -226,6 +272,10 @@ class StepContext:
     build: Build
     progress: Progress
     entering: PolicyRef
+    ledger: Ledger
+    """Calls to language models that cost something."""
+    roles: Roles
+    """Extractor, selector and judge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +320,18 @@ def run_step(name: str, experiment: Experiment, iteration: int, store: Store, pr
             name, expected.digest, code_version=code_version(name), config=dict(expected.config), inputs=dict(expected.inputs)
         ) as build:
             if build.artifact is None:  # else another process has made it while this one waited for the lock
-                _body(name)(StepContext(experiment, iteration, store, inputs, build, progress or Silent(), entering))
+                ledger = Ledger(build.ledger_path)
+                roles = Roles(experiment, ledger=ledger, memory=Memory(store.root / "cache" / "memory.sqlite"))
+                here_now = StepContext(
+                    experiment, iteration, store, inputs, build, progress or Silent(), entering, ledger, roles
+                )
+                try:
+                    _body(name)(here_now)
+                finally:
+                    asyncio.run(roles.close())
+                if totals := ledger.totals():
+                    build.note(calls=totals)
+                    shutil.copyfile(build.ledger_path, build.path / "calls.jsonl")
     artifact = store.open(name, expected.digest)
     seconds = time.monotonic() - started
     store.set_ref(experiment.experiment, iteration, name, expected.digest, recomputed=recomputed, seconds=round(seconds, 3))

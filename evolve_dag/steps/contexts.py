@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,10 @@ from evolve_dag.steps.policies import (
     load_trajectories,
     open_policy,
     open_pool,
+    open_teacher,
     roll_out,
     save_trajectories,
+    selector_statistics,
 )
 
 if TYPE_CHECKING:
@@ -40,9 +43,11 @@ RETENTION = "retention"
 def run(context: StepContext) -> None:
     """Sample or take trajectories, keep what the regime keeps, align and score by the teacher."""
     experiment = context.experiment
-    source = experience_source(experiment, open_pool(context.inputs["experience"]))
-    split = load_split(experiment, "train")
-    with open_policy(experiment, adapter_folder(context.store, context.entering.adapter)) as model:
+    split = load_split(experiment, "train", context.roles)
+    adapter = context.entering.adapter
+    with ExitStack() as opened:
+        model = opened.enter_context(open_policy(context.store, adapter, context.roles))
+        source = experience_source(experiment, open_pool(context.inputs["experience"]), context.roles)
         if experiment.regime.source == "teacher":
             trajectories = roll_out(
                 context,
@@ -56,7 +61,10 @@ def run(context: StepContext) -> None:
         else:
             trajectories = asyncio.run(with_teacher_views(load_trajectories(context.inputs["trajectories"]), source))
         selection = select_rows(trajectories, experiment.regime.rejection)
-        rows, retention = score(experiment, selection.kept, model, context.progress)
+        if experiment.models.policy.backend != "transformers":
+            opened.close()  # what samples gives its memory back before the weights are opened here
+        with open_teacher(experiment, adapter_folder(context.store, adapter), model) as teacher:
+            rows, retention = score(experiment, selection.kept, teacher, context.progress)
     folder = context.build.path
     save_trajectories(folder, trajectories)
     save_contexts(folder, rows)
@@ -71,6 +79,7 @@ def run(context: StepContext) -> None:
         action_tokens=sum(row.action_tokens for row in rows),
         items_per_step=sum(chosen) / max(1, len(chosen)),
         steps_without_item=sum(n == 0 for n in chosen),
+        **selector_statistics(source),
     )
 
 
@@ -109,6 +118,6 @@ async def with_teacher_views(trajectories: Sequence[Trajectory], source: Experie
         steps = []
         for step in trajectory.steps:
             view = await source.prepare(replace(trajectory, steps=trajectory.steps[: step.index]))
-            steps.append(replace(step, selected=view.selected, injected=view.text))
+            steps.append(replace(step, selected=view.selected, injected=view.text, rationale=view.rationale))
         out.append(replace(trajectory, steps=tuple(steps)))
     return out

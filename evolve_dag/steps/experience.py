@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 
-from evolve_dag.benchmarks.suites import load_split
+from evolve_dag.benchmarks.suites import load_tasks_of
 from evolve_dag.experience.locality import locality
-from evolve_dag.experience.pool import extract
+from evolve_dag.experience.pool import Extraction, Pool, extract
 from evolve_dag.frames import edits_to_frame, items_to_frame
+from evolve_dag.records import Task, Trajectory
 from evolve_dag.steps.base import StepContext
-from evolve_dag.steps.policies import load_trajectories, open_pool
+from evolve_dag.steps.policies import load_trajectories, open_policy, open_pool
 
 
 def run(context: StepContext) -> None:
@@ -19,23 +23,13 @@ def run(context: StepContext) -> None:
     entering = context.entering.experience
     pool = open_pool(context.store.open("experience", entering) if entering else None)
     pool = replace(pool, next_number=max(pool.next_number, context.entering.next_item))
-    context.progress.start("extraction", 1)
-    found = extract(
-        trajectories,
-        pool,
-        granularity=experiment.granularity,
-        settings=experiment.extraction,
-        iteration=context.iteration,
-        seed=experiment.seed,
-    )
-    context.progress.advance()
-    context.progress.finish()
+    tasks = load_tasks_of(experiment, "train")
+    found = _extract(context, trajectories, tasks, pool)
     folder = context.build.path
     (folder / "pool.json").write_text(found.pool.to_json(), encoding="utf-8")
     items_to_frame(found.pool.items).write_parquet(folder / "items.parquet")
     edits_to_frame(found.edits).write_parquet(folder / "edits.parquet")
     operations = [edit.operation for edit in found.edits]
-    tasks = load_split(experiment, "train").tasks
     context.build.note(
         items=len(found.pool.items),
         added=operations.count("add"),
@@ -45,3 +39,47 @@ def run(context: StepContext) -> None:
         locality=asdict(locality(found.pool.items, tasks)),
         statistics=dict(found.statistics),
     )
+
+
+def _extract(context: StepContext, trajectories: Sequence[Trajectory], tasks: Sequence[Task], pool: Pool) -> Extraction:
+    experiment, settings = context.experiment, context.experiment.extraction
+    if settings.extractor == "contrast":
+        context.progress.start("extraction", 1)
+        found = extract(
+            trajectories,
+            pool,
+            granularity=experiment.granularity,
+            settings=settings,
+            iteration=context.iteration,
+            seed=experiment.seed,
+        )
+        context.progress.advance()
+        context.progress.finish()
+        return found
+    from evolve_dag.experience.llm import extract_with_llm
+
+    roles = context.roles
+    with ExitStack() as opened:
+        if experiment.models.extractor == "policy":
+            opened.enter_context(open_policy(context.store, context.entering.adapter, roles))
+        context.progress.start("extraction", len({t.task_id for t in trajectories}))
+        try:
+            return asyncio.run(
+                extract_with_llm(
+                    trajectories,
+                    tasks,
+                    pool,
+                    model=roles.model("extractor"),
+                    identity=roles.identity("extractor"),
+                    granularity=experiment.granularity,
+                    settings=settings,
+                    iteration=context.iteration,
+                    seed=experiment.seed,
+                    memory=roles.memory,
+                    concurrency=experiment.runtime.concurrency,
+                    characters=settings.max_characters,
+                    on_progress=lambda: context.progress.advance(),
+                )
+            )
+        finally:
+            context.progress.finish()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from evolve_dag.agent.rollouts import run_rollouts
 from evolve_dag.frames import trajectories_from_frames, trajectories_to_frames
-from evolve_dag.inference.folders import model_folder
+from evolve_dag.inference.backends import identity, open_backend, open_transformers
+from evolve_dag.inference.protocol import LanguageModel
 from evolve_dag.records import Task, Trajectory
+from evolve_dag.tracking.ledger import metered
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,31 +21,51 @@ if TYPE_CHECKING:
     from evolve_dag.benchmarks.suites import Split
     from evolve_dag.config import Experiment
     from evolve_dag.experience.pool import Pool
+    from evolve_dag.inference.roles import Roles
     from evolve_dag.inference.transformers import TransformersModel
     from evolve_dag.steps.base import StepContext
     from evolve_dag.store import Artifact, Store
 
+Model = TypeVar("Model", bound=LanguageModel)
+
 
 @contextmanager
-def open_policy(experiment: Experiment, adapter: Path | None) -> Iterator[TransformersModel]:
-    """The policy with its adapter merged in; memory is freed on leaving.
+def open_policy(store: Store, adapter: str | None, roles: Roles) -> Iterator[LanguageModel]:
+    """The policy with an adapter, as what samples; its memory is freed on leaving.
 
     Args:
-        adapter: folder of the adapter, or None for the bare base model.
+        adapter: digest of the adapter artifact, or None for the bare base model.
+        roles: of the experiment; its roles that say ``policy`` are answered by this one meanwhile.
     """
-    import asyncio
+    experiment = roles.experiment
+    folder = adapter_folder(store, adapter)
+    settings = experiment.models.policy
+    with closing(open_backend(settings, role="policy", runtime=experiment.runtime, adapter=folder)) as model:
+        counted = model
+        # What runs in this process costs time only, and the steps hold its tokens.
+        if settings.backend != "transformers" and roles.ledger is not None:
+            counted = metered(model, role="policy", model_name=identity(settings), ledger=roles.ledger)
+        with roles.policy(model, adapter):
+            yield counted
 
+
+@contextmanager
+def open_teacher(experiment: Experiment, adapter: Path | None, sampler: LanguageModel | None) -> Iterator[TransformersModel]:
+    """The same policy as weights that can be looked into: the one that samples, where it is in this process."""
     from evolve_dag.inference.transformers import TransformersModel
 
-    settings, runtime = experiment.models.policy, experiment.runtime
-    model = TransformersModel.load(
-        model_folder(settings),
-        adapter_dir=adapter,
-        dtype=settings.dtype,
-        device=runtime.device,
-        threads=runtime.threads,
-        max_batch=runtime.concurrency,
-    )
+    if isinstance(sampler, TransformersModel):
+        yield sampler
+        return
+    with closing(open_transformers(experiment.models.policy, runtime=experiment.runtime, adapter=adapter)) as model:
+        yield model
+
+
+@contextmanager
+def closing(model: Model) -> Iterator[Model]:
+    """Frees a model's memory and connections on leaving."""
+    import asyncio
+
     try:
         yield model
     finally:
@@ -69,14 +91,37 @@ def open_pool(artifact: Artifact | None) -> Pool:
     return Pool.from_json(path.read_text(encoding="utf-8"), str(path))
 
 
-def experience_source(experiment: Experiment, pool: Pool) -> ExperienceSource | None:
-    """The pool as it stands in the teacher's context; None when there is nothing to inject."""
+def experience_source(experiment: Experiment, pool: Pool, roles: Roles | None = None) -> ExperienceSource | None:
+    """The pool as it stands in the teacher's context; None when there is nothing to inject.
+
+    Args:
+        roles: who is asked where the selector is a model; it says its identity now, so open the policy first.
+    """
     from evolve_dag.experience.injection import Injector
     from evolve_dag.experience.selection import make_selector
 
     if experiment.injection == "none" or not pool.items:
         return None
-    return Injector(experiment.injection, pool, make_selector(experiment.selection))
+    settings = experiment.selection
+    if roles is None or settings.selector in ("state", "lexical"):
+        selector = make_selector(settings)
+    elif settings.selector == "embedding":
+        selector = make_selector(settings, embedding_folder=roles.embedding_folder)
+    else:
+        selector = make_selector(
+            settings,
+            model=roles.later("selector"),
+            identity=roles.identity("selector"),
+            memory=roles.memory,
+            seed=experiment.seed,
+        )
+    return Injector(experiment.injection, pool, selector)
+
+
+def selector_statistics(source: ExperienceSource | None) -> dict[str, Any]:
+    """What a selector that asks a model counted, under ``selector``; nothing for the others."""
+    counted = getattr(getattr(source, "selector", None), "statistics", None)
+    return {"selector": dict(counted)} if counted else {}
 
 
 def roll_out(

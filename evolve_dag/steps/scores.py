@@ -15,7 +15,6 @@ from evolve_dag.frames import scores_to_frame
 from evolve_dag.records import Score, Trajectory
 from evolve_dag.steps.base import StepContext
 from evolve_dag.steps.policies import (
-    adapter_folder,
     by_id,
     counts,
     experience_source,
@@ -23,6 +22,7 @@ from evolve_dag.steps.policies import (
     open_pool,
     roll_out,
     save_trajectories,
+    selector_statistics,
 )
 
 DEVELOPMENT = ("development_candidate", "development_champion")
@@ -34,8 +34,11 @@ def run(context: StepContext) -> None:
     experiment = context.experiment
     check_disjoint(experiment)
     evaluation = experiment.evaluation
-    held_out, development = load_split(experiment, "held_out"), load_split(experiment, "development")
-    source = experience_source(experiment, open_pool(context.inputs["experience"]))
+    held_out, development = (
+        load_split(experiment, "held_out", context.roles),
+        load_split(experiment, "development", context.roles),
+    )
+    pool = open_pool(context.inputs["experience"])
     trajectories: list[Trajectory] = []
     scores: list[Score] = []
     summary: dict[str, object] = {}
@@ -56,13 +59,12 @@ def run(context: StepContext) -> None:
         summary[condition] = evaluate_summary(found, tasks, evaluation)
         trajectories.extend(found)
 
-    champion = adapter_folder(context.store, context.entering.adapter)
-    with open_policy(experiment, champion) as model:
+    with open_policy(context.store, context.entering.adapter, context.roles) as model:
         if context.iteration == 1:
             evaluate(model, "base", held_out)
         evaluate(model, "development_champion", development)
-    candidate = adapter_folder(context.store, context.inputs["adapter"].digest)
-    with open_policy(experiment, candidate) as model:
+    with open_policy(context.store, context.inputs["adapter"].digest, context.roles) as model:
+        source = experience_source(experiment, pool, context.roles)
         evaluate(model, "development_candidate", development)
         evaluate(model, "without", held_out)
         if evaluation.with_experience and source is not None:
@@ -75,7 +77,12 @@ def run(context: StepContext) -> None:
     save_trajectories(folder, _distinct(trajectories, scores))
     note = counts(trajectories)
     context.build.note(
-        tokens=note["tokens"], trajectories=note["trajectories"], failed=note["failed"], conditions=list(summary)
+        tokens=note["tokens"],
+        trajectories=note["trajectories"],
+        judged=note["judged"],
+        failed=note["failed"],
+        conditions=list(summary),
+        **selector_statistics(source),
     )
 
 

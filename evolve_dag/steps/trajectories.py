@@ -5,15 +5,15 @@ from __future__ import annotations
 from evolve_dag.agent.loop import stable_hash
 from evolve_dag.benchmarks.suites import check_disjoint, load_split
 from evolve_dag.steps.base import StepContext
-from evolve_dag.steps.policies import adapter_folder, counts, open_policy, roll_out, save_trajectories
+from evolve_dag.steps.policies import counts, open_policy, roll_out, save_trajectories
 
 
 def run(context: StepContext) -> None:
     """Roll out policy(k) without experience in its context, so that what it lacks shows."""
     experiment = context.experiment
     check_disjoint(experiment)
-    split = load_split(experiment, "train")
-    with open_policy(experiment, adapter_folder(context.store, context.entering.adapter)) as model:
+    split = load_split(experiment, "train", context.roles)
+    with open_policy(context.store, context.entering.adapter, context.roles) as model:
         trajectories = roll_out(
             context,
             split,

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from evolve_dag.agent.chat import ChatFormat
-from evolve_dag.config import ModelSettings
+from evolve_dag.config import TransformersModelSettings
 from evolve_dag.distillation.alignment import Aligned, align, replay_injection
 from evolve_dag.distillation.teacher import TeacherScorer
 from evolve_dag.distillation.trainer import load_model
@@ -38,7 +38,7 @@ PRINCIPLES = [
 
 @pytest.fixture(scope="module")
 def chat() -> ChatFormat:
-    return ChatFormat.from_tokenizer(AutoTokenizer.from_pretrained(str(model_folder(ModelSettings()))))
+    return ChatFormat.from_tokenizer(AutoTokenizer.from_pretrained(str(model_folder(TransformersModelSettings()))))
 
 
 def recorded(chat: ChatFormat, pattern: str) -> Trajectory:
@@ -78,7 +78,7 @@ def test_replay_is_what_the_injection_module_made(chat: ChatFormat, pattern: str
 
 @pytest.mark.parametrize("pattern", ["step_wise", "global"])
 def test_tree_on_the_shipped_weights_equals_one_sequence_per_step(chat: ChatFormat, pattern: str) -> None:
-    model = load_model(model_folder(ModelSettings())).eval()
+    model = load_model(model_folder(TransformersModelSettings())).eval()
     aligned = aligned_of(chat, pattern)
     scored = TeacherScorer(model, top_k=0).score([aligned.tree])[0]
     rows = []

@@ -39,19 +39,21 @@ def play(
 
     from evolve_dag.agent.rollouts import run_rollouts
     from evolve_dag.benchmarks.suites import load_split
+    from evolve_dag.inference.roles import Roles
     from evolve_dag.steps.base import entering_policy
-    from evolve_dag.steps.policies import adapter_folder, experience_source, open_policy, open_pool
+    from evolve_dag.steps.policies import experience_source, open_policy, open_pool
 
     console = console or Console()
     ref = entering_policy(experiment, iteration, store)
     pool = open_pool(store.open("experience", ref.experience) if ref.experience else None)
-    split = load_split(experiment, "development")
+    roles = Roles(experiment)
+    split = load_split(experiment, "development", roles)
     tasks = {t.id: t for t in split.tasks}
     if task is not None and task not in tasks:
         raise DataError(f"no development task {task!r}", f"one of {', '.join(list(tasks)[:4])}, ...")
     chosen = tasks[task] if task is not None else split.tasks[seed % len(split.tasks)]
-    source = experience_source(experiment, pool) if with_experience else None
-    with open_policy(experiment, adapter_folder(store, ref.adapter)) as model:
+    with open_policy(store, ref.adapter, roles) as model:
+        source = experience_source(experiment, pool, roles) if with_experience else None
         [trajectory] = run_rollouts(
             [chosen],
             1,

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -258,12 +259,18 @@ def _worker(rank: int, settings: PretrainSettings, out: str, port: int) -> None:
 
 
 def save(model: Any, tokenizer: Any, out: Path, settings: PretrainSettings, losses: Sequence[float]) -> None:
-    """Weights in safetensors, config, tokenizer and how they were made."""
+    """Weights in safetensors, config, tokenizer and how they were made.
+
+    Written beside and renamed: a process that has the old weights mapped keeps them whole.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".new-") as fresh:
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        for file in sorted(Path(fresh).iterdir()):
+            file.replace(out / file.name)
     made = {
         "settings": asdict(settings),
         "final_loss": round(sum(losses[-100:]) / max(1, len(losses[-100:])), 4),

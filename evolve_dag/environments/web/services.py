@@ -1,0 +1,143 @@
+"""Calls to the services that the experiment file names (Serper, SearXNG, Jina): JSON in, JSON out, tried again when it helps.
+
+Their addresses come from the experiment's owner, so no guard stands before them; they are followed nowhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from evolve_dag.environments.base import ToolError
+from evolve_dag.errors import ModelError
+
+MAX_BYTES = 10_000_000
+ATTEMPTS = 5
+MAX_PAUSE = 30.0
+"""Longest pause between two attempts, whatever ``Retry-After`` says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """How a service is called."""
+
+    name: str
+    """For messages."""
+    seconds: float
+    """Longest wait for one attempt."""
+    attempts: int = ATTEMPTS
+    pause: float = 1.0
+    """Seconds before the second attempt; doubled before each further one, with jitter."""
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+
+    async def ask(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        content: Mapping[str, Any] | None = None,
+        parameters: Mapping[str, str] | None = None,
+        refused: Callable[[int], str | None] = lambda status: None,
+    ) -> Any:
+        """The JSON that the service answers with.
+
+        Args:
+            content: sent as JSON.
+            refused: words for the policy for a status that is no fault of the service; None: the usual ones.
+
+        Raises:
+            ToolError: no answer after all attempts, or one that is no JSON. Never holds a key.
+            ModelError: the service does not accept the key, or its account is empty: no call can succeed.
+        """
+        problem = ""
+        for attempt in range(self.attempts):
+            wait: float | None = None
+            try:
+                status, after, body = await self._once(method, url, headers or {}, content, parameters)
+            except TimeoutError:
+                problem = f"did not answer within {self.seconds:g} seconds"
+            except ConnectionError as error:
+                problem = str(error)
+            else:
+                if status == 200:
+                    try:
+                        return json.loads(body)
+                    except (ValueError, RecursionError):
+                        problem = "answered with something that is not JSON"
+                elif _no_credit(status, body) and refused(status) is None:
+                    raise ModelError(
+                        f"{self.name} has no credit left (status {status})", "fill the account, or name another service"
+                    )
+                elif status in (401, 403) and refused(status) is None:
+                    raise ModelError(
+                        f"{self.name} does not accept the key (status {status})",
+                        "set the right key in its environment variable; docs/configuration.md names it",
+                    )
+                elif status == 429 or status >= 500:
+                    problem = "is overloaded (status 429)" if status == 429 else f"fails (status {status})"
+                    wait = _seconds(after)
+                else:
+                    raise ToolError(refused(status) or f"{self.name} refuses the call (status {status})")
+            if attempt + 1 < self.attempts:
+                jittered = self.pause * 2**attempt * random.uniform(0.5, 1.0)
+                await self.sleep(min(MAX_PAUSE, max(jittered, wait or 0.0)))
+        raise ToolError(f"{self.name} {problem}; {self.attempts} attempts were made, try another way")
+
+    async def _once(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        content: Mapping[str, Any] | None,
+        parameters: Mapping[str, str] | None,
+    ) -> tuple[int, str, bytes]:
+        import httpx
+
+        # A client of its own for each call: episodes may run in several event loops, and a client belongs to one.
+        async with asyncio.timeout(self.seconds):
+            try:
+                async with (
+                    httpx.AsyncClient(verify=_tls(), timeout=self.seconds, follow_redirects=False) as client,
+                    client.stream(
+                        method, url, headers=dict(headers), json=content, params=dict(parameters) if parameters else None
+                    ) as response,
+                ):
+                    body = bytearray()
+                    async for chunk in response.aiter_bytes():
+                        body += chunk
+                        if len(body) > MAX_BYTES:
+                            raise ToolError(f"{self.name} answers with more than {MAX_BYTES} bytes")
+                    return response.status_code, response.headers.get("retry-after", ""), bytes(body)
+            except httpx.TimeoutException:
+                raise TimeoutError from None
+            except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
+                # The text of httpx's errors may hold the address with its parameters.
+                raise ConnectionError(f"cannot be reached ({type(error).__name__})") from None
+
+
+def _no_credit(status: int, body: bytes) -> bool:
+    return status == 402 or (status == 400 and b"credit" in body[:1000].lower())
+
+
+def _tls() -> Any:
+    from evolve_dag.environments.web.fetch import usual_tls
+
+    return usual_tls()
+
+
+def _seconds(after: str) -> float | None:
+    """``Retry-After``: seconds, or a date."""
+    if after.strip().isdigit():
+        return float(after)
+    try:
+        moment = parsedate_to_datetime(after)
+        return max(0.0, moment.timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return None

@@ -1,0 +1,100 @@
+"""Models by role: extractor, selector and judge, opened when first asked and closed with the step.
+
+``policy`` in an experiment file means the policy itself (self-generated experience): whichever policy the step has open at the
+moment, with its adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from evolve_dag.errors import ModelError
+from evolve_dag.inference.backends import identity, open_backend
+from evolve_dag.inference.folders import model_folder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from evolve_dag.config import Experiment, HelperRole
+    from evolve_dag.inference.protocol import LanguageModel
+    from evolve_dag.memory import Memory
+    from evolve_dag.tracking.ledger import Ledger
+
+
+class Roles:
+    """The models that a step may ask.
+
+    Args:
+        ledger: where calls are written down; None: nowhere.
+        memory: what was answered before; None: everything is asked anew.
+    """
+
+    def __init__(self, experiment: Experiment, *, ledger: Ledger | None = None, memory: Memory | None = None) -> None:
+        self.experiment = experiment
+        self.ledger = ledger
+        self.memory = memory
+        self._policy: tuple[LanguageModel, str] | None = None
+        self._open: dict[str, LanguageModel] = {}
+
+    @contextmanager
+    def policy(self, model: LanguageModel, adapter: str | None) -> Iterator[None]:
+        """While it lasts, ``model`` (base and the adapter artifact of that digest) answers for roles that say ``policy``."""
+        before, self._policy = self._policy, (model, adapter or "")
+        try:
+            yield
+        finally:
+            self._policy = before
+
+    def model(self, role: HelperRole) -> LanguageModel:
+        """The model of a role.
+
+        Raises:
+            ModelError: the experiment names none, it cannot be opened, or it is the policy and none is open.
+        """
+        if getattr(self.experiment.models, role) == "policy":
+            from evolve_dag.tracking.ledger import metered
+
+            if self._policy is None:
+                raise ModelError(
+                    f"models.{role} is the policy, but no policy is open here", f"give models.{role} a model of its own"
+                )
+            model = self._policy[0]
+            return model if self.ledger is None else metered(model, role=role, model_name="policy", ledger=self.ledger)
+        if role not in self._open:
+            settings = self.experiment.models.settings(role)
+            if settings is None:
+                raise ModelError(f"models.{role} is not set", f"name a model under models.{role} in the experiment file")
+            model = open_backend(settings, role=role, runtime=self.experiment.runtime, ledger=self.ledger)
+            if settings.backend != "openai" and self.ledger is not None:
+                from evolve_dag.tracking.ledger import metered
+
+                model = metered(model, role=role, model_name=identity(settings), ledger=self.ledger)
+            self._open[role] = model
+        return self._open[role]
+
+    def later(self, role: HelperRole) -> Callable[[], LanguageModel]:
+        """Asks for the role's model only when it is needed."""
+        return lambda: self.model(role)
+
+    def identity(self, role: HelperRole) -> str:
+        """What the role's model is, for keys of what it answered: weights or name, and the policy's adapter."""
+        settings = self.experiment.models.settings(role)
+        own = identity(settings) if settings is not None else ""
+        if getattr(self.experiment.models, role) != "policy":
+            return own
+        return f"{own}+{self._policy[1] if self._policy else ''}"
+
+    @property
+    def embedding_folder(self) -> Path:
+        """Folder of the model that embeds."""
+        settings = self.experiment.models.settings("embedding")
+        assert settings is not None
+        assert settings.backend != "openai"
+        return model_folder(settings)
+
+    async def close(self) -> None:
+        """Close what was opened; safe to call twice."""
+        while self._open:
+            await self._open.popitem()[1].close()

@@ -1,0 +1,74 @@
+"""Prompts are files with named blanks: ``evolve_dag/<package>/prompts/<name>.md``, ``{{blank}}``.
+
+Their hash is part of the lineage, so a reworded prompt recomputes what it decides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from evolve_dag.errors import ConfigError
+
+ROOT = Path(__file__).parent
+_BLANK = re.compile(r"\{\{([a-z][a-z0-9_]*)\}\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt file."""
+
+    name: str
+    """``experience/critique_web``."""
+    text: str
+    """As written, blanks included."""
+
+    @property
+    def blanks(self) -> frozenset[str]:
+        """Names that must be filled."""
+        return frozenset(_BLANK.findall(self.text))
+
+    def fill(self, **values: object) -> str:
+        """The text with every blank filled. What is filled in is data: it is not looked through for blanks again.
+
+        Raises:
+            ConfigError: a blank is left unfilled, or a value has no blank.
+        """
+        missing, unknown = sorted(self.blanks - set(values)), sorted(set(values) - self.blanks)
+        if missing or unknown:
+            parts = [f"unfilled: {', '.join(missing)}"] * bool(missing) + [f"unknown: {', '.join(unknown)}"] * bool(unknown)
+            raise ConfigError(
+                f"prompt {self.name}: {'; '.join(parts)}",
+                f"make evolve_dag/{_file(self.name)} and its caller agree on the blanks",
+            )
+        return _BLANK.sub(lambda match: str(values[match.group(1)]), self.text)
+
+
+@lru_cache(maxsize=64)
+def load(name: str) -> Prompt:
+    """The prompt ``<package>/<name>``, e.g. ``experience/critique_web``.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    try:
+        return Prompt(name, (ROOT / _file(name)).read_text(encoding="utf-8"))
+    except OSError:
+        raise ConfigError(f"prompt {name}: evolve_dag/{_file(name)} is not there", "reinstall the package") from None
+
+
+def digest(*names: str) -> str:
+    """One hash over several prompts, whatever their order."""
+    total = hashlib.sha256()
+    for name in sorted(set(names)):
+        content = load(name).text.encode()
+        total.update(f"{name}\0{len(content)}\0".encode() + content)
+    return f"sha256:{total.hexdigest()[:32]}"
+
+
+def _file(name: str) -> str:
+    package, _, file = name.rpartition("/")
+    return f"{package}/prompts/{file}.md"

@@ -1,0 +1,170 @@
+"""When the next iteration runs by itself, and why it does not: pure rules over values, without Dagster.
+
+The schedule asks :func:`decide` once per tick. ``evolve schedule list`` shows the reason that came out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+from zoneinfo import ZoneInfo
+
+_MONTHS = {
+    name: n for n, name in enumerate(["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"], 1)
+}
+_DAYS = {name: n for n, name in enumerate(["sun", "mon", "tue", "wed", "thu", "fri", "sat"])}
+_FIELDS: tuple[tuple[str, int, int, dict[str, int]], ...] = (
+    ("minute", 0, 59, {}),
+    ("hour", 0, 23, {}),
+    ("day of month", 1, 31, {}),
+    ("month", 1, 12, _MONTHS),
+    ("day of week", 0, 7, _DAYS),
+)
+_LONGEST = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+"""Days of the months, February of a leap year."""
+_ITEM = re.compile(r"(?P<from>\*|\w+)(?:-(?P<to>\w+))?(?:/(?P<step>\d+))?")
+
+
+def check_schedule(cron: str, timezone: str) -> str | None:
+    """What is wrong with a cron expression of five fields or with the name of a time zone; None when nothing is."""
+    return check_cron(cron) or check_timezone(timezone)
+
+
+def check_cron(cron: str) -> str | None:
+    """What is wrong with a cron expression (minute, hour, day of month, month, day of week); None when nothing is."""
+    parts = cron.split()
+    if len(parts) != len(_FIELDS):
+        return f"cron {cron!r}: five fields are wanted (minute, hour, day of month, month, day of week), e.g. '0 2 * * *'"
+    values = []
+    for part, (name, low, high, names) in zip(parts, _FIELDS, strict=True):
+        found = _values(part, low, high, names)
+        if isinstance(found, str):
+            return f"cron {cron!r}: {name} {part!r}: {found}"
+        values.append(found)
+    days, months = values[2], values[3]
+    if min(days) > max(_LONGEST[month - 1] for month in months):
+        return f"cron {cron!r}: never happens: no such month has a day {min(days)}"
+    return None
+
+
+def _values(part: str, low: int, high: int, names: dict[str, int]) -> set[int] | str:
+    """The values that one field matches, or what is wrong with it."""
+    found: set[int] = set()
+    for item in part.lower().split(","):
+        match = _ITEM.fullmatch(item)
+        if match is None or (match["from"] == "*" and match["to"]):
+            return "write a number, `*`, `1-5`, `*/10` or a list of these with commas"
+        step = int(match["step"] or 1)
+        if step < 1 or (match["step"] and match["from"] != "*" and not match["to"]):
+            return f"{item!r}: a step needs a range, e.g. `*/10` or `8-18/2`"
+        ends = []
+        for end in (low, high) if match["from"] == "*" else (match["from"], match["to"] or match["from"]):
+            number = int(end) if str(end).isdecimal() else names.get(str(end), -1)
+            if not low <= number <= high:
+                return f"{end!r} is not from {low} to {high}"
+            ends.append(number)
+        if ends[0] > ends[1]:
+            return f"{item!r}: the range runs backwards"
+        found.update(range(ends[0], ends[1] + 1, step))
+    return found
+
+
+def check_timezone(timezone: str) -> str | None:
+    """What is wrong with the name of a time zone; None when nothing is."""
+    try:
+        ZoneInfo(timezone)
+    except (KeyError, ValueError, OSError):  # unknown; a path or empty; a folder such as "Europe"
+        return f"timezone {timezone!r}: no such name in the IANA database: write e.g. 'Europe/Berlin' or 'UTC'"
+    return None
+
+
+PREFIX = "nightly_"
+
+
+def schedule_names(experiments: Iterable[str]) -> dict[str, str]:
+    """Experiment -> the name of its schedule: ``principle-step-wise`` -> ``nightly_principle_step_wise``.
+
+    Dagster's names know letters, digits and underscores only. Experiments whose names would meet there (``a-b``, ``a_b``)
+    all get a part of their own hash, so that none inherits from the other that it was switched on.
+    """
+    plain = {name: PREFIX + re.sub(r"[.-]", "_", name) for name in experiments}
+    taken = Counter(plain.values())
+    return {
+        name: found if taken[found] == 1 else f"{found}_{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+        for name, found in plain.items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class LastRun:
+    """The newest run of the iteration that is next, now over."""
+
+    id: str
+    state: Literal["succeeded", "failed", "lost", "canceled"]
+    """``failed``: a step said why. ``lost``: the run never started, or its process died without a word."""
+    step: str = ""
+    """The step that failed."""
+    acknowledged: bool = False
+    """Whether the schedule was switched on after the run had ended: somebody has looked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What the schedule knows of an experiment at a tick."""
+
+    experiment: str
+    iterations: int
+    """Where the experiment's file says that the lineage stops."""
+    promoted: frozenset[int]
+    """Iterations with a recorded decision of the gate."""
+    running: str | None = None
+    """Id of a run of the experiment that is queued, going on, or about to be tried again by Dagster."""
+    missing: str | None = None
+    """What the next iteration lacks under the present config, e.g. ``promotion[pocket|01]``."""
+    last: LastRun | None = None
+    """Newest run of the iteration that is next."""
+
+    @property
+    def following(self) -> int:
+        """The first iteration that is not promoted."""
+        return next(k for k in range(1, len(self.promoted) + 2) if k not in self.promoted)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Run an iteration, or skip; and why."""
+
+    iteration: int | None
+    """None: skip."""
+    reason: str
+
+
+def decide(at: Situation) -> Decision:
+    """The next iteration of an experiment, or why there is none now.
+
+    A failure that a step has explained waits for a person: the same night after night would give the same. What was lost or
+    canceled is tried again; the store resumes where it ended.
+    """
+    name, following = at.experiment, at.following
+    if following == 1:
+        return Decision(None, f"{name}: iteration 1 is not promoted: run it by hand first (nothing starts that nobody started)")
+    if following > at.iterations:
+        return Decision(None, f"{name}: all {at.iterations} iterations are promoted: raise `iterations` to go on")
+    if at.running:
+        return Decision(None, f"{name}: run {at.running[:8]} is going on")
+    if at.missing:
+        return Decision(None, f"{name}: {at.missing} is missing or out of date under the present config: `evolve run` it first")
+    last = at.last
+    if last is None or last.state == "succeeded":
+        return Decision(following, f"{name}: iteration {following} is next")
+    if last.state == "failed" and not last.acknowledged:
+        return Decision(
+            None,
+            f"{name}: iteration {following} failed at {last.step or 'a step'} (run {last.id[:8]}): mend it, then run it by "
+            f"hand or switch the schedule on again: evolve schedule on {name}",
+        )
+    return Decision(following, f"{name}: iteration {following} again: run {last.id[:8]} was {last.state}")

@@ -1,0 +1,122 @@
+"""Right is what a model says is right: the judges of the three web benchmarks (METHOD: settings of the paper).
+
+A verdict that cannot be read and an endpoint that is down give None, "not judged", never 0: a wrong answer is a fact about the
+policy, a missing verdict is one about the judge. Both would move the filter for groups of mixed outcomes if they were mixed up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable
+from typing import Literal
+
+from evolve_dag import prompts
+from evolve_dag.errors import ModelError
+from evolve_dag.inference.protocol import LanguageModel, Request, Sampling
+from evolve_dag.inference.structured import ask_json
+from evolve_dag.memory import Memory
+from evolve_dag.records import Message, Task
+from evolve_dag.tracking.ledger import purpose
+from evolve_dag.verification.exact import normalise
+
+log = logging.getLogger(__name__)
+
+Verdict = Literal["word", "json"]
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "final_answer": {"type": "string"},
+        "reasoning": {"type": "string"},
+        "correct": {"enum": ["yes", "no"]},
+    },
+    "required": ["correct"],
+}
+MAX_GIVEN = 4000
+"""Characters of an answer that the judge reads; the head and the tail of a longer one."""
+
+_VERDICT = re.compile(r"\b(not\s+)?(in)?correct\b", re.IGNORECASE)
+_NEGATION = re.compile(r"\b(not|never|no|cannot)\b|n['’]t\b", re.IGNORECASE)
+_TAG = re.compile(r"</?\s*(question|reference|given)\s*>", re.IGNORECASE)
+
+
+class JudgeVerifier:
+    """Asks a model for its verdict.
+
+    An answer that equals the reference word for word is right without a call, and no answer is wrong without one.
+
+    Args:
+        model: gives the judge when it is first needed.
+        verdict: ``word`` (one word) or ``json``.
+        identity: what the judge is; part of the key under which a verdict is remembered.
+        memory: verdicts of earlier runs; None: none.
+    """
+
+    def __init__(
+        self, model: Callable[[], LanguageModel], *, verdict: Verdict = "word", identity: str = "", memory: Memory | None = None
+    ) -> None:
+        self._model = model
+        self._verdict: Verdict = verdict
+        self._identity = identity
+        self._memory = memory
+        self._prompt = prompts.load(prompt_name(verdict))
+
+    async def verify(self, task: Task, answer: str | None) -> float | None:
+        """1.0 right, 0.0 wrong, None when there is no readable verdict."""
+        if answer is None or not answer.strip():
+            return 0.0
+        if normalise(answer) == normalise(task.answer):
+            return 1.0
+        text = self._prompt.fill(question=_data(task.question), reference=_data(task.answer), given=_data(_shorten(answer)))
+        key = Memory.key_of(self._identity, self._prompt.name, text)
+        known = await asyncio.to_thread(self._memory.get, "judge", key) if self._memory is not None else None
+        verdict = known or await self._ask(text)
+        if verdict is None:
+            return None
+        if known is None and self._memory is not None:
+            await asyncio.to_thread(self._memory.put, "judge", key, verdict)
+        return 1.0 if verdict == "correct" else 0.0
+
+    async def _ask(self, text: str) -> str | None:
+        """``correct``, ``incorrect``, or None; never raises for what the judge says or for being down."""
+        messages = (Message("user", text),)
+        try:
+            with purpose("verdict"):
+                if self._verdict == "json":
+                    answer = await ask_json(self._model(), messages, SCHEMA, Sampling(temperature=0.0, max_tokens=512))
+                    return ("correct" if answer.value["correct"] == "yes" else "incorrect") if answer.ok else None
+                completion = await self._model().generate(Request(messages, Sampling(temperature=0.0, max_tokens=16)))
+        except ModelError as error:
+            log.warning("not judged: %s", error.what)
+            return None
+        return read_word(completion.text)
+
+
+def read_word(text: str) -> str | None:
+    """``correct`` or ``incorrect`` when ``text`` says exactly one of them, whatever stands around it; else None.
+
+    "Correct." and "**Answer: Incorrect**" can be read; "A", "maybe" and "Correct or incorrect?" can not. "not correct" is
+    incorrect; a negation anywhere else ("not quite correct") cannot be read.
+    """
+    if _NEGATION.search(_VERDICT.sub("", text)):
+        return None
+    found = {"incorrect" if bool(negated) != bool(opposite) else "correct" for negated, opposite in _VERDICT.findall(text)}
+    return found.pop() if len(found) == 1 else None
+
+
+def prompt_name(verdict: Verdict) -> str:
+    """Name of the prompt that asks for this kind of verdict."""
+    return f"verification/verdict_{verdict}"
+
+
+def _shorten(answer: str) -> str:
+    if len(answer) <= MAX_GIVEN:
+        return answer
+    half = MAX_GIVEN // 2
+    return f"{answer[:half]}\n[... {len(answer) - 2 * half} characters left out ...]\n{answer[-half:]}"
+
+
+def _data(text: str) -> str:
+    """``text`` that cannot close the tag it stands in."""
+    return _TAG.sub(lambda match: match.group().replace("<", "‹").replace(">", "›"), text)
