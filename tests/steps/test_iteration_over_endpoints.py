@@ -1,0 +1,131 @@
+"""A whole iteration whose extractor, selector and judge sit behind an endpoint: with a fifth of its answers failing, the artifacts
+are the ones of a calm endpoint, nothing is lost or counted twice, and the ledger adds up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from misbehaving import Endpoint, at_random
+
+from evolve_dag.config import Experiment
+from evolve_dag.inference.openai import OpenAIModel
+from evolve_dag.steps.base import STEP_ORDER, run_step
+from evolve_dag.store import Artifact, Store
+
+LESSONS = (
+    "Verify: when a search lists a page, visit it before you answer.",
+    "Follow: when a page points to another page, visit that page next.",
+    "Reword: when a search finds nothing, search the name alone.",
+    "Continue: when an answer needs one more fact, search what was just found.",
+    "Stop: when the page states the fact that was asked for, answer at once.",
+)
+
+
+def helper(body: dict[str, Any]) -> str:
+    """Extractor, selector and judge in one; what it says follows from the request alone."""
+    text = body["messages"][-1]["content"]
+    number = int(hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest(), 16)
+    keys = set(body.get("response_format", {}).get("json_schema", {}).get("schema", {}).get("properties", {}))
+    if "items" in keys:
+        return json.dumps({"items": [{"text": LESSONS[(number + n) % 5], "why": "they parted there"} for n in range(2)]})
+    if "decisions" in keys:
+        return json.dumps({"decisions": []})
+    if "deletes" in keys or "merges" in keys:
+        return json.dumps({key: [] for key in keys})
+    if "ids" in keys:
+        pool = sorted(set(re.findall(r"\bp\d{4}\b", text)))
+        return json.dumps({"ids": [pool[number % len(pool)]], "rationale": "it fits"})
+    if "Correct or Incorrect" in text:
+        given, reference = (text.split(f"<{tag}>\n")[-1].split(f"\n</{tag}>")[0] for tag in ("given", "reference"))
+        return "Correct" if reference.casefold() in given.casefold() else "Incorrect"
+    return "Path: it searched and answered. Facts: none. Turning point: the first step."
+
+
+def experiment(url: str) -> Experiment:
+    model = {"backend": "openai", "model": "helper", "endpoints": (url,), "price_prompt": 1.0, "price_completion": 2.0}
+    return Experiment.model_validate(
+        {
+            "experiment": "remote",
+            "seed": 3,
+            "models": {"extractor": model, "selector": model, "judge": model},
+            "verification": {"kind": "judge"},
+            "tasks": {
+                "train": {"count": 8, "world": 13},
+                "development": {"count": 4, "world": 23},
+                "held_out": {"count": 4, "world": 33},
+            },
+            "extraction": {"extractor": "llm", "cap": 4},
+            "selection": {"selector": "llm", "min_items": 1, "max_items": 2},
+            "distillation": {"epochs": 1},
+            "evaluation": {"bootstrap": 100, "greedy": False},
+            "runtime": {"threads": 1, "concurrency": 32},
+        }
+    )
+
+
+def content(artifact: Artifact) -> dict[str, Any]:
+    """What an artifact holds, but for wall times and the calls' own record."""
+    found: dict[str, Any] = {}
+    for name in artifact.manifest.files:
+        if name.endswith(".parquet"):
+            frame = artifact.frame(name)
+            found[name] = frame.drop([c for c in frame.columns if c.startswith(("seconds", "tokens_per_second"))])
+            if "logprobs" in frame.columns:  # who shares a batch with whom differs, and with it the last bits
+                found[name] = found[name].drop("logprobs")
+                found[f"{name}: logprobs"] = pytest.approx(frame["logprobs"].explode().drop_nulls().to_list(), abs=1e-4)
+        elif name != "calls.jsonl":
+            found[name] = artifact.file(name).read_bytes()
+    return found
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses between attempts that fit a test."""
+    made = OpenAIModel.__init__
+
+    def patient(self: OpenAIModel, *args: Any, **keys: Any) -> None:
+        made(self, *args, **{**keys, "pause": 0.001, "longest_pause": 0.01})
+
+    monkeypatch.setattr(OpenAIModel, "__init__", patient)
+
+
+def iterate(folder: Path, **faults: Any) -> tuple[dict[str, Artifact], Endpoint]:
+    with Endpoint(helper, **faults) as endpoint:
+        store = Store(folder)
+        made = {step: run_step(step, experiment(endpoint.url), 1, store).artifact for step in STEP_ORDER}
+    return made, endpoint
+
+
+def test_a_fifth_of_the_answers_failing_changes_nothing(tmp_path: Path, quick: None) -> None:
+    calm, quiet = iterate(tmp_path / "calm")
+    shaken, noisy = iterate(tmp_path / "shaken", script=at_random(0.2, seed=7))
+    assert calm["experience"].summary["items"] > 0
+    assert calm["contexts"].summary["kept"] > 0
+    assert sum(noisy.served.faults.values()) > 10
+    for step in STEP_ORDER:
+        assert shaken[step].digest == calm[step].digest
+        one, other = content(calm[step]), content(shaken[step])
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            if name.endswith(": logprobs"):
+                assert value == other[name].expected, f"{step}: {name}"
+                continue
+            same = value.equals(other[name]) if isinstance(value, pl.DataFrame) else value == other[name]
+            assert same, f"{step}: {name}"
+
+    for made, endpoint in ((calm, quiet), (shaken, noisy)):
+        calls = [totals for step in STEP_ORDER for totals in made[step].summary.get("calls", {}).values()]
+        assert sum(c["calls"] for c in calls) == endpoint.served.answers
+        assert sum(c["errors"] for c in calls) == 0
+        assert sum(c["prompt_tokens"] for c in calls) == endpoint.served.prompt_tokens
+        assert sum(c["completion_tokens"] for c in calls) == endpoint.served.completion_tokens
+        cost = (endpoint.served.prompt_tokens + 2 * endpoint.served.completion_tokens) / 1e6
+        assert sum(c["cost"] for c in calls) == pytest.approx(cost)
+    roles = {role for step in STEP_ORDER for role in calm[step].summary.get("calls", {})}
+    assert roles == {"extractor", "selector", "judge"}
