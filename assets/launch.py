@@ -1,7 +1,6 @@
 """Driving Dagster from the command line: the same assets, in this process, recorded in the instance that the UI shows."""
 
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,7 +12,8 @@ import dagster as dg
 import yaml
 from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._core.instance.ref import InstanceRef
-from evolve_dag.assets import automation, partitions
+from dagster._core.storage.tags import MAX_RETRIES_TAG
+from evolve_dag.assets import automation, partitions, recovery
 from evolve_dag.assets.resources import Session, StoreResource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -27,6 +27,10 @@ from evolve_dag.store import Store, is_disk_error
 LINEAGE_TAG = "evolve/experiment"
 """On every run that the command line starts; runs with it are over once their experiment's lock is free."""
 
+MODULE = "evolve_dag.definitions"
+LOCATION = "evolve_dag"
+"""Name of the code location."""
+
 INSTANCE: dict[str, Any] = {
     "concurrency": {
         "runs": {
@@ -36,6 +40,8 @@ INSTANCE: dict[str, Any] = {
             ],
         }
     },
+    "run_monitoring": {"enabled": True, "start_timeout_seconds": 180},
+    "run_retries": {"enabled": True, "max_retries": 3, "retry_on_asset_or_op_failure": False},
     "telemetry": {"enabled": False},
     "nux": {"enabled": False},
 }
@@ -68,12 +74,13 @@ def prepare_home(root: Path) -> Path:
         home = home.resolve()
         home.mkdir(parents=True, exist_ok=True)
         target = home / "dagster.yaml"
-        if not configured and not target.exists():
+        if not configured:
             project = Path("dagster.yaml")
             found = yaml.safe_load(project.read_text(encoding="utf-8")) if project.is_file() else INSTANCE
             # Not every dagster.yaml in a working folder is ours: only what these assets need is taken over.
             content = {key: value for key, value in dict(found or {}).items() if key in INSTANCE}
-            target.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+            if not target.exists() or _is_ours(target, content):
+                target.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     except yaml.YAMLError as error:
         raise ConfigError(f"dagster.yaml: not valid YAML: {error}", "mend it, or run from another folder") from None
     except OSError as error:
@@ -81,6 +88,14 @@ def prepare_home(root: Path) -> Path:
             f"{home}: cannot be used as Dagster's home: {error}", "set DAGSTER_HOME or --store to a folder you may write"
         ) from None
     return home
+
+
+def _is_ours(target: Path, content: dict[str, Any]) -> bool:
+    """Whether settings were written by an earlier version of this package and never touched: ours, but fewer."""
+    present = yaml.safe_load(target.read_text(encoding="utf-8"))
+    if not isinstance(present, dict) or not present.keys() < content.keys():
+        return False
+    return all(content[key] == value for key, value in present.items())
 
 
 @contextmanager
@@ -213,7 +228,10 @@ def _execute(root: Path, session: Session, instance: dg.DagsterInstance, job: st
     definitions = build(StoreResource(root=str(root)), session)
     try:
         definitions.resolve_job_def(job).execute_in_process(
-            instance=instance, partition_key=partition, run_config=QUIET, tags={LINEAGE_TAG: name}
+            instance=instance,
+            partition_key=partition,
+            run_config=QUIET,
+            tags={LINEAGE_TAG: name, MAX_RETRIES_TAG: "0"},  # whoever gave the command gives it again
         )
     except DagsterExecutionInterruptedError:
         raise KeyboardInterrupt from None
@@ -235,25 +253,19 @@ def _cause(error: BaseException) -> EvolveError | None:
 
 def _end_dead_runs(instance: dg.DagsterInstance, name: str) -> None:
     """A killed command leaves its run 'started' for ever, and the queue would wait for it. We hold the lock: it is dead."""
-    for dead in instance.get_runs(dg.RunsFilter(statuses=automation.IN_PROGRESS, tags={LINEAGE_TAG: name})):
+    for dead in instance.get_runs(dg.RunsFilter(statuses=recovery.IN_PROGRESS, tags={LINEAGE_TAG: name})):
         instance.report_run_failed(dead, f"the command that ran {name} ended without a word (killed?)")
 
 
-def open_ui(root: Path, port: int) -> None:
-    """Become ``dagster dev`` on the store's instance; does not return.
+def workspace_file(home: Path) -> Path:
+    """The ``workspace.yaml`` of the working folder when it is about these assets; else one of our own in Dagster's home.
 
-    Raises:
-        StoreError: the store cannot be written.
+    Both give the code location the same name: the state of schedules and sensors is stored under it.
     """
-    home = prepare_home(root)
-    experiments, problems = automation.known_experiments(root)
-    for problem in problems:
-        print(f"left out: {problem}", file=sys.stderr)
-    with open_instance(root) as instance:  # so that the experiments are there before the first tick of config_watch
-        partitions.add_partitions(
-            instance, [e.experiment for e in experiments], max((e.iterations for e in experiments), default=0)
-        )
-    workspace = ["-w", "workspace.yaml"] if Path("workspace.yaml").is_file() else ["-m", "evolve_dag.definitions"]
-    environment = {**os.environ, "DAGSTER_HOME": str(home), registry.STORE_VARIABLE: str(root.resolve())}
-    command = [sys.executable, "-m", "dagster", "dev", *workspace, "-p", str(port)]
-    os.execve(sys.executable, command, environment)
+    project = Path("workspace.yaml")
+    if project.is_file() and MODULE in project.read_text(encoding="utf-8", errors="replace"):
+        return project.resolve()
+    own = home / "workspace.yaml"
+    module = {"module_name": MODULE, "attribute": "defs", "location_name": LOCATION, "working_directory": str(Path.cwd())}
+    own.write_text(yaml.safe_dump({"load_from": [{"python_module": module}]}, sort_keys=False), encoding="utf-8")
+    return own

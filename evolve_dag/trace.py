@@ -75,11 +75,15 @@ class Trace:
         return {"id": self.id, "origins": self.origins.to_dict(), "uses": self.uses.to_dict()}
 
 
-def trace(store: Store, id: str) -> Trace:
+def trace(store: Store, id: str, *, experiment: str | None = None) -> Trace:
     """Origins and uses of ``id``; when several things bear it, both roots are headings with one child each.
 
+    Args:
+        experiment: take only what an iteration of this experiment uses now.
+
     Raises:
-        DataError: nothing in the store has that id (names near ones), or a digest is shorter than six characters.
+        DataError: nothing in the store (or in ``experiment``) has that id (names near ones), or a digest is shorter than six
+            characters.
         StoreError: an artifact is corrupt.
     """
     id = id.strip()
@@ -88,6 +92,13 @@ def trace(store: Store, id: str) -> Trace:
         starts = walk.starts(id)
         if not starts:
             raise walk.unknown(id)
+        if experiment is not None:
+            held = [start for start in starts if start.experiments(walk) & {experiment}]
+            if not held:
+                elsewhere = sorted(set().union(*(start.experiments(walk) for start in starts)))
+                known = f"it is known in {', '.join(elsewhere)}" if elsewhere else "no iteration uses it now: leave out --of"
+                raise DataError(f"{id!r}: nothing that {experiment} uses now has this id", known)
+            starts = held
         starts.sort(key=lambda start: start.artifact not in walk.places)  # what an iteration uses now comes first
         origins = [start.origins(walk.fresh()) for start in starts]
         uses = [start.uses(walk.fresh()) for start in starts]
@@ -135,6 +146,13 @@ class _Start:
     """Item id, trajectory id or ``<task>#<rollout>``."""
     condition: str = ""
     """Of a score row."""
+
+    def experiments(self, walk: _Walk) -> set[str]:
+        """Experiments that use what bears the id; an item also where a later pool of its lineage holds it."""
+        holders = {self.artifact}
+        if self.kind == "item":
+            holders |= {one for one in walk.descendants(self.artifact) if walk.artifacts[one].kind == "experience"}
+        return {place.split("|")[0] for one in holders for place in walk.places.get(one, ())}
 
     def origins(self, walk: _Walk) -> TraceNode:
         if self.kind == "item":

@@ -32,11 +32,11 @@ HEAVY = {
     "matplotlib",
 }
 LAYERS = {
-    "records": 0, "errors": 0, "jsonlines": 0, "config": 1, "store": 1, "memory": 1, "scheduling": 1, "prompts": 1, "verification": 3,
-    "environments": 3, "inference": 3, "ledger": 3, "frames": 2, "experience": 3, "agent": 3, "distillation": 3, "evaluation": 3, "benchmarks": 4, "steps": 5, "query": 5,
-    "trace": 5,
-    "reporting": 6, "tracking": 7, "planning": 6, "garbage": 6, "audit": 6, "importing": 6, "registry": 6, "config_reference": 6, "assets": 8,
-    "definitions": 8, "doctor": 8, "cli": 9, "__main__": 10,
+    "errors": 0, "jsonlines": 0, "records": 0, "config": 1, "memory": 1, "mirror": 1, "prompts": 1, "scheduling": 1,
+    "secrecy": 1, "store": 1, "frames": 2, "agent": 3, "distillation": 3, "environments": 3, "evaluation": 3,
+    "experience": 3, "inference": 3, "ledger": 3, "verification": 3, "benchmarks": 4, "query": 5, "steps": 5, "trace": 5,
+    "audit": 6, "config_reference": 6, "garbage": 6, "importing": 6, "planning": 6, "registry": 6, "reporting": 6,
+    "tracking": 7, "assets": 8, "definitions": 8, "doctor": 8, "cli": 9, "__main__": 10,
 }  # fmt: skip
 """Part -> layer; a part imports its own layer or lower ones. What only types need (TYPE_CHECKING) does not count."""
 

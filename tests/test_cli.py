@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from evolve_dag import cli, doctor, registry
@@ -49,9 +52,17 @@ assert not loaded, loaded
 
 
 def test_every_command_has_help() -> None:
-    for command in ("run", "plan", "gc", "audit", "status", "report", "trace", "sql", "doctor", "ui", "pocket pretrain", "pocket play"):
-        result = CliRunner().invoke(cli.app, [*command.split(), "--help"])
-        assert result.exit_code == 0, command
+    def walk(command: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        yield path
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from walk(inner, (*path, name))
+
+    every = list(walk(get_command(cli.app), ()))
+    assert ("pocket", "play") in every
+    for path in every:
+        result = CliRunner().invoke(cli.app, [*path, "--help"])
+        assert result.exit_code == 0, path
+        assert "Usage" in result.output
         assert "Usage" in result.output
 
 

@@ -49,6 +49,7 @@ def test_groups_partitions_and_versions(specs: dict[str, dg.AssetSpec]) -> None:
         assert specs[step].code_version == base.code_version(step)
         assert specs[step].description
         assert specs[step].kinds
+        assert specs[step].owners == ["team:evolve-dag"]
         assert specs[f"config/{step}"].group_name == "config"
         assert specs[f"config/{step}"].partitions_def == partitions.experiments
 

@@ -101,6 +101,7 @@ def test_an_upstream_digest_is_named(store: Store) -> None:
     assert old is not None
     new = base.resolve("contexts", changed, 1, store).digest
     assert ("upstream", "contexts", old.digest, new) in reasons(planned, 1, "adapter")
+    assert {one.if_same for one in planned.of("follows")} == {None}, "another candidate: nothing can be said"
     assert "contexts changed" in str([one.reasons for one in planned.steps if one.step == "adapter"])
 
 
@@ -123,6 +124,11 @@ def test_a_gate_with_the_same_verdict_leaves_the_next_iteration_alone(store: Sto
     changed = experiment(gate={"max_turn_ratio": 4.0})
     planned = plan(changed, store)
     assert told(planned, "recompute") == {(1, "promotion")}
+    follows = planned.of("follows")
+    assert {(one.step, one.if_same) for one in follows} == {
+        (step, "recompute" if step == "promotion" else "reuse") for step in STEP_ORDER
+    }
+    assert follows[0].reasons[0].text == "follows promotion[quick|01]; if that decides as before: promotion recomputed"
     made = run(changed, store)
     assert made == {(k, "promotion") for k in (1, 2, 3)}
     check(planned, made)

@@ -8,26 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
-import re
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from evolve_dag.agent.actions import ParsedAction, explain, parse_action, validate_call
+from evolve_dag.agent.plain import LAST_STEP, plain
 from evolve_dag.environments.base import Environment, ToolError
-from evolve_dag.errors import EvolveError
 from evolve_dag.experience.injection import Injected
 from evolve_dag.inference.protocol import Completion, LanguageModel, Request, Sampling
 from evolve_dag.records import Step, Task, Trajectory, TrajectoryStatus
+from evolve_dag.secrecy import describe_error
 
 if TYPE_CHECKING:
     from evolve_dag.config import RolloutSettings
     from evolve_dag.verification.base import Verifier
-
-LAST_STEP = "last step: answer now"
-"""The line that ends the last observation (or the question) before the last allowed call."""
 
 _session_numbers = itertools.count()
 
@@ -190,9 +185,9 @@ class _Episode:
     async def observe(self, step: Step) -> str:
         assert step.call is not None
         try:
-            return await self.environment.call(step.call)
+            return plain(await self.environment.call(step.call))
         except ToolError as problem:
-            return str(problem) or "error"
+            return plain(str(problem)) or "error"
 
     def limit_reached(self, index: int, completion: Completion, observation: str) -> bool:
         """Whether the next call is the last one."""
@@ -206,30 +201,3 @@ class _Episode:
 
     def record(self, step: Step, status: TrajectoryStatus = "unanswered", answer: str | None = None) -> None:
         self.trajectory = replace(self.trajectory, steps=(*self.trajectory.steps, step), status=status, answer=answer)
-
-
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.I)
-_SECRET_TEXT = re.compile(
-    r"(?i)(bearer\s+|(?:api[-_]?key|access[-_]?token|password|secret)[\"']?\s*[=:]\s*[\"']?)[^\s\"'&,]+"
-    r"|(://[^/\s:@]+:)[^/\s@]+(?=@)"  # user:password@host
-    r"|\bsk-[\w-]{8,}"
-)
-
-
-def describe_error(error: BaseException, *, limit: int = 500) -> str:
-    """Type and message on one line, shortened, without secrets.
-
-    Values of environment variables that are named like a secret are masked, and so is what looks like one.
-    """
-    message = error.what if isinstance(error, EvolveError) else str(error)
-    for value in _secret_values():
-        message = message.replace(value, "***")
-    message = _SECRET_TEXT.sub(lambda match: f"{match.group(1) or match.group(2) or ''}***", message)
-    message = " ".join(message.encode("utf-8", "replace").decode("utf-8").split())
-    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _secret_values() -> Sequence[str]:
-    found = (value for name, value in os.environ.items() if _SECRET_NAME.search(name))
-    return sorted({value for value in found if len(value) >= 8}, key=len, reverse=True)

@@ -123,7 +123,13 @@ def data_digests(experiment: Experiment) -> dict[str, str]:
         path = getattr(experiment.tasks, name).path
         if path is not None:
             files[f"tasks.{name}.path"] = path
-    return {key: _file_digest(Path(path), key) for key, path in files.items()}
+    digests = {key: _file_digest(Path(path), key) for key, path in files.items()}
+    if isinstance(experiment.environment, ToolsEnvironment) and experiment.environment.files:
+        folder = Path(experiment.environment.files)
+        listed = sorted(p for p in folder.rglob("*") if p.is_file())
+        content = [f"{p.relative_to(folder).as_posix()}\0{_file_digest(p, 'environment.files')}" for p in listed]
+        digests["environment.files"] = f"sha256:{hashlib.sha256(chr(10).join(content).encode()).hexdigest()[:32]}"
+    return digests
 
 
 def _file_digest(path: Path, key: str) -> str:

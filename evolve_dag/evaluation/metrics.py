@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from math import comb
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag.agent.loop import LAST_STEP
+from evolve_dag.agent.plain import LAST_STEP
 from evolve_dag.errors import DataError
 from evolve_dag.evaluation.intervals import Interval, mean_interval, share_interval
 from evolve_dag.records import Score, Step, Task, Trajectory

@@ -25,11 +25,11 @@ from urllib.parse import urlsplit
 import httpx2
 import openai
 
-from evolve_dag.agent.loop import describe_error
 from evolve_dag.config import OpenAIModelSettings
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.outgoing import chat_messages, estimate, fit
 from evolve_dag.inference.protocol import Completion, Request
+from evolve_dag.secrecy import describe_error
 from evolve_dag.tracking.ledger import Call, Ledger, current_purpose
 
 HARDER = 0.6

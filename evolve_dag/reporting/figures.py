@@ -6,10 +6,11 @@ A specification says what is drawn, not in which colour: every trace carries ``m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any, Literal
 
+from evolve_dag import audit
 from evolve_dag.evaluation.metrics import Metrics
 from evolve_dag.reporting.summary import EDITS, IterationRow, LineageSummary, step_names
 from evolve_dag.steps.base import STEP_ORDER
@@ -24,6 +25,13 @@ CONDITIONS: dict[Condition, str] = {
     "with_experience": "with experience in context",
     "greedy": "greedy, without experience",
 }
+
+INTERNALIZED: tuple[tuple[str, Callable[[audit.Internalized], float | None]], ...] = (
+    ("before", lambda one: one.before),
+    ("after", lambda one: one.after),
+    ("now", lambda one: one.now),
+)
+"""Bars of an item: the policy that entered the iteration, its candidate, the policy that the lineage holds now."""
 
 NEUTRAL = ("#2f7ed8", "#d9731a", "#1f9d72", "#a45cc4", "#b58a14", "#d14d7a", "#3a9bb5", "#7d8590")
 """Mid tones that can be read on white and on near-black; the SVG stands on pages that we do not paint."""
@@ -133,6 +141,107 @@ def training(summary: LineageSummary) -> Figure:
     return {"data": data, "layout": layout}
 
 
+def internalized(summary: LineageSummary) -> Figure:
+    """Teacher to student at each item's own steps, before and after each iteration, side by side."""
+    shown = [one for row in summary.iterations for one in row.internalized if one.item not in (audit.ALL, audit.NONE)]
+    places = [[f"iteration {one.iteration}" for one in shown], [one.item for one in shown]]
+    data = []
+    for slot, (name, value) in enumerate(INTERNALIZED):
+        values = [value(one) for one in shown]
+        if any(v is not None for v in values):
+            texts = [f"{one.steps} steps" for one in shown]
+            data.append(
+                {
+                    "type": "bar",
+                    "x": places,
+                    "y": values,
+                    "name": name,
+                    "customdata": texts,
+                    "hovertemplate": "%{y:.4f} nats, %{customdata}<extra>%{fullData.name}</extra>",
+                    "meta": {"slot": (7, 0, 2)[slot], "paint": "bar"},
+                }
+            )
+    layout = _layout("nats per token", from_zero=True)
+    layout["xaxis"] |= {"type": "multicategory"}
+    layout |= {"barmode": "group", "bargap": 0.25}
+    return {"data": data, "layout": layout}
+
+
+def inside_now(summary: LineageSummary) -> Figure:
+    """What of each item is in the present policy, at the learned steps of the iteration that first taught it; most first."""
+    first: dict[str, audit.Internalized] = {}
+    for row in summary.iterations:
+        for one in row.internalized:
+            if one.item not in (audit.ALL, audit.NONE) and one.share_now is not None:
+                first.setdefault(one.item, one)
+    rows = sorted(first.values(), key=lambda one: -(one.share_now or 0.0))
+    shares = [100 * (one.share_now or 0.0) for one in rows]
+    bounds = [one.interval_now or (one.share_now or 0.0, one.share_now or 0.0) for one in rows]
+    data = [
+        {
+            "type": "bar",
+            "x": [f"{one.item} {one.text.split(':')[0]}" if ":" in one.text[:24] else one.item for one in rows],
+            "y": shares,
+            "error_y": {
+                "type": "data",
+                "symmetric": False,
+                "array": [100 * high - share for share, (_, high) in zip(shares, bounds, strict=True)],
+                "arrayminus": [share - 100 * low for share, (low, _) in zip(shares, bounds, strict=True)],
+                "thickness": 1.4,
+            },
+            "name": "inside now",
+            "customdata": [f"first taught in iteration {one.iteration}, {one.steps} steps" for one in rows],
+            "hovertemplate": "%{y:.0f}%, %{customdata}<extra>%{x}</extra>",
+            "meta": {"slot": 0, "paint": "bar"},
+        }
+    ]
+    layout = _layout("", suffix="%", from_zero=True)
+    layout |= {"bargap": 0.4, "showlegend": False}
+    layout["xaxis"] |= {"type": "category"}
+    return {"data": data if rows else [], "layout": layout}
+
+
+def inside(summaries: Sequence[LineageSummary]) -> Figure:
+    """Share of the divergence of all learned steps that each iteration took over, one line per experiment."""
+    lines = []
+    for slot, summary in enumerate(summaries):
+        rows = [one for row in summary.iterations for one in row.internalized if one.item == audit.ALL]
+        points = [_inside_point(one) for one in rows if one.share is not None]
+        lines.append(_line(points, summary.experiment, slot))
+    figure = _over_iterations([line for line in lines if line[-1]["x"]], summaries, suffix="%", from_zero=True)
+    figure["layout"]["xaxis"]["range"][0] = 0.5
+    return figure
+
+
+def over_seeds(groups: Mapping[str, Sequence[LineageSummary]], condition: Condition) -> Figure:
+    """Mean success of several seeds of one experiment; the band reaches from the lowest to the highest seed.
+
+    Args:
+        groups: experiment -> its lineages. Those with one lineage are left out.
+    """
+    lines = []
+    for slot, (name, members) in enumerate(groups.items()):
+        values: dict[int, list[float]] = {}
+        for summary in members:
+            for point in _points(summary, condition, "success", 100):
+                values.setdefault(point[0], []).append(point[1])
+        points: list[Point] = [
+            (k, sum(found) / len(found), min(found), max(found), f"{len(found)} seeds")
+            for k, found in sorted(values.items())
+            if len(found) > 1
+        ]
+        if len(members) > 1:
+            lines.append(_line(points, name, slot))
+    drawn = _over_iterations(lines, [s for members in groups.values() for s in members], range_=(0, 100), suffix="%")
+    drawn["layout"]["showlegend"] = True
+    return drawn
+
+
+def cost(summary: LineageSummary) -> Figure:
+    """US dollars of the steps of each iteration, stacked; empty where no call has a known price."""
+    return _per_step(summary, "US dollars", lambda step: step.cost or 0.0, "$%{y:.4f}")
+
+
 def seconds(summary: LineageSummary) -> Figure:
     """Wall time of the steps of each iteration, stacked."""
     return _per_step(summary, "seconds", lambda step: step.seconds, "%{y:.1f} s")
@@ -218,6 +327,12 @@ def success_svg(summaries: Sequence[LineageSummary], *, title: str = "") -> str:
 
 Point = tuple[int, float, float | None, float | None, str]
 """Iteration, value, low, high, remark for the hover text."""
+
+
+def _inside_point(one: audit.Internalized) -> Point:
+    share = one.share or 0.0
+    low, high = one.interval or (share, share)
+    return (one.iteration, 100 * share, 100 * low, 100 * high, f"{one.steps} steps")
 
 
 def _points(summary: LineageSummary, condition: Condition, field: str, scale: float) -> list[Point]:

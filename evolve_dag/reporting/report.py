@@ -8,24 +8,26 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+from urllib.parse import quote
 
+from evolve_dag import audit
 from evolve_dag.errors import DataError, StoreError
 from evolve_dag.evaluation.intervals import Interval
 from evolve_dag.evaluation.metrics import Metrics
 from evolve_dag.records import ExperienceItem
-from evolve_dag.reporting import figures
+from evolve_dag.reporting import figures, markup
 from evolve_dag.reporting.summary import (
     IterationRow,
     LineageSummary,
     StepRow,
     count,
+    dollars,
     duration,
     number,
     number_interval,
@@ -34,18 +36,21 @@ from evolve_dag.reporting.summary import (
     step_names,
 )
 
+if TYPE_CHECKING:
+    from evolve_dag.audit import Internalized
+    from evolve_dag.store import Store
+
 PACKAGES = ("evolve-dag", "torch", "transformers", "peft", "dagster", "polars", "duckdb", "numpy")
 """Packages whose version the report names."""
 
-_BLANK = re.compile(r"\{\{(\w+)\}\}")
 
-
-def write_report(summaries: Sequence[LineageSummary], path: Path | str) -> Path:
-    """Write the report; the file appears whole or not at all.
+def write_report(summaries: Sequence[LineageSummary], path: Path | str, *, store: Store | None = None) -> Path:
+    """Write the report; every file appears whole or not at all.
 
     Args:
         summaries: lineages, compared side by side in the order given.
         path: file to write; its folder is made when missing.
+        store: where the lineages are; given, each gets an audit page beside the report, which links to it.
 
     Returns:
         The path.
@@ -55,7 +60,24 @@ def write_report(summaries: Sequence[LineageSummary], path: Path | str) -> Path:
         StoreError: the file cannot be written.
     """
     path = Path(path)
-    content = render(summaries)
+    pages: dict[str, str] = {}
+    if store is not None:
+        from evolve_dag.reporting import audit_page
+
+        for summary in summaries:
+            read = [row.iteration for row in summary.iterations]
+            pages[summary.experiment] = audit_page.render(store, summary.experiment, read, report=quote(path.name))
+    content = render(summaries, {name: quote(_audit_name(name)) for name in pages})
+    for name, page in pages.items():
+        _write(path.with_name(_audit_name(name)), page)
+    return _write(path, content)
+
+
+def _audit_name(experiment: str) -> str:
+    return f"{experiment}-audit.html"
+
+
+def _write(path: Path, content: str) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,8 +91,11 @@ def write_report(summaries: Sequence[LineageSummary], path: Path | str) -> Path:
     return path
 
 
-def render(summaries: Sequence[LineageSummary]) -> str:
+def render(summaries: Sequence[LineageSummary], audits: Mapping[str, str] | None = None) -> str:
     """The report as one HTML text.
+
+    Args:
+        audits: experiment -> address of its audit page, relative to the report; linked where given.
 
     Raises:
         DataError: no lineage was given, or the same one twice.
@@ -83,19 +108,20 @@ def render(summaries: Sequence[LineageSummary]) -> str:
         )
     from plotly.offline import get_plotlyjs
 
-    page = _Page(summaries)
+    page = _Page(summaries, audits or {})
     sections = [
         ("result", "Result", page.result()),
         ("behaviour", "Behaviour", page.behaviour()),
         ("experience", "Experience pool", page.experience()),
         ("training", "Training", page.training()),
+        ("internalization", "Internalization", page.internalization()),
         ("gate", "Gate", page.gate()),
         ("cost", "Time and cost", page.cost()),
         ("reproduce", "Reproduce", page.reproduce()),
     ]
     title = f"Self-evolution of {names[0]}" if len(names) == 1 else "Self-evolution, side by side"
     now, version = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), versions().get("evolve-dag", "")
-    return _fill(
+    return markup.fill(
         resources.files("evolve_dag.reporting").joinpath("report.html").read_text(encoding="utf-8"),
         {
             "title": escape(title),
@@ -124,8 +150,9 @@ def versions() -> dict[str, str]:
 class _Page:
     """Sections as HTML; the figures that they refer to gather in ``figures``."""
 
-    def __init__(self, summaries: Sequence[LineageSummary]) -> None:
+    def __init__(self, summaries: Sequence[LineageSummary], audits: Mapping[str, str]) -> None:
         self.summaries = summaries
+        self.audits = audits
         self.figures: list[figures.Figure] = []
 
     def subtitle(self) -> str:
@@ -136,22 +163,23 @@ class _Page:
         return "<br>".join(parts)
 
     def result(self) -> str:
-        out = [_note("Success on held-out tasks, which decide nothing. Bands and ranges are 95% intervals over tasks.")]
+        out = [markup.note("Success on held-out tasks, which decide nothing. Bands and ranges are 95% intervals over tasks.")]
         out.append(self._tiles(self.summaries[0]) if len(self.summaries) == 1 else self._comparison())
         hollow = "A hollow point is a candidate that the gate declined."
         if len(self.summaries) == 1:
             note = f"Without experience in context: what is inside the weights. With: weights and pool together. {hollow}"
             drawn = figures.success(self.summaries, ["without", "with_experience"])
-            out.append(_grid(self._figure("Success over iterations", note, drawn, wide=True)))
+            out.append(markup.grid(self._figure("Success over iterations", note, drawn, wide=True)))
         else:
             without = figures.success(self.summaries, ["without"])
             with_experience = figures.success(self.summaries, ["with_experience"])
             out.append(
-                _grid(
+                markup.grid(
                     self._figure("Without experience in context", f"What is inside the weights. {hollow}", without),
                     self._figure("With experience in context", "Weights and pool together.", with_experience),
                 )
             )
+        out.append(self._over_seeds())
         for summary in self.summaries:
             out += [self._heading(summary), self._results(summary)]
         plots = []
@@ -160,11 +188,11 @@ class _Page:
             for key in sorted({key for by in parts for key, values in by.items() if len(values) > 1}):
                 drawn = figures.breakdown(summary, key)
                 plots.append(self._figure(f"Success by {key}{self._of(summary)}", "Without experience in context.", drawn))
-        out.append(_grid(*plots))
+        out.append(markup.grid(*plots))
         return "".join(out)
 
     def behaviour(self) -> str:
-        out = [_note("Without experience in context, as shares of all episodes.")]
+        out = [markup.note("Without experience in context, as shares of all episodes.")]
         plots = []
         for field, title, note in (
             ("premature", "Premature answers", "Answered before a page that was read held the answer; a listing is no page."),
@@ -177,7 +205,7 @@ class _Page:
             title = f"How episodes end{self._of(summary)}"
             alone = len(self.summaries) == 1
             plots.append(self._figure(title, "Every episode ends in one of these ways.", figures.endings(summary), wide=alone))
-        return "".join([*out, _grid(*plots, pairs=True)])
+        return "".join([*out, markup.grid(*plots, pairs=True)])
 
     def experience(self) -> str:
         plots = [self._figure("Pool size", "Items after each iteration.", figures.pool_growth(self.summaries))]
@@ -186,13 +214,13 @@ class _Page:
             edits = figures.pool_edits(summary)
             plots.append(self._figure(f"Pool edits{self._of(summary)}", "Deleted and merged items point down.", edits))
             plots.append(self._figure(f"Locality{self._of(summary)}", detail, figures.locality(summary)))
-        out = [_grid(*plots)]
+        out = [markup.grid(*plots)]
         for summary in self.summaries:
             row = next((row for row in reversed(summary.rows) if row.items), None)
             if row is None:
                 continue
             kept = " (of a declined candidate)" if row.gate is not None and row.gate.decision == "keep" else ""
-            note = _note(f"The pool after iteration {row.iteration}{kept}: {len(row.items)} items.")
+            note = markup.note(f"The pool after iteration {row.iteration}{kept}: {len(row.items)} items.")
             out += [self._heading(summary), note, _items(row.items)]
         return "".join(out)
 
@@ -200,21 +228,70 @@ class _Page:
         plots = []
         for summary in self.summaries:
             title = f"Training curve{self._of(summary)}"
-            plots.append(self._figure(title, "Teacher to student, one line per iteration.", figures.training(summary)))
-        out = [_grid(*plots)]
+            told = "Teacher to student, one line per iteration. A batch holds clean rows and rows of retention."
+            plots.append(self._figure(title, told, figures.training(summary)))
+        out = [markup.grid(*plots)]
         for summary in self.summaries:
             rows = [row for row in summary.iterations if row.training]
             numbers = (k for row in rows for k, value in row.training.items() if isinstance(value, (int, float)))
             # in the order in which the step notes them; tokens stand under cost
             facts = [key for key in dict.fromkeys(numbers) if key != "tokens"]
             if facts:
-                body = [[str(row.iteration), *(escape(_plain(row.training.get(key))) for key in facts)] for row in rows]
-                heads = ["iteration", *(escape(key.replace("_", " ")) for key in facts)]
-                out += [self._heading(summary), _table(heads, body, numeric=range(1, len(heads)))]
+                body = [[str(row.iteration), *(escape(markup.plain(row.training.get(key))) for key in facts)] for row in rows]
+                heads = ["iteration", *(escape(TRAINED.get(key, key.replace("_", " "))) for key in facts)]
+                out += [self._heading(summary), markup.table(heads, body, numeric=range(1, len(heads)))]
+        if any(row.training for summary in self.summaries for row in summary.iterations):
+            out.append(
+                markup.note(
+                    "First and last: means over the first and the last five batches, in nats per action token. A batch mixes "
+                    "clean rows and rows of retention, whose student reads the item too; the clean ones alone stand under "
+                    "Internalization."
+                )
+            )
+        return "".join(out)
+
+    def internalization(self) -> str:
+        out = [
+            markup.note(
+                "How much of each item is inside the weights: KL from the teacher, which reads the item, to the student, which "
+                "does not, per action token, at the learned steps where the item stood in the teacher's context. Before: "
+                "policy(k), after: its candidate, now: the policy that the lineage holds. A step with several items counts for "
+                "each of them."
+            )
+        ]
+        measured = [s for s in self.summaries if any(row.internalized for row in s.rows)]
+        plots = []
+        if len(measured) > 1:
+            title, told = "Share that each iteration took over", "1 − after / before, all learned steps together, 95% bands."
+            plots.append(self._figure(title, told, figures.inside(measured), wide=True))
+        for summary in measured:
+            if summary.settings.get("injection") == "global":
+                continue  # every item stands at every step: its bars would all be the same
+            told = "Share of an item's divergence that the present policy took over, where it was first taught; 95% intervals."
+            title = f"Inside the weights now{self._of(summary)}"
+            plots.append(self._figure(title, told, figures.inside_now(summary), wide=True))
+            title = f"Divergence at each item's own steps{self._of(summary)}"
+            plots.append(
+                self._figure(title, "Teacher to student; what is left after.", figures.internalized(summary), wide=True)
+            )
+        out.append(markup.grid(*plots))
+        for summary in self.summaries:
+            rows = [one for row in summary.iterations for one in row.internalized]
+            out.append(self._heading(summary))
+            if summary.settings.get("injection") == "global":
+                rows = [one for one in rows if one.item in (audit.ALL, audit.NONE)]
+                out.append(markup.note("With global injection every item stands at every step: items cannot be told apart."))
+            if rows:
+                out.append(_internalized(rows))
+            else:
+                out.append(f'<p class="soft">Not measured yet: <code>evolve audit {escape(summary.experiment)}</code></p>')
+            if summary.experiment in self.audits:
+                link = escape(self.audits[summary.experiment])
+                out.append(f'<p><a href="{link}">What every item did, and what every score goes back to</a></p>')
         return "".join(out)
 
     def gate(self) -> str:
-        out = [_note("Candidate and champion on the same development tasks, paired. On keep the champion stays.")]
+        out = [markup.note("Candidate and champion on the same development tasks, paired. On keep the champion stays.")]
         for summary in self.summaries:
             body = [
                 [str(row.iteration), _mark(row), _reasons(row.gate.reasons), _evidence(row.gate.evidence)]
@@ -223,12 +300,12 @@ class _Page:
             ]
             out.append(self._heading(summary))
             if not body:
-                out.append(_note("No decision yet."))
+                out.append(markup.note("No decision yet."))
                 continue
             champion = summary.champion
             holds = "the base policy" if champion == 0 else f"the candidate of iteration {champion}"
-            out.append(_table(["iteration", "decision", "reasons", "numbers"], body, text=[2]))
-            out.append(_note(f"The champion is {holds}."))
+            out.append(markup.table(["iteration", "decision", "reasons", "numbers"], body, text=[2]))
+            out.append(markup.note(f"The champion is {holds}."))
         return "".join(out)
 
     def cost(self) -> str:
@@ -238,7 +315,9 @@ class _Page:
             seconds, tokens = "Wall time of what made each artifact.", "Sampled tokens."
             plots.append(self._figure(f"Seconds per step{of}", seconds, figures.seconds(summary)))
             plots.append(self._figure(f"Tokens per step{of}", tokens, figures.tokens(summary)))
-        out = [_grid(*plots, pairs=True)]
+            priced = "Calls to models with a price, as they were asked."
+            plots.append(self._figure(f"Cost per step{of}", priced, figures.cost(summary)))
+        out = [markup.grid(*plots, pairs=True)]
         for summary in self.summaries:
             names = step_names(summary.iterations)
             steps = [step for row in summary.iterations for step in row.steps]
@@ -248,7 +327,7 @@ class _Page:
             ]
             body.append(["all", *(_spent([s for s in steps if s.name == name]) for name in names), _spent(steps)])
             heads = ["iteration", *map(escape, names), "all"]
-            out += [self._heading(summary), _table(heads, body, numeric=range(1, len(heads)))]
+            out += [self._heading(summary), markup.table(heads, body, numeric=range(1, len(heads))), _calls(summary)]
         return "".join(out)
 
     def reproduce(self) -> str:
@@ -257,22 +336,34 @@ class _Page:
             "the same commands on the same versions lead to the same digests.</p>"
         ]
         commands = [summary.command for summary in self.summaries if summary.command]
+        commands += [f"evolve audit {s.experiment}" for s in self.summaries if any(row.internalized for row in s.rows)]
         commands.append(f"evolve report {' '.join(summary.experiment for summary in self.summaries)}")
         out.append(f"<pre>{escape(chr(10).join(commands))}</pre>")
         installed = [[escape(name), escape(version)] for name, version in versions().items()]
-        out.append(_details("Versions where this report was written", _table(["package", "version"], installed)))
+        out.append(markup.details("Versions where this report was written", markup.table(["package", "version"], installed)))
         for summary in self.summaries:
             names = step_names(summary.iterations)
             body = [
-                [str(row.iteration), *("".join(_digest(s.digest) for s in row.steps if s.name == name) for name in names)]
+                [str(row.iteration), *("".join(markup.digest(s.digest) for s in row.steps if s.name == name) for name in names)]
                 for row in summary.iterations
             ]
             settings = escape(json.dumps(dict(summary.settings), indent=2, ensure_ascii=False, default=str))
-            out.append(_details(f"Digests of {summary.experiment}", _table(["iteration", *map(escape, names)], body)))
-            out.append(_details(f"Settings of {summary.experiment}", f"<pre>{settings}</pre>"))
+            digests = markup.table(["iteration", *map(escape, names)], body)
+            out.append(markup.details(f"Digests of {summary.experiment}", digests))
+            out.append(markup.details(f"Settings of {summary.experiment}", f"<pre>{settings}</pre>"))
         return "".join(out)
 
     # -- parts
+
+    def _over_seeds(self) -> str:
+        several = {name: members for name, members in _by_experiment(self.summaries).items() if len(members) > 1}
+        note = "Mean over seeds; bands reach from the lowest to the highest seed, they are no 95% intervals."
+        without = figures.over_seeds(several, "without")
+        with_experience = figures.over_seeds(several, "with_experience")
+        return markup.grid(
+            self._figure("Over seeds, without experience in context", note, without),
+            self._figure("Over seeds, with experience in context", note, with_experience),
+        )
 
     def _figure(self, title: str, note: str, figure: figures.Figure, *, wide: bool = False) -> str:
         if not figure["data"]:
@@ -295,7 +386,7 @@ class _Page:
     def _tiles(self, summary: LineageSummary) -> str:
         scored = [row for row in summary.rows if row.without is not None]
         if not scored:
-            return _note("No held-out scores yet.")
+            return markup.note("No held-out scores yet.")
         first, last = scored[0], scored[-1]
         tiles = []
         for heading, condition, field in HEADLINE:
@@ -326,7 +417,7 @@ class _Page:
             champion = "–" if summary.champion is None else "base" if summary.champion == 0 else str(summary.champion)
             body.append([f"<b>{escape(summary.experiment)}</b>", base, str(last.iteration), *cells, champion])
         heads = ["experiment", "base", "iteration", *(heading for heading, _, _ in HEADLINE), "champion"]
-        return _table(heads, body, numeric=range(1, len(heads)))
+        return markup.table(heads, body, numeric=range(1, len(heads)))
 
     def _results(self, summary: LineageSummary) -> str:
         body = []
@@ -336,8 +427,16 @@ class _Page:
             pool = "–" if row.pool_size is None else str(row.pool_size)
             body.append([_called(row), *cells, judged, pool, _mark(row)])
         heads = ["", *(heading for heading, _, _ in RESULTS), "judged", "pool", "gate"]
-        return _table(heads, body, numeric=range(1, len(heads) - 1))
+        return markup.table(heads, body, numeric=range(1, len(heads) - 1))
 
+
+TRAINED = {
+    "loss_first": "loss, first",
+    "loss_last": "loss, last",
+    "divergence_first": "divergence, first",
+    "divergence_last": "divergence, last",
+}
+"""Headings of the adapter's numbers that need the note below the table."""
 
 HEADLINE = (
     ("success without", "without", "success"),
@@ -359,37 +458,33 @@ RESULTS = (
 """Columns of the table of results: heading, condition, metric."""
 
 
-def _fill(template: str, values: Mapping[str, str]) -> str:
-    """The template with every named blank filled, in one pass, so that a value is never read as a template."""
-    blanks = set(_BLANK.findall(template))
-    if blanks != set(values):
-        differ = ", ".join(sorted(blanks ^ set(values)))
-        raise DataError(f"report.html: blanks and values differ: {differ}", "reinstall evolve-dag: its files do not fit")
-    return _BLANK.sub(lambda blank: values[blank[1]], template)
+def _internalized(rows: Sequence[Internalized]) -> str:
+    body = []
+    for one in rows:
+        called = {audit.ALL: "<b>all&nbsp;steps</b>", audit.NONE: "no&nbsp;item"}
+        name = called.get(one.item, f"<code>{escape(one.item)}</code>")
+        share = percent(one.share) + (f"<br><small>{percent_interval(one.interval)}</small>" if one.interval else "")
+        nats = [f"{value:.4f}" if value is not None else "–" for value in (one.before, one.after, one.now)]
+        numbers = [str(one.steps), *nats[:2], share, nats[2], percent(one.share_now)]
+        body.append([str(one.iteration), name, escape(one.text), *numbers])
+    heads = ["iteration", "item", "text", "steps", "before", "after", "inside", "now", "inside now"]
+    return markup.table(heads, body, numeric=range(3, 9), text=(2,))
 
 
-def _table(
-    heads: Sequence[str], body: Iterable[Sequence[str]], *, numeric: Iterable[int] = (), text: Iterable[int] = ()
-) -> str:
-    """A table of cells that are HTML already."""
-    style = dict.fromkeys(numeric, ' class="n"') | dict.fromkeys(text, ' class="text"')
-    head = "".join(f"<th{style.get(n, '')}>{cell}</th>" for n, cell in enumerate(heads))
-    rows = ("".join(f"<td{style.get(n, '')}>{cell}</td>" for n, cell in enumerate(row)) for row in body)
-    lines = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
-
-
-def _grid(*parts: str, pairs: bool = False) -> str:
-    """Figures side by side, as many as the page is wide, or two."""
-    return f'<div class="grid{" pairs" if pairs else ""}">{"".join(parts)}</div>' if any(parts) else ""
-
-
-def _note(text: str) -> str:
-    return f'<p class="soft">{escape(text)}</p>'
-
-
-def _details(heading: str, body: str) -> str:
-    return f"<details><summary>{escape(heading)}</summary>{body}</details>"
+def _calls(summary: LineageSummary) -> str:
+    """Calls to other models than the policy, with tokens and cost; '' when there were none."""
+    body = []
+    for row in summary.iterations:
+        for step in row.steps:
+            for role, sums in step.calls.items():
+                cost = sums.get("cost")
+                numbers = [
+                    count(int(sums.get(name) or 0)) for name in ("calls", "errors", "prompt_tokens", "completion_tokens")
+                ]
+                price = dollars(None if cost is None else float(cost))
+                body.append([str(row.iteration), escape(step.name), escape(role), *numbers, price])
+    heads = ["iteration", "step", "role", "calls", "errors", "prompt tokens", "sampled tokens", "cost"]
+    return markup.table(heads, body, numeric=range(3, 8)) if body else ""
 
 
 def _items(items: Sequence[ExperienceItem]) -> str:
@@ -397,7 +492,7 @@ def _items(items: Sequence[ExperienceItem]) -> str:
         [
             f"<code>{escape(item.id)}</code>",
             escape(item.text),
-            _facts(item.evidence, " · ") or "–",
+            markup.facts(item.evidence, " · ") or "–",
             str(len(item.trajectory_ids)),
             str(item.created),
             str(item.updated),
@@ -405,12 +500,7 @@ def _items(items: Sequence[ExperienceItem]) -> str:
         for item in items
     ]
     heads = ["id", "text", "evidence", "trajectories", "first seen", "updated"]
-    return _table(heads, body, numeric=(3, 4, 5), text=(1,))
-
-
-def _facts(values: Mapping[str, Any], between: str) -> str:
-    facts = (f"{name.replace('_', ' ')} {_plain(value)}" for name, value in values.items())
-    return between.join(f"<small>{escape(fact)}</small>" for fact in facts)
+    return markup.table(heads, body, numeric=(3, 4, 5), text=(1,))
 
 
 def _cell(metrics: Metrics | None, field: str) -> str:
@@ -439,7 +529,7 @@ def _reasons(reasons: Sequence[str]) -> str:
 
 
 def _evidence(evidence: Mapping[str, float | None]) -> str:
-    return f"<details><summary>{len(evidence)} numbers</summary>{_facts(evidence, '<br>')}</details>"
+    return f"<details><summary>{len(evidence)} numbers</summary>{markup.facts(evidence, '<br>')}</details>"
 
 
 def _spent(steps: Sequence[StepRow]) -> str:
@@ -450,14 +540,12 @@ def _spent(steps: Sequence[StepRow]) -> str:
     return f"{shown}<br><small>{count(sum(tokens))}</small>" if tokens else shown
 
 
-def _digest(digest: str) -> str:
-    return f'<code title="{escape(digest)}">{escape(digest[:12])}</code>'
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _by_experiment(summaries: Sequence[LineageSummary]) -> dict[str, list[LineageSummary]]:
+    """Experiment -> its lineages of several seeds (``<experiment>-s<N>``, see evolve_dag.registry)."""
+    groups: dict[str, list[LineageSummary]] = {}
+    for summary in summaries:
+        groups.setdefault(summary.experiment.removesuffix(f"-s{summary.settings.get('seed')}"), []).append(summary)
+    return groups
 
 
 def _recipe(summary: LineageSummary) -> str:

@@ -6,14 +6,16 @@ What is read, by kind of artifact (all of it optional, so that a lineage can be 
                                optional; "base" is what entered iteration 1, without experience
     promotion   decision.json  see evaluation.gate.gate_to_json
     experience  manifest.summary  items, added, updated, deleted, merged, locality {name: share};  items.parquet
+    contexts    what was measured of it (evolve_dag.audit), from the store's cache
     adapter     manifest.summary  rows, kept, loss_first, loss_last, ...;  curve.parquet or curve.json, one record a step
-    any         manifest.seconds, manifest.summary["tokens"] (sampled tokens), digests
+    any         manifest.seconds, manifest.summary["tokens"] (sampled tokens), digests; manifest.summary["calls"], per role
+                what was asked of other models and what it cost (evolve_dag.tracking.ledger.summarize)
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ from evolve_dag.records import ExperienceItem
 from evolve_dag.steps.base import STEP_ORDER
 
 if TYPE_CHECKING:
+    from evolve_dag.audit import Internalized
     from evolve_dag.store import Artifact, Ref, Store
 
 EDITS = ("added", "updated", "deleted", "merged")
@@ -52,6 +55,15 @@ class StepRow:
     created: str = ""
     """ISO 8601, UTC."""
     code_version: str = ""
+    calls: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Role (extractor, selector, judge) -> calls, errors, prompt_tokens, completion_tokens, cost, ..."""
+
+    @property
+    def cost(self) -> float | None:
+        """US dollars of the calls; None where there were none, or where the price of one is not known."""
+        costs = [sums.get("cost") for sums in self.calls.values()]
+        known = [float(cost) for cost in costs if cost is not None]
+        return sum(known) if known and len(known) == len(costs) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +90,8 @@ class IterationRow:
     """Training curve, one record an optimizer step: ``loss`` and, where known, ``step``."""
     items: tuple[ExperienceItem, ...] = ()
     """The pool's items."""
+    internalized: tuple[Internalized, ...] = ()
+    """How much of each item is inside the weights; empty before ``evolve audit``."""
     steps: tuple[StepRow, ...] = ()
 
 
@@ -149,6 +163,7 @@ def summarize(
     last = max(by_iteration)
     if last > 1 and by_iteration[last].keys() == {"policy"}:
         del by_iteration[last]  # a promotion commits the next policy at once; that iteration has not begun
+    measured = _internalized(store, experiment)
     rows: list[IterationRow] = []
     settings: dict[str, Any] = {}
     outdated: list[int] = []
@@ -162,7 +177,8 @@ def summarize(
         scores = _json(artifacts.get("scores"), "summary.json")
         if iteration == 1 and scores.get("base") is not None:
             rows.append(IterationRow(0, without=_metrics(scores, "base", artifacts["scores"])))
-        rows.append(_row(iteration, found, artifacts, scores, recomputed or {}))
+        row = _row(iteration, found, artifacts, scores, recomputed or {})
+        rows.append(replace(row, internalized=tuple(one for one in measured if one.iteration == iteration)))
     for entry in ("iteration", "policy"):  # part of what is computed, no setting
         settings.pop(entry, None)
     return LineageSummary(
@@ -227,6 +243,7 @@ def _row(
                 resumed=artifact.manifest.resumed,
                 created=artifact.manifest.created,
                 code_version=artifact.manifest.code_version,
+                calls=_calls(artifact),
             )
             for kind, (ref, artifact) in sorted(found.items(), key=lambda entry: _order(entry[0]))
         ),
@@ -250,6 +267,11 @@ def status_json(summary: LineageSummary) -> dict[str, Any]:
                 "pool": {"items": row.pool_size, **row.edits, "locality": dict(row.locality)},
                 "training": dict(row.training),
                 "gate": gate_to_json(row.gate) if row.gate else None,
+                "internalized": {
+                    one.item: {"before": one.before, "after": one.after, "now": one.now, "share": one.share}
+                    for one in row.internalized
+                    if one.item
+                },
                 "steps": {
                     step.name: {
                         "digest": step.digest,
@@ -258,6 +280,7 @@ def status_json(summary: LineageSummary) -> dict[str, Any]:
                         "recomputed": step.recomputed,
                         "resumed": step.resumed,
                         "created": step.created,
+                        **({"calls": dict(step.calls), "cost": step.cost} if step.calls else {}),
                     }
                     for step in row.steps
                 },
@@ -298,6 +321,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def dollars(value: float | None) -> str:
+    """``0.0123`` -> ``$0.0123``; unknown is a dash, never 0."""
+    return "–" if value is None else f"${value:.2f}" if value >= 1 or value == 0 else f"${value:.2g}"
+
+
 def count(value: int | None) -> str:
     """``41200`` -> ``41.2k``."""
     if value is None:
@@ -325,6 +353,19 @@ def recompute_note(summary: LineageSummary) -> str:
 
 
 # -- inside
+
+
+def _internalized(store: Store, experiment: str) -> tuple[Internalized, ...]:
+    from evolve_dag import audit
+
+    if not (store.root / "cache" / "audit").is_dir():
+        return ()
+    return audit.read(store, experiment).items
+
+
+def _calls(artifact: Artifact) -> Mapping[str, Mapping[str, Any]]:
+    calls = artifact.summary.get("calls")
+    return {role: sums for role, sums in calls.items() if isinstance(sums, Mapping)} if isinstance(calls, Mapping) else {}
 
 
 def _order(kind: str) -> tuple[int, str]:

@@ -195,13 +195,13 @@ def partition(experiment: Experiment, iteration: int) -> str:
 def resolve(name: str, experiment: Experiment, iteration: int, store: Store) -> Resolved:
     """The expected digest of ``name`` in ``iteration``; runs nothing."""
     entering = _entering(experiment, iteration, store)
-    return _resolve(name, experiment, iteration, store, entering)
+    return resolve_from(name, experiment, iteration, store, entering)
 
 
 def resolve_iteration(experiment: Experiment, iteration: int, store: Store) -> dict[str, Resolved]:
     """All seven steps of one iteration, in order."""
     entering = _entering(experiment, iteration, store)
-    return {name: _resolve(name, experiment, iteration, store, entering) for name in STEP_ORDER}
+    return {name: resolve_from(name, experiment, iteration, store, entering) for name in STEP_ORDER}
 
 
 def entering_policy(experiment: Experiment, iteration: int | None, store: Store) -> PolicyRef:
@@ -231,14 +231,15 @@ def _entering(experiment: Experiment, iteration: int, store: Store) -> PolicyRef
 
     ref = PolicyRef(iteration=1, base=base_identity(experiment.models.policy))
     for k in range(1, iteration):
-        promotion = _resolve("promotion", experiment, k, store, ref)
+        promotion = resolve_from("promotion", experiment, k, store, ref)
         if promotion.digest is None or not promotion.exists:
             return f"promotion[{partition(experiment, k)}]"
         ref = next_policy(store.open("promotion", promotion.digest), k + 1)
     return ref
 
 
-def _resolve(name: str, experiment: Experiment, iteration: int, store: Store, entering: PolicyRef | str) -> Resolved:
+def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store, entering: PolicyRef | str) -> Resolved:
+    """:func:`resolve` where the entering policy is known already, or what is missing for it."""
     spec = SPECS[name]
     if isinstance(entering, str):
         return Resolved(name, iteration, None, False, missing=entering)
@@ -249,7 +250,7 @@ def _resolve(name: str, experiment: Experiment, iteration: int, store: Store, en
         config |= {"policy": asdict(entering)}
     else:
         for upstream in spec.inputs:
-            found = _resolve(upstream, experiment, iteration, store, entering)
+            found = resolve_from(upstream, experiment, iteration, store, entering)
             assert found.digest is not None
             inputs[upstream] = found.digest
             if not found.exists and missing is None:
@@ -297,8 +298,18 @@ def _body(name: str) -> Body:
     return body
 
 
-def run_step(name: str, experiment: Experiment, iteration: int, store: Store, progress: Progress | None = None) -> StepOutcome:
+def run_step(
+    name: str,
+    experiment: Experiment,
+    iteration: int,
+    store: Store,
+    progress: Progress | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> StepOutcome:
     """Make the artifact of ``name`` in ``iteration``, or find it in the store.
+
+    Args:
+        facts: kept with the ref, e.g. the run that asked.
 
     Raises:
         OrderError: something upstream is not there under the present config; the message says what to materialize.
@@ -306,7 +317,7 @@ def run_step(name: str, experiment: Experiment, iteration: int, store: Store, pr
     """
     started = time.monotonic()
     entering = _entering(experiment, iteration, store)
-    expected = _resolve(name, experiment, iteration, store, entering)
+    expected = resolve_from(name, experiment, iteration, store, entering)
     here = f"{name}[{partition(experiment, iteration)}]"
     if expected.missing is not None or expected.digest is None or isinstance(entering, str):
         what = "is not promoted yet" if name == "policy" else "cannot be made yet"
@@ -334,8 +345,9 @@ def run_step(name: str, experiment: Experiment, iteration: int, store: Store, pr
                     shutil.copyfile(build.ledger_path, build.path / "calls.jsonl")
     artifact = store.open(name, expected.digest)
     seconds = time.monotonic() - started
-    store.set_ref(experiment.experiment, iteration, name, expected.digest, recomputed=recomputed, seconds=round(seconds, 3))
+    remembered = {"recomputed": recomputed, "seconds": round(seconds, 3), **(facts or {})}
+    store.set_ref(experiment.experiment, iteration, name, expected.digest, **remembered)
     if name == "promotion":
         # The next policy is committed with the promotion itself, so no crash can leave a decision without its policy.
-        run_step("policy", experiment, iteration + 1, store)
+        run_step("policy", experiment, iteration + 1, store, facts=facts)
     return StepOutcome(artifact, recomputed, seconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from evolve_dag.agent.rollouts import run_rollouts
 from evolve_dag.frames import trajectories_from_frames, trajectories_to_frames
@@ -27,6 +27,14 @@ if TYPE_CHECKING:
     from evolve_dag.store import Artifact, Store
 
 Model = TypeVar("Model", bound=LanguageModel)
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """An environment that can say beforehand what it lacks: a key, a library, a sandbox."""
+
+    def check(self) -> None:
+        """Raises: ModelError, with everything that is missing."""
 
 
 @contextmanager
@@ -138,6 +146,8 @@ def roll_out(
 ) -> list[Trajectory]:
     """Rollouts of all tasks of ``split``, resumed from the step's journal ``label``."""
     experiment = context.experiment
+    if isinstance(split.environment, Checked):
+        split.environment.check()
     context.progress.start(label, len(split.tasks) * group_size)
     try:
         return run_rollouts(

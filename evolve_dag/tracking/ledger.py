@@ -180,7 +180,7 @@ class Metered:
         Raises:
             ModelError: as the model underneath.
         """
-        from evolve_dag.agent.loop import describe_error
+        from evolve_dag.secrecy import describe_error
 
         started = time.monotonic()
         try:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from datetime import datetime
 from pathlib import Path
 
 import dagster as dg
 import pytest
 from assets_helpers import FakeSteps, iteration, watch, write_config
-from evolve_dag.assets import automation, partitions
+from evolve_dag.assets import alerts, automation, partitions, recovery
+from evolve_dag.assets.resources import StoreResource
 from evolve_dag.assets.settings import CONFIGURED_STEPS, settings_key
 
-from evolve_dag import registry
+from evolve_dag import registry, scheduling
 from evolve_dag.config import Experiment
-from evolve_dag.definitions import defs
+from evolve_dag.definitions import build, defs
+from evolve_dag.errors import DataError
+
+NIGHT = datetime(2026, 6, 1, 2, 0)
 
 
 def promote(instance: dg.DagsterInstance, name: str, k: int) -> None:
@@ -23,11 +28,28 @@ def promote(instance: dg.DagsterInstance, name: str, k: int) -> None:
     instance.report_runless_asset_event(event)
 
 
-def nightly(instance: dg.DagsterInstance) -> list[dg.RunRequest | dg.SkipReason]:
-    """One tick of the schedule."""
-    when = datetime(2026, 6, 1, 2, 0)
-    context = dg.build_schedule_context(instance=instance, scheduled_execution_time=when, resources=defs.resources)
-    return list(automation.nightly(context))
+def tick(instance: dg.DagsterInstance) -> dg.RunRequest | dg.SkipReason:
+    """One tick of the schedule of ``tiny``."""
+    [schedule] = automation.nightly_schedules(registry.default_store())
+    resources = {"store": StoreResource()}
+    with dg.build_schedule_context(instance=instance, scheduled_execution_time=NIGHT, resources=resources) as context:
+        result = schedule(context)
+    assert isinstance(result, dg.RunRequest | dg.SkipReason)
+    return result
+
+
+def decision(instance: dg.DagsterInstance, switched_on: float = 0.0) -> scheduling.Decision:
+    """What a tick would decide of ``tiny``."""
+    root = registry.default_store()
+    return scheduling.decide(automation.situation(instance, root, registry.load(root, "tiny"), switched_on))
+
+
+def run_of(
+    instance: dg.DagsterInstance, k: int, status: dg.DagsterRunStatus, tags: dict[str, str] | None = None
+) -> dg.DagsterRun:
+    """A run of iteration k of ``tiny``."""
+    mine = {partitions.EXPERIMENT_TAG: "tiny", partitions.ITERATION_TAG: partitions.iteration_key(k), **(tags or {})}
+    return instance.create_run_for_job(job_def=defs.resolve_job_def("iteration"), status=status, tags=mine)
 
 
 def finished_run(instance: dg.DagsterInstance, tags: dict[str, str]) -> dg.DagsterRun:
@@ -47,10 +69,22 @@ def follow(instance: dg.DagsterInstance, run: dg.DagsterRun) -> dg.RunRequest | 
     return result
 
 
-def test_only_the_watch_is_on_from_the_start() -> None:
-    assert automation.config_watch.default_status == dg.DefaultSensorStatus.RUNNING
+def test_what_launches_runs_is_off_until_somebody_switches_it_on(experiment: Experiment) -> None:
     assert automation.continue_until.default_status == dg.DefaultSensorStatus.STOPPED
-    assert automation.nightly.default_status == dg.DefaultScheduleStatus.STOPPED
+    [schedule] = automation.nightly_schedules(registry.default_store())
+    assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
+    for quiet in (automation.config_watch, recovery.lost_runs, alerts.failure_watch):
+        assert quiet.default_status == dg.DefaultSensorStatus.RUNNING
+
+
+def test_every_experiment_has_a_schedule_at_the_time_that_its_file_says(config: Path) -> None:
+    write_config(config.with_name("my-other.yaml"), schedule={"cron": "30 4 * * mon", "timezone": "Europe/Berlin"})
+    found = {s.name: s for s in automation.nightly_schedules(registry.default_store())}
+    assert set(found) == {"nightly_tiny", "nightly_my_other"}
+    assert (found["nightly_tiny"].cron_schedule, found["nightly_tiny"].execution_timezone) == ("0 2 * * *", "UTC")
+    other = found["nightly_my_other"]
+    assert (other.cron_schedule, other.execution_timezone) == ("30 4 * * mon", "Europe/Berlin")
+    dg.Definitions.validate_loadable(build(StoreResource(root=str(registry.default_store()))))
 
 
 def test_the_watch_shows_experiments_as_partitions_and_then_is_quiet(config: Path, memory: dg.DagsterInstance) -> None:
@@ -101,27 +135,73 @@ def test_a_seed_of_its_own_is_an_experiment_of_its_own(config: Path, memory: dg.
     assert versions["tiny"] != versions["tiny-s7"]
 
 
-def test_nightly_plans_the_next_iteration_of_what_has_begun(experiment: Experiment, instance: dg.DagsterInstance) -> None:
-    assert "has not begun" in str(nightly(instance))
-    promote(instance, "tiny", 1)
-    [request] = nightly(instance)
+def test_a_tick_asks_for_the_next_iteration_or_says_why_not(
+    config: Path, experiment: Experiment, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "run it by hand first" in str(tick(instance))
+    go_on = scheduling.Decision(2, "tiny: iteration 2 is next")
+    monkeypatch.setattr(scheduling, "decide", lambda situation: go_on)
+    request = tick(instance)
     assert isinstance(request, dg.RunRequest)
-    assert (request.partition_key, request.run_key) == ("tiny|02", "tiny|02@2026-06-01")
+    assert request.partition_key == "tiny|02"
+    assert str(request.run_key).startswith("tiny|02@2026-06-01T02:00"), "another night is another request"
+    assert request.tags["evolve/schedule"] == "nightly_tiny"
     assert instance.has_dynamic_partition(partitions.ITERATION, "02")
-    run = instance.create_run_for_job(
-        job_def=defs.resolve_job_def("iteration"),
-        status=dg.DagsterRunStatus.STARTED,
-        tags={partitions.EXPERIMENT_TAG: "tiny"},
-    )
-    assert "a run is going on" in str(nightly(instance))
-    instance.report_run_failed(run)
-    assert isinstance(nightly(instance)[0], dg.RunRequest), "a failed night is tried again"
-    promote(instance, "tiny", 2)
-    assert "all 2 iterations are promoted" in str(nightly(instance))
+    [schedule] = automation.nightly_schedules(registry.default_store())
+    config.write_text("iteratons: 3\n")
+    with dg.build_schedule_context(instance=instance, scheduled_execution_time=NIGHT, resources=defs.resources) as context:
+        assert "iteratons" in str(schedule(context)), "a broken file is a reason, not a failure"
 
 
-def test_nightly_without_any_experiment_says_so(instance: dg.DagsterInstance) -> None:
-    assert "no experiment is known" in str(nightly(instance))
+def test_nightly_goes_on_where_the_lineage_stands_and_stops_at_the_last(
+    fake: FakeSteps, experiment: Experiment, memory: dg.DagsterInstance
+) -> None:
+    assert "run it by hand first" in decision(memory).reason
+    iteration(memory, 1)
+    assert decision(memory).iteration == 2
+    iteration(memory, 2)
+    assert "all 2 iterations are promoted" in decision(memory).reason
+
+
+def test_nightly_waits_for_a_run_and_for_one_that_dagster_will_retry(
+    fake: FakeSteps, experiment: Experiment, memory: dg.DagsterInstance
+) -> None:
+    iteration(memory, 1)
+    run = run_of(memory, 2, dg.DagsterRunStatus.STARTING)
+    assert f"run {run.run_id[:8]} is going on" in decision(memory).reason
+    memory.report_run_failed(run)
+    memory.add_run_tags(run.run_id, {"dagster/will_retry": "true"})
+    assert f"run {run.run_id[:8]} is going on" in decision(memory).reason
+    memory.add_run_tags(run.run_id, {"dagster/auto_retry_run_id": "another"})
+    assert decision(memory).iteration == 2
+
+
+def test_nightly_retries_what_was_lost_but_not_what_a_step_has_explained(
+    fake: FakeSteps, experiment: Experiment, memory: dg.DagsterInstance
+) -> None:
+    iteration(memory, 1)
+    run_of(memory, 2, dg.DagsterRunStatus.CANCELED)
+    assert decision(memory).iteration == 2
+    memory.report_run_failed(run_of(memory, 2, dg.DagsterRunStatus.STARTING))
+    assert decision(memory).iteration == 2, "a launch that was lost"
+    fake.fail["adapter"] = DataError("the disk of doom", "mend it")
+    failed = iteration(memory, 2, check=False)
+    said = decision(memory)
+    assert said.iteration is None
+    assert f"iteration 2 failed at adapter (run {failed.run_id[:8]})" in said.reason
+    assert "evolve schedule on tiny" in said.reason
+    assert decision(memory, switched_on=time.time() + 1).iteration == 2, "somebody has looked and switched it on again"
+    del fake.fail["adapter"]
+    iteration(memory, 2)
+    assert "all 2 iterations are promoted" in decision(memory).reason
+
+
+def test_nightly_says_what_is_out_of_date_in_place_of_failing_at_night(
+    fake: FakeSteps, config: Path, experiment: Experiment, memory: dg.DagsterInstance
+) -> None:
+    iteration(memory, 1)
+    write_config(config, distillation={"epochs": 3})
+    assert "promotion[tiny|01] is missing or out of date" in decision(memory).reason
 
 
 def test_continue_until_goes_on_and_stops(memory: dg.DagsterInstance) -> None:

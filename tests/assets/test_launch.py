@@ -11,7 +11,7 @@ import dagster as dg
 import pytest
 import yaml
 from assets_helpers import FakeSteps, write_config
-from evolve_dag.assets import automation, launch
+from evolve_dag.assets import launch, recovery
 from rich.console import Console
 
 from evolve_dag import registry
@@ -96,7 +96,7 @@ def test_ctrl_c_ends_the_run_and_leaves_nothing_started(fake: FakeSteps, config:
     result, _ = run(config, iterations=1)
     assert result.runs == 1
     with launch.open_instance(ROOT) as instance:
-        assert not instance.get_runs(dg.RunsFilter(statuses=automation.IN_PROGRESS))
+        assert not instance.get_runs(dg.RunsFilter(statuses=recovery.IN_PROGRESS))
 
 
 def test_two_runs_of_one_experiment_at_once_are_refused(fake: FakeSteps, config: Path) -> None:
@@ -162,6 +162,29 @@ def test_the_store_gets_the_projects_dagster_settings_without_its_storage(place:
     (home / "dagster.yaml").write_text("nux: {enabled: true}\n")
     launch.prepare_home(place / "store")
     assert "true" in (home / "dagster.yaml").read_text(), "what the user changed there stays"
+
+
+def test_settings_of_an_earlier_version_get_what_is_new_and_only_those(place: Path) -> None:
+    target = place / "store" / "dagster" / "dagster.yaml"
+    target.parent.mkdir(parents=True)
+    earlier = {key: launch.INSTANCE[key] for key in ("concurrency", "telemetry", "nux")}
+    target.write_text(yaml.safe_dump(earlier))
+    launch.prepare_home(place / "store")
+    assert yaml.safe_load(target.read_text()) == launch.INSTANCE
+    touched = {**earlier, "telemetry": {"enabled": True}}
+    target.write_text(yaml.safe_dump(touched))
+    launch.prepare_home(place / "store")
+    assert yaml.safe_load(target.read_text()) == touched
+
+
+def test_the_workspace_is_the_projects_own_or_one_that_names_the_same_location(place: Path) -> None:
+    (place / "workspace.yaml").write_text("load_from: [{python_file: other.py}]")
+    own = launch.workspace_file(place)
+    assert own == place / "workspace.yaml"
+    [entry] = yaml.safe_load(own.read_text())["load_from"]
+    assert entry["python_module"]["location_name"] == launch.LOCATION
+    (place / "home").mkdir()
+    assert launch.workspace_file(place / "home") == own, "now it is about these assets"
 
 
 def test_a_dagster_home_of_the_users_own_is_used_as_it_is(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

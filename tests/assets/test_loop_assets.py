@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import dagster as dg
@@ -12,6 +13,7 @@ from evolve_dag.assets import automation, checks, partitions
 from evolve_dag.assets.settings import CONFIGURED_STEPS, settings_key
 
 from evolve_dag.config import Experiment, load_experiment
+from evolve_dag.distillation.dataset import load_contexts, save_contexts
 from evolve_dag.errors import OrderError
 from evolve_dag.steps import base
 from evolve_dag.store import Store
@@ -144,6 +146,9 @@ def test_every_check_passes_on_sound_artifacts(fake: FakeSteps, experiment: Expe
     assert all(evaluation.passed for evaluation in found.values()), found
     clean = found["contexts", "clean"].metadata
     assert (clean["steps"].value, clean["steps_with_experience"].value) == (16, 8)
+    assert clean["experience_in_student_view"].value == "none"
+    actions = found["contexts", "same_actions"].metadata
+    assert (actions["action_tokens"].value, actions["teacher_distributions"].value) == (40, 40)
 
 
 def test_experience_in_the_students_view_stops_the_run(
@@ -154,6 +159,25 @@ def test_experience_in_the_students_view_stops_the_run(
     [bad] = [e for e in result.get_asset_check_evaluations() if not e.passed]
     assert (bad.check_name, bad.blocking) == ("clean", True)
     assert len(bad.metadata["experience_in_student_view"].value) == 4
+    assert not any(ran.startswith("adapter") for ran in fake.ran)
+
+
+def test_action_ids_that_were_not_sampled_stop_the_run(
+    fake: FakeSteps, experiment: Experiment, memory: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fake.contexts
+
+    def tampered(context: base.StepContext) -> None:
+        whole(context)
+        rows = load_contexts(context.build.path)
+        other = replace(rows[0], row=replace(rows[0].row, ids=(1, 5, 9, 1, 7, 8, 9)))
+        save_contexts(context.build.path, [other, *rows[1:]])
+
+    monkeypatch.setattr(fake, "contexts", tampered)
+    result = iteration(memory, 1, check=False)
+    [bad] = [e for e in result.get_asset_check_evaluations() if not e.passed]
+    assert (bad.check_name, bad.blocking) == ("same_actions", True)
+    assert bad.metadata["other_action_ids"].value == ["t0#0 step 0"]
     assert not any(ran.startswith("adapter") for ran in fake.ran)
 
 

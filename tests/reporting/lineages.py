@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 
+from evolve_dag.audit import ALL, Internalized
 from evolve_dag.evaluation.gate import GateDecision
 from evolve_dag.evaluation.metrics import Breakdown, Metrics
 from evolve_dag.records import ExperienceItem
@@ -106,3 +108,21 @@ def lineage(
         },
         command=f"evolve run configs/{name}.yaml --iterations {len(without) - 1}",
     )
+
+
+def audited(summary: LineageSummary) -> LineageSummary:
+    """The lineage with what was measured of two items, and with paid calls in the step ``experience``."""
+    calls = {"extractor": {"calls": 12, "errors": 1, "prompt_tokens": 34_000, "completion_tokens": 5_600, "cost": 0.0123}}
+    rows = []
+    for row in summary.rows:
+        if row.iteration:
+            k = row.iteration
+            found = (
+                Internalized(ALL, k, "", 100, 900, 0.05, 0.01, 0.012, (0.75, 0.85), (0.7, 0.8)),
+                Internalized("p1", k, PRINCIPLES[0], 40, 300, 0.08, 0.02, 0.004 if k == 1 else 0.04, (0.7, 0.8), (0.92, 0.97)),
+                Internalized("p2", k, PRINCIPLES[1], 20, 100, 0.08, 0.04, 0.02 if k == 1 else 0.04, (0.4, 0.6), (0.72, 0.77)),
+            )
+            steps = tuple(replace(step, calls=calls) if step.name == "experience" else step for step in row.steps)
+            row = replace(row, internalized=found, steps=steps)
+        rows.append(row)
+    return replace(summary, rows=tuple(rows))

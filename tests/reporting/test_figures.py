@@ -10,14 +10,14 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lineages import lineage
+from lineages import audited, lineage
 
 from evolve_dag.reporting import figures
 from evolve_dag.reporting.figures import Figure
 from evolve_dag.reporting.summary import IterationRow, LineageSummary
 
-ONE = [lineage(declined=(3,))]
-TWO = [*ONE, lineage("global", (0.28, 0.41, 0.57), (0.53, 0.6), (0.76, 0.58, 0.42))]
+ONE = [audited(lineage(declined=(3,)))]
+TWO = [*ONE, audited(lineage("global", (0.28, 0.41, 0.57), (0.53, 0.6), (0.76, 0.58, 0.42)))]
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -35,6 +35,11 @@ def every_figure(summaries: list[LineageSummary]) -> dict[str, Figure]:
         "training": figures.training(one),
         "seconds": figures.seconds(one),
         "tokens": figures.tokens(one),
+        "cost": figures.cost(one),
+        "inside": figures.inside(summaries),
+        "inside_now": figures.inside_now(one),
+        "internalized": figures.internalized(one),
+        "over_seeds": figures.over_seeds({"pocket": [one, *summaries]}, "without"),
     }
 
 
@@ -124,3 +129,46 @@ def test_labels_never_overlap_and_keep_their_order(positions: list[float], least
         assert placed[lower] - placed[upper] >= least - 1e-6
     if all(b - a >= least for a, b in pairwise(sorted(positions))):
         assert placed == pytest.approx(positions)
+
+
+def test_what_is_inside_is_sorted_named_and_taken_where_it_was_first_taught() -> None:
+    [bars] = figures.inside_now(ONE[0])["data"]
+    assert bars["x"] == ["p1 Verify", "p2 Requery"]
+    assert bars["y"] == pytest.approx([95.0, 75.0]), "1 - now / before of iteration 1, not of the last one"
+    assert bars["error_y"]["array"] == pytest.approx([2.0, 2.0])
+    assert bars["error_y"]["arrayminus"] == pytest.approx([3.0, 3.0])
+    assert bars["customdata"][0] == "first taught in iteration 1, 40 steps"
+
+
+def test_bars_of_an_item_stand_below_their_iteration() -> None:
+    before, after, now = figures.internalized(ONE[0])["data"]
+    assert [before["name"], after["name"], now["name"]] == ["before", "after", "now"]
+    assert before["x"] == [["iteration 1"] * 2 + ["iteration 2"] * 2 + ["iteration 3"] * 2, ["p1", "p2"] * 3]
+    assert before["y"][:2] == [0.08, 0.08]
+
+
+def test_the_share_of_all_steps_has_a_band_and_begins_with_iteration_1() -> None:
+    figure = figures.inside(TWO)
+    lines = [trace for trace in figure["data"] if trace["meta"]["paint"] == "line"]
+    assert [line["name"] for line in lines] == ["pocket", "global"]
+    assert lines[0]["x"] == [1, 2, 3]
+    assert lines[0]["y"] == pytest.approx([80.0] * 3)
+    assert figure["layout"]["xaxis"]["range"][0] == 0.5
+
+
+def test_seeds_are_one_line_with_the_range_as_its_band() -> None:
+    seeds = [lineage("a", (0.2, 0.5)), lineage("a-s1", (0.3, 0.7)), lineage("a-s2", (0.1, 0.6))]
+    figure = figures.over_seeds({"a": seeds, "alone": [lineage("alone")]}, "without")
+    band, line = figure["data"]
+    assert line["name"] == "a"
+    assert line["y"] == pytest.approx([20.0, 60.0])
+    assert band["y"] == pytest.approx([30.0, 70.0, 50.0, 10.0])
+    assert "3 seeds" in line["customdata"][1]
+
+
+def test_cost_is_drawn_only_where_a_price_is_known() -> None:
+    assert [trace["name"] for trace in figures.cost(ONE[0])["data"]] == ["experience"]
+    free = replace(
+        ONE[0], rows=tuple(replace(row, steps=tuple(replace(s, calls={}) for s in row.steps)) for row in ONE[0].rows)
+    )
+    assert figures.cost(free)["data"] == []

@@ -9,11 +9,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from lineages import PRINCIPLES, lineage
+from lineages import PRINCIPLES, audited, lineage
 
 from evolve_dag.errors import DataError, StoreError
 from evolve_dag.evaluation.gate import GateDecision
-from evolve_dag.reporting import report
+from evolve_dag.reporting import markup, report
 from evolve_dag.reporting.summary import IterationRow, LineageSummary
 
 EVIL = "Evil: when </script><script>alert('x')</script> & <img src=x onerror=alert(1)>, {{figures}} \"quote\"."
@@ -133,6 +133,38 @@ def test_sections_and_numbers(page: Page) -> None:
     assert all(re.fullmatch(r"[0-9a-f]{32}", digest or "") for digest in digests)
 
 
+def test_what_was_measured_and_paid_stands_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch)
+    page = Page(report.render([audited(lineage())], {"pocket": "pocket-audit.html"}))
+    text = " ".join(page.text)
+    for expected in ("Inside the weights now", "0.0800", "0.0200", "75.0%", "70.0–80.0", "95.0%", "Cost per step", "$0.012"):
+        assert expected in text, expected
+    assert "34.0k" in text, "prompt tokens"
+    assert ("a", {"href": "pocket-audit.html"}) in page.tags
+    assert "First and last: means over the first and the last five batches" in text
+    unpriced = audited(lineage())
+    steps = [replace(step, calls={"judge": {"calls": 3, "cost": None}}) for step in unpriced.rows[1].steps]
+    unpriced = replace(unpriced, rows=(unpriced.rows[0], replace(unpriced.rows[1], steps=tuple(steps))))
+    assert "Cost per step" not in " ".join(Page(report.render([unpriced])).text), "unknown is no 0"
+
+
+def test_under_global_injection_items_are_not_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch)
+    one = audited(lineage())
+    text = " ".join(Page(report.render([replace(one, settings={**one.settings, "injection": "global"})])).text)
+    assert "items cannot be told apart" in text
+    assert "Inside the weights now" not in text
+    assert "all\xa0steps" in text
+
+
+def test_seeds_of_one_experiment_are_drawn_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch)
+    other = replace(lineage("pocket-s3"), settings={**lineage().settings, "seed": 3})
+    text = " ".join(Page(report.render([lineage(), other])).text)
+    assert "Over seeds, without experience in context" in text
+    assert "Over seeds" not in " ".join(Page(report.render([lineage(), lineage("other")])).text)
+
+
 def test_both_themes_are_there(page: Page) -> None:
     painting = page.scripts[3]
     assert "light:" in painting
@@ -185,8 +217,8 @@ def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_unfilled_or_unknown_blank_is_an_error() -> None:
-    assert report._fill("{{a}} {{b}}", {"a": "{{b}}", "b": "2"}) == "{{b}} 2"
+    assert markup.fill("{{a}} {{b}}", {"a": "{{b}}", "b": "2"}) == "{{b}} 2"
     with pytest.raises(DataError, match="differ: b"):
-        report._fill("{{a}} {{b}}", {"a": "1"})
+        markup.fill("{{a}} {{b}}", {"a": "1"})
     with pytest.raises(DataError, match="differ: c"):
-        report._fill("{{a}}", {"a": "1", "c": "3"})
+        markup.fill("{{a}}", {"a": "1", "c": "3"})

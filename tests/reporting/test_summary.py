@@ -182,3 +182,17 @@ def test_status_is_json_with_everything() -> None:
 )
 def test_how_values_are_shown(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+def test_calls_and_their_cost_come_with_the_step(store: Store) -> None:
+    paid = {"extractor": {"calls": 2, "cost": 0.5}, "judge": {"calls": 1, "cost": 0.25}}
+    put(store, 1, "experience", lambda build: (experience(build), build.note(calls=paid)), granularity="instance")
+    put(store, 1, "contexts", lambda build: build.note(calls={"selector": {"calls": 1, "cost": None}}), seed=1)
+    steps = {step.name: step for step in summarize(store, "pocket").rows[-1].steps}
+    assert steps["experience"].calls == paid
+    assert steps["experience"].cost == 0.75
+    assert steps["contexts"].cost is None, "unknown is not 0"
+    assert (steps["adapter"].calls, steps["adapter"].cost) == ({}, None)
+    told = status_json(summarize(store, "pocket"))["iterations"][-1]["steps"]
+    assert told["experience"]["cost"] == 0.75
+    assert "calls" not in told["adapter"]

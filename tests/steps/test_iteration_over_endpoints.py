@@ -1,5 +1,8 @@
-"""A whole iteration whose extractor, selector and judge sit behind an endpoint: with a fifth of its answers failing, the artifacts
-are the ones of a calm endpoint, nothing is lost or counted twice, and the ledger adds up."""
+"""A whole iteration whose extractor, selector and judge sit behind an endpoint.
+
+With a fifth of its answers failing, the artifacts are those of a calm endpoint, nothing is lost or counted twice, and the
+ledger adds up.
+"""
 
 from __future__ import annotations
 

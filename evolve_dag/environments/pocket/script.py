@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from evolve_dag.agent.loop import LAST_STEP
+from evolve_dag.agent.plain import LAST_STEP
 from evolve_dag.environments.pocket.language import (
     GROUPS,
     KINDS,

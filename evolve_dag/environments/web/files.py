@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from evolve_dag.agent.plain import head, one_line
 from evolve_dag.environments.base import ToolError
 from evolve_dag.environments.web.documents import OFFICE
-from evolve_dag.environments.web.plain import head, one_line
 from evolve_dag.environments.web.reader import parse
 
 if TYPE_CHECKING:

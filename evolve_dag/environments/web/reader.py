@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from evolve_dag import prompts
+from evolve_dag.agent.plain import head, one_line, plain
 from evolve_dag.environments.base import ToolError
 from evolve_dag.environments.web.fetch import Fetched, RefusedError, fetch
 from evolve_dag.environments.web.guard import Guard
-from evolve_dag.environments.web.plain import head, one_line, plain
 from evolve_dag.environments.web.services import Service
 from evolve_dag.inference.protocol import Request, Sampling
 from evolve_dag.memory import Memory

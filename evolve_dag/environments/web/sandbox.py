@@ -136,7 +136,7 @@ class Sandbox:
             # One name for the folder, whatever the machine and the strategy.
             return Outcome(outcome.output.replace(str(folder).encode(), b"/job"), outcome.ending)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
 
     def _command(self, folder: Path) -> list[str]:
         # -P -s -S: no path of ours, no user's packages, no code that site-packages run at start.
@@ -146,7 +146,8 @@ class Sandbox:
         bwrap = shutil.which("bwrap")
         if bwrap is None:
             raise NotConfinedError("the program bwrap is not installed")
-        command = [bwrap, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+        # No --new-session: the session is new already, and what is within stays in the group that is killed as one.
+        command = [bwrap, "--unshare-all", "--die-with-parent", "--cap-drop", "ALL"]
         for path in ("/lib", "/lib64", "/lib32", "/bin"):
             if os.path.islink(path):  # noqa: PTH114
                 command += ["--symlink", os.readlink(path), path]  # noqa: PTH115
@@ -251,6 +252,15 @@ def _supervise(command: list[str], folder: Path, feed: bytes, *, seconds: float,
     if stopped is None:
         stopped = _ending(status, content)
     return Outcome(content, stopped)
+
+
+def _remove(folder: Path) -> None:
+    """Remove the folder, even while a process that was just killed makes its last file in it."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.02)
 
 
 def _has_ended(process: subprocess.Popen[bytes]) -> bool:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from evolve_dag.agent.plain import one_line
 from evolve_dag.environments.base import ToolError
-from evolve_dag.environments.web.plain import one_line
 from evolve_dag.environments.web.services import Service
 from evolve_dag.errors import ConfigError, ModelError
 

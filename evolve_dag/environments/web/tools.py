@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from evolve_dag import prompts
+from evolve_dag.agent.plain import head, plain
 from evolve_dag.environments.base import ToolError, ToolSpec
 from evolve_dag.environments.corpus import argument, tool_prompt
 from evolve_dag.environments.web.files import FileReader
 from evolve_dag.environments.web.guard import Guard
-from evolve_dag.environments.web.plain import head, plain
 from evolve_dag.environments.web.reader import (
     PROMPT,
     JinaReader,

@@ -11,9 +11,10 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from evolve_dag.agent.loop import LAST_STEP
 from evolve_dag.experience.injection import GLOBAL_HEADING, STEP_HEADING
 
+LAST_STEP = "last step: answer now"
+"""The line that ends the last observation (or the question) before the last allowed call."""
 RESERVED = (STEP_HEADING, GLOBAL_HEADING, LAST_STEP)
 """Lines that only the loop writes."""
 QUOTE = "> "

@@ -1,0 +1,148 @@
+"""Runs that ended without a word: found, ended, and brought back into order.
+
+Dagster's default launcher cannot ask whether a run's process still lives, so a machine that went down leaves runs that are
+'started' for ever and block their experiment. Here every run holds a file lock as long as its process lives.
+``lost_runs`` ends the runs whose lock is free; ``run_retries`` in ``dagster.yaml`` starts them again; the store resumes.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import dagster as dg
+from dagster._core.storage.tags import BACKFILL_ID_TAG, PRIORITY_TAG, RETRY_ON_ASSET_OR_OP_FAILURE_TAG, RUN_FAILURE_REASON_TAG
+from dagster._time import get_current_timestamp
+from evolve_dag.assets import partitions
+from evolve_dag.assets.resources import StoreResource
+from filelock import FileLock, Timeout
+
+IN_PROGRESS = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+
+GRACE_SECONDS = 180.0
+"""Between a run's start and the lock of its first step lies the import of everything, on a machine that may be busy."""
+
+_held: dict[Path, FileLock] = {}
+
+
+def hold(root: Path, run_id: str) -> None:
+    """Hold a run for the rest of this process, or until the process works on another run."""
+    path = _lock_file(root, run_id)
+    if path in _held:
+        return
+    for earlier in list(_held):
+        _held.pop(earlier).release()
+        with suppress(OSError):
+            earlier.unlink()
+    lock = FileLock(path, thread_local=False)
+    with suppress(OSError, Timeout):  # without it the run is found lost late or never, which must not fail the run itself
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=5)  # lost_runs may be looking at this very moment
+        _held[path] = lock
+
+
+def is_lost(root: Path, record: dg.RunRecord) -> bool:
+    """Whether a run of an iteration that counts as started has no process any more."""
+    run = record.dagster_run
+    if run.status not in (dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING) or not is_iteration(run):
+        return False
+    path = _lock_file(root, run.run_id)
+    if path in _held:
+        return False
+    if not path.exists():
+        started = record.start_time or record.create_timestamp.timestamp()
+        return get_current_timestamp() - started > GRACE_SECONDS
+    return _is_free(path)
+
+
+def end_lost_runs(instance: dg.DagsterInstance, root: Path, name: str | None = None) -> list[str]:
+    """End the lost runs (of one experiment), so that they block nothing and are retried; returns their ids."""
+    tags = {partitions.EXPERIMENT_TAG: name} if name else None
+    ended = []
+    for record in instance.get_run_records(dg.RunsFilter(statuses=IN_PROGRESS, tags=tags)):
+        run = record.dagster_run
+        if not is_lost(root, record):
+            continue
+        if run.status == dg.DagsterRunStatus.CANCELING:
+            instance.report_run_canceled(run, "its process ended without a word")
+        else:
+            instance.report_run_failed(run, "its process ended without a word (killed, out of memory, machine down?)")
+        with suppress(OSError):
+            _lock_file(root, run.run_id).unlink()
+        ended.append(run.run_id)
+    return ended
+
+
+@dg.sensor(
+    minimum_interval_seconds=20,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Ends runs whose process is gone. `run_retries` of dagster.yaml starts them again; the store resumes.",
+)
+def lost_runs(context: dg.SensorEvaluationContext, store: StoreResource) -> dg.SkipReason:
+    ended = end_lost_runs(context.instance, store.path)
+    for run_id in ended:
+        context.log.warning(f"run {run_id} has no process any more: ended")
+    for path in _leftovers(context.instance, store.path):
+        with suppress(OSError):
+            path.unlink()
+    return dg.SkipReason(f"ended: {', '.join(ended)}" if ended else "every run that counts as started has its process")
+
+
+def ask_for_another_turn(context: dg.AssetExecutionContext) -> None:
+    """Within a backfill: retry this run, which came before its turn, behind the iteration that it waits for.
+
+    When iteration k is lost, the queue goes on with k+1 before k is started again. k+1 rightly refuses; without another turn
+    the backfill would end there. Earlier iterations get the higher priority.
+    """
+    run = context.run
+    backfill = run.tags.get(BACKFILL_ID_TAG)
+    if backfill is None:
+        return
+    name, iteration = partitions.split(context.partition_key)
+    siblings = context.instance.get_runs(dg.RunsFilter(tags={BACKFILL_ID_TAG: backfill, partitions.EXPERIMENT_TAG: name}))
+    earlier = [one for one in siblings if is_iteration(one) and iteration_of(one) < iteration]
+    if any(not one.is_finished or one.is_complete_and_waiting_to_retry for one in earlier):
+        tags = {RETRY_ON_ASSET_OR_OP_FAILURE_TAG: "true", PRIORITY_TAG: str(-iteration)}
+        context.instance.add_run_tags(run.run_id, tags)
+
+
+def is_iteration(run: dg.DagsterRun) -> bool:
+    """Whether a run is about one iteration of one experiment."""
+    return partitions.EXPERIMENT_TAG in run.tags and run.tags.get(partitions.ITERATION_TAG, "").isdecimal()
+
+
+def iteration_of(run: dg.DagsterRun) -> int:
+    """Number of a run's iteration."""
+    return int(run.tags[partitions.ITERATION_TAG])
+
+
+def failed_by_a_step(run: dg.DagsterRun) -> bool:
+    """Whether a failed run failed because a step said so, and not because its process or its launch was lost."""
+    return run.tags.get(RUN_FAILURE_REASON_TAG) == "STEP_FAILURE"
+
+
+def _lock_file(root: Path, run_id: str) -> Path:
+    return root.resolve() / "locks" / f"run-{run_id}.lock"
+
+
+def _is_free(path: Path) -> bool:
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
+        return False
+    lock.release()
+    return True
+
+
+def _leftovers(instance: dg.DagsterInstance, root: Path) -> Iterator[Path]:
+    """Lock files of runs that are over."""
+    files = {path.name.removeprefix("run-").removesuffix(".lock"): path for path in (root / "locks").glob("run-*.lock")}
+    if files:
+        live = {run.run_id for run in instance.get_runs(dg.RunsFilter(run_ids=list(files), statuses=IN_PROGRESS))}
+        yield from (path for run_id, path in files.items() if run_id not in live and path.resolve() not in _held)

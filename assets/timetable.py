@@ -1,0 +1,162 @@
+"""``evolve schedule``: the schedules of the experiments, switched on the instance itself; no web interface need run."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import dagster as dg
+from dagster._core.remote_origin import CodeLocationOrigin
+from dagster._core.remote_representation.external import RemoteSchedule
+from dagster._core.remote_representation.external_data import ScheduleSnap
+from dagster._core.remote_representation.handle import RepositoryHandle
+from dagster._core.scheduler.instigation import InstigatorTick, ScheduleInstigatorData, TickStatus
+from dagster._core.workspace.load import location_origins_from_yaml_paths
+from dagster._time import get_current_timestamp
+from dagster._utils.schedules import schedule_execution_time_iterator
+from evolve_dag.assets import automation, launch
+
+from evolve_dag import registry, scheduling
+from evolve_dag.errors import ConfigError
+
+DAEMON_SECONDS = 120.0
+"""A daemon that was not heard of for longer than this counts as stopped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One experiment's schedule as people see it."""
+
+    experiment: str
+    schedule: str
+    """Name in Dagster."""
+    on: bool
+    cron: str
+    timezone: str
+    next_tick: datetime | None
+    """In the schedule's own time zone; None while it is off."""
+    decided: datetime | None
+    """When it last decided; None: never."""
+    decision: str
+    """The last decision with its reason; empty: never."""
+    problem: str = ""
+    """What keeps it from running, e.g. a wrong time zone."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values; times in ISO 8601 with their offset."""
+        return {k: v.isoformat() if isinstance(v, datetime) else v for k, v in asdict(self).items()}
+
+
+def listing(root: Path) -> tuple[list[Line], list[str]]:
+    """All schedules, and what is wrong with the experiment files that are left out."""
+    experiments, problems = automation.known_experiments(root)
+    names = scheduling.schedule_names(e.experiment for e in experiments)
+    lines = []
+    with launch.open_instance(root) as instance:
+        origin = _origin(root)
+        for experiment in sorted(experiments, key=lambda e: e.experiment):
+            name, settings = experiment.experiment, experiment.schedule
+            remote = _remote(names[name], settings.cron, settings.timezone, origin)
+            problem = scheduling.check_schedule(settings.cron, settings.timezone) or ""
+            state = instance.get_instigator_state(remote.get_remote_origin_id(), remote.selector_id)
+            on = state is not None and state.is_running
+            data = state.instigator_data if state is not None else None
+            if on and not problem and isinstance(data, ScheduleInstigatorData) and data.cron_schedule != settings.cron:
+                problem = f"switched on with cron {data.cron_schedule!r}: reload the code location, then switch it on again"
+            ticks = instance.get_ticks(remote.get_remote_origin_id(), remote.selector_id, limit=1)
+            tick = ticks[0] if ticks else None
+            lines.append(
+                Line(
+                    name,
+                    names[name],
+                    on,
+                    settings.cron,
+                    settings.timezone,
+                    _next(settings.cron, settings.timezone) if on and not problem else None,
+                    datetime.fromtimestamp(tick.timestamp, _zone(settings.timezone)) if tick is not None else None,
+                    _said(instance, tick) if tick is not None else "",
+                    problem,
+                )
+            )
+    return lines, problems
+
+
+def switch(root: Path, name: str, on: bool) -> tuple[Line, list[str]]:
+    """Switch an experiment's schedule on or off; returns it and what else has to be done for it to work.
+
+    Switching on what is on already acknowledges an earlier failure: the next tick tries the iteration again.
+
+    Raises:
+        ConfigError: no such experiment, or its cron or time zone is wrong.
+    """
+    experiment = registry.load(root, name)
+    settings = experiment.schedule
+    problem = scheduling.check_schedule(settings.cron, settings.timezone)
+    if on and problem:
+        raise ConfigError(f"schedule of {name}: {problem}", "mend `schedule:` in the experiment file")
+    names = scheduling.schedule_names(e.experiment for e in automation.known_experiments(root)[0])
+    with launch.open_instance(root) as instance:
+        remote = _remote(names[name], settings.cron, settings.timezone, _origin(root))
+        instance.stop_schedule(remote.get_remote_origin_id(), remote.selector_id, remote)
+        if on:
+            instance.start_schedule(remote)
+        notes = list(_notes(instance)) if on else []
+    [line] = [line for line in listing(root)[0] if line.experiment == name]
+    return line, notes
+
+
+def _notes(instance: dg.DagsterInstance) -> Iterator[str]:
+    beats = instance.get_daemon_heartbeats()
+    beat = beats.get("SCHEDULER")
+    if beat is None or get_current_timestamp() - beat.timestamp > DAEMON_SECONDS:
+        yield "nothing ticks yet: start it with `evolve ui`, and leave that running"
+        return
+    yield "what is newer than the running `evolve ui` (experiment, cron, time zone) is seen after a reload of its code location"
+
+
+def _origin(root: Path) -> CodeLocationOrigin:
+    """The code location of the workspace that ``evolve ui`` loads; a schedule's state is stored under its name."""
+    origins = location_origins_from_yaml_paths([str(launch.workspace_file(launch.prepare_home(root)))])
+    return next((origin for origin in origins if origin.location_name == launch.LOCATION), origins[0])
+
+
+def _remote(schedule: str, cron: str, timezone: str, origin: CodeLocationOrigin) -> RemoteSchedule:
+    """A schedule as the daemon sees it, without starting a code server (10 s) to ask for it."""
+    snap = ScheduleSnap(
+        name=schedule,
+        cron_schedule=cron,
+        job_name=automation.iteration_job.name,
+        op_selection=None,
+        mode=None,
+        environment_vars=None,
+        partition_set_name=None,
+        execution_timezone=timezone,
+        default_status=dg.DefaultScheduleStatus.STOPPED,
+    )
+    handle = RepositoryHandle(
+        repository_name="__repository__", code_location_origin=origin, repository_python_origin=None, display_metadata={}
+    )
+    return RemoteSchedule(snap, handle)
+
+
+def _zone(timezone: str) -> ZoneInfo:
+    return ZoneInfo("UTC" if scheduling.check_timezone(timezone) else timezone)
+
+
+def _next(cron: str, timezone: str) -> datetime:
+    return next(iter(schedule_execution_time_iterator(get_current_timestamp(), cron, timezone))).astimezone(_zone(timezone))
+
+
+def _said(instance: dg.DagsterInstance, tick: InstigatorTick) -> str:
+    if tick.status == TickStatus.SKIPPED:
+        return f"skipped: {tick.skip_reason or 'no reason given'}"
+    if tick.status == TickStatus.FAILURE:
+        return f"failed: {tick.error.message.strip() if tick.error else 'no message'}"
+    if tick.status == TickStatus.STARTED and not tick.run_ids:
+        return "deciding"
+    runs = [run for run in (instance.get_run_by_id(run_id) for run_id in tick.run_ids) if run is not None]
+    return "; ".join(
+        f"run {run.run_id[:8]} of {run.tags.get('dagster/partition')}: {run.status.value.lower()}" for run in runs
+    ) or ("asked for a run that is gone")

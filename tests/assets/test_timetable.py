@@ -1,0 +1,124 @@
+"""``evolve schedule list|on|off`` on an instance on disk, and the state as Dagster's scheduler would read it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from assets_helpers import write_config
+from dagster._core.definitions.run_request import InstigatorType
+from dagster._core.definitions.selector import InstigatorSelector
+from dagster._core.scheduler.instigation import ScheduleInstigatorData, TickData, TickStatus
+from evolve_dag.assets import automation, launch, timetable
+from typer.testing import CliRunner
+
+from evolve_dag import registry
+from evolve_dag.cli import app
+from evolve_dag.errors import ConfigError
+
+ROOT = Path(".evolve")
+
+
+@pytest.fixture(autouse=True)
+def experiments(place: Path) -> None:
+    """Two experiments of the configs folder."""
+    write_config(place / "configs" / "tiny.yaml", schedule={"cron": "30 2 * * *", "timezone": "Europe/Berlin"})
+    write_config(place / "configs" / "other.yaml")
+
+
+def stored() -> dict[str, bool]:
+    """Selector of what is stored -> whether it is on."""
+    with launch.open_instance(ROOT) as instance:
+        return {s.selector_id: s.is_running for s in instance.all_instigator_state(instigator_type=InstigatorType.SCHEDULE)}
+
+
+def selector(schedule: str) -> str:
+    """The key under which the daemon looks a schedule up, in the location that ``evolve ui`` loads."""
+    return InstigatorSelector(location_name="evolve_dag", repository_name="__repository__", name=schedule).get_id()
+
+
+def evolve(*arguments: str) -> str:
+    result = CliRunner().invoke(app, [*arguments, "--store", str(ROOT)])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_schedule_is_switched_where_the_daemon_looks() -> None:
+    said = evolve("schedule", "on", "tiny")
+    assert said.startswith("tiny: on, 30 2 * * * (Europe/Berlin), next tick ")
+    assert "evolve ui" in said, "no daemon was heard of"
+    assert stored() == {selector("nightly_tiny"): True}
+    assert evolve("schedule", "off", "tiny") == "tiny: off\n"
+    assert stored() == {selector("nightly_tiny"): False}
+
+
+def test_the_list_shows_all_of_them() -> None:
+    evolve("schedule", "on", "configs/tiny.yaml")
+    other, tiny = json.loads(evolve("schedule", "list", "--json"))
+    assert (other["experiment"], other["on"], other["next_tick"], other["decision"]) == ("other", False, None, "")
+    assert (tiny["experiment"], tiny["on"], tiny["cron"], tiny["timezone"]) == ("tiny", True, "30 2 * * *", "Europe/Berlin")
+    assert tiny["next_tick"][11:16] == "02:30"
+    table = evolve("schedule", "list")
+    assert "Europe/Berlin" in table
+    assert "other" in table
+
+
+def test_the_last_decision_is_shown_with_its_reason() -> None:
+    timetable.switch(ROOT, "tiny", True)
+    with launch.open_instance(ROOT) as instance:
+        [state] = instance.all_instigator_state(instigator_type=InstigatorType.SCHEDULE)
+        told = {"skip_reason": "tiny: all 2 iterations are promoted"}
+        for second, (status, extra) in enumerate([(TickStatus.STARTED, {}), (TickStatus.SKIPPED, told)]):
+            instance.create_tick(
+                TickData(
+                    state.instigator_origin_id,
+                    state.name,
+                    InstigatorType.SCHEDULE,
+                    status,
+                    1_780_000_000.0 + second,
+                    selector_id=state.selector_id,
+                    **extra,
+                )
+            )
+    line = next(line for line in timetable.listing(ROOT)[0] if line.experiment == "tiny")
+    assert line.decision == "skipped: tiny: all 2 iterations are promoted"
+    assert line.decided is not None
+    assert str(line.decided.tzinfo) == "Europe/Berlin"
+    assert "last decision" in evolve("schedule", "list")
+
+
+def test_switching_on_again_acknowledges_what_has_failed() -> None:
+    def since() -> float:
+        with launch.open_instance(ROOT) as instance:
+            return automation._switched_on(instance, "nightly_tiny")
+
+    assert since() == 0.0
+    timetable.switch(ROOT, "tiny", True)
+    first = since()
+    assert first > 0
+    timetable.switch(ROOT, "tiny", True)
+    assert since() > first
+
+
+def test_a_cron_that_has_changed_since_is_told(place: Path) -> None:
+    timetable.switch(ROOT, "tiny", True)
+    write_config(place / "configs" / "tiny.yaml", schedule={"cron": "0 3 * * *"})
+    line = next(line for line in timetable.listing(ROOT)[0] if line.experiment == "tiny")
+    assert "switched on with cron '30 2 * * *': reload the code location" in line.problem
+    with launch.open_instance(ROOT) as instance:
+        [state] = instance.all_instigator_state(instigator_type=InstigatorType.SCHEDULE)
+        assert isinstance(state.instigator_data, ScheduleInstigatorData)
+
+
+def test_what_nobody_knows_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no experiment 'nope'"):
+        timetable.switch(ROOT, "nope", True)
+    assert stored() == {}
+
+
+def test_the_name_under_which_it_is_stored_is_that_of_the_definition() -> None:
+    names = {s.name for s in automation.nightly_schedules(registry.default_store())}
+    assert {line.schedule for line in timetable.listing(ROOT)[0]} == names
+    assert dg.DefaultScheduleStatus.STOPPED in {s.default_status for s in automation.nightly_schedules(ROOT)}

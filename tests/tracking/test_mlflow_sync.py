@@ -1,0 +1,474 @@
+"""A real (small) iteration sent to real MLflow backends: once, again, after kills and losses, to a server that was down."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import yaml
+from filelock import FileLock
+
+from evolve_dag import registry
+from evolve_dag.config import Experiment
+from evolve_dag.errors import DataError, ModelError
+from evolve_dag.records import Message
+from evolve_dag.steps.base import SPECS, STEP_ORDER, run_step
+from evolve_dag.store import Store
+from evolve_dag.tracking import mlflow_sync
+from evolve_dag.tracking.mlflow_server import ADDRESS_VARIABLE, URI_VARIABLE, TrackingError, own_database, record_path
+from evolve_dag.tracking.mlflow_sync import start_background_sync, sync, tracking_link
+
+CONFIG: dict[str, Any] = {
+    "experiment": "small",
+    "seed": 4,
+    "iterations": 3,
+    "tasks": {
+        "train": {"count": 10, "world": 12},
+        "development": {"count": 6, "world": 22},
+        "held_out": {"count": 6, "world": 32},
+    },
+    "extraction": {"min_support": 3, "confidence": 0.6},
+    "distillation": {"epochs": 1},
+    "evaluation": {"bootstrap": 200},
+    "tracking": {"trajectories": 2},
+    "runtime": {"threads": 1, "concurrency": 64},
+}
+TABLES = (
+    "experiments", "runs", "params", "metrics", "tags", "datasets", "inputs", "trace_info", "trace_tags", "spans",
+    "assessments", "registered_models", "model_versions", "registered_model_aliases",
+)  # fmt: skip
+TRACES = 2 * 6
+"""train, teacher, base, without, with, greedy."""
+PICTURES = mlflow_sync._Sender.pictures
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with one promoted iteration, and MLflow's own database, empty (making its tables takes seconds)."""
+    from mlflow import MlflowClient
+
+    root = tmp_path_factory.mktemp("made") / "store"
+    store, experiment = Store(root), Experiment.model_validate(CONFIG)
+    for step in STEP_ORDER:
+        run_step(step, experiment, 1, store)
+    own_database(root).parent.mkdir(parents=True)
+    MlflowClient(f"sqlite:///{own_database(root)}")
+    return root
+
+
+@pytest.fixture
+def store(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A copy, the experiment registered, nothing set in the environment."""
+    for variable in (URI_VARIABLE, ADDRESS_VARIABLE, mlflow_sync.SWITCH_VARIABLE, registry.CONFIGS_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mlflow_sync._Sender, "pictures", lambda *_: None)  # a second each; one test draws them
+    root = tmp_path / "store"
+    shutil.copytree(made, root)
+    configure(root)
+    return Store(root)
+
+
+def configure(root: Path, **changes: Any) -> Experiment:
+    path = root.parent / "small.yaml"
+    path.write_text(yaml.safe_dump(CONFIG | changes))
+    return registry.register(root, path)
+
+
+def client(store: Store) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(mlflow_sync.tracking_uri(store.root))
+
+
+def counts(database: Path) -> dict[str, int]:
+    with sqlite3.connect(database) as connection:
+        return {table: connection.execute(f"select count(*) from {table}").fetchone()[0] for table in TABLES}
+
+
+def runs(store: Store) -> dict[str, Any]:
+    """Name of the run -> the run, of the MLflow experiment ``small``."""
+    there = client(store)
+    found = there.search_runs([there.get_experiment_by_name("small").experiment_id])
+    return {run.info.run_name: run for run in found}
+
+
+def add_iteration(store: Store, k: int, decision: str) -> None:
+    """An iteration after the first, made of copies of its files: all that a reader of the store can see of one."""
+    made: dict[str, str] = {}
+    for kind in STEP_ORDER[1:]:
+        policy = store.ref("small", k, "policy")
+        assert policy is not None
+        made["policy"] = policy.digest
+        first = store.open(kind, store.ref("small", 1, kind).digest)  # type: ignore[union-attr]
+        config = dict(first.manifest.config) | {"iteration": k}
+        inputs = {name: made[name] for name in SPECS[kind].inputs}
+        made[kind] = digest = Store.digest_of(kind, "1", config, inputs)
+        with store.build(kind, digest, code_version="1", config=config, inputs=inputs) as build:
+            for name in first.manifest.files:
+                (build.path / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(first.path / name, build.path / name)
+            build.summary.update(first.summary)
+            if kind == "promotion":
+                content = json.loads((build.path / "decision.json").read_text())
+                entering = store.open("policy", made["policy"]).summary
+                entered = {name: entering[name] for name in ("adapter", "experience")}
+                leaving = {name: made[name] for name in ("adapter", "experience")} if decision == "promote" else entered
+                content |= {"decision": decision, "policy": content["policy"] | leaving}
+                (build.path / "decision.json").write_text(json.dumps(content))
+                build.note(decision=decision)
+        store.set_ref("small", k, kind, digest, dagster_run_id=f"dagster-{k}")
+    config = {"policy": {"iteration": k + 1, **leaving}}
+    digest = Store.digest_of("policy", "1", config, {})
+    with store.build("policy", digest, code_version="1", config=config, inputs={}) as build:
+        build.note(**leaving, base=entering["base"])
+    store.set_ref("small", k + 1, "policy", digest)
+
+
+def test_an_iteration_is_sent_whole_and_only_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlflow_sync._Sender, "pictures", PICTURES)
+    sent = sync(store)
+    assert (sent.runs, sent.traces, sent.versions, sent.failed, sent.skipped) == (2, TRACES, 1, [], [])
+    found = runs(store)
+    parent, nested = found["small"], found["iteration 01"]
+    assert nested.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    for kind in STEP_ORDER:
+        assert nested.data.tags[f"evolve.digest.{kind}"] == store.ref("small", 1, kind).digest  # type: ignore[union-attr]
+    assert nested.data.tags["evolve.partition"] == "small|01"
+    assert nested.data.tags["evolve.decision"] == "promote"
+    assert parent.data.params["distillation.learning_rate"] == "0.0007"
+    assert parent.data.params["tasks.train.world"] == "12"
+    assert parent.data.tags["config.iterations"] == "3"
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+
+    there = client(store)
+    adapter = store.open("adapter", store.ref("small", 1, "adapter").digest)  # type: ignore[union-attr]
+    curve = adapter.frame("curve.parquet")
+    history = there.get_metric_history(nested.info.run_id, "train/loss")
+    assert [(m.step, m.value) for m in history] == list(zip(curve["step"], curve["loss"], strict=True))
+    summary = store.open("scores", store.ref("small", 1, "scores").digest).json("summary.json")  # type: ignore[union-attr]
+    steps = {m.step: m.value for m in there.get_metric_history(parent.info.run_id, "success/without")}
+    assert steps == {0: summary["base"]["success"], 1: summary["without"]["success"]}
+    low, high = summary["without"]["intervals"]["success"]
+    assert parent.data.metrics["success/without_low"] == low
+    assert parent.data.metrics["success/without_high"] == high
+
+    digests = {i.dataset.digest for i in nested.inputs.dataset_inputs}
+    assert {store.ref("small", 1, kind).digest for kind in ("trajectories", "contexts", "scores")} <= digests  # type: ignore[union-attr]
+    assert {i.dataset.name for i in parent.inputs.dataset_inputs} == {
+        f"small tasks, {use}" for use in ("training", "development", "held-out")
+    }
+    files = {f.path for f in there.list_artifacts(parent.info.run_id)} | {
+        f.path for f in there.list_artifacts(parent.info.run_id, "figures")
+    }
+    assert {"report.html", "figures/success.png", "figures/training.png"} <= files
+
+    before = counts(own_database(store.root))
+    assert str(sync(store)) == "nothing to send"
+    sync(store, again=True)
+    assert counts(own_database(store.root)) == before
+    record_path(store.root, mlflow_sync.tracking_uri(store.root)).unlink()  # as on another machine
+    assert sync(store).runs == 0
+    assert counts(own_database(store.root)) == before
+
+
+def test_traces_show_what_the_episode_did(store: Store) -> None:
+    sync(store)
+    there = client(store)
+    nested = runs(store)["iteration 01"]
+    traces = there.search_traces(locations=[nested.info.experiment_id], run_id=nested.info.run_id, max_results=100)
+    contexts = store.open("contexts", store.ref("small", 1, "contexts").digest)  # type: ignore[union-attr]
+    steps = contexts.frame("steps.parquet")
+    rewards = dict(contexts.frame("trajectories.parquet").select("id", "reward").iter_rows())
+    taught = [t for t in traces if t.info.tags["evolve.condition"] == "teacher"]
+    assert len(taught) == 2
+    assert {t.info.tags["evolve.digest"] for t in taught} == {contexts.digest}
+    for trace in taught:
+        name = trace.info.tags["evolve.trajectory"]
+        rows = steps.filter(pl.col("trajectory_id") == name).sort("index").to_dicts()
+        root, *spans = trace.data.spans
+        assert root.span_type == "AGENT"
+        assert root.attributes["evolve.reward"] == rewards[name]
+        assert [a.feedback.value for a in trace.info.assessments] == [rewards[name]]
+        calls = [s for s in spans if s.span_type == "LLM"]
+        assert [s.outputs["choices"][0]["message"]["content"] for s in calls] == [row["text"] for row in rows]
+        tools = [s for s in spans if s.span_type == "TOOL"]
+        assert [(s.name, s.outputs["observation"]) for s in tools] == [
+            (row["tool"], row["observation"]) for row in rows if row["tool"] and row["problem"] is None
+        ]
+        for call, row in zip(calls, rows, strict=True):
+            assert call.attributes.get("evolve.selected", []) == row["selected"]
+            assert call.inputs["messages"][-1]["content"].endswith(row["injected"])
+            assert call.attributes["mlflow.chat.tokenUsage"]["output_tokens"] == len(row["token_ids"])
+        chosen = [s.attributes["evolve.selected"] for s in spans if s.span_type == "RETRIEVER" and s.outputs]
+        assert chosen == [row["selected"] for row in rows if row["selected"]]
+        times = [(s.start_time_ns, s.end_time_ns) for s in spans]
+        assert all(root.start_time_ns <= a < b <= root.end_time_ns for a, b in times)
+        assert times == sorted(times)
+        assert {s.parent_id for s in spans} == {root.span_id}
+
+
+def test_the_champion_moves_with_a_promotion_and_stays_on_keep(store: Store) -> None:
+    sync(store)
+    there = client(store)
+    alias = lambda: int(there.get_model_version_by_alias("small", "champion").version)  # noqa: E731
+    assert alias() == 1
+    add_iteration(store, 2, "keep")
+    assert sync(store).versions == 1
+    assert alias() == 1
+    add_iteration(store, 3, "promote")
+    sent = sync(store)
+    assert (sent.runs, sent.versions) == (1, 1)
+    assert alias() == 3
+    versions = {int(v.version): v for v in there.search_model_versions("name = 'small'")}
+    assert {n: v.tags["evolve.decision"] for n, v in versions.items()} == {1: "promoted", 2: "declined", 3: "promoted"}
+    first = store.ref("small", 1, "adapter")
+    assert versions[2].tags["evolve.parent.adapter"] == versions[3].tags["evolve.parent.adapter"] == first.digest  # type: ignore[union-attr]
+    found = runs(store)
+    assert found["iteration 03"].data.tags["dagster.run_id"] == "dagster-3"
+    assert len(there.get_metric_history(found["small"].info.run_id, "success/without")) == 4
+
+
+def test_another_config_is_another_lineage(store: Store) -> None:
+    sync(store)
+    run_step("promotion", configure(store.root, gate={"max_turn_ratio": 3.0}), 1, store)
+    assert sync(store).runs == 2
+    there = client(store)
+    experiment_id = there.get_experiment_by_name("small").experiment_id
+    parents = there.search_runs([experiment_id], "tags.`evolve.kind` = 'lineage'")
+    assert {(r.data.params["gate.max_turn_ratio"], r.data.tags["evolve.current"]) for r in parents} == {
+        ("2.0", "false"),
+        ("3.0", "true"),
+    }
+    assert int(there.get_model_version_by_alias("small", "champion").version) == 2
+
+
+def test_what_was_deleted_stays_deleted_and_what_was_lost_is_sent_anew(store: Store, made: Path) -> None:
+    sync(store)
+    before = counts(own_database(store.root))
+    client(store).delete_run(runs(store)["small"].info.run_id)
+    sent = sync(store)
+    assert sent.runs == 0
+    assert "deleted in MLflow" in sent.skipped[0]
+    # A fresh database behind the same address; the process that knew the old one is gone too.
+    shutil.copyfile(own_database(made), own_database(store.root))
+    subprocess.run([sys.executable, "-m", "evolve_dag", "sync-mlflow", "--store", str(store.root)], check=True)
+    assert counts(own_database(store.root)) == before
+
+
+def test_a_loaded_champion_says_what_the_policy_says(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow.pyfunc
+
+    from evolve_dag.inference.folders import POCKET
+    from evolve_dag.inference.protocol import Request, Sampling
+    from evolve_dag.inference.transformers import TransformersModel
+
+    sync(store)
+    uri = mlflow_sync.tracking_uri(store.root)
+    monkeypatch.setenv(URI_VARIABLE, uri)
+    mlflow.set_tracking_uri(uri)
+    try:
+        loaded = mlflow.pyfunc.load_model("models:/small@champion")
+    finally:
+        mlflow.set_tracking_uri(None)
+    artifact = store.open("trajectories", store.ref("small", 1, "trajectories").digest)  # type: ignore[union-attr]
+    frame = artifact.frame("trajectories.parquet").unique("task_id", maintain_order=True).head(3)
+    adapter = store.open("adapter", store.ref("small", 1, "adapter").digest)  # type: ignore[union-attr]
+    policy = TransformersModel.load(POCKET, adapter_dir=adapter.path, threads=1)
+
+    async def ask() -> list[str]:
+        requests = [
+            Request((Message("system", system), Message("user", question)), Sampling(0.0, 1.0, 48))
+            for system, question in frame.select("system", "question").iter_rows()
+        ]
+        return [done.text for done in await asyncio.gather(*map(policy.generate, requests))]
+
+    expected = asyncio.run(ask())
+    assert loaded.predict([{"question": question} for question in frame["question"]]) == expected
+    messages = [{"role": "system", "content": frame["system"][0]}, {"role": "user", "content": frame["question"][0]}]
+    assert loaded.predict([{"messages": messages}]) == expected[:1]
+    assert len(loaded.predict([{"question": frame["question"][0]}], params={"max_tokens": 4})[0]) < len(expected[0])
+    with pytest.raises(DataError, match="input 1: neither a question nor messages"):
+        loaded.predict([{"query": "?"}])
+
+
+def test_an_adapter_refuses_other_weights(tmp_path: Path) -> None:
+    from evolve_dag.inference.folders import POCKET, folder_digest
+    from evolve_dag.tracking.mlflow_policy import base_folder
+
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    other = f"sha256:{folder_digest(tmp_path)[:32]}:float32"
+    assert base_folder(other, str(tmp_path)) == tmp_path
+    assert base_folder(f"sha256:{folder_digest(POCKET)[:32]}:float32", str(tmp_path)) == POCKET
+    (tmp_path / "model.safetensors").write_bytes(b"changed weights")
+    with pytest.raises(ModelError, match="EVOLVE_BASE_MODEL"):
+        base_folder(other, str(tmp_path))
+
+
+def test_killed_in_the_middle_then_the_same_as_without(store: Store, made: Path, tmp_path: Path) -> None:
+    calm = tmp_path / "calm"
+    shutil.copytree(store.root, calm)
+    configure(calm)
+    sync(Store(calm))
+    command = [sys.executable, "-m", "evolve_dag", "sync-mlflow", "--store", str(store.root)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not 0 < counts(own_database(store.root))["trace_info"] < TRACES - 2:
+            assert process.poll() is None, "finished before it could be killed"
+            assert time.monotonic() < deadline, "never got there"
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert counts(own_database(store.root))["trace_info"] < TRACES
+    sync(store)
+    assert counts(own_database(store.root)) == counts(own_database(calm))
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture
+def server(made: Path, tmp_path: Path, port: int) -> Iterator[Any]:
+    """Starts MLflow's server on ``port`` when called."""
+    processes = []
+
+    def start() -> None:
+        shutil.copyfile(own_database(made), tmp_path / "server.db")
+        environment = os.environ | {
+            "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{tmp_path}/server.db",
+            "_MLFLOW_SERVER_REGISTRY_STORE": f"sqlite:///{tmp_path}/server.db",
+            "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(tmp_path / "server"),
+            "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        environment.pop(URI_VARIABLE, None)
+        command = [sys.executable, "-m", "uvicorn", "mlflow.server.fastapi_app:app", "--port", str(port)]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        deadline = time.monotonic() + 120
+        while True:
+            with socket.socket() as knock:
+                if knock.connect_ex(("127.0.0.1", port)) == 0:
+                    return
+            assert time.monotonic() < deadline, "the server did not come up"
+            time.sleep(0.05)
+
+    yield start
+    for process in processes:
+        process.terminate()
+        process.wait()
+
+
+def test_a_server_that_is_down_gets_it_later(
+    store: Store, server: Any, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(URI_VARIABLE, f"http://someone:pass-of-someone@127.0.0.1:{port}")
+    started = time.monotonic()
+    with pytest.raises(TrackingError, match="does not answer") as caught:
+        sync(store)
+    assert time.monotonic() - started < 5
+    assert "evolve sync-mlflow" in caught.value.remedy
+    assert "pass-of-someone" not in str(caught.value)
+    assert tracking_link(store.root, "small", 1) is None
+    server()
+    sent = sync(store)
+    assert (sent.runs, sent.traces, sent.versions) == (2, TRACES, 1)
+    assert (tmp_path / "server").is_dir()
+    run = runs(store)["iteration 01"].info
+    link = tracking_link(store.root, "small", 1)
+    assert link == f"http://127.0.0.1:{port}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+    for path in (store.root / "tracking").iterdir():
+        assert b"pass-of-someone" not in path.read_bytes()
+    before = counts(tmp_path / "server.db")
+    assert before["spans"] > TRACES
+    assert before["assessments"] == TRACES
+    sync(store, again=True)
+    assert counts(tmp_path / "server.db") == before
+
+
+def test_in_the_background(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.load(store.root, "small")  # imports are no part of what is timed
+    assert tracking_link(store.root, "small", 1) is None
+    started = time.monotonic()
+    (store.root / "tracking").mkdir()
+    with FileLock(store.root / "tracking" / "sync.lock"):
+        # Another process is sending: the request is left to it.
+        start_background_sync(store.root, "small")
+        assert time.monotonic() - started < 1
+    assert not (store.root / "tracking" / "sync.log").exists()
+    assert [p.name for p in (store.root / "tracking" / "requests").iterdir()] == ["small"]
+    start_background_sync(store.root, "small")
+    deadline = time.monotonic() + 120
+    log = store.root / "tracking" / "sync.log"
+    while "small: " not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    assert "small: 2 runs, " in log.read_text()
+    assert f"{TRACES} traces" in log.read_text()
+    assert not any((store.root / "tracking" / "requests").iterdir())
+    link = tracking_link(store.root, "small", 1)
+    assert link == f"mlflow run {runs(store)['iteration 01'].info.run_id}"
+    monkeypatch.setenv(ADDRESS_VARIABLE, "http://127.0.0.1:5000/")
+    assert str(tracking_link(store.root, "small", 1)).startswith("http://127.0.0.1:5000/#/experiments/")
+    assert "small%7C02" in str(tracking_link(store.root, "small", 2))
+
+
+def test_a_failure_in_the_background_keeps_the_request(store: Store, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(URI_VARIABLE, f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(mlflow_sync, "_lower_priority", lambda: None)
+    mlflow_sync._request(store.root, "small")
+    assert mlflow_sync.main(store.root) == 1
+    assert [p.name for p in (store.root / "tracking" / "requests").iterdir()] == ["small"]
+
+
+@pytest.mark.parametrize("why", ["unknown", "file", "switch"])
+def test_nothing_happens_where_nothing_is_wanted(store: Store, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = counts(own_database(store.root))
+    if why == "file":
+        configure(store.root, tracking={"mlflow": False})
+        assert sync(store).skipped == ["small: tracking.mlflow is false"]
+    if why == "switch":
+        monkeypatch.setenv(mlflow_sync.SWITCH_VARIABLE, "off")
+    start_background_sync(store.root, "nobody" if why == "unknown" else "small")
+    assert not (store.root / "tracking").exists()
+    assert counts(own_database(store.root)) == before
+
+
+def test_no_secret_reaches_the_server(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = store.open("trajectories", store.ref("small", 1, "trajectories").digest)  # type: ignore[union-attr]
+    secret = artifact.frame("trajectories.parquet")["answer"].drop_nulls()[0]
+    assert len(secret) >= 8
+    monkeypatch.setenv("EXAMPLE_API_KEY", secret)
+    sync(store)
+    with sqlite3.connect(own_database(store.root)) as connection:
+        texts = [row[0] for row in connection.execute("select content from spans")]
+        texts += [row[0] or "" for row in connection.execute("select response_preview from trace_info")]
+    assert any("***" in text for text in texts)
+    assert not any(secret in text for text in texts)
+
+
+def test_a_damaged_artifact_is_named_and_the_others_are_sent(store: Store) -> None:
+    path = store.open("contexts", store.ref("small", 1, "contexts").digest).path / "steps.parquet"  # type: ignore[union-attr]
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    sent = sync(store)
+    assert "steps.parquet" in sent.failed[0]
+    assert sent.runs == 2
