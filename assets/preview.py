@@ -34,6 +34,8 @@ TABLES: Mapping[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
 
 PLOTTED = ("success", "premature", "unanswered", "turns")
 """Metrics that become numbers of their own; those of development tasks are the promotion's evidence."""
+CONDITIONS = ("base", "without", "with", "greedy")
+"""Their order in the table of results; those of development tasks follow."""
 
 NOT_SHOWN: Mapping[str, frozenset[str]] = {"policy": frozenset({"adapter", "experience"}), "promotion": frozenset({"reasons"})}
 """Entries of a summary that are shown in a better form."""
@@ -124,7 +126,8 @@ def _results(artifact: Artifact) -> dict[str, Any]:
                 found[f"{name}_{condition}"] = _round(value)
         for end, bound in zip(("low", "high"), metrics.intervals.get("success") or (), strict=False):
             found[f"success_{condition}_{end}"] = _round(bound)
-    rows = pl.DataFrame([{"condition": name.replace("_", " "), **_row(metrics)} for name, metrics in measured.items()])
+    order = sorted(measured, key=lambda name: (CONDITIONS.index(name) if name in CONDITIONS else len(CONDITIONS), name))
+    rows = pl.DataFrame([{"condition": name.replace("_", " "), **_row(measured[name])} for name in order])
     return ({"results": table("", rows)} if rows.height else {}) | found
 
 
@@ -132,7 +135,7 @@ def _row(metrics: Metrics) -> dict[str, str]:
     low, high = metrics.intervals.get("success") or (None, None)
     return {
         "success": _percent(metrics.success),
-        "95% interval": f"{_percent(low)} to {_percent(high)}" if low is not None else "",
+        "95% interval": f"{100 * low:.1f}–{_percent(high)}" if low is not None else "",
         "premature": _percent(metrics.premature),
         "unanswered": _percent(metrics.unanswered),
         "mean turns": "" if metrics.turns is None else f"{metrics.turns:.2f}",

@@ -10,7 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import dagster as dg
-from dagster._core.storage.tags import BACKFILL_ID_TAG, PRIORITY_TAG, RETRY_ON_ASSET_OR_OP_FAILURE_TAG, RUN_FAILURE_REASON_TAG
+from dagster._core.storage.tags import (
+    BACKFILL_ID_TAG,
+    PRIORITY_TAG,
+    RETRY_ON_ASSET_OR_OP_FAILURE_TAG,
+    RUN_FAILURE_REASON_TAG,
+    WILL_RETRY_TAG,
+)
 from dagster._time import get_current_timestamp
 from evolve_dag.assets import partitions
 from evolve_dag.assets.resources import StoreResource
@@ -26,6 +32,11 @@ IN_PROGRESS = [
 
 GRACE_SECONDS = 180.0
 """Between a run's start and the lock of its first step lies the import of everything, on a machine that may be busy."""
+
+RETRY_SECONDS = 60.0
+"""Dagster starts a retry within seconds of the failure, or has overlooked it."""
+REMINDED_TAG = "evolve/retry_reminded"
+"""Run tag, the run's own id: Dagster was told of its failure a second time."""
 
 _held: dict[Path, FileLock] = {}
 
@@ -78,6 +89,29 @@ def end_lost_runs(instance: dg.DagsterInstance, root: Path, name: str | None = N
     return ended
 
 
+def settle_retries(instance: dg.DagsterInstance) -> list[str]:
+    """Remind Dagster of retries that it has promised and not started; returns the runs.
+
+    The daemon reads a failure's event before the run's status is written, every so often, and then passes the run over for
+    good; its backfill waits for the retry for ever. Told again, it starts the retry. What is not started then either (the run
+    had nothing left to do, its backfill was canceled) is no longer promised.
+    """
+    promised = dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], tags={WILL_RETRY_TAG: "true"})
+    settled = []
+    for record in instance.get_run_records(promised, limit=200):
+        run = record.dagster_run
+        since = get_current_timestamp() - (record.end_time or record.update_timestamp.timestamp())
+        if not is_iteration(run) or not run.is_complete_and_waiting_to_retry or since < RETRY_SECONDS:
+            continue
+        if run.tags.get(REMINDED_TAG) != run.run_id:
+            instance.add_run_tags(run.run_id, {REMINDED_TAG: run.run_id})
+            instance.report_run_failed(run, "its retry was not started: asked for once more")
+        else:
+            instance.add_run_tags(run.run_id, {WILL_RETRY_TAG: "false"})
+        settled.append(run.run_id)
+    return settled
+
+
 @dg.sensor(
     minimum_interval_seconds=20,
     default_status=dg.DefaultSensorStatus.RUNNING,
@@ -87,6 +121,8 @@ def lost_runs(context: dg.SensorEvaluationContext, store: StoreResource) -> dg.S
     ended = end_lost_runs(context.instance, store.path)
     for run_id in ended:
         context.log.warning(f"run {run_id} has no process any more: ended")
+    for run_id in settle_retries(context.instance):
+        context.log.warning(f"run {run_id} was to be retried and was not: Dagster is reminded, then released")
     for path in _leftovers(context.instance, store.path):
         with suppress(OSError):
             path.unlink()

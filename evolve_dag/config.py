@@ -478,6 +478,8 @@ class Experiment(Section):
     injection: InjectionPattern = "step_wise"
     """How items stand in the teacher's context: chosen anew at each step, the whole pool before the task, or not at all."""
     regime: Regime = Regime()
+    start_pool: str = ""
+    """File of an experience pool to start from, ours or what `evolve import` reads; empty: an empty pool."""
     models: Models = Models()
     environment: Annotated[PocketEnvironment | CorpusEnvironment | ToolsEnvironment, Field(discriminator="kind")] = (
         PocketEnvironment()
@@ -607,6 +609,7 @@ def load_experiment(path: str | Path) -> Experiment:
 
 
 _PATH_KEYS = (
+    "start_pool",
     "environment.pages",
     "environment.files",
     *(f"tasks.{split}.path" for split in ("train", "development", "held_out")),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 from evolve_dag.errors import DataError
@@ -19,11 +20,14 @@ from evolve_dag.records import ExperienceItem, PoolEdit, Score, Step, ToolCall, 
 if TYPE_CHECKING:
     import polars as pl
 
+    from evolve_dag.tracking.ledger import Call
+
 TRAJECTORIES = "trajectories.parquet"
 STEPS = "steps.parquet"
 ITEMS = "items.parquet"
 EDITS = "edits.parquet"
 SCORES = "scores.parquet"
+CALLS = "calls.parquet"
 
 
 def schemas() -> dict[str, pl.Schema]:
@@ -92,6 +96,22 @@ def schemas() -> dict[str, pl.Schema]:
                 "into": text,
             }
         ),
+        CALLS: pl.Schema(
+            {
+                "role": text,
+                "model": text,
+                "purpose": text,
+                "outcome": text,
+                "attempts": number,
+                "prompt_tokens": pl.Int64(),
+                "cached_tokens": pl.Int64(),
+                "completion_tokens": pl.Int64(),
+                "seconds": pl.Float64(),
+                "cost": pl.Float64(),
+                "error": text,
+                "cut_characters": pl.Int64(),
+            }
+        ),
         SCORES: pl.Schema(
             {
                 "task_id": text,
@@ -107,6 +127,14 @@ def schemas() -> dict[str, pl.Schema]:
             }
         ),
     }
+
+
+# -- calls
+
+
+def calls_to_frame(calls: Sequence[Call]) -> pl.DataFrame:
+    """The ledger of a step as a frame, ``calls.parquet``."""
+    return _frame([asdict(call) for call in calls], CALLS)
 
 
 # -- trajectories

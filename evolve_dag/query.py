@@ -32,6 +32,7 @@ VIEWS = {
     "edits": "every pool edit with its reason",
     "contexts": "one row per step that was learned from: the selected items and the injected text",
     "scores": "one row per evaluation rollout and condition",
+    "calls": "one row per call to an extractor, selector, judge or served policy: tokens, attempts, cost in US dollars",
     "curves": "one row per optimizer step of every adapter",
 }
 """View -> what a row is. Every view but ``artifacts`` and ``refs`` starts with kind, digest, experiment and iteration of
@@ -47,6 +48,7 @@ _FILES = {
     "edits": frames.EDITS,
     "contexts": CONTEXTS,
     "scores": frames.SCORES,
+    "calls": frames.CALLS,
     "curves": CURVE,
 }
 

@@ -104,7 +104,8 @@ class _Episode:
         self.model, self.environment, self.settings = model, environment, settings
         self.experience, self.session, self.started = experience, session, started
         self.last = settings.max_steps == 1
-        question = f"{task.question}\n{LAST_STEP}" if self.last else task.question
+        asked = plain(task.question)
+        question = f"{asked}\n{LAST_STEP}" if self.last else asked
         self.trajectory = Trajectory(
             id=f"{task.id}#{rollout}",
             task_id=task.id,

@@ -15,15 +15,16 @@ the next iteration untouched.
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from evolve_dag.benchmarks.suites import data_digests
 from evolve_dag.config import Experiment, ToolsEnvironment
 from evolve_dag.errors import OrderError
+from evolve_dag.frames import CALLS, calls_to_frame
 from evolve_dag.inference.backends import identity
 from evolve_dag.inference.folders import base_identity
 from evolve_dag.inference.roles import Roles
@@ -225,11 +226,27 @@ def entering_policy(experiment: Experiment, iteration: int | None, store: Store)
     return newest
 
 
+def first_policy(experiment: Experiment) -> PolicyRef:
+    """policy(1): the bare base model, with the pool that the experiment starts from, if any.
+
+    Raises:
+        DataError: the file of the pool cannot be read.
+    """
+    ref = PolicyRef(iteration=1, base=base_identity(experiment.models.policy))
+    if not experiment.start_pool:
+        return ref
+    from evolve_dag.experience.pool_files import pool_digest, pool_from_file
+
+    path = Path(experiment.start_pool)
+    pool = pool_from_file(path)
+    return replace(ref, experience=pool_digest(pool, path.name), next_item=pool.next_number)
+
+
 def _entering(experiment: Experiment, iteration: int, store: Store) -> PolicyRef | str:
     """policy(k) as values, or the name of what is missing."""
     from evolve_dag.steps.promotion import next_policy
 
-    ref = PolicyRef(iteration=1, base=base_identity(experiment.models.policy))
+    ref = first_policy(experiment)
     for k in range(1, iteration):
         promotion = resolve_from("promotion", experiment, k, store, ref)
         if promotion.digest is None or not promotion.exists:
@@ -342,7 +359,7 @@ def run_step(
                     asyncio.run(roles.close())
                 if totals := ledger.totals():
                     build.note(calls=totals)
-                    shutil.copyfile(build.ledger_path, build.path / "calls.jsonl")
+                    calls_to_frame(ledger.calls()).write_parquet(build.path / CALLS)
     artifact = store.open(name, expected.digest)
     seconds = time.monotonic() - started
     remembered = {"recomputed": recomputed, "seconds": round(seconds, 3), **(facts or {})}

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 from evolve_dag.steps.base import StepContext
 
 
 def run(context: StepContext) -> None:
-    """Write ``policy.json``."""
+    """Write ``policy.json``; for the first iteration also the pool that the experiment starts from, if any."""
     ref = context.entering
+    start = context.experiment.start_pool
+    if context.iteration == 1 and start:
+        from evolve_dag.experience.pool_files import artifact_of, read_pool
+
+        found = read_pool(start)
+        artifact_of(found.pool, context.store, Path(start).name, renamed=found.renamed)
     (context.build.path / "policy.json").write_text(json.dumps(asdict(ref), indent=2) + "\n")
     context.build.note(adapter=ref.adapter, experience=ref.experience, base=ref.base)

@@ -139,3 +139,42 @@ def test_within_a_backfill_a_run_before_its_turn_asks_for_another(
     assert retry not in refused(**backfill), "iteration 1 has failed for good"
     memory.add_run_tags(first.run_id, {"dagster/will_retry": "true"})
     assert refused(**backfill)[retry] == "true"
+
+
+def test_a_promised_retry_that_dagster_has_overlooked_is_asked_for_once_and_then_released(
+    memory: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = started(memory, **{"dagster/will_retry": "true"})
+    memory.report_run_failed(run)
+    assert recovery.settle_retries(memory) == [], "it has its time"
+    monkeypatch.setattr(recovery, "RETRY_SECONDS", -1.0)
+
+    def told() -> int:
+        return len(memory.all_logs(run.run_id, of_type=dg.DagsterEventType.RUN_FAILURE))
+
+    def waiting() -> bool:
+        found = memory.get_run_by_id(run.run_id)
+        assert found is not None
+        return bool(found.is_complete_and_waiting_to_retry)
+
+    assert told() == 1
+    assert recovery.settle_retries(memory) == [run.run_id]
+    assert (told(), waiting()) == (2, True)
+    assert recovery.settle_retries(memory) == [run.run_id]
+    assert (told(), waiting()) == (2, False)
+    assert recovery.settle_retries(memory) == []
+
+
+def test_a_retry_that_was_started_and_the_retry_itself_are_left_alone(
+    memory: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "RETRY_SECONDS", -1.0)
+    first = started(memory, **{"dagster/will_retry": "true", "dagster/auto_retry_run_id": "another"})
+    memory.report_run_failed(first)
+    assert recovery.settle_retries(memory) == []
+    inherited = started(memory, **{"dagster/will_retry": "true", recovery.REMINDED_TAG: first.run_id})
+    memory.report_run_failed(inherited)
+    assert recovery.settle_retries(memory) == [inherited.run_id]
+    found = memory.get_run_by_id(inherited.run_id)
+    assert found is not None
+    assert found.is_complete_and_waiting_to_retry, "a tag that came with the parent's tags does not count"
