@@ -37,7 +37,7 @@ test: install  ## every test
 
 test-ui: install  ## the Dagster and MLflow pages in Chromium, and the real daemon (15 minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[ui-tests]'
-	$(BIN)/python -m pytest tests_ui
+	$(BIN)/python -m pytest tests_ui -p no:cacheprovider
 
 vllm: .venv-vllm/.installed  ## vLLM's CPU build in an environment of its own, .venv-vllm
 

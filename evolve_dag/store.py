@@ -6,6 +6,7 @@ Layout under the root::
     work/<kind>/<digest>/files/        what a builder is writing; becomes the folder above by one rename
     work/<kind>/<digest>/journals/     JSON lines that outlive a killed builder, so that it resumes
     refs/<experiment>/<iteration>/     <kind>.json: which artifact an iteration of an experiment uses
+    mirror/                            what waits to be sent to object storage (:mod:`evolve_dag.mirror`)
     locks/  quarantine/                locks that vanish with their process; artifacts found corrupt
 
 The digest of an artifact is the hash of its kind, the version of the code, the slice of config that its
@@ -36,6 +37,8 @@ from evolve_dag.errors import ConcurrencyError, ConfigError, EvolveError, StoreE
 
 if TYPE_CHECKING:
     import polars as pl
+
+    from evolve_dag.mirror import Mirror
 
 log = logging.getLogger(__name__)
 
@@ -305,15 +308,34 @@ class Build:
 
 
 class Store:
-    """Artifacts, refs and locks under one folder. Reading creates nothing."""
+    """Artifacts, refs and locks under one folder. Reading creates nothing, unless there is a mirror to fetch from.
 
-    def __init__(self, root: Path | str) -> None:
+    Args:
+        root: the folder.
+        mirror: where else artifacts and refs lie; default: what ``EVOLVE_MIRROR`` says (:mod:`evolve_dag.mirror`).
+    """
+
+    def __init__(self, root: Path | str, *, mirror: Mirror | None = None) -> None:
         self.root = Path(root)
+        self._mirror = mirror
         if self.root.exists() and not self.root.is_dir():
             raise StoreError(f"{self.root}: is a file, not a folder", "name another folder with --store")
 
     def __repr__(self) -> str:
         return f"Store({str(self.root)!r})"
+
+    @property
+    def mirror(self) -> Mirror | None:
+        """Where else artifacts and refs lie; None: nowhere.
+
+        Raises:
+            ConfigError: ``EVOLVE_MIRROR`` is not an address.
+        """
+        if self._mirror is None and os.environ.get("EVOLVE_MIRROR"):
+            from evolve_dag.mirror import configured
+
+            self._mirror = configured()
+        return self._mirror
 
     # -- artifacts
 
@@ -336,17 +358,21 @@ class Store:
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:32]
 
     def exists(self, kind: str, digest: str) -> bool:
-        """Whether the artifact is there (corrupt or not: :meth:`open` tells)."""
-        return self._object(kind, digest).is_dir()
+        """Whether the artifact is here or in the mirror (corrupt or not: :meth:`open` tells)."""
+        if self._object(kind, digest).is_dir():
+            return True
+        return self.mirror is not None and self.mirror.has(kind, digest)
 
     def open(self, kind: str, digest: str, *, verify: bool = False) -> Artifact:
         """The artifact; sizes of its files are checked, with ``verify`` their hashes too.
 
+        One that only the mirror has is fetched first.
+
         Raises:
-            StoreError: missing or corrupt; names the file and the remedy.
+            StoreError: missing or corrupt, or it cannot be fetched; names the file and the remedy.
         """
         folder = self._object(kind, digest)
-        if not folder.is_dir():
+        if not folder.is_dir() and not (self.mirror is not None and self.mirror.fetch(self, kind, digest)):
             raise StoreError(f"{folder}: no such {kind} artifact", f"materialize {kind} for this iteration first")
         artifact = self._read(kind, digest)
         artifact.verify(content=verify)
@@ -438,6 +464,8 @@ class Store:
                     raise _disk_error(error, build.path) from error
                 raise
             shutil.rmtree(folder, ignore_errors=True)
+        if published is None and build.artifact is not None and self.mirror is not None:
+            self.mirror.published(self, build.artifact)
 
     # -- refs
 
@@ -454,7 +482,7 @@ class Store:
             )
         plain = _plain(facts, "facts", finite=False)
         with contextlib.suppress(StoreError):  # a broken ref is mended by writing it anew
-            present = self.ref(experiment, iteration, kind)
+            present = self._ref_here(experiment, iteration, kind)
             if present is not None and present.digest == digest and present.facts == plain:
                 return present
         ref = Ref(experiment, iteration, kind, digest, _now(), plain)
@@ -464,14 +492,21 @@ class Store:
             _write_atomic(path, _pretty(content))
         except OSError as error:
             raise _disk_error(error, path) from error
+        if self.mirror is not None:
+            self.mirror.referenced(self, ref)
         return ref
 
     def ref(self, experiment: str, iteration: int, kind: str) -> Ref | None:
-        """The ref, or None when that iteration has none for this kind.
+        """The ref, or None when that iteration has none for this kind; with a mirror, what other machines set counts too.
 
         Raises:
             StoreError: the ref file is corrupt.
         """
+        if self.mirror is not None:
+            self.mirror.refresh(self)
+        return self._ref_here(experiment, iteration, kind)
+
+    def _ref_here(self, experiment: str, iteration: int, kind: str) -> Ref | None:
         path = self._ref_path(experiment, iteration, kind)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -484,16 +519,21 @@ class Store:
             raise StoreError(f"{path}: not a ref: {error}", f"delete {path} and run again: it will be written anew") from error
 
     def refs(self, experiment: str | None = None) -> list[Ref]:
-        """All refs (of an experiment), by experiment, iteration and kind.
+        """All refs (of an experiment), by experiment, iteration and kind; with a mirror, what other machines set counts too.
 
         Raises:
             StoreError: a ref file is corrupt.
         """
+        if self.mirror is not None:
+            self.mirror.refresh(self)
+        return self._refs_here(experiment)
+
+    def _refs_here(self, experiment: str | None = None) -> list[Ref]:
         found: list[Ref] = []
         for path in sorted((self.root / "refs").glob("*/*/*.json")):
             name, iteration = path.parts[-3], path.parts[-2]
             if iteration.isdigit() and (experiment is None or name == experiment):
-                ref = self.ref(name, int(iteration), path.stem)
+                ref = self._ref_here(name, int(iteration), path.stem)
                 if ref is not None:
                     found.append(ref)
         return sorted(found, key=lambda ref: (ref.experiment, ref.iteration, ref.kind))

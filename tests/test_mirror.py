@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
+import boto3  # type: ignore[import-untyped]
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -22,6 +22,7 @@ from evolve_dag import mirror as mirrors
 from evolve_dag.cli import main
 from evolve_dag.errors import ConfigError, StoreError
 from evolve_dag.mirror import Mirror, Moved
+from evolve_dag.secrecy import describe_error
 from evolve_dag.store import Artifact, Ref, Store
 
 SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
@@ -199,7 +200,7 @@ def test_the_later_ref_wins_on_both_sides(folder: str, tmp_path: Path, monkeypat
     old = Ref("pocket", 1, "scores", a.digest, "2025-01-01T00:00:00+00:00")
     assert one.mirror is not None
     one.mirror.referenced(one, old)
-    assert not one.mirror._send_ref(one, old)  # type: ignore[attr-defined]
+    assert not one.mirror._send_ref(one, old)
     assert Store(tmp_path / "three", mirror=Watched(folder)).refs()[0].digest == b.digest
 
 
@@ -437,7 +438,9 @@ def test_environment_names_the_mirror(folder: str, tmp_path: Path, monkeypatch: 
     assert Store(tmp_path / "here").mirror is Store(tmp_path / "there").mirror
 
 
-def test_a_missing_bucket_is_named(bucket: str, tmp_path: Path) -> None:
+def test_a_missing_bucket_and_an_unknown_experiment_are_named(bucket: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no experiment 'nobody'"):
+        Mirror(f"s3://{bucket}").pull(Store(tmp_path), "nobody")
     with pytest.raises(StoreError, match="no bucket 'absent-bucket'"):
         Mirror("s3://absent-bucket/p").status(Store(tmp_path))
 
@@ -452,8 +455,8 @@ def test_errors_hold_no_secrets(monkeypatch: pytest.MonkeyPatch, folder: str, tm
         Watched(folder, fail_at="files/").push(Store(tmp_path / "here"))
     assert SECRET not in str(told.value)
     assert told.value.__cause__ is None
-    assert mirrors._described(ValueError("at https://me:word@host/x <AWSAccessKeyId>AKIA1</")) == (
-        "ValueError: at https://***@host/x <AWSAccessKeyId>***</"
+    assert describe_error(ValueError("at https://me:word@host/x <AWSAccessKeyId>AKIA1</")) == (
+        "ValueError: at https://me:***@host/x <AWSAccessKeyId>***</"
     )
 
 

@@ -154,6 +154,11 @@ class ChatFormat:
         """Ids of an action that was written, not sampled: its text, then the end of the turn."""
         return [*self._encode_content(text, True), self.end_of_turn_id]
 
+    def tokenizer_json(self) -> str:
+        """The tokenizer, as a tokenizer.json holds it, without padding and truncation."""
+        text: str = self._markup.to_str()
+        return text
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, control tokens included as text."""
         text: str = self._markup.decode(list(ids), skip_special_tokens=False)

@@ -28,6 +28,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from evolve_dag.agent.chat import ChatFormat
 from evolve_dag.errors import ModelError
+from evolve_dag.inference.guided import Guide, Guides
 from evolve_dag.inference.kv import RoundCache, SlotPool
 from evolve_dag.inference.protocol import Completion, Request
 from evolve_dag.inference.quiet import quiet_peft
@@ -95,6 +96,8 @@ class _Call:
     future: asyncio.Future[Completion]
     limit: int
     """Most tokens to sample."""
+    guide: Guide | None = None
+    """Holds the answer to its schema."""
 
 
 class TransformersModel:
@@ -121,6 +124,7 @@ class TransformersModel:
         self._threads = threads
         self._max_batch = max_batch
         self._pool = SlotPool(_cache_budget(config, model.dtype, model.device, cache_bytes), self.max_context)
+        self._guides = Guides(chat)
         self._stops = torch.tensor(sorted(chat.stop_ids), device=model.device)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="evolve-model")
         self._released: deque[str] = deque()
@@ -195,10 +199,11 @@ class TransformersModel:
         return self._model
 
     async def generate(self, request: Request) -> Completion:
-        """Sample one assistant turn.
+        """Sample one assistant turn. An ``answer_schema`` is enforced where ``llguidance`` is installed; log-probabilities
+        are those of the model without it.
 
         Raises:
-            ModelError: the context is too long, the model was closed, or it fails.
+            ModelError: the context is too long, no answer fits the schema, the model was closed, or it fails.
         """
         _ = self.model  # closed?
         ids = np.array(self.chat.encode(request.messages), dtype=np.int64)
@@ -210,11 +215,14 @@ class TransformersModel:
         limit = min(request.sampling.max_tokens, self.max_context - len(ids))
         if limit < 1:
             raise ModelError(f"max_tokens is {request.sampling.max_tokens}", "ask for at least one token")
+        guide = None
+        if request.answer_schema is not None:
+            guide = await asyncio.to_thread(self._guides.start, request.answer_schema)
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._reset(loop)
         session = request.session or f"\0{next(self._anonymous)}"
-        call = _Call(request, ids, session, loop.create_future(), limit)
+        call = _Call(request, ids, session, loop.create_future(), limit, guide)
         self._waiting.append(call)
         if request.session:
             self._live.add(request.session)
@@ -373,6 +381,8 @@ class TransformersModel:
     def _completion(self, call: _Call, ids: list[int], logprobs: list[float], cached: int) -> Completion | ModelError:
         if not np.isfinite(logprobs).all():
             return ModelError("the model gives probabilities that are not numbers", "its weights or its adapter are broken")
+        if call.guide is not None and call.guide.problem is not None:
+            return ModelError(f"the answer cannot be held to its schema: {call.guide.problem}", "ask with a simpler schema")
         self.counters.calls += 1
         self.counters.prompt_tokens += len(call.ids)
         self.counters.computed_tokens += len(call.ids) - cached
@@ -473,8 +483,17 @@ class TransformersModel:
         rows = torch.arange(count, device=device)
         columns = torch.tensor([len(call.ids) for call in calls], device=device)
         running = torch.ones(count, dtype=torch.bool, device=device)
+        guides = {row: call.guide for row, call in enumerate(calls) if call.guide is not None}
         for step in range(steps):
-            chosen, chosen_logprobs = draw(logits, rows, step)
+            guided: list[tuple[int, Guide]] = []
+            if guides:
+                live = zip(rows.tolist(), running.tolist(), strict=True)
+                guided = [(place, guides[row]) for place, (row, runs) in enumerate(live) if runs and row in guides]
+            chosen, chosen_logprobs = draw(logits, rows, step, _restrict(logits, guided) if guided else None)
+            if guided:
+                sampled = chosen.tolist()
+                for place, guide in guided:
+                    guide.advance(sampled[place])
             tokens[rows, step] = torch.where(running, chosen, -1)
             logprobs[rows, step] = torch.where(running, chosen_logprobs, 0.0)
             running = running & ~torch.isin(chosen, self._stops) & (limits > step + 1)
@@ -504,18 +523,23 @@ class _Sampler:
         self._any_tempered = any(s.temperature not in (0, 1) for s in settings)
         self._any_truncated = any(s.top_p < 1 for s in settings)
 
-    def __call__(self, logits: torch.Tensor, rows: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, logits: torch.Tensor, rows: torch.Tensor, step: int, restricted: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Chosen ids and their log-probabilities at temperature 1, both [rows].
 
         Args:
             logits: [rows, vocabulary], float32.
             rows: which of the requests the rows are.
             step: position in the completion.
+            restricted: ``logits`` with -inf where nothing may be chosen; None: anything may.
         """
         logprobs = F.log_softmax(logits, dim=-1)
+        if restricted is not None:
+            logits = restricted
         greedy = logits.argmax(-1)
         if self._any_sampled:
-            tempered = logprobs
+            tempered = logprobs if restricted is None else F.log_softmax(logits, dim=-1)
             temperature = self._temperature[rows][:, None]
             if self._any_tempered:
                 tempered = F.log_softmax(logits / torch.where(temperature > 0, temperature, 1.0), dim=-1)
@@ -531,6 +555,16 @@ class _Sampler:
         else:
             chosen = greedy
         return chosen, logprobs.gather(-1, chosen[:, None])[:, 0]
+
+
+def _restrict(logits: torch.Tensor, guided: Sequence[tuple[int, Guide]]) -> torch.Tensor:
+    """``logits`` [rows, vocabulary] with -inf where the guide of a row forbids the id; other rows as they are."""
+    restricted = logits.clone()
+    for place, guide in guided:
+        mask = torch.from_numpy(guide.mask()).to(logits.device)
+        restricted[place, len(mask) :] = -torch.inf  # the embedding may be padded
+        restricted[place, : len(mask)].masked_fill_(~mask, -torch.inf)
+    return restricted
 
 
 def _nucleus(weights: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:

@@ -179,7 +179,7 @@ def tracking_link(root: Path, experiment: str, iteration: int) -> str | None:
     if experiment_id is None:
         return None
     search = quote(f"tags.`evolve.partition` = '{experiment}|{iteration:02d}'")
-    return f"{address}/#/experiments/{experiment_id}?searchFilter={search}"
+    return f"{address}/#/experiments/{experiment_id}/runs?searchFilter={search}"
 
 
 # -- in the background
