@@ -210,7 +210,7 @@ class _Critic:
         }
         value = await self._asker.json(
             f"{name}_{domain}", (group.task_id,), blanks, plans.CANDIDATES_SCHEMA,
-            lambda v: plans.read_candidates(v) is not None,
+            lambda v: plans.read_candidates(v) is not None, guide=self._form.guides.candidates(self._settings.candidates),
         )  # fmt: skip
         found = (plans.read_candidates(value) or [])[: self._settings.candidates]
         self._tally["candidates"] += len(found)

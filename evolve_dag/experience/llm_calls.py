@@ -53,7 +53,9 @@ class Asker:
     ) -> None:
         self._model, self._identity, self._memory = model, identity, memory
         self._free = asyncio.Semaphore(max(1, concurrency))
-        self._seed, self._temperature, self._max_tokens = seed, temperature, max_tokens
+        self._seed, self._temperature = seed, temperature
+        self.max_tokens = max_tokens
+        """Most tokens of one answer."""
         self._tally = tally
         self.answered = 0
         """Calls that came back; remembered answers are no calls."""
@@ -88,12 +90,16 @@ class Asker:
         schema: Mapping[str, Any],
         readable: Callable[[Any], bool],
         *,
+        guide: Mapping[str, Any] | None = None,
         repairs: int = 1,
     ) -> Any | None:
         """The model's answer as a JSON value that ``readable`` accepts; None (counted as ``unreadable``) when there is none.
 
         An answer that does not fit ``schema`` is asked for anew ``repairs`` times; if it still does not, but can be
         understood, it counts.
+
+        Args:
+            guide: what a decoder is held to; see :func:`~evolve_dag.inference.structured.ask_json`.
 
         Raises:
             ModelError: the model could not be asked (counted).
@@ -103,11 +109,11 @@ class Asker:
             return None if readable(value) else "it holds nothing of what was asked for"
 
         async def ask(messages: tuple[Message, ...], sampling: Sampling) -> Any | None:
-            answer = await ask_json(self._model, messages, schema, sampling, check=check, repairs=repairs)
+            answer = await ask_json(self._model, messages, schema, sampling, check=check, repairs=repairs, guide=guide)
             value = answer.value if answer.ok else extract_json(answer.text)
             return value if value is not None and readable(value) else None
 
-        return await self._ask(name, key, blanks, schema, ask)
+        return await self._ask(name, key, blanks, schema if guide is None else guide, ask)
 
     async def _ask(
         self,
@@ -122,7 +128,7 @@ class Asker:
         full = f"experience/{name}"
         content = prompts.load(full).fill(**blanks)
         sampling = Sampling(
-            temperature=self._temperature, max_tokens=self._max_tokens, seed=stable_hash(*self._seed, name, *key)
+            temperature=self._temperature, max_tokens=self.max_tokens, seed=stable_hash(*self._seed, name, *key)
         )
         remembered = Memory.key_of(self._identity, prompts.digest(full), content, asdict(sampling), schema)
         if self._memory is not None and (known := self._memory.get(SPACE, remembered)) is not None:

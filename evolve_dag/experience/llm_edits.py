@@ -115,6 +115,7 @@ class PoolEditor:
                 value = await self._asker.json(
                     "decide", (lesson.task_id,), blanks, plans.DECISIONS_SCHEMA,
                     lambda v: plans.read_decisions(v, count, ids, Counter()) is not None,
+                    guide=self._form.guides.decisions(count, pool.ids),
                 )  # fmt: skip
             except ModelError:
                 return []
@@ -184,6 +185,7 @@ class PoolEditor:
             value = await self._asker.json(
                 "reconcile", (), blanks, plans.RECONCILE_SCHEMA,
                 lambda v: plans.read_reconciliation(v, len(texts), Counter()) is not None,
+                guide=self._form.guides.reconciliation(len(texts)),
             )  # fmt: skip
         except ModelError:
             return texts
@@ -243,7 +245,12 @@ class PoolEditor:
 
         try:
             value = await self._asker.json(
-                "consolidate", (), blanks, plans.CONSOLIDATE_SCHEMA, lambda v: read(v, Counter()) is not None
+                "consolidate",
+                (),
+                blanks,
+                plans.CONSOLIDATE_SCHEMA,
+                lambda v: read(v, Counter()) is not None,
+                guide=self._form.guides.consolidation(pool.ids),
             )
         except ModelError:
             return []

@@ -15,6 +15,7 @@ from evolve_dag.errors import ModelError
 from evolve_dag.experience import llm_plans as plans
 from evolve_dag.experience.features import _STOP_WORDS
 from evolve_dag.experience.llm_calls import Asker
+from evolve_dag.experience.llm_guides import ExtractionGuides
 from evolve_dag.experience.llm_text import fence, one_line, shorten
 from evolve_dag.experience.locality import _NAME, task_names
 from evolve_dag.experience.phrases import MAX_WORDS
@@ -83,6 +84,8 @@ class Form:
         words = most_words(granularity, max_words)
         self.prompt = prompts.load(f"experience/form_{granularity}").fill(max_words=words).strip()
         """The rules, as prompts state them."""
+        self.guides = ExtractionGuides(granularity, words, asker.max_tokens)
+        """The rules, as decoders are held to them."""
 
     def problems(self, text: str, names: frozenset[str]) -> list[str]:
         return form_problems(text, self._granularity, self._max_words, names)
@@ -103,7 +106,13 @@ class Form:
         }
         try:
             value = await self._asker.json(
-                "repair", (*key, text), blanks, plans.REPAIR_SCHEMA, lambda v: plans.read_text(v) is not None, repairs=0
+                "repair",
+                (*key, text),
+                blanks,
+                plans.REPAIR_SCHEMA,
+                lambda v: plans.read_text(v) is not None,
+                guide=self.guides.repair(),
+                repairs=0,
             )
         except ModelError:
             value = None  # counted where it was raised

@@ -17,6 +17,7 @@ from evolve_dag import prompts
 from evolve_dag.config import SelectionSettings
 from evolve_dag.errors import ModelError
 from evolve_dag.experience.features import answer_demanded, strip_last_step
+from evolve_dag.experience.llm_guides import choice
 from evolve_dag.experience.llm_plans import entries, known_id
 from evolve_dag.experience.llm_text import fence, one_line, pool_text, shorten, state_text
 from evolve_dag.experience.pool import Pool
@@ -182,10 +183,11 @@ class LLMSelector:
                 return None
             return "none of its ids stands in the pool" if unknown else "it names no id"
 
+        guide = choice(pool.ids, least, most, self._sampling.max_tokens)
         try:
             with purpose("select"):
                 answer = await ask_json(
-                    self._model(), (Message("user", content),), SCHEMA, self._sampling, check=check, repairs=1
+                    self._model(), (Message("user", content),), SCHEMA, self._sampling, check=check, repairs=1, guide=guide
                 )
         except ModelError:
             return _Asked(None, _FAILED)

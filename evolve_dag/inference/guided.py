@@ -10,7 +10,6 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,9 @@ from evolve_dag.errors import ModelError
 
 log = logging.getLogger(__name__)
 
-_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as ``json.dumps`` writes it and as prompts show it. Free whitespace would let a small model spend its tokens on it."""
+_PROBE = '{"a": [1, "b c"]}'
 _KEPT = 64
 """Compiled schemas kept; compiling one takes about a millisecond, the first masks of a new one some more."""
 
@@ -64,11 +64,10 @@ class Guide:
 
 
 class Guides:
-    """Makes guides for one tokenizer. Safe to use from many threads."""
+    """Makes guides for one tokenizer."""
 
     def __init__(self, chat: ChatFormat) -> None:
         self._chat = chat
-        self._lock = Lock()
         self._tokenizer: Any = None
         self._usable = True
         self._compiled: OrderedDict[str, Any] = OrderedDict()
@@ -79,14 +78,12 @@ class Guides:
         Raises:
             ModelError: no answer can fit the schema, or it holds what the library does not know.
         """
-        with self._lock:
-            if self._usable and self._tokenizer is None:
-                self._tokenizer = self._read()
-                self._usable = self._tokenizer is not None
-            if not self._usable:
-                return None
-            matcher = self._compile(json.dumps(schema)).deep_copy()
-        return Guide(matcher, self._chat.vocab_size, self._chat.end_of_turn_id)
+        if self._usable and self._tokenizer is None:
+            self._tokenizer = self._read()
+            self._usable = self._tokenizer is not None
+        if not self._usable:
+            return None
+        return Guide(self._compile(json.dumps(schema)).deep_copy(), self._chat.vocab_size, self._chat.end_of_turn_id)
 
     def _read(self) -> Any:
         """The library's tokenizer, or None. Reading one of 50,000 ids takes a third of a second, once."""
@@ -96,7 +93,12 @@ class Guides:
             log.info("schemas of answers are not enforced: llguidance is not installed")
             return None
         try:
-            return LLTokenizer(self._chat.tokenizer_json(), n_vocab=self._chat.vocab_size, eos_token=self._chat.end_of_turn_id)
+            size, end = self._chat.vocab_size, self._chat.end_of_turn_id
+            tokenizer = LLTokenizer(self._chat.tokenizer_json(), n_vocab=size, eos_token=end)
+            if tokenizer.decode_bytes(tokenizer.tokenize_str(_PROBE)) != _PROBE.encode():
+                spelling: Any = _Greedy(tokenizer, size, end)
+                tokenizer = LLTokenizer(spelling, n_vocab=size)
+            return tokenizer
         except Exception as problem:  # the library raises several kinds
             log.warning("schemas of answers are not enforced: llguidance cannot read this tokenizer: %s", problem)
             return None
@@ -119,6 +121,25 @@ class Guides:
         while len(self._compiled) > _KEPT:
             self._compiled.popitem(last=False)
         return matcher
+
+
+class _Greedy:
+    """A tokenizer whose tokens do not spell the text they came from (the pocket model's leave blanks to its decoder), as the
+    library wants one: text becomes the longest tokens that spell it byte for byte. Its text decodes to the same JSON value."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Any, size: int, end: int) -> None:
+        self.eos_token_id = end
+        self.special_token_ids = [index for index in range(size) if tokenizer.is_special_token(index)]
+        special = set(self.special_token_ids)
+        self.tokens = [b"" if index in special else tokenizer.decode_bytes([index]) for index in range(size)]
+        self._greedy = tokenizer.greedy_tokenize
+
+    def __call__(self, text: str) -> list[int]:
+        ids: list[int] = self._greedy(text)
+        return ids
 
 
 def _first_line(text: str) -> str:

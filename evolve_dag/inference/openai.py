@@ -37,6 +37,8 @@ HARDER = 0.6
 CHARACTERS_PER_TOKEN = 32
 """An answer with more characters than this per allowed token is cut: the endpoint did not keep to ``max_tokens``."""
 _TRY_AGAIN = frozenset({408, 409, 425, 429})
+_BOUNDS = frozenset({"pattern", "minLength", "maxLength", "minItems", "maxItems"})
+"""Keywords that many endpoints refuse in a schema, OpenAI among them for some models; nobody judges an answer by them."""
 _OWN_FIELDS = ("messages", "model", "stream")
 _TOO_LONG = re.compile(
     r"context[ _]?(?:length|window|size)|maximum (?:context|model) length|max_model_len|longer than the maximum|"
@@ -266,6 +268,7 @@ class OpenAIModel:
         }
         schema = request.answer_schema
         if schema is not None and self.settings.structured == "json_schema":
+            schema = _without_bounds(schema)
             strict = {"strict": True} if _is_strict(schema) else {}
             body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, **strict}}
         elif schema is not None and self.settings.structured == "json_object":
@@ -546,6 +549,19 @@ def _text(content: Any) -> str:
 
 def _number(value: Any) -> int:
     return max(0, int(value)) if isinstance(value, (int, float)) and not isinstance(value, bool) else 0
+
+
+def _without_bounds(schema: Any) -> Any:
+    """``schema`` without the keywords of ``_BOUNDS``; a property of such a name stays."""
+    if isinstance(schema, Mapping):
+        return {
+            name: {key: _without_bounds(inner) for key, inner in value.items()}
+            if name == "properties"
+            else _without_bounds(value)
+            for name, value in schema.items()
+            if name not in _BOUNDS
+        }
+    return [_without_bounds(value) for value in schema] if isinstance(schema, (list, tuple)) else schema
 
 
 def _is_strict(schema: Any) -> bool:

@@ -34,8 +34,9 @@ class Request:
     session: str = ""
     """Calls of one episode share it; a hint for KV reuse, never needed for correctness."""
     answer_schema: Mapping[str, Any] | None = None
-    """JSON schema of the answer. Endpoints with structured outputs enforce it; the others ignore it, so the caller parses
-    what comes (:mod:`evolve_dag.inference.structured`)."""
+    """JSON schema of the answer. Backends with structured outputs enforce it, endpoints without its bounds (``pattern``,
+    ``maxLength``, ``maxItems``); the others ignore it, so the caller parses what comes
+    (:mod:`evolve_dag.inference.structured`)."""
 
 
 @dataclass(frozen=True, slots=True)

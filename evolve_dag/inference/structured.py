@@ -68,6 +68,7 @@ async def ask_json(
     check: Check | None = None,
     repairs: int = 1,
     session: str = "",
+    guide: Mapping[str, Any] | None = None,
 ) -> JsonAnswer:
     """Ask for an answer that fits ``schema``.
 
@@ -77,6 +78,8 @@ async def ask_json(
 
     Args:
         schema: JSON schema (draft 2020-12) of the answer.
+        guide: goes with the request instead of ``schema``, where a decoder should be held to more than an answer is judged
+            by: bounds, so that it comes to an end, and patterns. What fits it must fit ``schema``.
 
     Returns:
         The value, or the last problem. A bad answer is never an exception.
@@ -89,7 +92,7 @@ async def ask_json(
     conversation = tuple(messages)
     attempts = 0
     while True:
-        request = Request(conversation, sampling, session, answer_schema=schema)
+        request = Request(conversation, sampling, session, answer_schema=schema if guide is None else guide)
         completion = await model.generate(request)
         attempts += 1
         value, problem = _judge(completion.text, completion.finish_reason == "length", validator, check)

@@ -215,9 +215,7 @@ class TransformersModel:
         limit = min(request.sampling.max_tokens, self.max_context - len(ids))
         if limit < 1:
             raise ModelError(f"max_tokens is {request.sampling.max_tokens}", "ask for at least one token")
-        guide = None
-        if request.answer_schema is not None:
-            guide = await asyncio.to_thread(self._guides.start, request.answer_schema)
+        guide = self._guides.start(request.answer_schema) if request.answer_schema is not None else None
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._reset(loop)

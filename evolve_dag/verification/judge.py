@@ -27,8 +27,8 @@ Verdict = Literal["word", "json"]
 SCHEMA = {
     "type": "object",
     "properties": {
-        "final_answer": {"type": "string"},
-        "reasoning": {"type": "string"},
+        "final_answer": {"type": "string", "maxLength": 300},
+        "reasoning": {"type": "string", "maxLength": 600},
         "correct": {"enum": ["yes", "no"]},
     },
     "required": ["correct"],

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from evolve_dag.config import SelectionSettings
 from evolve_dag.errors import ConfigError, ModelError
 from evolve_dag.experience.injection import Injector
+from evolve_dag.experience.llm_guides import choice
 from evolve_dag.experience.pool import Pool
 from evolve_dag.experience.selection import ONLY_ANSWER, LexicalSelector, Selection, make_selector
-from evolve_dag.experience.selectors_llm import SCHEMA, LLMSelector, read_choice
+from evolve_dag.experience.selectors_llm import LLMSelector, read_choice
 from evolve_dag.inference.protocol import Completion, Request
 from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.memory import Memory
@@ -63,7 +64,7 @@ def test_ids_and_rationale_of_the_model() -> None:
     assert data(request.messages, "pool").splitlines()[1].startswith("p0002 Narrow: when no result is shown")
     assert data(request.messages, "question") == QUESTION
     assert "step 1, result:\nno results" in data(request.messages, "state")
-    assert request.answer_schema == SCHEMA
+    assert request.answer_schema == choice(POOL.ids, 3, 4, 512)
     assert (request.sampling.temperature, request.sampling.top_p, request.sampling.max_tokens) == (0.3, 0.9, 512)
 
 

@@ -6,7 +6,6 @@ import asyncio
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import naive
@@ -73,7 +72,7 @@ def test_every_answer_fits_and_the_end_of_turn_ends_it(pocket: TransformersModel
         assert completion.token_ids.count(pocket.chat.end_of_turn_id) == 1
     if sampling.get("temperature", 1) > 0:
         assert len({completion.text for completion in completions}) > 4
-    assert ask(pocket, requests) == [replace(c, cached_tokens=n.cached_tokens) for c, n in zip(completions, ask(pocket, requests))]
+    assert [c.token_ids for c in ask(pocket, requests)] == [c.token_ids for c in completions]
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}, {"top_p": 0.7}, {"temperature": 0.0}])

@@ -373,6 +373,24 @@ def test_structured_answers_are_asked_for_as_the_endpoint_knows_them(structured:
     assert ("JSON" in body["messages"][-1]["content"]) == (structured == "json_object")
 
 
+def test_bounds_of_a_schema_are_not_sent() -> None:
+    text = {"type": "string", "pattern": "^a+$", "minLength": 1, "maxLength": 9}
+    schema = {
+        "type": "object",
+        "properties": {"pattern": text, "ids": {"type": "array", "items": {"enum": ["a", None]}, "minItems": 1, "maxItems": 2}},
+        "required": ["pattern", "ids"],
+        "additionalProperties": False,
+    }
+    with Endpoint() as server:
+        ask(build(server.url), replace(REQUEST, answer_schema=schema))
+    sent = server.arrivals[0].body["response_format"]["json_schema"]
+    assert sent["strict"] is True
+    assert sent["schema"] == {
+        **schema,
+        "properties": {"pattern": {"type": "string"}, "ids": {"type": "array", "items": {"enum": ["a", None]}}},
+    }
+
+
 def test_strict_schemas_require_everything_everywhere() -> None:
     assert _is_strict(STRICT)
     assert _is_strict({"type": "array", "items": STRICT})

@@ -182,3 +182,12 @@ def test_a_wrong_schema_is_a_programming_error() -> None:
 
     with pytest.raises(jsonschema.SchemaError):
         asyncio.run(ask_json(ScriptedModel(["{}"]), ASK, {"type": "no such type"}, Sampling()))
+
+
+def test_a_guide_goes_with_the_request_and_judges_nothing() -> None:
+    guide = {**SCHEMA, "properties": {**SCHEMA["properties"], "ids": {"type": "array", "maxItems": 1}}}  # type: ignore[dict-item]
+    model = ScriptedModel(['{"ids": [1]}', '{"ids": ["a", "b"]}'])
+    answer = asyncio.run(ask_json(model, ASK, SCHEMA, Sampling(), guide=guide))
+    assert answer.value == {"ids": ["a", "b"]}  # more than the guide allows: an endpoint does not know its bounds
+    assert [request.answer_schema for request in model.requests] == [guide, guide]
+    assert "maxItems" not in model.requests[1].messages[-1].content
