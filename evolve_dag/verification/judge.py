@@ -27,12 +27,23 @@ Verdict = Literal["word", "json"]
 SCHEMA = {
     "type": "object",
     "properties": {
-        "final_answer": {"type": "string", "maxLength": 300},
-        "reasoning": {"type": "string", "maxLength": 600},
+        "final_answer": {"type": "string"},
+        "reasoning": {"type": "string"},
         "correct": {"enum": ["yes", "no"]},
     },
     "required": ["correct"],
 }
+GUIDE = {
+    "type": "object",
+    "properties": {
+        "final_answer": {"type": "string", "maxLength": 300},
+        "reasoning": {"type": "string", "maxLength": 600},
+        "correct": {"enum": ["yes", "no"]},
+    },
+    "required": ["final_answer", "reasoning", "correct"],
+    "additionalProperties": False,
+}
+"""What a model is held to that can be held: the verdict comes last, so what stands before it must leave it room."""
 MAX_GIVEN = 4000
 """Characters of an answer that the judge reads; the head and the tail of a longer one."""
 
@@ -84,7 +95,8 @@ class JudgeVerifier:
         try:
             with purpose("verdict"):
                 if self._verdict == "json":
-                    answer = await ask_json(self._model(), messages, SCHEMA, Sampling(temperature=0.0, max_tokens=512))
+                    sampling = Sampling(temperature=0.0, max_tokens=512)
+                    answer = await ask_json(self._model(), messages, SCHEMA, sampling, guide=GUIDE)
                     return ("correct" if answer.value["correct"] == "yes" else "incorrect") if answer.ok else None
                 completion = await self._model().generate(Request(messages, Sampling(temperature=0.0, max_tokens=16)))
         except ModelError as error:

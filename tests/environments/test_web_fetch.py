@@ -19,19 +19,6 @@ from evolve_dag.environments.web.guard import Guard
 HTML = {"Content-Type": "text/html; charset=utf-8"}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Web]:
-    with web_fakes.serve() as web:
-        yield web
-
-
-@pytest.fixture
-def web(server: Web) -> Web:
-    server.pages.clear()
-    server.heard.clear()
-    return server
-
-
 def get(web: Web, path: str = "/", *, most: int = 100_000, seconds: float = 5.0, guard: Guard | None = None) -> Fetched:
     guard = guard or Guard(["blocked.example"], allowed=[web.place])
     return asyncio.run(fetch(f"{web.base}{path}", guard, max_bytes=most, seconds=seconds))

@@ -31,19 +31,6 @@ Bado</title><script>alert("script")</script></head><body>
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Web]:
-    with web_fakes.serve() as web:
-        yield web
-
-
-@pytest.fixture
-def web(server: Web) -> Web:
-    server.pages.clear()
-    server.heard.clear()
-    return server
-
-
-@pytest.fixture(scope="module")
 def executor() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(2) as pool:
         yield pool

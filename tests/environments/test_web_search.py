@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -33,19 +32,6 @@ ANSWER = {
         "not an entry",
     ],
 }
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Web]:
-    with web_fakes.serve() as web:
-        yield web
-
-
-@pytest.fixture
-def web(server: Web) -> Web:
-    server.pages.clear()
-    server.heard.clear()
-    return server
 
 
 def answer(value: Any, status: int = 200, **headers: str) -> Reply:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import web_fakes
 from hypothesis import given
 from hypothesis import strategies as st
 from web_fakes import Reply, Web
@@ -37,19 +36,6 @@ from evolve_dag.records import ExperienceItem, Message, Task, ToolCall
 from evolve_dag.verification.exact import ExactVerifier
 
 LESSON = "Verify: when a snippet names the answer, visit the page before answering."
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Web]:
-    with web_fakes.serve() as web:
-        yield web
-
-
-@pytest.fixture
-def web(server: Web) -> Web:
-    server.pages.clear()
-    server.heard.clear()
-    return server
 
 
 @pytest.fixture
