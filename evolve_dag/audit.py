@@ -211,7 +211,7 @@ def render(audited: Audit) -> RenderableType:
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for name in ("k", "item", "steps", "before", "after", "inside", "95%", "now"):
         table.add_column(name, justify="left" if name == "item" else "right", no_wrap=True)
-    table.add_column("text", overflow="ellipsis", no_wrap=True, min_width=16)
+    table.add_column("text", min_width=16)  # wraps: in a narrow terminal the numbers must stand
     for one in audited.items:
         table.add_row(
             str(one.iteration),
