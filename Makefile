@@ -47,7 +47,7 @@ vllm: .venv-vllm/.installed  ## vLLM's CPU build in an environment of its own, .
 	.venv-vllm/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec triton
 	touch $@
 
-test-vllm: install vllm  ## the vllm backend against the real vLLM on the CPU (9 minutes)
+test-vllm: install vllm  ## the vllm backend against the real vLLM on the CPU (3 minutes, after a long installation)
 	$(BIN)/python -m pytest tests_vllm
 
 lint: install  ## ruff

@@ -69,7 +69,10 @@ def experiment(url: str) -> Experiment:
             "selection": {"selector": "llm", "min_items": 1, "max_items": 2},
             "distillation": {"epochs": 1},
             "evaluation": {"bootstrap": 100, "greedy": False},
-            "runtime": {"threads": 1, "concurrency": 32},
+            "runtime": {
+                "threads": 1,
+                "concurrency": 1,
+            },  # batches of one: what is sampled must not depend on who waits for whom
         }
     )
 
