@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.backends import identity, open_backend
 from evolve_dag.inference.folders import model_folder
+from evolve_dag.tracking.ledger import metered
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,8 +55,6 @@ class Roles:
             ModelError: the experiment names none, it cannot be opened, or it is the policy and none is open.
         """
         if getattr(self.experiment.models, role) == "policy":
-            from evolve_dag.tracking.ledger import metered
-
             if self._policy is None:
                 raise ModelError(
                     f"models.{role} is the policy, but no policy is open here", f"give models.{role} a model of its own"
@@ -68,8 +67,6 @@ class Roles:
                 raise ModelError(f"models.{role} is not set", f"name a model under models.{role} in the experiment file")
             model = open_backend(settings, role=role, runtime=self.experiment.runtime, ledger=self.ledger)
             if settings.backend != "openai" and self.ledger is not None:
-                from evolve_dag.tracking.ledger import metered
-
                 model = metered(model, role=role, model_name=identity(settings), ledger=self.ledger)
             self._open[role] = model
         return self._open[role]
