@@ -12,7 +12,7 @@ import dagster as dg
 from evolve_dag.assets import partitions, recovery
 from evolve_dag.assets.resources import StoreResource
 
-from evolve_dag import registry
+from evolve_dag.config import registry
 from evolve_dag.errors import EvolveError
 from evolve_dag.secrecy import describe_error
 

@@ -16,11 +16,11 @@ from evolve_dag.assets.loop import loop_assets
 from evolve_dag.assets.resources import StoreResource
 from evolve_dag.assets.settings import CONFIGURED_STEPS, settings_assets, settings_key, settings_metadata
 
-from evolve_dag import registry, scheduling
-from evolve_dag.config import Experiment
+from evolve_dag.config import registry, scheduling
+from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import EvolveError
 from evolve_dag.steps.base import resolve, settings_digest
-from evolve_dag.store import Store
+from evolve_dag.store.artifacts import Store
 
 UNTIL_TAG = "evolve/until"
 """Run tag: after this run succeeds, go on with the next iteration, up to the one named here."""

@@ -10,9 +10,9 @@ from typing import Any
 
 import dagster as dg
 
-from evolve_dag.config import Experiment
+from evolve_dag.config.schema import Experiment
 from evolve_dag.evaluation.gate import LEAST_JUDGED, gate_from_json
-from evolve_dag.store import Artifact
+from evolve_dag.store.artifacts import Artifact
 
 MAX_SKIPPED = 0.1
 """Largest share of optimizer steps without a finite gradient."""
@@ -78,7 +78,7 @@ def _judged(artifact: Artifact, file: str) -> dg.AssetCheckResult:
 
 def _experience(artifact: Artifact, experiment: Experiment) -> Iterator[dg.AssetCheckResult]:
     from evolve_dag.experience.pool import check_principle_form
-    from evolve_dag.frames import ITEMS, items_from_frame
+    from evolve_dag.store.frames import ITEMS, items_from_frame
 
     items = items_from_frame(artifact.frame(ITEMS))
     cap, distinct = experiment.extraction.cap, len({item.id for item in items})
@@ -99,8 +99,8 @@ def _experience(artifact: Artifact, experiment: Experiment) -> Iterator[dg.Asset
 
 def _contexts(artifact: Artifact, experiment: Experiment) -> Iterator[dg.AssetCheckResult]:
     from evolve_dag.distillation.dataset import load_contexts
-    from evolve_dag.frames import STEPS, TRAJECTORIES, trajectories_from_frames
     from evolve_dag.steps.contexts import RETENTION
+    from evolve_dag.store.frames import STEPS, TRAJECTORIES, trajectories_from_frames
 
     artifact.verify()
     rows = load_contexts(artifact.path)

@@ -18,11 +18,12 @@ from evolve_dag.assets.resources import Session, StoreResource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from evolve_dag import registry
-from evolve_dag.config import Experiment
+from evolve_dag.config import registry
+from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import ConfigError, EvolveError, StoreError
 from evolve_dag.steps import base
-from evolve_dag.store import Store, is_disk_error
+from evolve_dag.store.artifacts import Store
+from evolve_dag.store.disk import is_disk_error
 
 LINEAGE_TAG = "evolve/experiment"
 """On every run that the command line starts; runs with it are over once their experiment's lock is free."""
@@ -185,7 +186,7 @@ def _run(config: Path, *, seed: int | None, iterations: int | None, root: Path, 
     # Mistakes in the user's files and missing weights show here, before anything is written.
     base.resolve_iteration(experiment, 1, store)
     if experiment.environment.kind != "pocket":
-        from evolve_dag.benchmarks.suites import check_disjoint
+        from evolve_dag.tasks.suites import check_disjoint
 
         check_disjoint(experiment)
     count = iterations or experiment.iterations
@@ -223,7 +224,7 @@ def _is_up_to_date(experiment: Experiment, iteration: int, store: Store, instanc
 
 
 def _execute(root: Path, session: Session, instance: dg.DagsterInstance, job: str, partition: str, name: str) -> None:
-    from evolve_dag.definitions import build
+    from evolve_dag.assets.location import build
 
     definitions = build(StoreResource(root=str(root)), session)
     try:

@@ -10,7 +10,7 @@ import dagster as dg
 from evolve_dag.assets import partitions
 
 from evolve_dag.errors import StoreError
-from evolve_dag.store import Artifact, Store
+from evolve_dag.store.artifacts import Artifact, Store
 
 SHORT = 12
 """Digits of a digest that are shown; `evolve trace` takes them too."""

@@ -23,7 +23,7 @@ from evolve_dag.assets.settings import CONFIGURED_STEPS, OWNERS, settings_key
 
 from evolve_dag.errors import OrderError
 from evolve_dag.steps import base
-from evolve_dag.store import Store
+from evolve_dag.store.artifacts import Store
 from evolve_dag.tracking import mlflow_sync
 
 GROUP = "loop"

@@ -12,7 +12,7 @@ from evolve_dag.errors import EvolveError
 from evolve_dag.evaluation.gate import gate_from_json
 from evolve_dag.evaluation.metrics import Metrics, metrics_from_json
 from evolve_dag.reporting.summary import summarize
-from evolve_dag.store import Artifact, Store
+from evolve_dag.store.artifacts import Artifact, Store
 
 ROWS = 8
 CELL = 80

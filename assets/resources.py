@@ -6,11 +6,12 @@ from pathlib import Path
 
 import dagster as dg
 
-from evolve_dag import registry
-from evolve_dag.config import Experiment
+from evolve_dag.config import registry
+from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import EvolveError
-from evolve_dag.steps.base import Progress, StepOutcome
-from evolve_dag.store import Store
+from evolve_dag.steps.base import StepOutcome
+from evolve_dag.steps.body import Progress
+from evolve_dag.store.artifacts import Store
 
 
 class StoreResource(dg.ConfigurableResource):

@@ -10,7 +10,7 @@ import dagster as dg
 from evolve_dag.assets.partitions import experiments
 from evolve_dag.assets.resources import SessionParam, StoreResource, failures
 
-from evolve_dag.config import Experiment
+from evolve_dag.config.schema import Experiment
 from evolve_dag.steps.base import SETTINGS, STEP_ORDER, settings_digest
 
 OWNERS = tuple(os.environ.get("EVOLVE_OWNERS", "team:evolve-dag").split(","))

@@ -18,7 +18,7 @@ from dagster._time import get_current_timestamp
 from dagster._utils.schedules import schedule_execution_time_iterator
 from evolve_dag.assets import automation, launch
 
-from evolve_dag import registry, scheduling
+from evolve_dag.config import registry, scheduling
 from evolve_dag.errors import ConfigError
 
 DAEMON_SECONDS = 120.0

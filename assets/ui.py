@@ -14,7 +14,7 @@ from pathlib import Path
 
 from evolve_dag.assets import automation, launch, partitions, watchdog
 
-from evolve_dag import registry
+from evolve_dag.config import registry
 from evolve_dag.errors import ConfigError, EvolveError
 from evolve_dag.tracking import mlflow_server
 

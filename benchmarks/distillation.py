@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from evolve_dag.config import DistillationSettings, Regime
+from evolve_dag.config.schema import DistillationSettings, Regime
 from evolve_dag.distillation.adapter import attach, detach
 from evolve_dag.distillation.alignment import Aligned, StudentRow, TeacherView, teacher_tree
 from evolve_dag.distillation.dataset import DistillationRow, batches, make_rows

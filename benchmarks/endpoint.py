@@ -26,15 +26,15 @@ from pathlib import Path
 from typing import Any
 
 from evolve_dag.agent.rollouts import run_rollouts
-from evolve_dag.config import OpenAIModelSettings, RolloutSettings
+from evolve_dag.config.schema import OpenAIModelSettings, RolloutSettings
 from evolve_dag.environments.corpus import CorpusSearch
 from evolve_dag.environments.pocket.world import World
 from evolve_dag.experience.injection import Injector
 from evolve_dag.experience.pool import Pool
-from evolve_dag.experience.selection import LexicalSelector
+from evolve_dag.experience.selection.lexical import LexicalSelector
+from evolve_dag.inference.ledger import Ledger
 from evolve_dag.inference.openai import OpenAIModel
 from evolve_dag.records import ExperienceItem, Task
-from evolve_dag.tracking.ledger import Ledger
 from evolve_dag.verification.exact import ExactVerifier
 
 SERVER = Path(__file__).resolve().parents[1] / "tests" / "servers" / "misbehaving.py"

@@ -17,9 +17,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from evolve_dag.config import Experiment, load_experiment
+from evolve_dag.config.loading import load_experiment
+from evolve_dag.config.schema import Experiment
 from evolve_dag.steps.base import STEP_ORDER, run_step
-from evolve_dag.store import Store
+from evolve_dag.store.artifacts import Store
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -23,9 +23,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from evolve_dag.agent.chat import ChatFormat
-from evolve_dag.inference.protocol import Request, Sampling
+from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.transformers import TransformersModel
+from evolve_dag.protocols import Request, Sampling
 from evolve_dag.records import Message
 
 WORDS = 590

@@ -40,9 +40,9 @@ runtime: {threads: 1}
 
 def measure(config: Path, root: Path, iterations: int, tracked: bool) -> dict[str, Any]:
     """Run the iterations in this process; what goes on in the background is waited for after the clock has stopped."""
-    from evolve_dag import registry
+    from evolve_dag.config import registry
     from evolve_dag.steps.base import STEP_ORDER, run_step
-    from evolve_dag.store import Store
+    from evolve_dag.store.artifacts import Store
     from evolve_dag.tracking.mlflow_sync import start_background_sync
 
     experiment = registry.register(root, config)

@@ -16,10 +16,10 @@ from evolve_dag.errors import ConfigError, EvolveError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from evolve_dag.config import Experiment
-    from evolve_dag.mirror import Mirror
+    from evolve_dag.config.schema import Experiment
     from evolve_dag.reporting.summary import LineageSummary
-    from evolve_dag.store import Store
+    from evolve_dag.store.artifacts import Store
+    from evolve_dag.store.mirror import Mirror
 
 USAGE, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -112,7 +112,7 @@ def plan(
     store: StoreOption = None,
 ) -> None:
     """Say what `evolve run` would recompute, and why; runs and writes nothing."""
-    from evolve_dag import planning
+    from evolve_dag.lineage import planning
 
     opened = _store(store)
     planned = planning.plan(_experiment(config, seed, opened), opened, iterations)
@@ -131,7 +131,7 @@ def gc(
     store: StoreOption = None,
 ) -> None:
     """List artifacts that no experiment, champion or registered model needs, and with --yes remove them."""
-    from evolve_dag import garbage
+    from evolve_dag.lineage import garbage
 
     opened = _store(store)
     if yes:
@@ -152,7 +152,7 @@ def audit(config: LineageArgument, seed: SeedOption = None, json: JsonOption = F
 
     What was measured is kept; `evolve report` shows it.
     """
-    from evolve_dag import audit as auditing
+    from evolve_dag.lineage import audit as auditing
 
     opened = _store(store)
     with _interruptible("what was measured so far is kept"):
@@ -208,8 +208,8 @@ def trace(
     store: StoreOption = None,
 ) -> None:
     """Walk an artifact, a principle or a score row back to its origins and forward to its uses."""
-    from evolve_dag.trace import render
-    from evolve_dag.trace import trace as walk
+    from evolve_dag.lineage.trace import render
+    from evolve_dag.lineage.trace import trace as walk
 
     opened = _store(store)
     traced = walk(opened, identifier, experiment=_name(experiment, seed, opened) if experiment else None)
@@ -227,7 +227,7 @@ def sql(
     store: StoreOption = None,
 ) -> None:
     """Ask the store in SQL (DuckDB)."""
-    from evolve_dag.query import run_sql
+    from evolve_dag.store.query import run_sql
 
     frame = run_sql(_store(store), query)
     if csv:
@@ -367,7 +367,7 @@ def import_(
     store: StoreOption = None,
 ) -> None:
     """Take in experience pools and rollouts that other code wrote (youtu-agent, the paper's released code); ids are kept."""
-    from evolve_dag import importing
+    from evolve_dag.interop import rollouts as importing
 
     if kind not in ("auto", "pool", "rollouts"):
         raise ConfigError(f"--kind {kind}: no such kind", "use pool, rollouts or auto")
@@ -386,7 +386,7 @@ def mirror_status(json: JsonOption = False, store: StoreOption = None) -> None:
     """Say what lies only here, only there, and what waits to be sent."""
     from dataclasses import asdict
 
-    from evolve_dag.garbage import size
+    from evolve_dag.lineage.garbage import size
 
     opened = _store(store)
     found = _mirror(opened).status(opened)
@@ -402,7 +402,7 @@ def mirror_status(json: JsonOption = False, store: StoreOption = None) -> None:
 @mirror.command("push")
 def mirror_push(store: StoreOption = None) -> None:
     """Send every artifact and ref that the mirror lacks."""
-    from evolve_dag.garbage import size
+    from evolve_dag.lineage.garbage import size
 
     opened = _store(store)
     with _interruptible("run the same command to go on"):
@@ -423,8 +423,8 @@ def mirror_pull(
     store: StoreOption = None,
 ) -> None:
     """Bring in all refs, and every artifact behind those of an experiment."""
-    from evolve_dag import registry
-    from evolve_dag.garbage import size
+    from evolve_dag.config import registry
+    from evolve_dag.lineage.garbage import size
 
     opened = _store(store)
     name = registry.load_seeded(Path(config), seed).experiment if config and Path(config).is_file() else config
@@ -508,8 +508,8 @@ def play(
     store: StoreOption = None,
 ) -> None:
     """Watch one episode: every thought, call and observation, and the items selected at each step."""
-    from evolve_dag.config import load_experiment
-    from evolve_dag.environments.pocket.play import play as watch
+    from evolve_dag.config.loading import load_experiment
+    from evolve_dag.steps.play import play as watch
 
     experiment = load_experiment(config)
     watch(experiment, _store(store), iteration=iteration, task=task, seed=seed, with_experience=experience, console=_console())
@@ -519,8 +519,8 @@ def play(
 
 
 def _switch(config: str, store: Path | None, *, on: bool) -> None:
-    from evolve_dag import registry
     from evolve_dag.assets.timetable import switch
+    from evolve_dag.config import registry
 
     root = _root(store)
     name = registry.register(root, Path(config)).experiment if Path(config).is_file() else config
@@ -534,13 +534,13 @@ def _switch(config: str, store: Path | None, *, on: bool) -> None:
 
 
 def _root(store: Path | None) -> Path:
-    from evolve_dag.registry import default_store
+    from evolve_dag.config.registry import default_store
 
     return store or default_store()
 
 
 def _store(store: Path | None) -> Store:
-    from evolve_dag.store import Store
+    from evolve_dag.store.artifacts import Store
 
     return Store(_root(store))
 
@@ -565,7 +565,7 @@ def _print_json(content: object) -> None:
 
 def _experiment(config: str, seed: int | None, store: Store) -> Experiment:
     """An experiment by its file, or by the name under which the store knows it."""
-    from evolve_dag import registry
+    from evolve_dag.config import registry
 
     known = {entry.name: entry for entry in registry.entries(store.root)}
     if config in known and not Path(config).exists():
@@ -575,7 +575,7 @@ def _experiment(config: str, seed: int | None, store: Store) -> Experiment:
 
 def _name(config: str, seed: int | None, store: Store) -> str:
     """Name of a lineage; one whose file is gone or wrong can still be looked at by its name."""
-    from evolve_dag import registry
+    from evolve_dag.config import registry
 
     if seed is None and not Path(config).exists() and config in {entry.name for entry in registry.entries(store.root)}:
         return config
@@ -584,7 +584,7 @@ def _name(config: str, seed: int | None, store: Store) -> str:
 
 def _summary(config: str, store: Store, seed: int | None = None) -> LineageSummary:
     """A lineage by experiment file, or by the name under which the store knows it."""
-    from evolve_dag import registry
+    from evolve_dag.config import registry
     from evolve_dag.reporting.summary import summarize
 
     known = {entry.name: entry for entry in registry.entries(store.root)}

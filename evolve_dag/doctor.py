@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from evolve_dag import registry
+from evolve_dag.config import registry
 from evolve_dag.errors import EvolveError
 
 State = Literal["ok", "note", "broken"]
@@ -102,7 +102,7 @@ def _threads() -> Iterator[Finding]:
 
 
 def _weights() -> Iterator[Finding]:
-    from evolve_dag.config import TransformersModelSettings
+    from evolve_dag.config.schema import TransformersModelSettings
     from evolve_dag.inference.folders import folder_digest, model_folder
 
     try:
@@ -167,7 +167,7 @@ def _store(root: Path) -> Iterator[Finding]:
     except OSError as error:
         yield Finding("broken", "store", f"{root}: not writable: {error.strerror}: name another folder with --store")
         return
-    from evolve_dag.store import Store
+    from evolve_dag.store.artifacts import Store
 
     made = sum(1 for _ in Store(root).artifacts()) if root.exists() else 0
     yield Finding(

@@ -1,7 +1,7 @@
 """The nouns of evolve-dag: frozen records that every part reads and none mutates.
 
 Nothing here imports a heavy library. A record that reaches disk has one Parquet or JSON shape,
-written and read by :mod:`evolve_dag.store`.
+written and read by :mod:`evolve_dag.store.artifacts`.
 """
 
 from __future__ import annotations
@@ -206,3 +206,32 @@ class Score:
     """Sampled tokens."""
     answer: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The outcome of one model call, all its attempts together."""
+
+    role: str
+    """Who was asked: ``policy``, ``extractor``, ``selector``, ``judge``."""
+    model: str
+    """The model's name as configured."""
+    purpose: str
+    """What for, e.g. ``critique``; '' where nobody said (see :func:`purpose`)."""
+    outcome: Literal["ok", "error"]
+    attempts: int
+    """Requests that were sent, the failed ones included."""
+    prompt_tokens: int
+    """Tokens of the context, over all attempts whose answer stated them (an empty answer is paid too)."""
+    cached_tokens: int
+    """How many of ``prompt_tokens`` the backend had in its cache."""
+    completion_tokens: int
+    """Sampled tokens, over all attempts whose answer stated them."""
+    seconds: float
+    """Wall time from request to outcome: waiting for its turn and pauses between attempts included."""
+    cost: float | None
+    """US dollars; None: unknown (no price in the config, or the endpoint did not state its tokens)."""
+    error: str | None
+    """Why it failed; holds no secret. None when it did not."""
+    cut_characters: int
+    """Characters that were cut out of the request to fit the context limit."""

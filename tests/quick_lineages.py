@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from evolve_dag.config import Experiment
+from evolve_dag.config.schema import Experiment
 from evolve_dag.steps import base
-from evolve_dag.steps.base import STEP_ORDER, StepContext, run_step
-from evolve_dag.store import Store
+from evolve_dag.steps.base import STEP_ORDER, run_step
+from evolve_dag.steps.body import StepContext
+from evolve_dag.store.artifacts import Store
 
 WORLDS = {
     "train": {"count": 10, "world": 12},

@@ -14,7 +14,8 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from evolve_dag import cli, doctor, registry
+from evolve_dag import cli, doctor
+from evolve_dag.config import registry
 from evolve_dag.errors import ConfigError, StoreError
 
 HEAVY = ("torch", "dagster", "polars", "transformers", "duckdb", "plotly", "peft", "numpy")

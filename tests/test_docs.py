@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from evolve_dag.config_reference import reference
+from evolve_dag.config.reference import reference
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_configuration_page_is_current() -> None:
-    assert (ROOT / "docs/configuration.md").read_text() == reference(), "run: python -m evolve_dag.config_reference"
+    assert (ROOT / "docs/configuration.md").read_text() == reference(), "run: python -m evolve_dag.config.reference"
 
 
 def test_every_key_is_explained() -> None:

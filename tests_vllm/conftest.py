@@ -23,14 +23,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evolve_dag.agent.chat import ChatFormat
-from evolve_dag.config import RuntimeSettings, VllmModelSettings
+from evolve_dag.config.schema import RuntimeSettings, VllmModelSettings
 from evolve_dag.distillation.adapter import attach, save_adapter
+from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.folders import POCKET
-from evolve_dag.inference.protocol import Request, Sampling
 from evolve_dag.inference.vllm import VllmModel
 from evolve_dag.inference.vllm_process import EngineProcess
 from evolve_dag.inference.vllm_source import Adapter, Source
+from evolve_dag.protocols import Request, Sampling
 from evolve_dag.records import Message
 
 ROOT = Path(__file__).resolve().parent.parent

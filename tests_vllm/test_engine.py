@@ -19,16 +19,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from evolve_dag.agent.rollouts import run_rollouts
-from evolve_dag.config import RolloutSettings
+from evolve_dag.config.schema import RolloutSettings
 from evolve_dag.environments.pocket.world import World
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.folders import POCKET
-from evolve_dag.inference.protocol import Completion, LanguageModel, Request, Sampling
 from evolve_dag.inference.transformers import TransformersModel
 from evolve_dag.inference.vllm import VllmModel, open_vllm
 from evolve_dag.inference.vllm_probe import make_probe
 from evolve_dag.inference.vllm_process import EngineProcess
 from evolve_dag.inference.vllm_source import Adapter
+from evolve_dag.protocols import Completion, LanguageModel, Request, Sampling
 from evolve_dag.records import Message
 from evolve_dag.verification.exact import ExactVerifier
 

@@ -15,12 +15,12 @@ from test_engine import ask, scored
 
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.folders import POCKET
-from evolve_dag.inference.protocol import Completion, Request, Sampling
 from evolve_dag.inference.transformers import TransformersModel
 from evolve_dag.inference.vllm import open_vllm
 from evolve_dag.inference.vllm_probe import make_probe
 from evolve_dag.inference.vllm_servers import Servers
 from evolve_dag.inference.vllm_source import Adapter
+from evolve_dag.protocols import Completion, Request, Sampling
 from evolve_dag.records import Message
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evolve_dag.environments.base import ToolSpec
+from evolve_dag.protocols import ToolSpec
 from evolve_dag.records import ToolCall
 
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.S)

@@ -6,44 +6,37 @@ each call; what it showed is recorded in the step and nowhere else.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from evolve_dag.agent.actions import ParsedAction, explain, parse_action, validate_call
-from evolve_dag.agent.plain import LAST_STEP, plain
-from evolve_dag.environments.base import Environment, ToolError
-from evolve_dag.experience.injection import Injected
-from evolve_dag.inference.protocol import Completion, LanguageModel, Request, Sampling
+from evolve_dag.plain import LAST_STEP, plain
+from evolve_dag.protocols import (
+    Completion,
+    Environment,
+    ExperienceSource,
+    Injected,
+    LanguageModel,
+    Request,
+    Sampling,
+    ToolError,
+)
 from evolve_dag.records import Step, Task, Trajectory, TrajectoryStatus
 from evolve_dag.secrecy import describe_error
+from evolve_dag.seeds import stable_hash
 
 if TYPE_CHECKING:
-    from evolve_dag.config import RolloutSettings
-    from evolve_dag.verification.base import Verifier
+    from evolve_dag.config.schema import RolloutSettings
+    from evolve_dag.protocols import Verifier
 
 _session_numbers = itertools.count()
-
-
-class ExperienceSource(Protocol):
-    """Gives the teacher's view before each call."""
-
-    async def prepare(self, trajectory: Trajectory) -> Injected:
-        """View of the history that precedes the next step of ``trajectory`` (all its steps have happened)."""
-        ...
 
 
 def call_seed(seed: int, step: int) -> int:
     """Seed of one model call; depends on the episode's seed and the step's index alone."""
     return stable_hash("call", seed, step)
-
-
-def stable_hash(*parts: object) -> int:
-    """63-bit number, the same in every process and on every machine."""
-    text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 async def run_episode(

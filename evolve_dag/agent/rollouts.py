@@ -7,19 +7,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from evolve_dag.agent.loop import ExperienceSource, run_episode, stable_hash
-from evolve_dag.environments.base import Environment
+from evolve_dag.agent.loop import run_episode
 from evolve_dag.errors import DataError
-from evolve_dag.inference.protocol import LanguageModel
+from evolve_dag.protocols import Environment, ExperienceSource, LanguageModel
 from evolve_dag.records import Task, Trajectory
+from evolve_dag.seeds import stable_hash
 
 if TYPE_CHECKING:
-    from evolve_dag.config import RolloutSettings
-    from evolve_dag.verification.base import Verifier
+    from evolve_dag.config.schema import RolloutSettings
+    from evolve_dag.protocols import Verifier
 
 
 class Journal(Protocol):
-    """What :meth:`evolve_dag.store.Build.journal` gives: an append-only list that survives a kill."""
+    """What :meth:`evolve_dag.store.artifacts.Build.journal` gives: an append-only list that survives a kill."""
 
     def append(self, record: dict[str, Any]) -> None: ...
 
@@ -144,7 +144,7 @@ async def gather_rollouts(
 def _from_journal(journal: Journal | None) -> dict[tuple[str, int, int], Trajectory]:
     if journal is None:
         return {}
-    from evolve_dag.frames import trajectory_from_dict
+    from evolve_dag.store.frames import trajectory_from_dict
 
     trajectories = (trajectory_from_dict(record) for record in journal.records())
     return {(t.task_id, t.rollout, t.seed): t for t in trajectories}
@@ -152,6 +152,6 @@ def _from_journal(journal: Journal | None) -> dict[tuple[str, int, int], Traject
 
 def _to_journal(journal: Journal | None, trajectory: Trajectory) -> None:
     if journal is not None:
-        from evolve_dag.frames import trajectory_to_dict
+        from evolve_dag.store.frames import trajectory_to_dict
 
         journal.append(trajectory_to_dict(trajectory))

@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag.config import DistillationSettings, Regime
+from evolve_dag.config.schema import DistillationSettings, Regime
 from evolve_dag.distillation.adapter import attach, detach, merge, save_adapter
 from evolve_dag.distillation.dataset import DistillationRow, batches
 from evolve_dag.distillation.teacher import decoder_and_head

@@ -16,9 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag.environments.base import ToolError, ToolSpec
 from evolve_dag.errors import DataError
 from evolve_dag.jsonlines import SHOWN, Mistake, kind_of, read_objects, refuse, text_mistakes
+from evolve_dag.protocols import ToolError, ToolSpec
 from evolve_dag.records import ToolCall
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Page:
 
 
 class CorpusSearch:
-    """An :class:`~evolve_dag.environments.base.Environment` with two tools: ``search(query)`` and ``visit(page)``.
+    """An :class:`~evolve_dag.protocols.Environment` with two tools: ``search(query)`` and ``visit(page)``.
 
     Search is BM25 over an inverted index in DuckDB. DuckDB's own ``fts`` extension is not used: it must be
     downloaded once, which a closed machine cannot do. Two fields, title and text, are joined as in BM25F: their

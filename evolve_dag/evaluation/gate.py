@@ -16,7 +16,7 @@ from evolve_dag.evaluation.intervals import by_task, paired_difference
 from evolve_dag.records import Decision, Score
 
 if TYPE_CHECKING:
-    from evolve_dag.config import GateSettings
+    from evolve_dag.config.schema import GateSettings
 
 RESAMPLES = 4000
 LEAST_JUDGED = 0.5

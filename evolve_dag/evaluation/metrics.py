@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from math import comb
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag.agent.plain import LAST_STEP
 from evolve_dag.errors import DataError
 from evolve_dag.evaluation.intervals import Interval, mean_interval, share_interval
+from evolve_dag.plain import LAST_STEP
 from evolve_dag.records import Score, Step, Task, Trajectory
 
 if TYPE_CHECKING:
-    from evolve_dag.config import EvaluationSettings
+    from evolve_dag.config.schema import EvaluationSettings
+from typing import TYPE_CHECKING
 
 ALIASES = "aliases"
 """Metadata key of further right answers, ``|`` between them (see :mod:`evolve_dag.verification.exact`); no breakdown."""
@@ -414,3 +415,17 @@ def _interval(pair: Any) -> Interval | None:
 
 def _number(value: Any) -> float | None:
     return None if value is None else float(value)
+
+
+def counts(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    """Numbers for a manifest: episodes, judged, success, turns, sampled tokens, failures."""
+    judged = [t.reward for t in trajectories if t.reward is not None]
+    return {
+        "trajectories": len(trajectories),
+        "judged": len(judged),
+        "success": sum(judged) / len(judged) if judged else None,
+        "turns": sum(t.turns for t in trajectories) / max(1, len(trajectories)),
+        "failed": sum(t.status == "failed" for t in trajectories),
+        "unanswered": sum(t.status == "unanswered" for t in trajectories),
+        "tokens": sum(len(s.token_ids) for t in trajectories for s in t.steps),
+    }

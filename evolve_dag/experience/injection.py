@@ -7,32 +7,14 @@ to the system message; both of a copy. The student's view is the stored history 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from evolve_dag.errors import AlignmentError
 from evolve_dag.experience.pool import Pool
-from evolve_dag.experience.selection import Selector
+from evolve_dag.experience.selection.base import Selector
+from evolve_dag.plain import GLOBAL_HEADING, STEP_HEADING
+from evolve_dag.protocols import Injected
 from evolve_dag.records import InjectionPattern, Message, Trajectory
-
-STEP_HEADING = "hint:"
-"""Line above the items of a step."""
-
-GLOBAL_HEADING = "notes:"
-"""Line above the pool in the system message."""
-
-
-@dataclass(frozen=True, slots=True)
-class Injected:
-    """The teacher's view of a history."""
-
-    messages: tuple[Message, ...]
-    """A copy; equals the history when nothing was selected."""
-    selected: tuple[str, ...] = ()
-    """Ids of the items that stand in it."""
-    text: str = ""
-    """Exactly what was added; '' for nothing."""
-    rationale: str = ""
-    """Why these items; '' where nobody chose."""
 
 
 def one_line(text: str) -> str:

@@ -13,10 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from evolve_dag.config import ExtractionSettings
 from evolve_dag.errors import DataError
 from evolve_dag.experience.phrases import MAX_WORDS, split
-from evolve_dag.records import ExperienceItem, Granularity, PoolEdit, PoolOperation, Trajectory
+from evolve_dag.records import ExperienceItem, Granularity, PoolEdit, PoolOperation
 
 _NUMBERED = re.compile(r"p(\d{4,})")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
@@ -371,57 +370,3 @@ def replay(edits: Iterable[PoolEdit]) -> tuple[Outline, ...]:
             raise DataError(f"{where}: merged into {edit.into!r}, which is not there", _REPLAY)
         del items[edit.item_id]
     return tuple(items.values())
-
-
-@dataclass(frozen=True, slots=True)
-class Extraction:
-    """What ``steps/experience`` stores."""
-
-    pool: Pool
-    edits: tuple[PoolEdit, ...]
-    """Of this iteration only, in order."""
-    statistics: Mapping[str, float]
-    """Counts: trajectories, judged, not_judged, groups, mixed_groups, ..., added, updated, deleted, merged, refused, items."""
-
-
-def extract(
-    trajectories: Sequence[Trajectory],
-    pool: Pool,
-    *,
-    granularity: Granularity,
-    settings: ExtractionSettings,
-    iteration: int,
-    seed: int,
-    case_path: bool = False,
-) -> Extraction:
-    """Scored trajectories + E(k-1) -> E(k) (METHOD step 3), without an LLM.
-
-    ``principle``: contrast mining over groups with mixed outcomes. ``instance``: one successful case per task.
-    The result does not depend on the order of ``trajectories``.
-
-    Args:
-        seed: decides ties between equally good cases and which trajectories stand for a pattern.
-        case_path: for ``instance``: keep the path of calls as well.
-    """
-    from evolve_dag.experience import contrast, instance
-
-    key = seed * 1000 + iteration
-    if granularity == "principle":
-        mined = contrast.mine(
-            trajectories, min_support=settings.min_support, min_lift=settings.min_lift, confidence=settings.confidence, seed=key
-        )
-        statistics = dict(mined.statistics)
-        first = pool.apply(contrast.reconcile(mined, pool), iteration=iteration)
-        second = first.pool.apply(contrast.subsumed(first.pool), iteration=iteration, cap=settings.cap)
-    else:
-        cases = instance.cases(trajectories, seed=key, path=case_path)
-        statistics = dict(cases.statistics)
-        first = pool.apply(instance.reconcile(cases, pool, cap=settings.cap), iteration=iteration)
-        second = first.pool.apply((), iteration=iteration, cap=settings.cap)
-    edits = (*first.edits, *second.edits)
-    after = Pool(second.pool.items, pool.version + bool(edits), second.pool.next_number)  # one extraction, one version
-    for operation, name in (("add", "added"), ("update", "updated"), ("delete", "deleted"), ("merge", "merged")):
-        statistics[name] = float(sum(edit.operation == operation for edit in edits))
-    statistics["refused"] = float(len(first.refused) + len(second.refused))
-    statistics["items"] = float(len(after))
-    return Extraction(after, edits, statistics)

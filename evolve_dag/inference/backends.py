@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evolve_dag.config import ModelSettings, OpenAIModelSettings, RuntimeSettings, VllmModelSettings
+from evolve_dag.config.schema import ModelSettings, OpenAIModelSettings, RuntimeSettings, VllmModelSettings
 from evolve_dag.inference.folders import base_identity, model_folder
 
 if TYPE_CHECKING:
-    from evolve_dag.inference.protocol import LanguageModel
+    from evolve_dag.inference.ledger import Ledger
     from evolve_dag.inference.transformers import TransformersModel
-    from evolve_dag.tracking.ledger import Ledger
+    from evolve_dag.protocols import LanguageModel
 
 
 def open_backend(

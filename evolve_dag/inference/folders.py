@@ -6,7 +6,7 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
-from evolve_dag.config import PolicySettings
+from evolve_dag.config.schema import PolicySettings
 from evolve_dag.errors import ModelError
 
 POCKET = Path(__file__).resolve().parent.parent / "environments" / "pocket" / "model"

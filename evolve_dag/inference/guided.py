@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from evolve_dag.agent.chat import ChatFormat
 from evolve_dag.errors import ModelError
+from evolve_dag.inference.chat import ChatFormat
 
 log = logging.getLogger(__name__)
 

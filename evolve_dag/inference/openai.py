@@ -25,12 +25,13 @@ from urllib.parse import urlsplit
 import httpx2
 import openai
 
-from evolve_dag.config import OpenAIModelSettings
+from evolve_dag.config.schema import OpenAIModelSettings
 from evolve_dag.errors import ModelError
+from evolve_dag.inference.ledger import Ledger, current_purpose
 from evolve_dag.inference.outgoing import chat_messages, estimate, fit
-from evolve_dag.inference.protocol import Completion, Request
+from evolve_dag.protocols import Completion, Request
+from evolve_dag.records import Call
 from evolve_dag.secrecy import describe_error
-from evolve_dag.tracking.ledger import Call, Ledger, current_purpose
 
 HARDER = 0.6
 """Share of the tokens that a conversation is cut to when the endpoint says that it is still too long."""
@@ -50,7 +51,7 @@ _NOT_MAX_TOKENS = re.compile(r"max_tokens.*max_completion_tokens", re.I | re.S)
 
 
 class OpenAIModel:
-    """Implements :class:`~evolve_dag.inference.protocol.LanguageModel`.
+    """Implements :class:`~evolve_dag.protocols.LanguageModel`.
 
     Safe to use from many tasks, and from one event loop after another (connections belong to a loop and are closed with
     it). Bounds hold per loop.

@@ -1,6 +1,6 @@
 """Text on its way to an endpoint: control strings broken, a conversation that is too long cut in its middle.
 
-An endpoint tokenizes what we send with its own tokenizer, so the id-wise protection of :mod:`evolve_dag.agent.chat` does
+An endpoint tokenizes what we send with its own tokenizer, so the id-wise protection of :mod:`evolve_dag.inference.chat` does
 not reach there. Instead the strings that tokenizers know as control tokens, and the tags of our action grammar, are broken
 by a space wherever the text is not the system's or the policy's own. The reader still sees what stood there.
 """

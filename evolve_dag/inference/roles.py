@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.backends import identity, open_backend
 from evolve_dag.inference.folders import model_folder
-from evolve_dag.tracking.ledger import metered
+from evolve_dag.inference.ledger import metered
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from evolve_dag.config import Experiment, HelperRole
-    from evolve_dag.inference.protocol import LanguageModel
-    from evolve_dag.memory import Memory
-    from evolve_dag.tracking.ledger import Ledger
+    from evolve_dag.config.schema import Experiment, HelperRole
+    from evolve_dag.inference.ledger import Ledger
+    from evolve_dag.protocols import LanguageModel
+    from evolve_dag.store.memory import Memory
 
 
 class Roles:

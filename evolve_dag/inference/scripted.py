@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from evolve_dag.errors import ModelError
-from evolve_dag.inference.protocol import Completion, Request
+from evolve_dag.protocols import Completion, Request
 from evolve_dag.records import Message
 
 if TYPE_CHECKING:
-    from evolve_dag.agent.chat import ChatFormat
+    from evolve_dag.inference.chat import ChatFormat
 
 Reply = str | BaseException
 """What one call gives: a text, or an error that is raised in its place."""
@@ -20,7 +20,7 @@ Script = Callable[[Sequence[Message]], Reply] | Sequence[Reply] | Mapping[str, S
 
 
 class ScriptedModel:
-    """Implements :class:`~evolve_dag.inference.protocol.LanguageModel`.
+    """Implements :class:`~evolve_dag.protocols.LanguageModel`.
 
     Args:
         script: a function from the conversation to the reply; or the replies of a session in order, the same

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from evolve_dag.inference.protocol import LanguageModel, Request, Sampling
+from evolve_dag.protocols import LanguageModel, Request, Sampling
 from evolve_dag.records import Message
 
 Check = Callable[[Any], str | None]

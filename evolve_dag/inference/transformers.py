@@ -26,12 +26,12 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from evolve_dag.agent.chat import ChatFormat
 from evolve_dag.errors import ModelError
+from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.guided import Guide, Guides
 from evolve_dag.inference.kv import RoundCache, SlotPool
-from evolve_dag.inference.protocol import Completion, Request
 from evolve_dag.inference.quiet import quiet_peft
+from evolve_dag.protocols import Completion, Request
 
 ATTENTION = "evolve_grouped"
 _SHARED_PREFIX = 16
@@ -101,7 +101,7 @@ class _Call:
 
 
 class TransformersModel:
-    """Implements :class:`~evolve_dag.inference.protocol.LanguageModel`. Make it with :meth:`load`.
+    """Implements :class:`~evolve_dag.protocols.LanguageModel`. Make it with :meth:`load`.
 
     One event loop at a time may use it; rounds run in one thread of its own, which alone touches the cache.
     """

@@ -1,6 +1,6 @@
 """Policies that vLLM samples from: an engine of our own in its own process, or servers that run already.
 
-Messages become token ids here (:class:`~evolve_dag.agent.chat.ChatFormat`) and ids come back: nothing is tokenized a second
+Messages become token ids here (:class:`~evolve_dag.inference.chat.ChatFormat`) and ids come back: nothing is tokenized a second
 time, and text from outside cannot produce a control token. This process never imports vLLM.
 """
 
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.folders import model_folder
-from evolve_dag.inference.protocol import Completion, Request
 from evolve_dag.inference.vllm_source import Adapter, Ask, Source
+from evolve_dag.protocols import Completion, Request
 
 if TYPE_CHECKING:
-    from evolve_dag.agent.chat import ChatFormat
-    from evolve_dag.config import RuntimeSettings, VllmModelSettings
+    from evolve_dag.config.schema import RuntimeSettings, VllmModelSettings
+    from evolve_dag.inference.chat import ChatFormat
 
 
 def open_vllm(settings: VllmModelSettings, *, runtime: RuntimeSettings, adapter: Path | None, check: bool = True) -> VllmModel:
@@ -32,7 +32,7 @@ def open_vllm(settings: VllmModelSettings, *, runtime: RuntimeSettings, adapter:
     Raises:
         ModelError: no engine, no server, no adapter; or what is served is not what was asked for.
     """
-    from evolve_dag.agent.chat import ChatFormat
+    from evolve_dag.inference.chat import ChatFormat
     from evolve_dag.inference.vllm_probe import Probe, make_probe
 
     folder = model_folder(settings)
@@ -59,7 +59,7 @@ def open_vllm(settings: VllmModelSettings, *, runtime: RuntimeSettings, adapter:
 
 
 class VllmModel:
-    """Implements :class:`~evolve_dag.inference.protocol.LanguageModel`. :func:`open_vllm` makes it.
+    """Implements :class:`~evolve_dag.protocols.LanguageModel`. :func:`open_vllm` makes it.
 
     Any number of event loops may use it, one after the other.
 

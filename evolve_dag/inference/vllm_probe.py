@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import ModelError
-from evolve_dag.inference.protocol import Sampling
 from evolve_dag.inference.vllm_source import Adapter, Ask, Sampled
+from evolve_dag.protocols import Sampling
 from evolve_dag.records import Message
 
 if TYPE_CHECKING:
-    from evolve_dag.agent.chat import ChatFormat
+    from evolve_dag.inference.chat import ChatFormat
 
 TOLERANCE: Mapping[str, float] = {"float32": 2e-3, "float16": 0.03, "bfloat16": 0.1}
 """Greatest mean difference of log-probabilities (nats) that rounding explains; docs/LOG.md has what was measured."""

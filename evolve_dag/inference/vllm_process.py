@@ -22,7 +22,7 @@ from evolve_dag.errors import ModelError
 from evolve_dag.inference.vllm_source import RANKS, Adapter, Ask, Sampled
 
 if TYPE_CHECKING:
-    from evolve_dag.config import RuntimeSettings, VllmModelSettings
+    from evolve_dag.config.schema import RuntimeSettings, VllmModelSettings
     from evolve_dag.inference.vllm_probe import Probe
 
 ENGINE = Path(__file__).with_name("vllm_engine.py")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from evolve_dag.errors import ModelError
-from evolve_dag.inference.protocol import Sampling
+from evolve_dag.protocols import Sampling
 
 if TYPE_CHECKING:
     from evolve_dag.inference.vllm_probe import Probe

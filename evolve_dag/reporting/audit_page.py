@@ -11,13 +11,13 @@ from html import escape
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from evolve_dag import audit
+from evolve_dag.lineage import audit
 from evolve_dag.reporting import markup
 from evolve_dag.reporting.principles import SPELLED_OUT, Chain, Contrast, Edit, Facts, Principle, ScoreRow, Share, Shown, gather
 from evolve_dag.reporting.summary import percent, percent_interval
 
 if TYPE_CHECKING:
-    from evolve_dag.store import Store
+    from evolve_dag.store.artifacts import Store
 
 ROWS = SPELLED_OUT
 """Rows of one table; the rest is counted, and ``evolve trace`` finds each of them."""

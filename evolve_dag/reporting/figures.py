@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any, Literal
 
-from evolve_dag import audit
 from evolve_dag.evaluation.metrics import Metrics
+from evolve_dag.lineage import audit
 from evolve_dag.reporting.summary import EDITS, IterationRow, LineageSummary, step_names
 from evolve_dag.steps.base import STEP_ORDER
 

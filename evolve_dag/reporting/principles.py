@@ -13,17 +13,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag import audit
 from evolve_dag.evaluation.intervals import Interval, share_interval
 from evolve_dag.experience.features import FEATURES, Transcript
-from evolve_dag.frames import items_from_frame
+from evolve_dag.lineage import audit
 from evolve_dag.records import ExperienceItem, Step, ToolCall
 from evolve_dag.steps.base import STEP_ORDER
+from evolve_dag.store.frames import items_from_frame
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from evolve_dag.store import Artifact, Store
+    from evolve_dag.store.artifacts import Artifact, Store
 
 STATES_FROM = 1000
 """Episodes per iteration whose steps are read for the states in which an item is chosen."""

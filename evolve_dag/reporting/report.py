@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from evolve_dag import audit
 from evolve_dag.errors import DataError, StoreError
 from evolve_dag.evaluation.intervals import Interval
 from evolve_dag.evaluation.metrics import Metrics
+from evolve_dag.lineage import audit
 from evolve_dag.records import ExperienceItem
 from evolve_dag.reporting import figures, markup
 from evolve_dag.reporting.summary import (
@@ -37,8 +37,8 @@ from evolve_dag.reporting.summary import (
 )
 
 if TYPE_CHECKING:
-    from evolve_dag.audit import Internalized
-    from evolve_dag.store import Store
+    from evolve_dag.lineage.audit import Internalized
+    from evolve_dag.store.artifacts import Store
 
 PACKAGES = ("evolve-dag", "torch", "transformers", "peft", "dagster", "polars", "duckdb", "numpy")
 """Packages whose version the report names."""
@@ -541,7 +541,7 @@ def _spent(steps: Sequence[StepRow]) -> str:
 
 
 def _by_experiment(summaries: Sequence[LineageSummary]) -> dict[str, list[LineageSummary]]:
-    """Experiment -> its lineages of several seeds (``<experiment>-s<N>``, see evolve_dag.registry)."""
+    """Experiment -> its lineages of several seeds (``<experiment>-s<N>``, see evolve_dag.config.registry)."""
     groups: dict[str, list[LineageSummary]] = {}
     for summary in summaries:
         groups.setdefault(summary.experiment.removesuffix(f"-s{summary.settings.get('seed')}"), []).append(summary)

@@ -6,10 +6,10 @@ What is read, by kind of artifact (all of it optional, so that a lineage can be 
                                optional; "base" is what entered iteration 1, without experience
     promotion   decision.json  see evaluation.gate.gate_to_json
     experience  manifest.summary  items, added, updated, deleted, merged, locality {name: share};  items.parquet
-    contexts    what was measured of it (evolve_dag.audit), from the store's cache
+    contexts    what was measured of it (evolve_dag.lineage.audit), from the store's cache
     adapter     manifest.summary  rows, kept, loss_first, loss_last, ...;  curve.parquet or curve.json, one record a step
     any         manifest.seconds, manifest.summary["tokens"] (sampled tokens), digests; manifest.summary["calls"], per role
-                what was asked of other models and what it cost (evolve_dag.tracking.ledger.summarize)
+                what was asked of other models and what it cost (evolve_dag.inference.ledger.summarize)
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from evolve_dag.records import ExperienceItem
 from evolve_dag.steps.base import STEP_ORDER
 
 if TYPE_CHECKING:
-    from evolve_dag.audit import Internalized
-    from evolve_dag.store import Artifact, Ref, Store
+    from evolve_dag.lineage.audit import Internalized
+    from evolve_dag.store.artifacts import Artifact, Ref, Store
 
 EDITS = ("added", "updated", "deleted", "merged")
 """Counts of pool edits, as the experience artifact's summary names them."""
@@ -204,7 +204,7 @@ def _follows(artifacts: Mapping[str, Artifact], before: Mapping[str, tuple[Ref, 
 
 def _command(experiment: str, config: str | None, settings: Mapping[str, Any], iterations: int) -> str:
     seed = settings.get("seed")
-    # a lineage under another seed than the file's is named <experiment>-s<seed> (evolve_dag.registry)
+    # a lineage under another seed than the file's is named <experiment>-s<seed> (evolve_dag.config.registry)
     seeded = experiment.endswith(f"-s{seed}")
     name = experiment.removesuffix(f"-s{seed}")
     return f"evolve run {config or f'configs/{name}.yaml'} --iterations {iterations}" + (f" --seed {seed}" if seeded else "")
@@ -356,7 +356,7 @@ def recompute_note(summary: LineageSummary) -> str:
 
 
 def _internalized(store: Store, experiment: str) -> tuple[Internalized, ...]:
-    from evolve_dag import audit
+    from evolve_dag.lineage import audit
 
     if not (store.root / "cache" / "audit").is_dir():
         return ()
@@ -407,6 +407,6 @@ def _curve(adapter: Artifact | None) -> tuple[Mapping[str, float], ...]:
 def _items(experience: Artifact | None) -> tuple[ExperienceItem, ...]:
     if experience is None or "items.parquet" not in experience.manifest.files:
         return ()
-    from evolve_dag.frames import items_from_frame
+    from evolve_dag.store.frames import items_from_frame
 
     return tuple(items_from_frame(experience.frame("items.parquet")))

@@ -7,21 +7,21 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag.agent.loop import stable_hash
 from evolve_dag.agent.rollouts import run_rollouts
-from evolve_dag.benchmarks.suites import Split, load_split
 from evolve_dag.distillation.alignment import select_rows
 from evolve_dag.distillation.dataset import DistillationRow, load_contexts
 from evolve_dag.distillation.trainer import CurvePoint, distill, load_model
 from evolve_dag.inference.folders import model_folder
-from evolve_dag.steps.base import Silent, StepContext
+from evolve_dag.seeds import stable_hash
+from evolve_dag.steps.body import Silent, StepContext
 from evolve_dag.steps.contexts import RETENTION, score, with_teacher_views
 from evolve_dag.steps.policies import adapter_folder, experience_source, open_policy, open_pool, open_teacher
+from evolve_dag.tasks.suites import Split, load_split
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from evolve_dag.config import Experiment
+    from evolve_dag.config.schema import Experiment
 
 
 def run(context: StepContext) -> None:

@@ -16,48 +16,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from evolve_dag.benchmarks.suites import data_digests
-from evolve_dag.config import Experiment, ToolsEnvironment
+from evolve_dag.config.schema import Experiment, ToolsEnvironment
 from evolve_dag.errors import OrderError
-from evolve_dag.frames import CALLS, calls_to_frame
 from evolve_dag.inference.backends import identity
 from evolve_dag.inference.folders import base_identity
+from evolve_dag.inference.ledger import Ledger
 from evolve_dag.inference.roles import Roles
-from evolve_dag.memory import Memory
 from evolve_dag.prompts import digest
 from evolve_dag.records import PolicyRef
-from evolve_dag.store import Artifact, Build, Store
-from evolve_dag.tracking.ledger import Ledger
+from evolve_dag.steps.body import Body, Progress, Silent, StepContext
+from evolve_dag.store.artifacts import Artifact, Store
+from evolve_dag.store.frames import CALLS, calls_to_frame
+from evolve_dag.store.memory import Memory
+from evolve_dag.tasks.suites import data_digests
 
 STEP_ORDER = ("policy", "trajectories", "experience", "contexts", "adapter", "scores", "promotion")
-
-
-class Progress(Protocol):
-    """Where a long step tells how far it is."""
-
-    def start(self, label: str, total: int) -> None:
-        """A phase of ``total`` units begins."""
-
-    def advance(self, n: int = 1) -> None:
-        """``n`` units are done."""
-
-    def finish(self) -> None:
-        """The phase is over."""
-
-
-class Silent:
-    """Progress that nobody watches."""
-
-    def start(self, label: str, total: int) -> None: ...
-
-    def advance(self, n: int = 1) -> None: ...
-
-    def finish(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +120,13 @@ def _used(values: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
     if experiment.extraction.extractor != "llm":
         values.pop("models.extractor", None)
     elif "extraction" in values:
-        from evolve_dag.experience.llm import prompt_names
+        from evolve_dag.experience.extraction.llm import prompt_names
 
         values["prompts"] = digest(*prompt_names(experiment.granularity, experiment.extraction.domain))
     if experiment.selection.selector != "llm":
         values.pop("models.selector", None)
     elif "selection" in values:
-        from evolve_dag.experience.selectors_llm import PROMPT as SELECTION
+        from evolve_dag.experience.selection.llm import PROMPT as SELECTION
 
         values["prompts.selection"] = digest(SELECTION)
     if experiment.selection.selector != "embedding":
@@ -235,7 +213,7 @@ def first_policy(experiment: Experiment) -> PolicyRef:
     ref = PolicyRef(iteration=1, base=base_identity(experiment.models.policy))
     if not experiment.start_pool:
         return ref
-    from evolve_dag.experience.pool_files import pool_digest, pool_from_file
+    from evolve_dag.interop.pools import pool_digest, pool_from_file
 
     path = Path(experiment.start_pool)
     pool = pool_from_file(path)
@@ -279,33 +257,12 @@ def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store
 
 
 @dataclass(frozen=True, slots=True)
-class StepContext:
-    """What the body of a step gets."""
-
-    experiment: Experiment
-    iteration: int
-    store: Store
-    inputs: Mapping[str, Artifact]
-    """Step -> its artifact, opened and checked."""
-    build: Build
-    progress: Progress
-    entering: PolicyRef
-    ledger: Ledger
-    """Calls to language models that cost something."""
-    roles: Roles
-    """Extractor, selector and judge."""
-
-
-@dataclass(frozen=True, slots=True)
 class StepOutcome:
     """The artifact, and whether it had to be made."""
 
     artifact: Artifact
     recomputed: bool
     seconds: float
-
-
-Body = Callable[[StepContext], None]
 
 
 def _body(name: str) -> Body:

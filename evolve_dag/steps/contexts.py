@@ -12,28 +12,28 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag.agent.loop import ExperienceSource, stable_hash
-from evolve_dag.benchmarks.suites import load_split
 from evolve_dag.distillation.alignment import align_all, no_injection, replay_injection, select_rows, without_problems
 from evolve_dag.distillation.dataset import DistillationRow, make_rows, retention_rows, save_contexts
 from evolve_dag.distillation.teacher import TeacherScorer
+from evolve_dag.evaluation.metrics import counts
+from evolve_dag.protocols import ExperienceSource
 from evolve_dag.records import Trajectory
-from evolve_dag.steps.base import StepContext
+from evolve_dag.seeds import stable_hash
+from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import (
     adapter_folder,
-    counts,
     experience_source,
-    load_trajectories,
     open_policy,
     open_pool,
     open_teacher,
     roll_out,
-    save_trajectories,
     selector_statistics,
 )
+from evolve_dag.store.frames import load_trajectories, save_trajectories
+from evolve_dag.tasks.suites import load_split
 
 if TYPE_CHECKING:
-    from evolve_dag.config import Experiment
+    from evolve_dag.config.schema import Experiment
 
 
 RETENTION = "retention"

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 
-from evolve_dag.benchmarks.suites import load_tasks_of
+from evolve_dag.experience.extraction.mining import Extraction, extract
 from evolve_dag.experience.locality import locality
-from evolve_dag.experience.pool import Extraction, Pool, extract
-from evolve_dag.frames import edits_to_frame, items_to_frame
+from evolve_dag.experience.pool import Pool
 from evolve_dag.records import Task, Trajectory
-from evolve_dag.steps.base import StepContext
-from evolve_dag.steps.policies import load_trajectories, open_policy, open_pool
+from evolve_dag.steps.body import StepContext
+from evolve_dag.steps.policies import open_policy, open_pool
+from evolve_dag.store.frames import edits_to_frame, items_to_frame, load_trajectories
+from evolve_dag.tasks.suites import load_tasks_of
 
 
 def run(context: StepContext) -> None:
@@ -56,7 +57,7 @@ def _extract(context: StepContext, trajectories: Sequence[Trajectory], tasks: Se
         context.progress.advance()
         context.progress.finish()
         return found
-    from evolve_dag.experience.llm import extract_with_llm
+    from evolve_dag.experience.extraction.llm import extract_with_llm
 
     roles = context.roles
     with ExitStack() as opened:

@@ -8,23 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from evolve_dag.agent.rollouts import run_rollouts
-from evolve_dag.frames import trajectories_from_frames, trajectories_to_frames
 from evolve_dag.inference.backends import identity, open_backend, open_transformers
-from evolve_dag.inference.protocol import LanguageModel
+from evolve_dag.inference.ledger import metered
+from evolve_dag.protocols import LanguageModel
 from evolve_dag.records import Task, Trajectory
-from evolve_dag.tracking.ledger import metered
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from evolve_dag.agent.loop import ExperienceSource
-    from evolve_dag.benchmarks.suites import Split
-    from evolve_dag.config import Experiment
+    from evolve_dag.config.schema import Experiment
     from evolve_dag.experience.pool import Pool
     from evolve_dag.inference.roles import Roles
     from evolve_dag.inference.transformers import TransformersModel
-    from evolve_dag.steps.base import StepContext
-    from evolve_dag.store import Artifact, Store
+    from evolve_dag.protocols import ExperienceSource
+    from evolve_dag.steps.body import StepContext
+    from evolve_dag.store.artifacts import Artifact, Store
+    from evolve_dag.tasks.suites import Split
 
 Model = TypeVar("Model", bound=LanguageModel)
 
@@ -106,7 +105,7 @@ def experience_source(experiment: Experiment, pool: Pool, roles: Roles | None = 
         roles: who is asked where the selector is a model; it says its identity now, so open the policy first.
     """
     from evolve_dag.experience.injection import Injector
-    from evolve_dag.experience.selection import make_selector
+    from evolve_dag.experience.selection.choose import make_selector
 
     if experiment.injection == "none" or not pool.items:
         return None
@@ -166,32 +165,6 @@ def roll_out(
         )
     finally:
         context.progress.finish()
-
-
-def save_trajectories(folder: Path, trajectories: Sequence[Trajectory], prefix: str = "") -> None:
-    """``trajectories.parquet`` and ``steps.parquet``."""
-    frame, steps = trajectories_to_frames(trajectories)
-    frame.write_parquet(folder / f"{prefix}trajectories.parquet")
-    steps.write_parquet(folder / f"{prefix}steps.parquet")
-
-
-def load_trajectories(artifact: Artifact) -> list[Trajectory]:
-    """What :func:`save_trajectories` wrote."""
-    return trajectories_from_frames(artifact.frame("trajectories.parquet"), artifact.frame("steps.parquet"))
-
-
-def counts(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
-    """Numbers for a manifest: episodes, judged, success, turns, sampled tokens, failures."""
-    judged = [t.reward for t in trajectories if t.reward is not None]
-    return {
-        "trajectories": len(trajectories),
-        "judged": len(judged),
-        "success": sum(judged) / len(judged) if judged else None,
-        "turns": sum(t.turns for t in trajectories) / max(1, len(trajectories)),
-        "failed": sum(t.status == "failed" for t in trajectories),
-        "unanswered": sum(t.status == "unanswered" for t in trajectories),
-        "tokens": sum(len(s.token_ids) for t in trajectories for s in t.steps),
-    }
 
 
 def by_id(tasks: Sequence[Task]) -> dict[str, Task]:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from evolve_dag.steps.base import StepContext
+from evolve_dag.steps.body import StepContext
 
 
 def run(context: StepContext) -> None:
@@ -14,7 +14,7 @@ def run(context: StepContext) -> None:
     ref = context.entering
     start = context.experiment.start_pool
     if context.iteration == 1 and start:
-        from evolve_dag.experience.pool_files import artifact_of, read_pool
+        from evolve_dag.interop.pools import artifact_of, read_pool
 
         found = read_pool(start)
         artifact_of(found.pool, context.store, Path(start).name, renamed=found.renamed)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 from evolve_dag.evaluation.gate import decide, gate_to_json
-from evolve_dag.frames import scores_from_frame
 from evolve_dag.records import PolicyRef
-from evolve_dag.steps.base import StepContext
+from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import open_pool
 from evolve_dag.steps.scores import DEVELOPMENT
-from evolve_dag.store import Artifact
+from evolve_dag.store.artifacts import Artifact
+from evolve_dag.store.frames import scores_from_frame
 
 
 def run(context: StepContext) -> None:

@@ -8,22 +8,13 @@ from __future__ import annotations
 
 import json
 
-from evolve_dag.agent.loop import stable_hash
-from evolve_dag.benchmarks.suites import Split, check_disjoint, load_split
-from evolve_dag.evaluation.metrics import evaluate_summary, score_trajectories
-from evolve_dag.frames import scores_to_frame
+from evolve_dag.evaluation.metrics import counts, evaluate_summary, score_trajectories
 from evolve_dag.records import Score, Trajectory
-from evolve_dag.steps.base import StepContext
-from evolve_dag.steps.policies import (
-    by_id,
-    counts,
-    experience_source,
-    open_policy,
-    open_pool,
-    roll_out,
-    save_trajectories,
-    selector_statistics,
-)
+from evolve_dag.seeds import stable_hash
+from evolve_dag.steps.body import StepContext
+from evolve_dag.steps.policies import by_id, experience_source, open_policy, open_pool, roll_out, selector_statistics
+from evolve_dag.store.frames import save_trajectories, scores_to_frame
+from evolve_dag.tasks.suites import Split, check_disjoint, load_split
 
 DEVELOPMENT = ("development_candidate", "development_champion")
 """Conditions that the gate compares."""

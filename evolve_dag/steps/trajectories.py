@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from evolve_dag.agent.loop import stable_hash
-from evolve_dag.benchmarks.suites import check_disjoint, load_split
-from evolve_dag.steps.base import StepContext
-from evolve_dag.steps.policies import counts, open_policy, roll_out, save_trajectories
+from evolve_dag.evaluation.metrics import counts
+from evolve_dag.seeds import stable_hash
+from evolve_dag.steps.body import StepContext
+from evolve_dag.steps.policies import open_policy, roll_out
+from evolve_dag.store.frames import save_trajectories
+from evolve_dag.tasks.suites import check_disjoint, load_split
 
 
 def run(context: StepContext) -> None:

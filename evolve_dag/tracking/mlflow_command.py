@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evolve_dag import registry
+from evolve_dag.config import registry
 from evolve_dag.errors import ConfigError
 from evolve_dag.tracking.mlflow_sync import Sent, known, serve_requests, sync
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bars
 
-    from evolve_dag.store import Store
+    from evolve_dag.store.artifacts import Store
 
 
 def sync_with_bar(store: Store, configs: Sequence[str] | None, *, again: bool, console: Console) -> Sent:

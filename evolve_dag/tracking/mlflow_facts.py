@@ -14,9 +14,9 @@ from evolve_dag.reporting.summary import EDITS, IterationRow, LineageSummary
 from evolve_dag.secrecy import masker
 
 if TYPE_CHECKING:
-    from evolve_dag.config import Experiment
+    from evolve_dag.config.schema import Experiment
     from evolve_dag.evaluation.metrics import Metrics
-    from evolve_dag.store import Artifact, Ref, Store
+    from evolve_dag.store.artifacts import Artifact, Ref, Store
 
 PARAM_CHARACTERS = 500
 """Longest value of a parameter that every MLflow server takes; config.json beside the run holds all of it."""

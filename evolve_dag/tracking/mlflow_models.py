@@ -15,7 +15,7 @@ from evolve_dag.tracking.mlflow_policy import DEFAULTS, write_policy
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from evolve_dag.config import Experiment
+    from evolve_dag.config.schema import Experiment
 
 ALIAS = "champion"
 FOLDER = "policy"

@@ -80,7 +80,7 @@ class Policy:
             DataError: an input is neither of the two.
             ModelError: the context is too long.
         """
-        from evolve_dag.inference.protocol import Request, Sampling
+        from evolve_dag.protocols import Request, Sampling
 
         chosen = {**DEFAULTS, "max_tokens": self.description["max_tokens"], **(params or {})}
         sampling = Sampling(float(chosen["temperature"]), 1.0, int(chosen["max_tokens"]), int(chosen["seed"]))

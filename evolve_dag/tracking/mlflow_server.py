@@ -20,7 +20,7 @@ from urllib.request import Request, urlopen
 
 from evolve_dag.errors import EvolveError
 from evolve_dag.secrecy import describe_error
-from evolve_dag.store import Journal
+from evolve_dag.store.journal import Journal
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

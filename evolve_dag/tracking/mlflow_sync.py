@@ -29,12 +29,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from evolve_dag import registry
+from evolve_dag.config import registry
 from evolve_dag.errors import ConcurrencyError, EvolveError, OrderError, StoreError
 from evolve_dag.reporting.summary import IterationRow, LineageSummary, summarize
 from evolve_dag.secrecy import describe_error
-from evolve_dag.steps.base import Progress, Silent
-from evolve_dag.store import Store
+from evolve_dag.steps.body import Progress, Silent
+from evolve_dag.store.artifacts import Store
 from evolve_dag.tracking import mlflow_facts, mlflow_models, mlflow_traces
 from evolve_dag.tracking.mlflow_facts import IterationFacts, Point
 from evolve_dag.tracking.mlflow_server import (
@@ -52,7 +52,7 @@ from evolve_dag.tracking.mlflow_server import (
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from evolve_dag.config import Experiment
+    from evolve_dag.config.schema import Experiment
 
 log = logging.getLogger(__name__)
 

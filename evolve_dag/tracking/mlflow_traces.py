@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag.agent.loop import stable_hash
-from evolve_dag.experience.injection import GLOBAL_HEADING
-from evolve_dag.frames import trajectories_from_frames
+from evolve_dag.plain import GLOBAL_HEADING
 from evolve_dag.records import ExperienceItem, Step, Trajectory
+from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.scores import DEVELOPMENT
+from evolve_dag.store.frames import trajectories_from_frames
 from evolve_dag.tracking.mlflow_facts import IterationFacts, masker, milliseconds
 
 if TYPE_CHECKING:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from evolve_dag.verification.base import Verifier
+from evolve_dag.protocols import Verifier
 from evolve_dag.verification.exact import ExactVerifier
 
 if TYPE_CHECKING:
-    from evolve_dag.config import VerificationSettings
+    from evolve_dag.config.schema import VerificationSettings
     from evolve_dag.inference.roles import Roles
 
 

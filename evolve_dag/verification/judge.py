@@ -14,11 +14,11 @@ from typing import Literal
 
 from evolve_dag import prompts
 from evolve_dag.errors import ModelError
-from evolve_dag.inference.protocol import LanguageModel, Request, Sampling
+from evolve_dag.inference.ledger import purpose
 from evolve_dag.inference.structured import ask_json
-from evolve_dag.memory import Memory
+from evolve_dag.protocols import LanguageModel, Request, Sampling
 from evolve_dag.records import Message, Task
-from evolve_dag.tracking.ledger import purpose
+from evolve_dag.store.memory import Memory
 from evolve_dag.verification.exact import normalise
 
 log = logging.getLogger(__name__)

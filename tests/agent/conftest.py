@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import tiny_tokenizers
 
-from evolve_dag.agent.chat import ChatFormat
+from evolve_dag.inference.chat import ChatFormat
 
 
 @pytest.fixture(scope="session", params=["byte_level", "word_level"])

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evolve_dag.agent.actions import ParsedAction, explain, parse_action, validate_call
-from evolve_dag.agent.chat import GRAMMAR_TAGS
-from evolve_dag.environments.base import ToolSpec
+from evolve_dag.inference.chat import GRAMMAR_TAGS
+from evolve_dag.protocols import ToolSpec
 from evolve_dag.records import ToolCall
 
 TOOLS = (ToolSpec("search", "find pages", {"query": "words"}), ToolSpec("visit", "read a page", {"page": "title"}))

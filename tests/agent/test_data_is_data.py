@@ -17,17 +17,18 @@ from hypothesis import strategies as st
 from worlds import ANSWER, SEARCH, TASK, Exact, World
 
 from evolve_dag.agent.actions import parse_action
-from evolve_dag.agent.chat import GRAMMAR_TAGS, ChatFormat
 from evolve_dag.agent.loop import run_episode
-from evolve_dag.config import RolloutSettings
-from evolve_dag.environments.base import Environment
+from evolve_dag.config.schema import RolloutSettings
 from evolve_dag.environments.corpus import CorpusSearch, Page
 from evolve_dag.errors import AlignmentError
-from evolve_dag.experience.injection import GLOBAL_HEADING, STEP_HEADING, Injector, assert_clean, block, inject_step_wise
+from evolve_dag.experience.injection import Injector, assert_clean, block, inject_step_wise
 from evolve_dag.experience.pool import Pool
-from evolve_dag.experience.selection import Selection
+from evolve_dag.experience.selection.base import Selection
+from evolve_dag.inference.chat import GRAMMAR_TAGS, ChatFormat
 from evolve_dag.inference.outgoing import chat_messages
 from evolve_dag.inference.scripted import ScriptedModel
+from evolve_dag.plain import GLOBAL_HEADING, STEP_HEADING
+from evolve_dag.protocols import Environment
 from evolve_dag.records import ExperienceItem, Message, Step, Trajectory
 
 ROOT = Path(__file__).parent.parent.parent

@@ -11,14 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import ANSWER, SEARCH, TASK, Exact, World
 
-from evolve_dag.agent.chat import ChatFormat
 from evolve_dag.agent.loop import call_seed, run_episode
-from evolve_dag.agent.plain import LAST_STEP
-from evolve_dag.config import RolloutSettings
-from evolve_dag.environments.base import ToolError
+from evolve_dag.config.schema import RolloutSettings
 from evolve_dag.errors import ModelError
-from evolve_dag.experience.injection import Injected
+from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.scripted import Reply, ScriptedModel
+from evolve_dag.plain import LAST_STEP
+from evolve_dag.protocols import Injected, ToolError
 from evolve_dag.records import Message, Trajectory
 from evolve_dag.secrecy import describe_error
 

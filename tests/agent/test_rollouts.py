@@ -10,7 +10,7 @@ import pytest
 from worlds import ANSWER, SEARCH, Exact, World
 
 from evolve_dag.agent.rollouts import episode_seed, gather_rollouts, run_rollouts
-from evolve_dag.config import RolloutSettings
+from evolve_dag.config.schema import RolloutSettings
 from evolve_dag.errors import DataError
 from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.records import Message, Task, Trajectory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from evolve_dag.environments.base import ToolError, ToolSpec
+from evolve_dag.protocols import ToolError, ToolSpec
 from evolve_dag.records import Task, ToolCall
 
 TASK = Task("t1", "Who is the mayor of Bado Keli?", "Rato Miku")

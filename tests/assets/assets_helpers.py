@@ -21,9 +21,9 @@ from evolve_dag.distillation.dataset import DistillationRow, StepContext, save_c
 from evolve_dag.distillation.teacher import TeacherTargets
 from evolve_dag.evaluation.metrics import evaluate_summary, score_trajectories
 from evolve_dag.experience.pool import Pool
-from evolve_dag.frames import edits_to_frame, items_to_frame, scores_to_frame, trajectories_to_frames
 from evolve_dag.records import ExperienceItem, PoolEdit, Score, Step, Task, ToolCall, Trajectory
 from evolve_dag.steps import base
+from evolve_dag.store.frames import edits_to_frame, items_to_frame, scores_to_frame, trajectories_to_frames
 
 CONFIG = {"iterations": 2, "evaluation": {"bootstrap": 100}}
 TASKS = {f"t{n}": Task(f"t{n}", f"What is the mayor of city {n}?", "Rato Miku") for n in range(4)}

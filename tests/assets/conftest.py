@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # assets_helpers
 
 from assets_helpers import FakeSteps, write_config
 
-from evolve_dag import registry
-from evolve_dag.config import Experiment
+from evolve_dag.config import registry
+from evolve_dag.config.schema import Experiment
 from evolve_dag.steps import base
-from evolve_dag.store import Store
+from evolve_dag.store.artifacts import Store
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from assets_helpers import FakeSteps, iteration, write_config
 from evolve_dag.assets import alerts
 from evolve_dag.assets.resources import StoreResource
 
-from evolve_dag import registry
+from evolve_dag.config import registry
 from evolve_dag.errors import DataError
 
 

@@ -10,12 +10,13 @@ import dagster as dg
 import pytest
 from assets_helpers import FakeSteps, iteration, watch, write_config
 from evolve_dag.assets import alerts, automation, partitions, recovery
+from evolve_dag.assets.location import build
 from evolve_dag.assets.resources import StoreResource
 from evolve_dag.assets.settings import CONFIGURED_STEPS, settings_key
 
-from evolve_dag import registry, scheduling
-from evolve_dag.config import Experiment
-from evolve_dag.definitions import build, defs
+from evolve_dag.config import registry, scheduling
+from evolve_dag.config.schema import Experiment
+from evolve_dag.definitions import defs
 from evolve_dag.errors import DataError
 
 NIGHT = datetime(2026, 6, 1, 2, 0)

@@ -14,11 +14,11 @@ from assets_helpers import FakeSteps, write_config
 from evolve_dag.assets import launch, recovery
 from rich.console import Console
 
-from evolve_dag import registry
+from evolve_dag.config import registry
 from evolve_dag.definitions import defs
 from evolve_dag.errors import ConcurrencyError, ConfigError, DataError
 from evolve_dag.steps import base
-from evolve_dag.store import Store
+from evolve_dag.store.artifacts import Store
 
 ROOT = Path(".evolve")
 

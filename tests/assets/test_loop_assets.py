@@ -12,11 +12,12 @@ from dagster._core.definitions.data_version import StaleStatus
 from evolve_dag.assets import automation, checks, partitions
 from evolve_dag.assets.settings import CONFIGURED_STEPS, settings_key
 
-from evolve_dag.config import Experiment, load_experiment
+from evolve_dag.config.loading import load_experiment
+from evolve_dag.config.schema import Experiment
 from evolve_dag.distillation.dataset import load_contexts, save_contexts
 from evolve_dag.errors import OrderError
 from evolve_dag.steps import base
-from evolve_dag.store import Store
+from evolve_dag.store.artifacts import Store
 
 
 def test_an_iteration_records_digests_and_hands_the_policy_over(

@@ -13,9 +13,9 @@ from assets_helpers import FakeSteps, iteration
 from evolve_dag.assets import links, preview
 from evolve_dag.assets.columns import describe
 
-from evolve_dag.config import Experiment
+from evolve_dag.config.schema import Experiment
 from evolve_dag.steps import base
-from evolve_dag.store import Store
+from evolve_dag.store.artifacts import Store
 from evolve_dag.tracking import mlflow_sync
 
 

@@ -13,7 +13,7 @@ from assets_helpers import FakeSteps, iteration
 from evolve_dag.assets import partitions, recovery
 from evolve_dag.assets.resources import StoreResource
 
-from evolve_dag.config import Experiment
+from evolve_dag.config.schema import Experiment
 from evolve_dag.definitions import defs
 from evolve_dag.steps import base
 

@@ -14,8 +14,8 @@ from dagster._core.scheduler.instigation import ScheduleInstigatorData, TickData
 from evolve_dag.assets import automation, launch, timetable
 from typer.testing import CliRunner
 
-from evolve_dag import registry
 from evolve_dag.cli import app
+from evolve_dag.config import registry
 from evolve_dag.errors import ConfigError
 
 ROOT = Path(".evolve")

@@ -9,14 +9,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from evolve_dag.agent.chat import ChatFormat
-from evolve_dag.config import TransformersModelSettings
+from evolve_dag.config.schema import TransformersModelSettings
 from evolve_dag.distillation.alignment import Aligned, align, replay_injection
 from evolve_dag.distillation.teacher import TeacherScorer
 from evolve_dag.distillation.trainer import load_model
 from evolve_dag.errors import AlignmentError
-from evolve_dag.experience.injection import GLOBAL_HEADING, STEP_HEADING, block, inject_global, inject_step_wise
+from evolve_dag.experience.injection import block, inject_global, inject_step_wise
+from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.folders import model_folder
+from evolve_dag.plain import GLOBAL_HEADING, STEP_HEADING
 from evolve_dag.records import Step, Trajectory
 
 ACTIONS = [

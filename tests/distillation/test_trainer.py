@@ -12,7 +12,7 @@ from distillation_fakes import TinyChat, make_scored_rows, make_trajectory, tiny
 
 import evolve_dag.distillation.losses as losses_module
 import evolve_dag.distillation.trainer as trainer_module
-from evolve_dag.config import DistillationSettings, Regime
+from evolve_dag.config.schema import DistillationSettings, Regime
 from evolve_dag.distillation.adapter import load_adapter, merged_model
 from evolve_dag.distillation.alignment import align, no_injection, replay_injection
 from evolve_dag.distillation.dataset import DistillationRow, make_rows

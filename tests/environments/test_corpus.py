@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evolve_dag.environments.base import Environment, ToolError
 from evolve_dag.environments.corpus import CorpusSearch, Page, fold, query_terms, window, words
 from evolve_dag.errors import DataError
+from evolve_dag.protocols import Environment, ToolError
 from evolve_dag.records import ToolCall
 
 PAGES = [

@@ -11,7 +11,6 @@ from random import Random
 import pytest
 
 from evolve_dag.agent.actions import parse_action
-from evolve_dag.agent.chat import ChatFormat
 from evolve_dag.agent.loop import LAST_STEP
 from evolve_dag.environments.pocket.language import KINDS, PhraseBank, is_held_out, vocabulary
 from evolve_dag.environments.pocket.pretrain import ACTION, SLIP, Encoder, PretrainSettings, pretrain
@@ -19,6 +18,7 @@ from evolve_dag.environments.pocket.script import GROUP_MOVES, MOVES, FastSearch
 from evolve_dag.environments.pocket.tokenizer import CONTROL, build_tokenizer
 from evolve_dag.environments.pocket.world import World, title
 from evolve_dag.experience.phrases import all_phrases
+from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.folders import POCKET
 from evolve_dag.records import Message, ToolCall
 

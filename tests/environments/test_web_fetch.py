@@ -12,9 +12,9 @@ import pytest
 import web_fakes
 from web_fakes import Reply, Web
 
-from evolve_dag.environments.base import ToolError
 from evolve_dag.environments.web.fetch import MAX_REDIRECTS, Fetched, RefusedError, fetch
 from evolve_dag.environments.web.guard import Guard
+from evolve_dag.protocols import ToolError
 
 HTML = {"Content-Type": "text/html; charset=utf-8"}
 

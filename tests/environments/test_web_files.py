@@ -10,10 +10,10 @@ import web_fakes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evolve_dag.environments.base import ToolError
 from evolve_dag.environments.web import files
 from evolve_dag.environments.web.files import FileReader
 from evolve_dag.environments.web.sandbox import open_parser
+from evolve_dag.protocols import ToolError
 
 
 def zipped(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:

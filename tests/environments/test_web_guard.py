@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evolve_dag.environments.base import ToolError
 from evolve_dag.environments.web.guard import Guard, Target, is_public
+from evolve_dag.protocols import ToolError
 
 PUBLIC = "93.184.215.14"
 PRIVATE_4 = [

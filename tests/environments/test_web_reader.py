@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from web_fakes import Heard, Reply, Web
 
-from evolve_dag.environments.base import ToolError
 from evolve_dag.environments.web import documents
 from evolve_dag.environments.web.guard import Guard
 from evolve_dag.environments.web.reader import JinaReader, LocalReader, Page, Summarizer, page_from_memory, page_to_memory
@@ -20,7 +19,8 @@ from evolve_dag.environments.web.sandbox import open_parser
 from evolve_dag.environments.web.services import Service
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.scripted import ScriptedModel
-from evolve_dag.memory import Memory
+from evolve_dag.protocols import ToolError
+from evolve_dag.store.memory import Memory
 
 ARTICLE = "Bado Keli is a city on the river Zano. Its mayor is Rato Miku, who has held the office since the great flood. " * 3
 PAGE = f"""<html><head><title>City  of

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from web_fakes import Heard, Reply, Web
 
-from evolve_dag.environments.base import ToolError
 from evolve_dag.environments.web.guard import Guard
 from evolve_dag.environments.web.search import Searcher, listing, read_searxng, read_serper
 from evolve_dag.environments.web.services import MAX_PAUSE, Service, _seconds
 from evolve_dag.errors import ConfigError, ModelError
+from evolve_dag.protocols import ToolError
 
 JSON = {"Content-Type": "application/json"}
 ANSWER = {

@@ -13,14 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from web_fakes import Reply, Web
 
+from evolve_dag import plain as plain_module
 from evolve_dag.agent import loop
-from evolve_dag.agent import plain as plain_module
 from evolve_dag.agent.actions import validate_call
-from evolve_dag.agent.chat import GRAMMAR_TAGS, ChatFormat
 from evolve_dag.agent.loop import LAST_STEP, run_episode
-from evolve_dag.agent.plain import RESERVED, head, one_line, plain
-from evolve_dag.config import RolloutSettings, ToolsEnvironment
-from evolve_dag.environments.base import Environment, ToolError
+from evolve_dag.config.schema import RolloutSettings, ToolsEnvironment
 from evolve_dag.environments.web import sandbox, tools
 from evolve_dag.environments.web.guard import Guard
 from evolve_dag.environments.web.sandbox import Outcome
@@ -28,11 +25,14 @@ from evolve_dag.environments.web.search import Searcher
 from evolve_dag.environments.web.services import Service
 from evolve_dag.environments.web.tools import ToolsWorld, program_output
 from evolve_dag.errors import ConfigError, ModelError
-from evolve_dag.experience.injection import GLOBAL_HEADING, STEP_HEADING, Injector
+from evolve_dag.experience.injection import Injector
 from evolve_dag.experience.pool import Pool
+from evolve_dag.inference.chat import GRAMMAR_TAGS, ChatFormat
 from evolve_dag.inference.scripted import ScriptedModel
-from evolve_dag.memory import Memory
+from evolve_dag.plain import GLOBAL_HEADING, RESERVED, STEP_HEADING, head, one_line, plain
+from evolve_dag.protocols import Environment, ToolError
 from evolve_dag.records import ExperienceItem, Message, Task, ToolCall
+from evolve_dag.store.memory import Memory
 from evolve_dag.verification.exact import ExactVerifier
 
 LESSON = "Verify: when a snippet names the answer, visit the page before answering."
@@ -383,7 +383,7 @@ def test_hostile_summaries_programs_and_errors_are_quoted_too(web: Web, tmp_path
 def pocket_chat() -> ChatFormat:
     from tokenizers import Tokenizer
 
-    from evolve_dag.config import TransformersModelSettings
+    from evolve_dag.config.schema import TransformersModelSettings
     from evolve_dag.inference.folders import model_folder
 
     return ChatFormat(Tokenizer.from_file(str(model_folder(TransformersModelSettings()) / "tokenizer.json")))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evolve_dag.config import GateSettings
+from evolve_dag.config.schema import GateSettings
 from evolve_dag.errors import DataError
 from evolve_dag.evaluation.gate import decide, gate_from_json, gate_to_json
 from evolve_dag.records import Score

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evolve_dag.config import EvaluationSettings
+from evolve_dag.config.schema import EvaluationSettings
 from evolve_dag.errors import DataError
 from evolve_dag.evaluation.metrics import (
     answered_without_tool,

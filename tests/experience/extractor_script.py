@@ -10,10 +10,11 @@ from typing import Any
 
 from experience_builders import answer, search, trajectory, visit
 
-from evolve_dag.config import ExtractionSettings
-from evolve_dag.experience.llm import extract_with_llm
-from evolve_dag.experience.pool import Extraction, Pool, Proposal
-from evolve_dag.inference.protocol import Completion, Request
+from evolve_dag.config.schema import ExtractionSettings
+from evolve_dag.experience.extraction.llm import extract_with_llm
+from evolve_dag.experience.extraction.mining import Extraction
+from evolve_dag.experience.pool import Pool, Proposal
+from evolve_dag.protocols import Completion, Request
 from evolve_dag.records import Message, Task, Trajectory
 
 Answer = Any

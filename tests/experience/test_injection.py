@@ -9,18 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evolve_dag.errors import AlignmentError
-from evolve_dag.experience.injection import (
-    GLOBAL_HEADING,
-    STEP_HEADING,
-    Injected,
-    Injector,
-    assert_clean,
-    inject_global,
-    inject_step_wise,
-    one_line,
-)
+from evolve_dag.experience.injection import Injector, assert_clean, inject_global, inject_step_wise, one_line
 from evolve_dag.experience.pool import Pool
-from evolve_dag.experience.selection import Selection
+from evolve_dag.experience.selection.base import Selection
+from evolve_dag.plain import GLOBAL_HEADING, STEP_HEADING
+from evolve_dag.protocols import Injected
 from evolve_dag.records import ExperienceItem, InjectionPattern, Message, Step, Trajectory
 
 TEXTS = ("Narrow: when nothing is known yet, search only the short name.", "Guess: when a page is shown, answer at once.")

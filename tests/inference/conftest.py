@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "agent"))
 import tiny_tokenizers
 
-from evolve_dag.agent.chat import ChatFormat
+from evolve_dag.inference.chat import ChatFormat
 
 SHAPE = {
     "vocab_size": 368,

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from evolve_dag.agent.chat import ChatFormat
-from evolve_dag.inference.protocol import Request
+from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.transformers import uniforms
+from evolve_dag.protocols import Request
 
 
 @torch.no_grad()

@@ -13,15 +13,15 @@ from acting import act
 from misbehaving import Endpoint, Fault, Script, at_random
 
 from evolve_dag.agent.rollouts import gather_rollouts
-from evolve_dag.config import OpenAIModelSettings, RolloutSettings
+from evolve_dag.config.schema import OpenAIModelSettings, RolloutSettings
 from evolve_dag.environments.corpus import CorpusSearch
 from evolve_dag.environments.pocket.world import World
 from evolve_dag.experience.injection import Injector
 from evolve_dag.experience.pool import Pool
-from evolve_dag.experience.selection import LexicalSelector
+from evolve_dag.experience.selection.lexical import LexicalSelector
+from evolve_dag.inference.ledger import Ledger
 from evolve_dag.inference.openai import OpenAIModel
 from evolve_dag.records import ExperienceItem, Task, Trajectory
-from evolve_dag.tracking.ledger import Ledger
 from evolve_dag.verification.exact import ExactVerifier
 
 TEXTS = (

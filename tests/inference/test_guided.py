@@ -16,12 +16,12 @@ import torch
 from jsonschema import Draft202012Validator
 from transformers import PreTrainedModel
 
-from evolve_dag.agent.chat import ChatFormat
 from evolve_dag.errors import ModelError
+from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.folders import POCKET
 from evolve_dag.inference.guided import Guides
-from evolve_dag.inference.protocol import Completion, Request, Sampling
 from evolve_dag.inference.transformers import TransformersModel
+from evolve_dag.protocols import Completion, Request, Sampling
 from evolve_dag.records import Message
 
 SCHEMA = {

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from misbehaving import Endpoint, Fault, Served, at_random, echo, in_order
 
-from evolve_dag.config import OpenAIModelSettings
+from evolve_dag.config.schema import OpenAIModelSettings
 from evolve_dag.errors import ModelError
+from evolve_dag.inference.ledger import Ledger, purpose
 from evolve_dag.inference.openai import CHARACTERS_PER_TOKEN, OpenAIModel, _is_strict, _retry_after
-from evolve_dag.inference.protocol import Completion, LanguageModel, Request, Sampling
-from evolve_dag.records import Message
-from evolve_dag.tracking.ledger import Call, Ledger, purpose
+from evolve_dag.protocols import Completion, LanguageModel, Request, Sampling
+from evolve_dag.records import Call, Message
 
 SECRET = "top-secret-key-0123456789"
 MESSAGES = (Message("system", "Be brief."), Message("user", "Who is the mayor of Bado Keli?"))

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evolve_dag.agent.chat import GRAMMAR_TAGS, TURN_END, TURN_START
 from evolve_dag.errors import ModelError
+from evolve_dag.inference.chat import GRAMMAR_TAGS, TURN_END, TURN_START
 from evolve_dag.inference.outgoing import (
     BYTES_PER_TOKEN,
     LEAST_BYTES,

@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
-from evolve_dag.agent.chat import ChatFormat
 from evolve_dag.errors import ModelError
-from evolve_dag.inference.protocol import LanguageModel, Request, Sampling
+from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.scripted import ScriptedModel
+from evolve_dag.protocols import LanguageModel, Request, Sampling
 from evolve_dag.records import Message
 
 ASK = Request((Message("user", "two words"),), Sampling(), "a@1")

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evolve_dag.errors import ModelError
-from evolve_dag.inference.protocol import Completion, Request, Sampling
 from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.inference.structured import JsonAnswer, ask_json, extract_json
+from evolve_dag.protocols import Completion, Request, Sampling
 from evolve_dag.records import Message
 
 SCHEMA = {

@@ -17,11 +17,11 @@ import tiny_tokenizers
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from evolve_dag.agent.chat import ChatFormat
 from evolve_dag.errors import ModelError
 from evolve_dag.inference import transformers as backend
-from evolve_dag.inference.protocol import Completion, LanguageModel, Request, Sampling
+from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.transformers import TransformersModel, uniforms
+from evolve_dag.protocols import Completion, LanguageModel, Request, Sampling
 from evolve_dag.records import Message
 
 SYSTEM = Message("system", "Use the tools: search, visit. Then answer.")

@@ -17,15 +17,15 @@ from typing import Any
 import pytest
 import tiny_tokenizers
 
-from evolve_dag.agent.chat import ChatFormat
 from evolve_dag.errors import ModelError
 from evolve_dag.inference import vllm_probe, vllm_process, vllm_servers
-from evolve_dag.inference.protocol import Completion, LanguageModel, Request, Sampling
+from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.vllm import VllmModel
 from evolve_dag.inference.vllm_probe import Probe
 from evolve_dag.inference.vllm_process import EngineProcess, engine_arguments
 from evolve_dag.inference.vllm_servers import Servers
 from evolve_dag.inference.vllm_source import Adapter, Ask, Sampled, Source
+from evolve_dag.protocols import Completion, LanguageModel, Request, Sampling
 from evolve_dag.records import Message
 
 KEY = "not-for-any-log-1234"
@@ -673,7 +673,7 @@ def test_the_real_engine_without_vllm_says_so() -> None:
 
 
 def test_engine_arguments_avoid_the_silent_faults(tmp_path: Path) -> None:
-    from evolve_dag.config import RuntimeSettings, VllmModelSettings
+    from evolve_dag.config.schema import RuntimeSettings, VllmModelSettings
 
     (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 4096}))
     adapters = tuple(Adapter.read(write_adapter(tmp_path / name, name.encode())) for name in ("a", "b"))

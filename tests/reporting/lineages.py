@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from evolve_dag.audit import ALL, Internalized
 from evolve_dag.evaluation.gate import GateDecision
 from evolve_dag.evaluation.metrics import Breakdown, Metrics
+from evolve_dag.lineage.audit import ALL, Internalized
 from evolve_dag.records import ExperienceItem
 from evolve_dag.reporting.summary import IterationRow, LineageSummary, StepRow
 from evolve_dag.steps.base import STEP_ORDER

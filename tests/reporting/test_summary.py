@@ -13,10 +13,10 @@ from lineages import lineage, metrics
 from evolve_dag.errors import DataError, OrderError, StoreError
 from evolve_dag.evaluation.gate import GateDecision, gate_to_json
 from evolve_dag.evaluation.metrics import metrics_to_json
-from evolve_dag.frames import items_to_frame
 from evolve_dag.records import ExperienceItem
 from evolve_dag.reporting.summary import count, duration, number, percent, percent_interval, status_json, summarize
-from evolve_dag.store import Artifact, Build, Store
+from evolve_dag.store.artifacts import Artifact, Build, Store
+from evolve_dag.store.frames import items_to_frame
 
 BASE, FIRST, WITH = metrics(0.28, 0.76, 3.9, 0.0), metrics(0.6, 0.3, 4.9, 0.01), metrics(0.7, 0.2, 5.0, 0.01)
 ITEM = ExperienceItem("p-001", "Verify: when a listing shows it, visit the page.", "principle", created=1, updated=1)

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from evolve_dag.config import Experiment
+from evolve_dag.config.schema import Experiment
 from evolve_dag.distillation.dataset import load_contexts
 from evolve_dag.errors import DataError, OrderError, StoreError
-from evolve_dag.experience.injection import STEP_HEADING
-from evolve_dag.frames import scores_from_frame
+from evolve_dag.plain import STEP_HEADING
 from evolve_dag.steps.base import STEP_ORDER, entering_policy, resolve, resolve_iteration, run_step, settings_digest
 from evolve_dag.steps.contexts import RETENTION
-from evolve_dag.steps.policies import load_trajectories, open_pool
-from evolve_dag.store import Store
+from evolve_dag.steps.policies import open_pool
+from evolve_dag.store.artifacts import Store
+from evolve_dag.store.frames import load_trajectories, scores_from_frame
 
 SMALL = {
     "experiment": "small",
@@ -138,8 +138,8 @@ def test_stored_histories_hold_no_experience_and_rows_hold_the_sampled_ids(made:
 
 
 def test_retention_rows_hold_the_experience_and_the_same_actions(made: Store) -> None:
-    from evolve_dag.agent.chat import ChatFormat
     from evolve_dag.environments.pocket.tokenizer import build_tokenizer
+    from evolve_dag.inference.chat import ChatFormat
 
     artifact = made.open("contexts", made.ref("small", 1, "contexts").digest)
     trajectories = {t.id: t for t in load_trajectories(artifact)}
@@ -235,9 +235,9 @@ def test_bad_tasks_leave_the_store_untouched(tmp_path: Path) -> None:
 RUN = """
 import sys
 from pathlib import Path
-from evolve_dag.config import Experiment
+from evolve_dag.config.schema import Experiment
 from evolve_dag.steps.base import STEP_ORDER, run_step
-from evolve_dag.store import Store
+from evolve_dag.store.artifacts import Store
 experiment = Experiment.model_validate_json(sys.argv[1])
 for step in STEP_ORDER:
     print(step, run_step(step, experiment, 1, Store(sys.argv[2])).artifact.digest, flush=True)

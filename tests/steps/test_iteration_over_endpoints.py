@@ -16,12 +16,12 @@ import polars as pl
 import pytest
 from misbehaving import Endpoint, at_random
 
-from evolve_dag.config import Experiment
-from evolve_dag.frames import CALLS
+from evolve_dag.config.schema import Experiment
 from evolve_dag.inference.openai import OpenAIModel
-from evolve_dag.query import run_sql
 from evolve_dag.steps.base import STEP_ORDER, run_step
-from evolve_dag.store import Artifact, Store
+from evolve_dag.store.artifacts import Artifact, Store
+from evolve_dag.store.frames import CALLS
+from evolve_dag.store.query import run_sql
 
 LESSONS = (
     "Verify: when a search lists a page, visit it before you answer.",

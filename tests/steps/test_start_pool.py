@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from evolve_dag.config import Experiment
+from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import DataError
 from evolve_dag.steps.base import entering_policy, resolve, run_step
 from evolve_dag.steps.policies import open_pool
-from evolve_dag.store import Store
+from evolve_dag.store.artifacts import Store
 
 POOL = {"G0": "Verify: when a search lists a page, visit it before you answer.", "G7": "Stop: when the page says it, answer."}
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evolve_dag.config import Experiment
+from evolve_dag.config.schema import Experiment
 from evolve_dag.records import Trajectory
 from evolve_dag.reporting.figures import Figure
 from evolve_dag.tracking.mlflow_facts import PARAM_CHARACTERS, _calls, masker, params, undecisive

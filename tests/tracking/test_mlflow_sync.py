@@ -21,12 +21,12 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from evolve_dag import registry
-from evolve_dag.config import Experiment
+from evolve_dag.config import registry
+from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import DataError, ModelError
 from evolve_dag.records import Message
 from evolve_dag.steps.base import SPECS, STEP_ORDER, run_step
-from evolve_dag.store import Store
+from evolve_dag.store.artifacts import Store
 from evolve_dag.tracking import mlflow_sync
 from evolve_dag.tracking.mlflow_server import ADDRESS_VARIABLE, URI_VARIABLE, TrackingError, own_database, record_path
 from evolve_dag.tracking.mlflow_sync import start_background_sync, sync, tracking_link
@@ -273,8 +273,8 @@ def test_a_loaded_champion_says_what_the_policy_says(store: Store, monkeypatch: 
     import mlflow.pyfunc
 
     from evolve_dag.inference.folders import POCKET
-    from evolve_dag.inference.protocol import Request, Sampling
     from evolve_dag.inference.transformers import TransformersModel
+    from evolve_dag.protocols import Request, Sampling
 
     sync(store)
     uri = mlflow_sync.tracking_uri(store.root)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evolve_dag.protocols import Verifier
 from evolve_dag.records import Task
-from evolve_dag.verification.base import Verifier
 from evolve_dag.verification.exact import ExactVerifier, normalise
 
 CASES = json.loads(

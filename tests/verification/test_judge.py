@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evolve_dag.errors import ModelError
-from evolve_dag.inference.protocol import Completion, LanguageModel, Request
-from evolve_dag.memory import Memory
+from evolve_dag.protocols import Completion, LanguageModel, Request
 from evolve_dag.records import Task
+from evolve_dag.store.memory import Memory
 from evolve_dag.verification.judge import JudgeVerifier, read_word
 
 TASK = Task("t", "Who is the mayor?", "Rato Miku")

@@ -29,7 +29,7 @@ from evolve_dag.environments.pocket.script import (
     habitual,
 )
 from evolve_dag.environments.pocket.world import World
-from evolve_dag.experience.instance import case_text
+from evolve_dag.experience.extraction.instance import case_text
 from evolve_dag.records import Message
 
 MEASURING_WORLDS = range(900_000, 900_040)

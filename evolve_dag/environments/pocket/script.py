@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from evolve_dag.agent.plain import LAST_STEP
 from evolve_dag.environments.pocket.language import (
     GROUPS,
     KINDS,
@@ -27,7 +26,8 @@ from evolve_dag.environments.pocket.language import (
     State,
 )
 from evolve_dag.environments.pocket.world import MINIMUM_MATCH, RESULTS, Entity, Question, World, title
-from evolve_dag.experience.instance import case_text
+from evolve_dag.experience.extraction.instance import case_text
+from evolve_dag.plain import LAST_STEP
 from evolve_dag.records import Message
 
 MAX_STEPS = 12

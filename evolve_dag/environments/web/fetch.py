@@ -16,8 +16,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
-from evolve_dag.environments.base import ToolError
 from evolve_dag.environments.web.guard import Guard, Target
+from evolve_dag.protocols import ToolError
 
 if TYPE_CHECKING:
     import httpx

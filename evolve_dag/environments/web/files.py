@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from evolve_dag.agent.plain import head, one_line
-from evolve_dag.environments.base import ToolError
 from evolve_dag.environments.web.documents import OFFICE
 from evolve_dag.environments.web.reader import parse
+from evolve_dag.plain import head, one_line
+from evolve_dag.protocols import ToolError
 
 if TYPE_CHECKING:
     from evolve_dag.environments.web.sandbox import Sandbox

@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from evolve_dag.environments.base import ToolError
+from evolve_dag.protocols import ToolError
 
 if TYPE_CHECKING:
     import httpx

@@ -11,18 +11,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from evolve_dag import prompts
-from evolve_dag.agent.plain import head, one_line, plain
-from evolve_dag.environments.base import ToolError
 from evolve_dag.environments.web.fetch import Fetched, RefusedError, fetch
 from evolve_dag.environments.web.guard import Guard
 from evolve_dag.environments.web.services import Service
-from evolve_dag.inference.protocol import Request, Sampling
-from evolve_dag.memory import Memory
+from evolve_dag.plain import head, one_line, plain
+from evolve_dag.protocols import Request, Sampling, ToolError
 from evolve_dag.records import Message
+from evolve_dag.store.memory import Memory
 
 if TYPE_CHECKING:
     from evolve_dag.environments.web.sandbox import Sandbox
-    from evolve_dag.inference.protocol import LanguageModel
+    from evolve_dag.protocols import LanguageModel
 
 JINA = "https://r.jina.ai"
 JINA_KEY = "JINA_API_KEY"
@@ -189,7 +188,7 @@ class Summarizer:
 
 
 def page_to_memory(page: Page) -> str:
-    """One string for :class:`~evolve_dag.memory.Memory`."""
+    """One string for :class:`~evolve_dag.store.memory.Memory`."""
     return json.dumps([page.url, page.title, page.text], ensure_ascii=True)
 
 

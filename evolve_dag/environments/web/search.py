@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from evolve_dag.agent.plain import one_line
-from evolve_dag.environments.base import ToolError
 from evolve_dag.environments.web.services import Service
 from evolve_dag.errors import ConfigError, ModelError
+from evolve_dag.plain import one_line
+from evolve_dag.protocols import ToolError
 
 SERPER = "https://google.serper.dev"
 SERPER_KEY = "SERPER_API_KEY"

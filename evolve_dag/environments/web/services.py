@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from evolve_dag.environments.base import ToolError
 from evolve_dag.errors import ModelError
+from evolve_dag.protocols import ToolError
 
 MAX_BYTES = 10_000_000
 ATTEMPTS = 5

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from evolve_dag import prompts
-from evolve_dag.agent.plain import head, plain
-from evolve_dag.environments.base import ToolError, ToolSpec
 from evolve_dag.environments.corpus import argument, tool_prompt
 from evolve_dag.environments.web.files import FileReader
 from evolve_dag.environments.web.guard import Guard
@@ -32,17 +30,19 @@ from evolve_dag.environments.web.reader import (
 from evolve_dag.environments.web.sandbox import NotConfinedError, Outcome, open_parser, open_sandbox
 from evolve_dag.environments.web.search import Kind, Searcher
 from evolve_dag.errors import ConfigError, EvolveError, ModelError
-from evolve_dag.memory import Memory
+from evolve_dag.plain import head, plain
+from evolve_dag.protocols import ToolError, ToolSpec
 from evolve_dag.records import ToolCall
+from evolve_dag.store.memory import Memory
 
 if TYPE_CHECKING:
-    from evolve_dag.config import ToolsEnvironment
-    from evolve_dag.inference.protocol import LanguageModel
+    from evolve_dag.config.schema import ToolsEnvironment
+    from evolve_dag.protocols import LanguageModel
 
 RENDERING = "web/1"
 """Name of how observations are written, in the digest; raise it when the same answers would read otherwise."""
 SPACE = "web"
-"""Of :class:`~evolve_dag.memory.Memory`."""
+"""Of :class:`~evolve_dag.store.memory.Memory`."""
 OUTPUT_CHARACTERS = 8_000
 """Most of a program's output that the policy reads."""
 MAX_CODE = 50_000
@@ -78,7 +78,7 @@ SPECS = {
 
 
 class ToolsWorld:
-    """An :class:`~evolve_dag.environments.base.Environment` over the live web. Safe to call from many episodes at once,
+    """An :class:`~evolve_dag.protocols.Environment` over the live web. Safe to call from many episodes at once,
     and from one event loop after another.
 
     What the web says changes, so a call may answer otherwise tomorrow; :attr:`digest` covers what *we* decide (settings,

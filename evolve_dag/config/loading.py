@@ -1,0 +1,174 @@
+"""An experiment file and what it extends, read, merged and checked; all mistakes in one message."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+
+from evolve_dag.config.schema import Experiment, contradictions
+from evolve_dag.errors import ConfigError
+
+
+def load_experiment(path: str | Path) -> Experiment:
+    """Read, merge (``extends``) and check an experiment file.
+
+    Paths inside the file are made absolute against the file that states them.
+
+    Raises:
+        ConfigError: lists every mistake with its file and key.
+    """
+    path = Path(path)
+    merged, origin = _merge_chain(path, ())
+    merged.setdefault("experiment", path.stem)
+    mistakes: list[str] = []
+    experiment: Experiment | None = None
+    try:
+        experiment = Experiment.model_validate(merged)
+    except ValidationError as error:
+        mistakes = [_describe(item, merged, origin, path) for item in error.errors()]
+    if experiment is not None:
+        mistakes = [f"{_origin(origin, key, path)}: {key}: {what}" for key, what in contradictions(experiment)]
+        if not mistakes:
+            return experiment
+    lines = "\n".join(f"  {n}. {m}" for n, m in enumerate(mistakes, 1))
+    raise ConfigError(
+        f"{path}: {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}\n{lines}",
+        "mend the keys above; docs/configuration.md lists every key",
+    )
+
+
+_PATH_KEYS = (
+    "start_pool",
+    "environment.pages",
+    "environment.files",
+    *(f"tasks.{split}.path" for split in ("train", "development", "held_out")),
+    *(f"models.{role}.path" for role in ("policy", "extractor", "selector", "judge", "embedding")),
+)
+
+
+def _merge_chain(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Content of ``path`` laid over what it extends, and the file that each dotted key came from."""
+    resolved = path.resolve()
+    if resolved in seen:
+        raise ConfigError(
+            f"{path}: extends itself through {' -> '.join(p.name for p in (*seen, resolved))}", "break the circle"
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file", "check the path given, or the extends: of the file that names it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}", "check indentation and colons at the place above") from None
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path}: holds a {type(content).__name__}, not a mapping of keys", "start with e.g. `extends: pocket.yaml`"
+        )
+    parent = content.pop("extends", None)
+    for dotted in _PATH_KEYS:
+        _make_absolute(content, dotted, path)
+    if parent is None:
+        base: dict[str, Any] = {}
+        origin: dict[str, Path] = {}
+    else:
+        if not isinstance(parent, str):
+            raise ConfigError(f"{path}: extends: must be the name of one file", "write e.g. `extends: pocket.yaml`")
+        base, origin = _merge_chain(path.parent / parent, (*seen, resolved))
+        if "experiment" not in content:
+            base.pop("experiment", None)
+    _overlay(base, content, "", path, origin)
+    return base, origin
+
+
+def _make_absolute(content: dict[str, Any], dotted: str, path: Path) -> None:
+    *parents, last = dotted.split(".")
+    node: Any = content
+    for part in parents:
+        node = node.get(part) if isinstance(node, dict) else None
+    if isinstance(node, dict) and isinstance(node.get(last), str) and node[last] != "pocket":
+        node[last] = str((path.parent / node[last]).resolve())
+
+
+def _overlay(base: dict[str, Any], over: Mapping[str, Any], prefix: str, path: Path, origin: dict[str, Path]) -> None:
+    for key, value in over.items():
+        dotted = f"{prefix}{key}"
+        origin[dotted] = path
+        current = base.get(key)
+        if key == "regime":  # a preset in a parent and a part in the child must combine
+            current, value = _as_regime(current), _as_regime(value)
+            if isinstance(value, dict) and "preset" in value:
+                current = None
+        replaces_kind = key == "environment" and isinstance(value, dict) and "kind" in value
+        if isinstance(value, dict) and isinstance(current, dict) and not replaces_kind:
+            merged = dict(current)
+            _overlay(merged, value, f"{dotted}.", path, origin)
+            base[key] = merged
+        else:
+            base[key] = value
+            for inner in _keys(value, dotted):
+                origin[inner] = path
+
+
+def _as_regime(value: Any) -> Any:
+    return {"preset": value} if isinstance(value, str) else value
+
+
+def _keys(value: Any, prefix: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield f"{prefix}.{key}"
+            yield from _keys(inner, f"{prefix}.{key}")
+
+
+def _origin(origin: Mapping[str, Path], key: str, default: Path) -> Path:
+    while key:
+        if key in origin:
+            return origin[key]
+        key = key.rpartition(".")[0]
+    return default
+
+
+def _describe(error: Any, merged: Mapping[str, Any], origin: Mapping[str, Path], path: Path) -> str:
+    location = [str(part) for part in error["loc"]]
+    for depth, tag in ((1, "kind"), (2, "backend")):  # pydantic names a union's branch; the reader's key has no such part
+        node: Any = merged
+        for part in location[:depth]:
+            node = node.get(part) if isinstance(node, dict) else None
+        branch = node if isinstance(node, str) else node.get(tag, "transformers") if isinstance(node, dict) else None
+        if len(location) > depth and location[0] == ("environment", "models")[depth - 1] and location[depth] == branch:
+            del location[depth]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        what = f"unknown key{_did_you_mean(location)}"
+    elif error["type"] == "missing":
+        what = "missing"
+    else:
+        # Where the name of an environment variable belongs, a mistake may be the secret itself.
+        hidden = isinstance(error["input"], (dict, list)) or location[-1] in ("key", "webhook")
+        shown = "" if hidden else f", not {error['input']!r}"
+        what = re.sub(r"^(Input|Value error,) ?", "", error["msg"]) + shown
+    return f"{_origin(origin, key, path)}: {key or 'file'}: {what}"
+
+
+def _did_you_mean(location: list[str]) -> str:
+    import difflib
+
+    node: Any = Experiment
+    for part in location[:-1]:
+        field = node.model_fields.get(part) if isinstance(node, type) and issubclass(node, BaseModel) else None
+        node = field.annotation if field is not None else None
+    if not (isinstance(node, type) and issubclass(node, BaseModel)):
+        return ""
+    close = difflib.get_close_matches(location[-1], list(node.model_fields), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else f"; known here: {', '.join(node.model_fields)}"

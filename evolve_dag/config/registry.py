@@ -1,0 +1,195 @@
+"""Which experiments a store knows: name -> the experiment file (and seed) that defines it.
+
+An asset is asked for by partition key, i.e. by the *name* of an experiment; this registry leads back to the
+file. One small JSON file per name, ``<store>/experiments/<name>.json``, written by the command line before a run
+and by the ``config_watch`` sensor for every valid file of the configs folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evolve_dag.errors import ConfigError, StoreError
+
+if TYPE_CHECKING:
+    from evolve_dag.config.schema import Experiment
+
+STORE_VARIABLE = "EVOLVE_STORE"
+CONFIGS_VARIABLE = "EVOLVE_CONFIGS"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One registered experiment."""
+
+    name: str
+    """Name of the lineage: the experiment's own, or ``<experiment>-s<N>`` under another seed."""
+    config: Path
+    """Experiment file, absolute."""
+    seed: int | None = None
+    """Seed laid over the file's own; None: the file's."""
+
+    def load(self) -> Experiment:
+        """The experiment as its file stands now.
+
+        Raises:
+            ConfigError: the file is gone, wrong, or now names another experiment.
+        """
+        experiment = load_seeded(self.config, self.seed)
+        if experiment.experiment != self.name:
+            raise ConfigError(
+                f"{self.config}: names the experiment {experiment.experiment!r}, but {self.name!r} was registered from it",
+                f"set `experiment: {self.name}` back, or run the new name: evolve run {self.config}",
+            )
+        return experiment
+
+
+def default_store() -> Path:
+    """``EVOLVE_STORE``, or ``.evolve`` in the working folder."""
+    return Path(os.environ.get(STORE_VARIABLE) or ".evolve")
+
+
+def configs_folder() -> Path:
+    """``EVOLVE_CONFIGS``, or ``configs`` in the working folder."""
+    return Path(os.environ.get(CONFIGS_VARIABLE) or "configs")
+
+
+def load_seeded(config: Path, seed: int | None = None) -> Experiment:
+    """The experiment of a file; another ``seed`` than the file's makes a lineage of its own, ``<experiment>-s<N>``.
+
+    Its own name keeps the partitions, the references and the champion of the two seeds apart; the store still
+    shares every artifact that does not depend on the seed.
+
+    Raises:
+        ConfigError: as :func:`evolve_dag.config.loading.load_experiment`, and for a negative seed.
+    """
+    from evolve_dag.config.loading import load_experiment
+
+    experiment = load_experiment(config)
+    if seed is None or seed == experiment.seed:
+        return experiment
+    if seed < 0:
+        raise ConfigError(f"--seed {seed}: a seed is 0 or more", "choose e.g. --seed 1")
+    return experiment.model_copy(update={"seed": seed, "experiment": f"{experiment.experiment}-s{seed}"})
+
+
+def scan(folder: Path) -> tuple[list[Entry], list[ConfigError]]:
+    """Experiments of a configs folder, and the mistakes of the files that are left out.
+
+    Two files that give the same name are a mistake of the second; the first keeps the name.
+    """
+    found: dict[str, Entry] = {}
+    mistakes: list[ConfigError] = []
+    for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
+        try:
+            name = load_seeded(path).experiment
+        except ConfigError as error:
+            mistakes.append(error)
+            continue
+        if name in found:
+            mistakes.append(
+                ConfigError(
+                    f"{path}: the name {name!r} is taken by {found[name].config.name}",
+                    "give it its own with `experiment: <name>`",
+                )
+            )
+            continue
+        found[name] = Entry(name, path.resolve())
+    return list(found.values()), mistakes
+
+
+def register(root: Path, config: Path, seed: int | None = None) -> Experiment:
+    """Check an experiment file and remember it in the store under its name.
+
+    Raises:
+        ConfigError: the file is wrong, or the name belongs to another file that still defines it differently.
+        StoreError: the store cannot be written.
+    """
+    experiment = load_seeded(config, seed)
+    own_name = seed is None or load_seeded(config).experiment == experiment.experiment
+    entry = Entry(experiment.experiment, config.resolve(), None if own_name else seed)
+    known = _read(_file(root, entry.name))
+    if known is not None and known.config != entry.config:
+        claim = _claim(known)
+        if claim is not None and claim != experiment:
+            raise ConfigError(
+                f"{entry.config}: the experiment name {entry.name!r} belongs to {known.config} in this store",
+                "give one of the two its own name with `experiment: <name>`, or use another --store",
+            )
+    if known != entry:
+        _write(root, entry)
+    return experiment
+
+
+def _claim(entry: Entry) -> Experiment | None:
+    """What an entry defines now; a file that is gone, wrong or renamed has lost its claim to the name."""
+    try:
+        return entry.load()
+    except ConfigError:
+        return None
+
+
+def remember(root: Path, entry: Entry) -> bool:
+    """Write an entry that is not there yet; an existing one stands. Returns whether it was written."""
+    if _read(_file(root, entry.name)) is not None:
+        return False
+    _write(root, entry)
+    return True
+
+
+def entries(root: Path) -> Iterator[Entry]:
+    """Every registered experiment, by name; unreadable files are left out (``evolve doctor`` names them)."""
+    for path in sorted((root / "experiments").glob("*.json")):
+        with suppress(StoreError):
+            entry = _read(path)
+            if entry is not None:
+                yield entry
+
+
+def load(root: Path, name: str) -> Experiment:
+    """The experiment behind a partition key.
+
+    Raises:
+        ConfigError: nobody registered the name, or its file is wrong.
+    """
+    entry = _read(_file(root, name))
+    if entry is None:
+        entry = next((e for e in scan(configs_folder())[0] if e.name == name), None)
+    if entry is None:
+        raise ConfigError(
+            f"no experiment {name!r} in the store {root} or in {configs_folder()}/",
+            f"run `evolve run <file>` once, put the file into {configs_folder()}/, or set {CONFIGS_VARIABLE}",
+        )
+    return entry.load()
+
+
+def _file(root: Path, name: str) -> Path:
+    return root / "experiments" / f"{name}.json"
+
+
+def _read(path: Path) -> Entry | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Entry(content["name"], Path(content["config"]), content["seed"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path}: not a registry entry: {error}", "delete the file and run the experiment again") from None
+
+
+def _write(root: Path, entry: Entry) -> None:
+    path = _file(root, entry.name)
+    content = json.dumps({"name": entry.name, "config": str(entry.config), "seed": entry.seed}, indent=1)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(content + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written: {error}", "check the folder's permissions and free space") from None

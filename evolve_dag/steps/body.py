@@ -1,0 +1,57 @@
+"""What the body of a step gets, and where it tells how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from evolve_dag.config.schema import Experiment
+from evolve_dag.inference.ledger import Ledger
+from evolve_dag.inference.roles import Roles
+from evolve_dag.records import PolicyRef
+from evolve_dag.store.artifacts import Artifact, Build, Store
+
+
+class Progress(Protocol):
+    """Where a long step tells how far it is."""
+
+    def start(self, label: str, total: int) -> None:
+        """A phase of ``total`` units begins."""
+
+    def advance(self, n: int = 1) -> None:
+        """``n`` units are done."""
+
+    def finish(self) -> None:
+        """The phase is over."""
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def start(self, label: str, total: int) -> None: ...
+
+    def advance(self, n: int = 1) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What the body of a step gets."""
+
+    experiment: Experiment
+    iteration: int
+    store: Store
+    inputs: Mapping[str, Artifact]
+    """Step -> its artifact, opened and checked."""
+    build: Build
+    progress: Progress
+    entering: PolicyRef
+    ledger: Ledger
+    """Calls to language models that cost something."""
+    roles: Roles
+    """Extractor, selector and judge."""
+
+
+Body = Callable[[StepContext], None]

@@ -1,0 +1,631 @@
+"""Content-addressed artifacts on local disk: nothing half-written is ever visible (DESIGN: the store).
+
+Layout under the root::
+
+    objects/<kind>/<digest>/           finished artifacts: files, and manifest.json written last
+    work/<kind>/<digest>/files/        what a builder is writing; becomes the folder above by one rename
+    work/<kind>/<digest>/journals/     JSON lines that outlive a killed builder, so that it resumes
+    refs/<experiment>/<iteration>/     <kind>.json: which artifact an iteration of an experiment uses
+    mirror/                            what waits to be sent to object storage (:mod:`evolve_dag.store.mirror`)
+    locks/  quarantine/                locks that vanish with their process; artifacts found corrupt
+
+The digest of an artifact is the hash of its kind, the version of the code, the slice of config that its
+step reads and the digests of what it read. So a killed step that resumes ends in the same digest, and two
+experiments share what they have in common.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evolve_dag.errors import ConcurrencyError, ConfigError, EvolveError, StoreError
+from evolve_dag.store.disk import disk_error, fsync_folder, is_disk_error, pretty, write_atomic
+from evolve_dag.store.journal import Journal
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from evolve_dag.store.mirror import Mirror
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+WAIT_SECONDS = 3600.0
+"""How long a builder waits for another process that makes the same artifact."""
+
+_KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+_EXPERIMENT = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+_JOURNAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True)
+class FileFact:
+    """What the manifest knows about one file of an artifact."""
+
+    bytes: int
+    sha256: str
+    """64 hex digits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The record that makes a folder an artifact; holds no path beyond what ``config`` holds."""
+
+    kind: str
+    digest: str
+    code_version: str
+    """Version of the code of the step that made it."""
+    config: Mapping[str, Any]
+    """The slice of config that the step read, as plain JSON values."""
+    inputs: Mapping[str, str]
+    """Name -> digest of everything that was read (artifacts, and digests of models, corpora, prompts)."""
+    files: Mapping[str, FileFact]
+    """Name (``/`` between folders) -> size and hash of every file but the manifest."""
+    summary: Mapping[str, Any]
+    """A few facts for people and tables, as JSON; decides nothing."""
+    created: str
+    """When it was finished, ISO 8601, UTC."""
+    seconds: float
+    """Wall time of the process that finished it; work of a killed predecessor is not in it."""
+    resumed: bool = False
+    """True when a killed predecessor left work in a journal that was used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Which artifact one iteration of an experiment uses for a kind."""
+
+    experiment: str
+    iteration: int
+    """k, 1-based."""
+    kind: str
+    digest: str
+    created: str
+    """When the ref came to point there, ISO 8601, UTC."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever the writer wants to remember, as JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A finished artifact. Every file is checked against its hash when it is first asked for."""
+
+    kind: str
+    digest: str
+    path: Path
+    manifest: Manifest
+    _verified: set[str] = field(default_factory=set, repr=False, compare=False)
+
+    @property
+    def summary(self) -> Mapping[str, Any]:
+        """Short for ``manifest.summary``."""
+        return self.manifest.summary
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """Short for ``manifest.inputs``."""
+        return self.manifest.inputs
+
+    def file(self, name: str) -> Path:
+        """Path of one file, its bytes verified.
+
+        Raises:
+            StoreError: the artifact has no such file, or the file is missing or not what was written.
+        """
+        fact = self.manifest.files.get(name)
+        if fact is None:
+            known = ", ".join(self.manifest.files) or "none"
+            raise StoreError(
+                f"{self.path}: the {self.kind} artifact holds no file {name!r} (it holds: {known})", _recompute(self.path)
+            )
+        path = self.path / name
+        if name not in self._verified:
+            self._check_size(name)
+            try:
+                with path.open("rb") as stream:
+                    found = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                raise StoreError(f"{path}: cannot be read: {error.strerror}", _recompute(self.path)) from error
+            if found != fact.sha256:
+                raise StoreError(
+                    f"{path}: corrupt: sha256 {found[:12]}... where {fact.sha256[:12]}... was written", _recompute(self.path)
+                )
+            self._verified.add(name)
+        return path
+
+    def json(self, name: str) -> Any:
+        """Content of a JSON file.
+
+        Raises:
+            StoreError: missing, corrupt or not JSON.
+        """
+        path = self.file(name)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path}: not readable as JSON: {error}", _recompute(self.path)) from error
+
+    def frame(self, name: str) -> pl.DataFrame:
+        """Content of a Parquet file.
+
+        Raises:
+            StoreError: missing, corrupt or not Parquet.
+        """
+        import polars as pl
+
+        path = self.file(name)
+        try:
+            return pl.read_parquet(path, glob=False)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise StoreError(f"{path}: not readable as Parquet: {error}", _recompute(self.path)) from error
+
+    def verify(self, *, content: bool = True) -> None:
+        """Check that every file is there with its size and, with ``content``, its hash.
+
+        Raises:
+            StoreError: names the first file that is not what was written.
+        """
+        for name in self.manifest.files:
+            if content:
+                self.file(name)
+            else:
+                self._check_size(name)
+
+    def _check_size(self, name: str) -> None:
+        path, expected = self.path / name, self.manifest.files[name].bytes
+        try:
+            found = path.stat().st_size
+        except OSError:
+            raise StoreError(f"{path}: missing from {self.kind} {self.digest[:12]}", _recompute(self.path)) from None
+        if found != expected:
+            raise StoreError(f"{path}: corrupt: {found} bytes where {expected} were written", _recompute(self.path))
+
+
+class Build:
+    """An artifact in the making: write files under ``path``, keep progress in a journal, fill ``summary``."""
+
+    def __init__(self, folder: Path, artifact: Artifact | None) -> None:
+        self.path: Path = folder / "files"
+        """Folder to write into; empty at the start, becomes the artifact."""
+        self.summary: dict[str, Any] = {}
+        """A few facts for people and tables (JSON values; a number that is not finite becomes null)."""
+        self.artifact: Artifact | None = artifact
+        """Already set at the start when another process has finished the artifact meanwhile (what is written then is
+        thrown away, so the body may be left at once); set after a clean exit in any case."""
+        self.resumed = False
+        """True once a journal was opened that a killed predecessor had written to."""
+        self._journals = folder / "journals"
+        self.ledger_path = self._journals / "calls.jsonl"
+        """Where calls to paid models are written down; outlives a killed builder, as journals do."""
+
+    def journal(self, name: str = "journal") -> Journal:
+        """The journal of that name, with what a killed predecessor wrote."""
+        if not _JOURNAL.fullmatch(name):
+            raise StoreError(f"journal name {name!r}: letters, digits, '.', '_' and '-' only", "choose another name")
+        journal = Journal(self._journals / f"{name}.jsonl")
+        self.resumed = self.resumed or (journal.path.exists() and journal.path.stat().st_size > 0)
+        return journal
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to the summary."""
+        self.summary.update(facts)
+
+
+class Store:
+    """Artifacts, refs and locks under one folder. Reading creates nothing, unless there is a mirror to fetch from.
+
+    Args:
+        root: the folder.
+        mirror: where else artifacts and refs lie; default: what ``EVOLVE_MIRROR`` says (:mod:`evolve_dag.store.mirror`).
+    """
+
+    def __init__(self, root: Path | str, *, mirror: Mirror | None = None) -> None:
+        self.root = Path(root)
+        self._mirror = mirror
+        if self.root.exists() and not self.root.is_dir():
+            raise StoreError(f"{self.root}: is a file, not a folder", "name another folder with --store")
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.root)!r})"
+
+    @property
+    def mirror(self) -> Mirror | None:
+        """Where else artifacts and refs lie; None: nowhere.
+
+        Raises:
+            ConfigError: ``EVOLVE_MIRROR`` is not an address.
+        """
+        if self._mirror is None and os.environ.get("EVOLVE_MIRROR"):
+            from evolve_dag.store.mirror import configured
+
+            self._mirror = configured()
+        return self._mirror
+
+    # -- artifacts
+
+    @staticmethod
+    def digest_of(kind: str, code_version: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+        """32 hex digits that stand for what a step would make.
+
+        The order of keys does not matter; ``1`` and ``1.0`` differ.
+
+        Raises:
+            ConfigError: ``config`` holds something that is not JSON (NaN, a path, a key that is not text).
+        """
+        what = {
+            "kind": kind,
+            "code_version": code_version,
+            "config": _plain(config, "config"),
+            "inputs": _plain(inputs, "inputs"),
+        }
+        canonical = json.dumps(what, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:32]
+
+    def exists(self, kind: str, digest: str) -> bool:
+        """Whether the artifact is here or in the mirror (corrupt or not: :meth:`open` tells)."""
+        if self._object(kind, digest).is_dir():
+            return True
+        return self.mirror is not None and self.mirror.has(kind, digest)
+
+    def open(self, kind: str, digest: str, *, verify: bool = False) -> Artifact:
+        """The artifact; sizes of its files are checked, with ``verify`` their hashes too.
+
+        One that only the mirror has is fetched first.
+
+        Raises:
+            StoreError: missing or corrupt, or it cannot be fetched; names the file and the remedy.
+        """
+        folder = self._object(kind, digest)
+        if not folder.is_dir() and not (self.mirror is not None and self.mirror.fetch(self, kind, digest)):
+            raise StoreError(f"{folder}: no such {kind} artifact", f"materialize {kind} for this iteration first")
+        artifact = self._read(kind, digest)
+        artifact.verify(content=verify)
+        return artifact
+
+    def artifacts(self, kind: str | None = None) -> Iterator[Artifact]:
+        """All artifacts (of a kind), by kind and digest; manifests are checked, files are not.
+
+        Raises:
+            StoreError: a manifest is missing or corrupt.
+        """
+        for found_kind, digest in self._listing():
+            if kind is None or kind == found_kind:
+                try:
+                    yield self._read(found_kind, digest)
+                except StoreError:
+                    if self._object(found_kind, digest).is_dir():
+                        raise  # else it went into quarantine while we were listing
+
+    def find(self, prefix: str) -> list[Artifact]:
+        """Artifacts of any kind whose digest starts with ``prefix``."""
+        return [self._read(kind, digest) for kind, digest in self._listing() if digest.startswith(prefix.lower())]
+
+    def quarantine(self, kind: str, digest: str) -> Path:
+        """Move an artifact out of the way, so that it is recomputed; returns where it went.
+
+        Raises:
+            StoreError: there is no such artifact, or it cannot be moved.
+        """
+        source = self._object(kind, digest)
+        target = self.root / "quarantine" / kind / f"{digest}-{time.time_ns()}"
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.rename(target)
+            fsync_folder(source.parent)
+        except OSError as error:
+            what = f"{source}: cannot be moved to quarantine: {error.strerror}"
+            raise StoreError(what, "check that it exists and that you may write there") from error
+        return target
+
+    @contextlib.contextmanager
+    def build(
+        self,
+        kind: str,
+        digest: str,
+        *,
+        code_version: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        wait_seconds: float = WAIT_SECONDS,
+    ) -> Iterator[Build]:
+        """Make one artifact: a clean exit publishes it whole, anything else leaves only journals to resume from.
+
+        A second builder of the same digest waits up to ``wait_seconds``; when the first one has succeeded by then,
+        ``Build.artifact`` is set from the start and the first one's result stands.
+
+        Raises:
+            ConcurrencyError: another process still builds it after ``wait_seconds``.
+            StoreError: the disk is full or broken (nothing is published), or the published artifact is corrupt.
+            ConfigError: ``digest`` does not follow from the other arguments.
+        """
+        target = self._object(kind, digest)
+        told = self.digest_of(kind, code_version, config, inputs)
+        if told != digest:
+            raise ConfigError(
+                f"{kind}: digest {digest[:12]}... does not follow from code version, config and inputs ({told[:12]}...)",
+                "compute it with Store.digest_of from the same arguments: a wrong digest would make the lineage lie",
+            )
+        folder = self.root / "work" / kind / digest
+        self._sweep()
+        with self._locked(f"build-{kind}-{digest}", f"{kind} {digest[:12]} is being built", wait_seconds):
+            started = time.monotonic()
+            published = self.open(kind, digest) if target.is_dir() else None
+            build = Build(folder, published)
+            try:
+                shutil.rmtree(build.path, ignore_errors=True)  # a dead builder's files may be torn; its journals are not
+                build.path.mkdir(parents=True)
+                build._journals.mkdir(exist_ok=True)
+                yield build
+                if published is None:
+                    seconds = time.monotonic() - started
+                    build.artifact = self._publish(build, target, kind, digest, code_version, config, inputs, seconds)
+            except BaseException as error:
+                shutil.rmtree(build.path, ignore_errors=True)  # on a full disk this room is needed
+                for empty in (build._journals, folder):
+                    with contextlib.suppress(OSError):
+                        empty.rmdir()
+                if is_disk_error(error) and not isinstance(error, EvolveError):
+                    raise disk_error(error, build.path) from error
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+        if published is None and build.artifact is not None and self.mirror is not None:
+            self.mirror.published(self, build.artifact)
+
+    # -- refs
+
+    def set_ref(self, experiment: str, iteration: int, kind: str, digest: str, **facts: Any) -> Ref:
+        """Point an iteration of an experiment at an artifact; writing what is there already changes nothing.
+
+        Raises:
+            StoreError: the artifact does not exist, or the ref cannot be written.
+        """
+        path = self._ref_path(experiment, iteration, kind)
+        if not self.exists(kind, digest):
+            raise StoreError(
+                f"{experiment}|{iteration:02d}: {kind} {digest[:12]} is not in {self.root}", "build the artifact before its ref"
+            )
+        plain = _plain(facts, "facts", finite=False)
+        with contextlib.suppress(StoreError):  # a broken ref is mended by writing it anew
+            present = self._ref_here(experiment, iteration, kind)
+            if present is not None and present.digest == digest and present.facts == plain:
+                return present
+        ref = Ref(experiment, iteration, kind, digest, _now(), plain)
+        content = {"kind": kind, "digest": digest, "created": ref.created, "facts": plain}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, pretty(content))
+        except OSError as error:
+            raise disk_error(error, path) from error
+        if self.mirror is not None:
+            self.mirror.referenced(self, ref)
+        return ref
+
+    def ref(self, experiment: str, iteration: int, kind: str) -> Ref | None:
+        """The ref, or None when that iteration has none for this kind; with a mirror, what other machines set counts too.
+
+        Raises:
+            StoreError: the ref file is corrupt.
+        """
+        if self.mirror is not None:
+            self.mirror.refresh(self)
+        return self._ref_here(experiment, iteration, kind)
+
+    def _ref_here(self, experiment: str, iteration: int, kind: str) -> Ref | None:
+        path = self._ref_path(experiment, iteration, kind)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["kind"] != kind or not _DIGEST.fullmatch(content["digest"]):
+                raise ValueError("kind or digest is wrong")
+            return Ref(experiment, iteration, kind, content["digest"], content["created"], content["facts"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{path}: not a ref: {error}", f"delete {path} and run again: it will be written anew") from error
+
+    def refs(self, experiment: str | None = None) -> list[Ref]:
+        """All refs (of an experiment), by experiment, iteration and kind; with a mirror, what other machines set counts too.
+
+        Raises:
+            StoreError: a ref file is corrupt.
+        """
+        if self.mirror is not None:
+            self.mirror.refresh(self)
+        return self._refs_here(experiment)
+
+    def _refs_here(self, experiment: str | None = None) -> list[Ref]:
+        found: list[Ref] = []
+        for path in sorted((self.root / "refs").glob("*/*/*.json")):
+            name, iteration = path.parts[-3], path.parts[-2]
+            if iteration.isdigit() and (experiment is None or name == experiment):
+                ref = self._ref_here(name, int(iteration), path.stem)
+                if ref is not None:
+                    found.append(ref)
+        return sorted(found, key=lambda ref: (ref.experiment, ref.iteration, ref.kind))
+
+    # -- locks
+
+    @contextlib.contextmanager
+    def lock(self, experiment: str) -> Iterator[None]:
+        """Hold an experiment for this process; the lock goes when the process ends, however it ends.
+
+        Raises:
+            ConcurrencyError: another run holds it; names its process id. Does not wait.
+        """
+        _check_name(_EXPERIMENT, experiment, "experiment")
+        with self._locked(f"experiment-{experiment}", f"experiment {experiment!r} is being run", 0.0):
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self, name: str, what: str, wait_seconds: float) -> Iterator[None]:
+        from filelock import FileLock, Timeout
+
+        path = self.root / "locks" / f"{name}.lock"
+        holder = path.with_suffix(".holder")
+        lock = FileLock(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                if wait_seconds <= 0:
+                    raise
+                log.warning("%s by %s: waiting for it", what, _holder(holder))
+                lock.acquire(timeout=wait_seconds)
+        except Timeout:
+            raise ConcurrencyError(
+                f"{what} by {_holder(holder)} (store {self.root})", "wait until it has ended, or end it: its lock goes with it"
+            ) from None
+        except OSError as error:
+            raise disk_error(error, path) from error
+        try:
+            with contextlib.suppress(OSError):  # the holder's name is a courtesy, the lock itself is held
+                write_atomic(holder, json.dumps({"pid": os.getpid(), "since": _now()}).encode(), durable=False)
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                holder.unlink()
+            lock.release()
+
+    # -- inside
+
+    def _object(self, kind: str, digest: str) -> Path:
+        _check_name(_KIND, kind, "artifact kind")
+        _check_name(_DIGEST, digest, "digest (32 hex digits)")
+        return self.root / "objects" / kind / digest
+
+    def _ref_path(self, experiment: str, iteration: int, kind: str) -> Path:
+        _check_name(_EXPERIMENT, experiment, "experiment")
+        _check_name(_KIND, kind, "artifact kind")
+        if iteration < 1:
+            raise StoreError(f"{experiment}: iteration {iteration} does not exist", "iterations count from 1")
+        return self.root / "refs" / experiment / f"{iteration:02d}" / f"{kind}.json"
+
+    def _listing(self) -> list[tuple[str, str]]:
+        found = [(path.parent.name, path.name) for path in (self.root / "objects").glob("*/*") if path.is_dir()]
+        return sorted(pair for pair in found if _KIND.fullmatch(pair[0]) and _DIGEST.fullmatch(pair[1]))
+
+    def _read(self, kind: str, digest: str) -> Artifact:
+        folder = self._object(kind, digest)
+        path = folder / MANIFEST
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            files = {name: FileFact(int(fact["bytes"]), str(fact["sha256"])) for name, fact in content.pop("files").items()}
+            manifest = Manifest(files=files, **content)
+            told = self.digest_of(manifest.kind, manifest.code_version, manifest.config, manifest.inputs)
+        except FileNotFoundError:
+            raise StoreError(f"{path}: missing", _recompute(folder)) from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{path}: corrupt: {error}", _recompute(folder)) from error
+        if (kind, digest) != (manifest.kind, manifest.digest) or digest != told:
+            raise StoreError(f"{path}: corrupt: it describes another artifact", _recompute(folder))
+        return Artifact(kind, digest, folder, manifest)
+
+    def _publish(
+        self,
+        build: Build,
+        target: Path,
+        kind: str,
+        digest: str,
+        code_version: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        seconds: float,
+    ) -> Artifact:
+        files: dict[str, dict[str, Any]] = {}
+        for path in sorted(build.path.rglob("*")):
+            if path.is_file():
+                with path.open("rb") as stream:
+                    sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+                    os.fsync(stream.fileno())
+                files[path.relative_to(build.path).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256}
+            elif path.is_dir():
+                fsync_folder(path)
+        content = {
+            "kind": kind,
+            "digest": digest,
+            "code_version": code_version,
+            "config": _plain(config, "config"),
+            "inputs": _plain(inputs, "inputs"),
+            "files": files,
+            "summary": _plain(build.summary, "summary", finite=False),
+            "created": _now(),
+            "seconds": round(seconds, 3),
+            "resumed": build.resumed,
+        }
+        write_atomic(build.path / MANIFEST, pretty(content))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            build.path.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+            return self.open(kind, digest)  # a file system without locks let a second builder in: the first one stands
+        fsync_folder(target.parent)
+        return self._read(kind, digest)
+
+    def _sweep(self) -> None:
+        """Remove work folders whose artifact is published: a kill can fall between the rename and the clean-up."""
+        for path in (self.root / "work").glob("*/*"):
+            kind, digest = path.parent.name, path.name
+            if (self.root / "objects" / kind / digest).is_dir():
+                with contextlib.suppress(ConcurrencyError), self._locked(f"build-{kind}-{digest}", "", 0.0):
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def _recompute(folder: Path) -> str:
+    return f"delete folder {folder} and run again: it will be recomputed"
+
+
+def _check_name(pattern: re.Pattern[str], name: str, what: str) -> None:
+    if not pattern.fullmatch(name):
+        raise StoreError(f"{name!r} is not a valid {what}", f"it must match {pattern.pattern}")
+
+
+def _plain(value: Any, where: str, *, finite: bool = True) -> Any:
+    """``value`` as JSON values. With ``finite`` a NaN is refused, else it becomes None ("not measured" is null)."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        if finite:
+            raise ConfigError(f"{where}: {value} is not a JSON number", "use a finite number, or null")
+        return None
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise ConfigError(f"{where}: key {key!r} is not text", "use text keys")
+        return {key: _plain(inner, f"{where}.{key}", finite=finite) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner, f"{where}[{n}]", finite=finite) for n, inner in enumerate(value)]
+    if callable(getattr(value, "tolist", None)):  # NumPy and torch
+        return _plain(value.tolist(), where, finite=finite)
+    raise ConfigError(f"{where}: a {type(value).__name__} is not a JSON value", "use text, numbers, lists and mappings")
+
+
+def _holder(path: Path) -> str:
+    for _ in range(5):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return f"process {int(content['pid'])} since {content['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            time.sleep(0.04)  # it has taken the lock this instant
+    return "another process"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,261 @@
+"""Task suites: files as their authors publish them -> tasks. The data is the user's: docs/benchmarks.md.
+
+Every suite is a row mapping over one reader (JSONL, JSON, Parquet, CSV, XLSX), so a converted file loads too.
+``fields`` in the experiment file wins over what a suite expects.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evolve_dag.errors import DataError
+from evolve_dag.jsonlines import Mistake, read_objects
+from evolve_dag.records import Task
+from evolve_dag.tasks.jsonl import tasks_from
+
+if TYPE_CHECKING:
+    from evolve_dag.config.schema import TaskSplit
+
+Row = Mapping[str, Any]
+
+
+def load_suite(split: TaskSplit, *, suite: str) -> list[Task]:
+    """Tasks of one split's file.
+
+    Raises:
+        DataError: the file cannot be read, or lists every broken row.
+    """
+    assert split.path is not None
+    path = Path(split.path)
+    rows, mistakes = read_rows(path)
+    mapping = SUITES[split.suite]
+    objects: list[tuple[int, Row]] = []
+    for number, row in rows:
+        unknown = [theirs for theirs in split.fields.values() if theirs not in row]
+        if unknown:
+            mistakes.append((number, f"no field {unknown[0]!r} (fields: {', '.join(row)})"))
+            continue
+        try:
+            objects.append((number, _mapped(row, split.fields) if split.fields else mapping(row)))
+        except _RowError as error:
+            mistakes.append((number, str(error)))
+    if split.suite == "dapo":
+        objects = _once(objects)
+    return tasks_from(path, objects, mistakes, suite=suite, count=split.count, skip=split.skip)
+
+
+class _RowError(ValueError):
+    """What is wrong with one row."""
+
+
+# -- suites
+
+
+def _plain(row: Row) -> Row:
+    return row
+
+
+def _webwalkerqa(row: Row) -> Row:
+    """WebWalkerQA (680 in ``test``): question, answer, root_url, and an ``info`` object for breakdowns."""
+    info = row.get("info") or {}
+    if isinstance(info, str):
+        info = _json(info, "info")
+    facts = {
+        "difficulty": info.get("difficulty_level"),
+        "domain": info.get("domain"),
+        "language": info.get("lang"),
+        "kind": info.get("type"),
+    }
+    question = _first(row, "question", "Question")
+    root = row.get("root_url")
+    return {
+        "id": row.get("id"),
+        "question": f"{question}\n(Start from {root})" if root and isinstance(question, str) else question,
+        "answer": _first(row, "answer", "Answer"),
+        **{name: value for name, value in facts.items() if isinstance(value, str)},
+    }
+
+
+def _gaia(row: Row) -> Row:
+    """GAIA-Text-103: the 103 validation tasks of GAIA that need no file."""
+    attached = row.get("file_name") or ""
+    if attached:
+        raise _RowError(f"needs the file {attached!r}: not one of the 103 text tasks")
+    level = _first(row, "Level", "level")
+    return {
+        "id": _text(_first(row, "task_id", "id")),
+        "question": _first(row, "Question", "question"),
+        "answer": _text(_first(row, "Final answer", "final_answer", "answer", "Answer")),
+        **({"difficulty": str(level)} if level is not None else {}),
+    }
+
+
+def _browsecomp_zh(row: Row) -> Row:
+    """BrowseComp-ZH (289): encrypted with the row's canary, so that no crawler reads it as plain text."""
+    row = {key.strip().lower(): value for key, value in row.items() if isinstance(key, str)}
+    canary = row.get("canary")
+    question, answer, topic = (_first(row, *names) for names in (("question",), ("answer",), ("topic",)))
+    if isinstance(canary, str) and canary.strip():
+        question, answer, topic = (
+            decrypt(value, canary) if isinstance(value, str) and value else value for value in (question, answer, topic)
+        )
+    return {"question": question, "answer": answer, **({"domain": topic} if isinstance(topic, str) and topic else {})}
+
+
+def _aime(row: Row) -> Row:
+    """AIME of any year: an integer from 0 to 999."""
+    year = _first(row, "year", "Year")
+    return {
+        "id": _text(_first(row, "id", "ID", "problem_idx", "unique_id")),
+        "question": _first(row, "problem", "Problem", "question"),
+        "answer": _text(_first(row, "answer", "Answer")),
+        **({"year": str(year)} if year is not None else {}),
+    }
+
+
+_DAPO_HEAD = re.compile(r"^Solve the following math problem step by step\..*?\n\n", re.S)
+_DAPO_TAIL = re.compile(r"\n\nRemember to put your answer on its own line after \"Answer:\"\.?\s*$")
+
+
+def _dapo(row: Row) -> Row:
+    """DAPO-Math-17k: a chat prompt around the problem, and the reference under ``reward_model``."""
+    prompt, reward, extra = row.get("prompt"), row.get("reward_model"), row.get("extra_info")
+    if not prompt or not isinstance(reward, Mapping):
+        return {**_aime(row)}
+    content = prompt[0].get("content") if isinstance(prompt, (list, tuple)) and isinstance(prompt[0], Mapping) else prompt
+    if isinstance(content, str):
+        content = _DAPO_TAIL.sub("", _DAPO_HEAD.sub("", content))
+    return {
+        "id": _text(extra.get("index")) if isinstance(extra, Mapping) else None,
+        "question": content,
+        "answer": _text(reward.get("ground_truth")),
+    }
+
+
+SUITES: Mapping[str, Callable[[Row], Row]] = {
+    "jsonl": _plain,
+    "webwalkerqa": _webwalkerqa,
+    "gaia_text_103": _gaia,
+    "browsecomp_zh": _browsecomp_zh,
+    "aime": _aime,
+    "dapo": _dapo,
+}
+"""Name in the experiment file -> how a row reads."""
+
+
+def decrypt(text: str, canary: str) -> str:
+    """Undo the XOR with the repeated SHA-256 of the canary that BrowseComp and BrowseComp-ZH are published under."""
+    try:
+        content = base64.b64decode(text, validate=True)
+        key = hashlib.sha256(canary.encode()).digest()
+        return bytes(byte ^ key[n % len(key)] for n, byte in enumerate(content)).decode("utf-8")
+    except (binascii.Error, UnicodeDecodeError):
+        raise _RowError("cannot be decrypted with its canary: is the file as published?") from None
+
+
+def _once(objects: list[tuple[int, Row]]) -> list[tuple[int, Row]]:
+    """The published file holds every problem many times over."""
+    seen: dict[tuple[str, str], tuple[int, Row]] = {}
+    for number, row in objects:
+        seen.setdefault((str(row.get("question")), str(row.get("answer"))), (number, row))
+    return list(seen.values())
+
+
+def _mapped(row: Row, fields: Mapping[str, str]) -> Row:
+    """Only what ``fields`` names: our name -> theirs; dots go into objects."""
+    return {ours: _text(row[theirs]) if ours in ("id", "answer") else row[theirs] for ours, theirs in fields.items()}
+
+
+def _first(row: Row, *names: str) -> Any:
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _text(value: Any) -> Any:
+    """Numbers as text: a reference is compared as text."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def _json(text: str, where: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        raise _RowError(f"{where!r} is not JSON") from None
+    return value if isinstance(value, Mapping) else {}
+
+
+# -- files
+
+
+def read_rows(path: Path) -> tuple[list[tuple[int, Row]], list[Mistake]]:
+    """Rows with their number (line, or place in the file), and what is wrong with the others.
+
+    Raises:
+        DataError: the file is missing, of an unknown kind, empty or cannot be read.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file", "docs/benchmarks.md says where each suite comes from")
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        objects, broken = read_objects(path)
+        return list(objects), broken
+    try:
+        rows = list(reader(path))
+    except DataError:
+        raise
+    except Exception as error:  # whatever a library says of a broken file
+        raise DataError(f"{path}: cannot be read: {type(error).__name__}: {error}", "download it again") from None
+    if not rows:
+        raise DataError(f"{path}: no row", "download it again")
+    mistakes: list[Mistake] = [(n, "not an object") for n, row in enumerate(rows, 1) if not isinstance(row, Mapping)]
+    return [(n, row) for n, row in enumerate(rows, 1) if isinstance(row, Mapping)], mistakes
+
+
+def _read_json(path: Path) -> Iterable[Any]:
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    if isinstance(content, Mapping):  # {"data": [...]} and the like
+        lists = [value for value in content.values() if isinstance(value, list)]
+        content = lists[0] if len(lists) == 1 else [content]
+    return list(content)
+
+
+def _read_parquet(path: Path) -> Iterable[Any]:
+    import polars as pl
+
+    return pl.read_parquet(path, glob=False).to_dicts()
+
+
+def _read_csv(path: Path) -> Iterable[Any]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as handle:
+        return list(csv.DictReader(handle, delimiter=delimiter))
+
+
+def _read_xlsx(path: Path) -> Iterable[Any]:
+    try:
+        from openpyxl import load_workbook
+    except ImportError:
+        raise DataError(
+            f"{path}: openpyxl is not installed", "pip install 'evolve-dag[web]', or save the file as CSV"
+        ) from None
+    lines = load_workbook(path, read_only=True, data_only=True).worksheets[0].iter_rows(values_only=True)
+    names = [str(name) for name in next(lines, ())]
+    return [dict(zip(names, line, strict=False)) for line in lines if any(cell is not None for cell in line)]
+
+
+_READERS: Mapping[str, Callable[[Path], Iterable[Any]]] = {
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".xlsx": _read_xlsx,
+}

@@ -1,0 +1,182 @@
+"""Experiment files: inheritance, all mistakes at once, slices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from evolve_dag.config.loading import load_experiment
+from evolve_dag.config.schema import REGIME_PRESETS, Experiment
+from evolve_dag.errors import ConfigError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_config_loads_and_opens_with_its_purpose(path: Path) -> None:
+    experiment = load_experiment(path)
+    assert experiment.experiment == path.stem
+    head = path.read_text().split("\n\n")[0]
+    assert head.startswith("#")
+    assert f"evolve run configs/{path.name}" in path.read_text()
+
+
+def test_every_cell_of_the_grid_is_there_once() -> None:
+    cells = []
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        e = load_experiment(path)
+        for name, preset in REGIME_PRESETS.items():
+            plain = e.selection.selector == "state" and e.environment.kind == "pocket" and e.distillation.retention > 0
+            if e.regime.model_dump() == preset and plain:
+                cells.append((e.granularity, e.injection, name))
+    wanted = [
+        (g, i, r) for g in ("principle", "instance") for i in ("step_wise", "global") for r in ("off_policy", "on_policy")
+    ]
+    assert sorted(cells) == sorted(wanted)
+
+
+def test_all_mistakes_come_in_one_message_with_file_and_key(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", "experiment: base\nrollout: {max_step: 3}\n")
+    path = write(tmp_path, "mine.yaml", "extends: base.yaml\nseed: many\ninjektion: global\ndistillation: {rank: 0}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(path)
+    message = str(caught.value)
+    assert "4 mistakes" in message
+    assert "mine.yaml: seed: should be a valid integer, not 'many'" in message
+    assert "mine.yaml: injektion: unknown key (did you mean 'injection'?)" in message
+    assert "mine.yaml: distillation.rank: should be greater than or equal to 1, not 0" in message
+    assert "base.yaml: rollout.max_step: unknown key (did you mean 'max_steps'?)" in message
+    assert "remedy:" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("injection: none\n", "injection"),
+        ("tasks: {held_out: {world: 11}}\n", "tasks.held_out.world"),
+        ("tasks: {train: {path: a.jsonl}}\n", "tasks.train.path"),
+        ("environment: {kind: corpus, pages: p.jsonl}\n", "tasks.train.path"),
+        ("distillation: {refresh: 3}\n", "distillation.refresh"),
+        ("regime: sideways\n", "regime"),
+        ("regime: {preset: off_policy, sorce: student}\n", "regime.sorce"),
+        ("environment: {kind: moon}\n", "environment"),
+        ("experiment: Not A Name\n", "experiment"),
+        ("rollout: {temperature: .nan}\n", "rollout.temperature"),
+    ],
+)
+def test_impossible_values_are_refused(tmp_path: Path, text: str, key: str) -> None:
+    path = write(tmp_path, "x.yaml", text)
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(path)
+    assert f"x.yaml: {key}: " in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "just words\n", "\x00"])
+def test_files_that_are_no_mapping_are_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"x\.yaml"):
+        load_experiment(write(tmp_path, "x.yaml", text))
+
+
+def test_missing_file_and_circle(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_experiment(tmp_path / "none.yaml")
+    write(tmp_path, "a.yaml", "extends: b.yaml\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_experiment(write(tmp_path, "b.yaml", "extends: a.yaml\n"))
+
+
+def test_empty_file_is_the_default_experiment(tmp_path: Path) -> None:
+    assert load_experiment(write(tmp_path, "empty.yaml", "")) == Experiment(experiment="empty")
+
+
+def test_regime_parts_settable_alone_and_over_a_preset(tmp_path: Path) -> None:
+    write(tmp_path, "on.yaml", "regime: on_policy\n")
+    part = load_experiment(write(tmp_path, "part.yaml", "extends: on.yaml\nregime: {rejection: true}\n")).regime
+    assert (part.source, part.divergence, part.rejection) == ("student", "reverse_kl", True)
+    other = load_experiment(
+        write(tmp_path, "other.yaml", "extends: part.yaml\nregime: {preset: off_policy, divergence: jsd}\n")
+    )
+    assert (other.regime.source, other.regime.divergence, other.regime.rejection) == ("teacher", "jsd", True)
+
+
+def test_name_comes_from_the_file_that_is_run(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", "experiment: base\n")
+    assert load_experiment(write(tmp_path, "child.yaml", "extends: base.yaml\n")).experiment == "child"
+
+
+def test_paths_are_relative_to_the_file_that_names_them(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    splits = ", ".join(f"{name}: {{path: {name[0]}.jsonl, world: null}}" for name in ("train", "development", "held_out"))
+    tasks = f"tasks: {{{splits}}}"
+    write(tmp_path / "deep", "base.yaml", f"environment: {{kind: corpus, pages: pages.jsonl}}\n{tasks}\n")
+    e = load_experiment(write(tmp_path, "top.yaml", "extends: deep/base.yaml\ntasks: {train: {path: mine.jsonl}}\n"))
+    assert e.environment.kind == "corpus"
+    assert e.environment.pages == str(tmp_path / "deep" / "pages.jsonl")
+    assert e.tasks.train.path == str(tmp_path / "mine.jsonl")
+    assert e.tasks.held_out.path == str(tmp_path / "deep" / "h.jsonl")
+
+
+def test_slices_hold_just_what_was_asked() -> None:
+    e = Experiment(experiment="x", seed=3)
+    assert e.slice("seed", "regime.source") == {"seed": 3, "regime.source": "teacher"}
+    assert e.slice("gate")["gate"]["confidence"] == 0.95
+
+
+MODELS = """
+models:
+  policy: {backend: vllm, path: pocket, servers: [http://one:8000/v1, http://two:8000/v1]}
+  extractor: {backend: openai, model: large, price_prompt: 1.5, endpoints: [http://one/v1]}
+  judge: {backend: openai, model: large}
+"""
+
+
+def test_models_by_role(tmp_path: Path) -> None:
+    e = load_experiment(write(tmp_path, "roles.yaml", f"extends: {CONFIGS / 'pocket.yaml'}\n{MODELS}"))
+    assert e.models.policy.backend == "vllm"
+    assert e.models.settings("selector") == e.models.policy
+    extractor = e.models.settings("extractor")
+    assert extractor is not None
+    assert extractor.backend == "openai"
+
+
+def test_where_and_how_fast_are_in_no_slice(tmp_path: Path) -> None:
+    one = load_experiment(write(tmp_path, "one.yaml", f"extends: {CONFIGS / 'pocket.yaml'}\n{MODELS}"))
+    other = load_experiment(
+        write(tmp_path, "two.yaml", f"extends: {CONFIGS / 'pocket.yaml'}\n{MODELS.replace('one', 'three').replace('1.5', '9')}")
+    )
+    assert one.models != other.models
+    assert one.slice("models") == other.slice("models")
+    assert one.slice("models.judge") == {"models.judge": {**one.slice("models.judge")["models.judge"], "model": "large"}}
+    renamed = load_experiment(write(tmp_path, "three.yaml", "extends: two.yaml\nmodels: {judge: {model: small}}"))
+    assert renamed.slice("models.judge") != one.slice("models.judge")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("models: {policy: {backend: openai, model: x}}", ["models.policy", "openai"]),
+        ("models: {extractor: {backend: openai}}", ["models.extractor.model: missing"]),
+        ("models: {selector: {backend: openai, model: x, key: 'sk-123 secret'}}", ["models.selector.key"]),
+        ("verification: {kind: judge}", ["models.judge: missing"]),
+        ("environment: {kind: tools, search: searxng}", ["environment.searxng: missing", "environment.files: missing"]),
+        ("environment: {kind: tools, tools: [browse]}", ["environment.tools.0"]),
+        ("extraction: {domain: mathematics}", ["extraction.domain"]),
+        ("tasks: {train: {suite: aime}}", ["tasks.train"]),
+        ("schedule: {cron: 'every night'}", ["schedule.cron"]),
+        ("schedule: {timezone: Mars/Olympus}", ["schedule.timezone"]),
+        ("schedule: {webhook: 'https://example.org/hook'}", ["schedule.webhook"]),
+    ],
+)
+def test_mistakes_of_models_tools_and_schedules(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(write(tmp_path, "wrong.yaml", f"extends: {CONFIGS / 'pocket.yaml'}\n{text}"))
+    for word in words:
+        assert word in str(caught.value)
+    assert "sk-123" not in str(caught.value)

@@ -1,0 +1,333 @@
+"""The miner on synthetic trajectories with a planted effect, with none, and over several iterations."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import replace
+
+import pytest
+from experience_builders import QUESTION, answer, malformed, search, trajectory, visit
+
+from evolve_dag.config.schema import ExtractionSettings
+from evolve_dag.experience.extraction.contrast import (
+    MAX_TRAJECTORY_IDS,
+    Mined,
+    Moments,
+    condition_of,
+    mine,
+    reconcile,
+    situations_of,
+    subsumed,
+    t_quantile,
+)
+from evolve_dag.experience.extraction.mining import extract
+from evolve_dag.experience.features import features
+from evolve_dag.experience.phrases import render
+from evolve_dag.experience.pool import Pool, Proposal
+from evolve_dag.records import Step, Trajectory
+
+SHARED = "2 results\n1. river Bado Keli: mouth: city Zano Pile\n2. person Bado Keli: home: city Zano Pile"
+ONE = "1 result\n1. person Bado Keli: home: city Zano Pile"
+PARTIAL = "page: person Bado Keli\nhome: city Zano Pile"
+ASKED = "page: city Zano Pile\nmayor: person Rato Miku"
+
+SHARED_STATE = condition_of({"tool": "search", "observation": "listing"})
+FITTING = visit("person Bado Keli", "page: person Bado Keli\nhome: city Zano Pile")
+FIRST = visit("river Bado Keli", "page: river Bado Keli\nmouth: city Zano Pile")
+
+
+def simulate(seed: int, tasks: int, group: int, success: dict[str, float], listing: str = SHARED) -> list[Trajectory]:
+    """After one search, a coin decides between opening the fitting and the first page; ``success`` is its chance."""
+    draw = random.Random(seed)
+    found = []
+    for task in range(tasks):
+        for rollout in range(group):
+            choice = draw.choice(["fitting", "first"])
+            steps = [search("Bado Keli", listing), FITTING if choice == "fitting" else FIRST, answer("Rato Miku")]
+            found.append(trajectory(f"t{task}", rollout, steps, float(draw.random() < success[choice])))
+    return found
+
+
+def lift_of(mined: Mined, action: str = "open_fitting") -> tuple[float, float, float]:
+    effect = mined.effect(SHARED_STATE, action)
+    assert effect is not None
+    return effect.lift, effect.low, effect.high
+
+
+def test_t_quantile_against_published_tables() -> None:
+    for probability, degrees, expected in [
+        (0.975, 1, 12.7062), (0.975, 2, 4.3027), (0.975, 3, 3.1824), (0.975, 5, 2.5706), (0.975, 10, 2.2281),
+        (0.975, 30, 2.0423), (0.95, 4, 2.1318), (0.95, 20, 1.7247), (0.995, 8, 3.3554), (0.9995, 15, 4.0728),
+        (0.975, 1e6, 1.95997),
+    ]:  # fmt: skip
+        assert t_quantile(probability, degrees) == pytest.approx(expected, abs=2e-3)
+    with pytest.raises(ValueError, match="between"):
+        t_quantile(0.4, 3)
+
+
+def test_lift_by_hand() -> None:
+    # Two groups of two. Group means 0.5 and 0.5; fitting: +0.5, +0.5; first: -0.5, -0.5. Lift = 0.5 - (-0.5) = 1.
+    rows = [("a", FITTING, 1.0), ("a", FIRST, 0.0), ("b", FITTING, 1.0), ("b", FIRST, 0.0)]
+    data = [trajectory(t, n, [search("Bado Keli", SHARED), step, answer("x")], r) for n, (t, step, r) in enumerate(rows)]
+    lift, low, high = lift_of(mine(data))
+    assert lift == pytest.approx(1.0)
+    assert low < 1.0 < high  # two successes of two are not certain: the floor on the variance
+    assert lift_of(mine(data), "open_first")[0] == pytest.approx(-1.0)
+
+
+def test_a_trajectory_counts_once_per_pattern_and_not_against_itself() -> None:
+    both = [search("Bado Keli", SHARED), FIRST, search("Bado Keli x", SHARED), FITTING, answer("x")]
+    only = [search("Bado Keli", SHARED), FIRST, answer("x")]
+    data = [trajectory("a", n, both if n < 2 else only, float(n < 2)) for n in range(4)]
+    effect = mine(data).effect(SHARED_STATE, "open_fitting")
+    assert effect is not None
+    assert (effect.support, effect.others) == (2, 2)
+    assert mine(data).effect(SHARED_STATE, "open_first") is None  # all four show it: no contrast
+
+
+def test_a_planted_effect_is_found_with_the_right_sign_and_provenance() -> None:
+    data = simulate(1, 100, 4, {"fitting": 0.7, "first": 0.2})
+    mined = mine(data, min_support=10)
+    assert [p.text for p in mined.patterns] == ["Match: when the search shows results, open the page that fits the question."]
+    pattern = mined.patterns[0]
+    assert pattern.action == "open_fitting"
+    assert 0 < pattern.effect.low < pattern.effect.lift < pattern.effect.high
+    by_id = {t.id: t for t in data}
+    assert len(pattern.trajectory_ids) == MAX_TRAJECTORY_IDS < pattern.effect.support
+    assert all(by_id[i].reward == 1.0 and FITTING in by_id[i].steps for i in pattern.trajectory_ids)
+
+
+def test_the_interval_covers_and_no_effect_is_seldom_found() -> None:
+    effect, null = {"fitting": 0.7, "first": 0.3}, {"fitting": 0.5, "first": 0.5}
+    # The estimand includes the conditioning on mixed groups: its value comes from one very large sample.
+    truth, low, high = lift_of(mine(simulate(10_000, 2_000, 4, effect)))
+    assert high - low < 0.06
+    seeds = range(200)
+    covered = [low <= truth <= high for _, low, high in (lift_of(mine(simulate(s, 25, 4, effect))) for s in seeds[:120])]
+    # 95% nominal; binomial standard error over 120 seeds is 2%
+    assert sum(covered) / len(covered) >= 0.90
+    null_data = [mine(simulate(s, 25, 4, null), min_support=5, min_lift=0.0) for s in seeds]
+    # Each side of the two-sided 95% interval errs 2.5% of the time: two patterns a seed, at most one of them can win.
+    wrong = [lift_of(m, a)[1] > 0 for m in null_data for a in ("open_fitting", "open_first")]
+    assert 0.005 <= sum(wrong) / len(wrong) <= 0.05
+    assert sum(bool(m.patterns) for m in null_data) / len(seeds) <= 0.10
+
+
+def test_only_mixed_groups_and_judged_trajectories_teach() -> None:
+    data = simulate(2, 60, 4, {"fitting": 0.7, "first": 0.2})
+    mined = mine(data)
+    steps = [search("Bado Keli", SHARED), FIRST, answer("x")]
+    always = [trajectory("always", n, steps, 1.0) for n in range(50)]
+    never = [trajectory("never", n, steps, 0.0) for n in range(50)]
+    # Not judged: as zeros they would turn this group of successes into a mixed one that praises 'first'.
+    unjudged = [trajectory("half", n, steps, 1.0) for n in range(20)]
+    unjudged += [trajectory("half", 20 + n, [search("Bado Keli", SHARED), FITTING, answer("x")], None) for n in range(20)]
+    more = mine(data + always + never + unjudged)
+    assert [(p.text, p.effect) for p in more.patterns] == [(p.text, p.effect) for p in mined.patterns]
+    assert more.statistics["mixed_groups"] == mined.statistics["mixed_groups"]
+    assert more.statistics["not_judged"] == 20
+    assert more.statistics["judged"] == mined.statistics["judged"] + 120
+
+
+def test_the_order_of_the_trajectories_does_not_matter() -> None:
+    data = simulate(3, 60, 4, {"fitting": 0.8, "first": 0.2})
+    shuffled = list(data)
+    random.Random(0).shuffle(shuffled)
+    a, b = mine(data, seed=5), mine(shuffled, seed=5)
+    assert a.patterns == b.patterns
+    assert a.statistics == b.statistics
+    assert mine(data, seed=6).patterns[0].trajectory_ids != a.patterns[0].trajectory_ids
+
+
+def test_thresholds() -> None:
+    data = simulate(1, 100, 4, {"fitting": 0.7, "first": 0.2})
+    support = mine(data).patterns[0].effect.support
+    lift = mine(data).patterns[0].effect.lift
+    assert mine(data, min_support=support).patterns
+    assert not mine(data, min_support=support + 1).patterns
+    assert not mine(data, min_lift=lift + 1e-6).patterns
+    assert mine([]).patterns == ()
+    assert mine(simulate(1, 5, 1, {"fitting": 0.7, "first": 0.2})).patterns == ()  # groups of one have no contrast
+
+
+def test_malformed_is_never_advice() -> None:
+    data = []
+    for task in range(40):
+        data += [trajectory(f"t{task}", n, [malformed(), answer("x")], 1.0) for n in range(2)]
+        data += [trajectory(f"t{task}", n, [answer("x")], 0.0) for n in range(2, 4)]
+    assert all(p.action != "malformed" for p in mine(data).patterns)
+
+
+def two_pages(seed: int, good_when_asked: str, good_when_part: str) -> list[Trajectory]:
+    """Pages that show the asked value, and pages that show a part; what pays may differ between them."""
+    draw = random.Random(seed)
+    found = []
+    for task in range(120):
+        page, good = (ASKED, good_when_asked) if task % 2 else (PARTIAL, good_when_part)
+        for rollout in range(4):
+            choice = draw.choice(["answer", "search"])
+            step = answer("Zano Pile") if choice == "answer" else search("Zano Pile mayor", "no results")
+            steps = [visit("person Bado Keli", page), step]
+            found.append(trajectory(f"t{task}", rollout, steps, float(draw.random() < (0.8 if choice == good else 0.2))))
+    return found
+
+
+def test_special_cases_that_disagree_replace_the_general_rule() -> None:
+    found = {p.text for p in mine(two_pages(0, "answer", "search")).patterns}
+    assert found == {
+        "Conclude: when the page shows the asked value, answer with that value now.",
+        "Narrow: when the page answers only part of the question, search only the short name.",
+    }
+
+
+def test_special_cases_that_add_nothing_are_left_out() -> None:
+    assert [p.text for p in mine(two_pages(0, "search", "search")).patterns] == [
+        "Narrow: when a page is shown, search only the short name."
+    ]
+
+
+def test_the_lattice_holds_only_situations_that_are_true_and_can_be_said() -> None:
+    from evolve_dag.experience.phrases import situation_text
+
+    cases = [[], [search("x", "no results")], [search("x", ONE)], [search("x", SHARED)], [visit("x", ASKED)], [malformed()],
+             [search("x", "2 results\n1. city Alo Be\n2. city Ceto Di")]]  # fmt: skip
+    for steps in cases:
+        state = features(QUESTION, steps)
+        conditions = list(situations_of(state))
+        assert len(set(conditions)) == len(conditions)
+        texts = [situation_text(dict(c)) for c in conditions]
+        assert len(set(texts)) == len(texts)
+        for condition in conditions:
+            assert set(condition) <= set(state.items())
+            assert {"tool", "observation"} <= dict(condition).keys()
+
+
+def test_moments_match_a_plain_computation() -> None:
+    values = [0.5, -0.5, 0.25]
+    moments = Moments(3, sum(values), sum(values), sum(v * v for v in values))
+    mean = sum(values) / 3
+    assert moments.mean == pytest.approx(mean)
+    assert moments.variance == pytest.approx(sum((v - mean) ** 2 for v in values) / 2)
+    assert Moments(1, 0.5, 0.5, 0.25).variance == 0.0
+
+
+SETTINGS = ExtractionSettings()
+
+
+def run(data: list[Trajectory], pool: Pool, iteration: int, cap: int = 12) -> tuple[Pool, list[tuple[str, str]]]:
+    settings = SETTINGS.model_copy(update={"cap": cap})
+    result = extract(data, pool, granularity="principle", settings=settings, iteration=iteration, seed=0)
+    assert result.statistics["items"] == len(result.pool)
+    return result.pool, [(e.operation, e.item_id) for e in result.edits]
+
+
+def test_items_live_through_iterations() -> None:
+    pool, edits = run(simulate(1, 100, 4, {"fitting": 0.7, "first": 0.2}), Pool(), 1)
+    assert edits == [("add", "p0001")]
+    same, edits = run([], pool, 2)
+    assert (same, edits) == (pool, [])  # silence refutes nothing, and makes no version
+    updated, edits = run(simulate(2, 100, 4, {"fitting": 0.6, "first": 0.3}), pool, 2)
+    assert edits == [("update", "p0001")]
+    item = updated.get("p0001")
+    assert item.text == pool.get("p0001").text
+    assert item.evidence != pool.get("p0001").evidence
+    assert (item.created, item.updated) == (1, 2)
+    replaced, edits = run(simulate(3, 100, 4, {"fitting": 0.2, "first": 0.7}), updated, 3)
+    assert edits == [("delete", "p0001"), ("add", "p0002")]
+    assert replaced.items[0].text == "First: when the search shows results, open the first result."
+
+
+def test_a_general_item_goes_when_its_special_cases_disagree() -> None:
+    pool, _ = run(two_pages(0, "search", "search"), Pool(), 1)
+    assert pool.ids == ("p0001",)
+    after, edits = run(two_pages(1, "answer", "search"), pool, 2)
+    # The special case that agrees comes as an item of its own, because the rule that covered it is gone.
+    assert ("delete", "p0001") in edits
+    assert sorted(i.text.split(":")[0] for i in after.items) == ["Conclude", "Narrow"]
+
+
+def special_case(action: str) -> Pool:
+    condition = {"tool": "visit", "observation": "page", "evidence": "asked"}
+    proposal = Proposal("add", text=render(condition, action), condition=condition, evidence={"lift": 0.4, "low": 0.2})
+    return Pool().apply([proposal], iteration=1, strict=True).pool
+
+
+def test_a_general_rule_yields_to_a_standing_exception_that_was_not_put_to_the_test() -> None:
+    pool = special_case("open_fitting")  # nobody opens anything after a page here
+    after, edits = run(two_pages(0, "search", "search"), pool, 2)
+    assert edits == []
+    assert after == pool
+
+
+def test_a_general_rule_replaces_an_exception_that_lost() -> None:
+    pool = special_case("answer_page")
+    after, edits = run(two_pages(0, "search", "search"), pool, 2)
+    assert edits == [("delete", "p0001"), ("add", "p0002")]
+    assert after.items[0].text == "Narrow: when a page is shown, search only the short name."
+
+
+def test_a_general_rule_absorbs_its_special_case() -> None:
+    pool = (
+        Pool()
+        .apply(
+            [
+                Proposal(
+                    "add",
+                    text="Narrow: when the page shows the asked value, search only the short name.",
+                    condition={"tool": "visit", "observation": "page", "evidence": "asked"},
+                    evidence={"lift": 0.3, "low": 0.1},
+                )
+            ],
+            iteration=1,
+        )
+        .pool
+    )
+    after, edits = run(two_pages(0, "search", "search"), pool, 2)
+    assert edits == [("add", "p0002"), ("merge", "p0001")]
+    assert after.ids == ("p0002",)
+    strong = replace(pool.items[0], evidence={"lift": 0.99, "low": 0.95})
+    assert subsumed(Pool((strong, *after.items))) == []  # clearly better than the general rule: stays
+
+
+def test_a_refuted_item_goes_even_when_nothing_replaces_it() -> None:
+    pool, _ = run(simulate(1, 100, 4, {"fitting": 0.7, "first": 0.2}), Pool(), 1)
+    mined = mine(simulate(3, 100, 4, {"fitting": 0.2, "first": 0.7}), min_support=10_000)
+    assert mined.patterns == ()
+    assert [(p.operation, p.item_id) for p in reconcile(mined, pool)] == [("delete", "p0001")]
+
+
+def test_items_in_other_words_and_of_other_granularity_are_left_alone() -> None:
+    pool = (
+        Pool()
+        .apply(
+            [
+                Proposal("add", text="Care: when a list is long, read it twice.", condition=dict(SHARED_STATE)),
+                Proposal("add", text="Case: q answer a.", granularity="instance"),
+            ],
+            iteration=1,
+        )
+        .pool
+    )
+    after, edits = run(simulate(1, 100, 4, {"fitting": 0.7, "first": 0.2}), pool, 2)
+    assert edits == [("add", "p0003")]
+    assert after.items[:2] == pool.items
+
+
+def test_speed_of_5000_trajectories() -> None:
+    data = simulate(4, 1250, 4, {"fitting": 0.7, "first": 0.2})
+    long = [replace(t, steps=(*[search(f"q {n}", f"no results {n}") for n in range(3)], *t.steps)) for t in data]
+    start = time.process_time()
+    mined = mine(long)
+    assert time.process_time() - start < 2.0
+    assert mined.statistics["trajectories"] == 5000
+
+
+def test_a_forced_answer_is_no_choice_and_so_no_evidence() -> None:
+    forced: list[Step] = [search("Bado Keli", f"{SHARED}\nlast step: answer now"), answer("x")]
+    free: list[Step] = [search("Bado Keli", SHARED), answer("x")]
+    data = simulate(1, 60, 4, {"fitting": 0.7, "first": 0.2})
+    with_forced = mine(data + [trajectory(f"t{n}", 9, forced, 0.0) for n in range(60)])
+    with_free = mine(data + [trajectory(f"t{n}", 9, free, 0.0) for n in range(60)])
+    assert with_forced.effect(SHARED_STATE, "answer_unseen") is None
+    assert with_free.effect(SHARED_STATE, "answer_unseen") is not None

@@ -1,0 +1,152 @@
+"""Published files of the suites, in small: what they hold becomes tasks, and what is wrong with them is told by row."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evolve_dag.config.schema import SuiteName, TaskSplit
+from evolve_dag.errors import DataError
+from evolve_dag.records import Task
+from evolve_dag.tasks.formats import SUITES, decrypt, load_suite
+
+
+def load(path: Path, suite: SuiteName = "jsonl", **keys: Any) -> list[Task]:
+    return load_suite(TaskSplit(path=str(path), suite=suite, **keys), suite="test")
+
+
+def jsonl(folder: Path, rows: Sequence[Any], name: str = "tasks.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def encrypt(text: str, canary: str) -> str:
+    key = hashlib.sha256(canary.encode()).digest()
+    return base64.b64encode(bytes(b ^ key[n % 32] for n, b in enumerate(text.encode()))).decode()
+
+
+def test_webwalkerqa(tmp_path: Path) -> None:
+    row = {
+        "question": "When does it open?",
+        "answer": "At nine",
+        "root_url": "https://example.org",
+        "info": {
+            "difficulty_level": "easy",
+            "domain": "conference",
+            "lang": "en",
+            "type": "single_source",
+            "golden_path": ["a"],
+        },
+    }
+    [task] = load(jsonl(tmp_path, [row]), "webwalkerqa")
+    assert task.question == "When does it open?\n(Start from https://example.org)"
+    assert task.answer == "At nine"
+    assert task.metadata == {"difficulty": "easy", "domain": "conference", "language": "en", "kind": "single_source"}
+
+
+def test_gaia_leaves_nothing_out_in_silence(tmp_path: Path) -> None:
+    rows = [{"task_id": "a1", "Question": "How many?", "Level": 2, "Final answer": "17", "file_name": ""}]
+    [task] = load(jsonl(tmp_path, rows), "gaia_text_103")
+    assert (task.id, task.answer, task.metadata) == ("a1", "17", {"difficulty": "2"})
+    rows.append({"task_id": "a2", "Question": "What is in it?", "Level": 1, "Final answer": "x", "file_name": "a2.xlsx"})
+    with pytest.raises(DataError, match=r"line 2: needs the file 'a2\.xlsx'"):
+        load(jsonl(tmp_path, rows), "gaia_text_103")
+
+
+def test_browsecomp_zh_is_decrypted(tmp_path: Path) -> None:
+    canary = "GUID 123"
+    row = {name: encrypt(text, canary) for name, text in (("Topic", "电影"), ("Question", "谁是导演?"), ("Answer", "张三"))}
+    path = tmp_path / "browsecomp.csv"
+    with path.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, [*row, "canary"])
+        writer.writeheader()
+        writer.writerow({**row, "canary": canary})
+    [task] = load(path, "browsecomp_zh")
+    assert (task.question, task.answer, task.metadata) == ("谁是导演?", "张三", {"domain": "电影"})
+    with pytest.raises(DataError, match="cannot be decrypted with its canary"):
+        load(jsonl(tmp_path, [{**row, "canary": "another"}]), "browsecomp_zh")
+    [plain] = load(jsonl(tmp_path, [{"Question": "谁?", "Answer": "李四"}]), "browsecomp_zh")
+    assert plain.answer == "李四"
+
+
+@given(st.text(), st.text(min_size=1))
+def test_decryption_undoes_encryption(text: str, canary: str) -> None:
+    if text.isprintable():
+        assert decrypt(encrypt(text, canary), canary) == text
+
+
+def test_aime_answers_are_text(tmp_path: Path) -> None:
+    pl.DataFrame({"ID": ["2024-I-1"], "Problem": ["Find n."], "Answer": [204], "Year": [2024]}).write_parquet(
+        tmp_path / "a.parquet"
+    )
+    [task] = load(tmp_path / "a.parquet", "aime")
+    assert (task.id, task.question, task.answer, task.metadata) == ("2024-I-1", "Find n.", "204", {"year": "2024"})
+
+
+def test_dapo_is_unwrapped_and_counted_once(tmp_path: Path) -> None:
+    content = (
+        "Solve the following math problem step by step. The last line should be of the form Answer: $Answer.\n\n"
+        'What is 1+1?\n\nIt is small.\n\nRemember to put your answer on its own line after "Answer:".'
+    )
+    row = {
+        "prompt": [{"role": "user", "content": content}],
+        "reward_model": {"ground_truth": "2", "style": "rule"},
+        "extra_info": {"index": "x1"},
+    }
+    pl.DataFrame([row, row, row]).write_parquet(tmp_path / "dapo.parquet")
+    [task] = load(tmp_path / "dapo.parquet", "dapo")
+    assert (task.id, task.question, task.answer) == ("x1", "What is 1+1?\n\nIt is small.", "2")
+
+
+def test_fields_name_what_a_file_calls_otherwise(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, [{"uid": 7, "problem": "1+1?", "solution": 2, "level": "easy", "other": {"x": 1}}])
+    fields = {"id": "uid", "question": "problem", "answer": "solution", "difficulty": "level"}
+    [task] = load(path, fields=fields)
+    assert task == Task("7", "1+1?", "2", "test", {"difficulty": "easy"})
+    with pytest.raises(DataError, match="line 1: no field 'nothing'"):
+        load(path, fields={**fields, "answer": "nothing"})
+
+
+def test_splits_of_one_file_share_no_task(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, [{"question": f"q{n}", "answer": "a"} for n in range(20)])
+    first, second, rest = load(path, count=8), load(path, count=8, skip=8), load(path, skip=16)
+    ids = [task.id for task in (*first, *second, *rest)]
+    assert len(ids) == len(set(ids)) == 20
+    with pytest.raises(DataError, match="asks for 8 after the first 16"):
+        load(path, count=8, skip=16)
+
+
+def test_a_list_in_json_and_a_wrapped_one(tmp_path: Path) -> None:
+    rows = [{"question": "q", "answer": "a"}]
+    for content in (rows, {"data": rows}):
+        (tmp_path / "t.json").write_text(json.dumps(content))
+        assert [task.question for task in load(tmp_path / "t.json")] == ["q"]
+
+
+@pytest.mark.parametrize("suite", sorted(SUITES))
+def test_broken_rows_are_told_by_line(tmp_path: Path, suite: SuiteName) -> None:
+    path = jsonl(tmp_path, [{}, {"question": "", "answer": ""}, [], "text"])
+    with pytest.raises(DataError) as caught:
+        load(path, suite)
+    for line in ("line 1", "line 2", "line 3", "line 4"):
+        assert line in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.json", "t.xlsx", "t.jsonl"])
+def test_broken_files_are_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=r"no such file"):
+        load(tmp_path / name)
+    (tmp_path / name).write_bytes(b"\x00\x01 not what the ending says")
+    with pytest.raises(DataError, match=name.replace(".", r"\.")):
+        load(tmp_path / name)
