@@ -20,7 +20,7 @@ from evolve_dag.config import registry, scheduling
 from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import EvolveError
 from evolve_dag.steps.base import resolve, settings_digest
-from evolve_dag.store.artifacts import Store
+from evolve_dag.store.mirror import open_store
 
 UNTIL_TAG = "evolve/until"
 """Run tag: after this run succeeds, go on with the next iteration, up to the one named here."""
@@ -142,7 +142,7 @@ def situation(
     at = scheduling.Situation(name, experiment.iterations, promoted, running=going_on.run_id if going_on else None)
     if going_on is not None or not 1 < at.following <= experiment.iterations:
         return at
-    missing = resolve("policy", experiment, at.following, Store(root)).missing
+    missing = resolve("policy", experiment, at.following, open_store(root)).missing
     return replace(at, missing=missing, last=_last_run(instance, name, at.following, switched_on))
 
 

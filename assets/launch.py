@@ -24,6 +24,7 @@ from evolve_dag.errors import ConfigError, EvolveError, StoreError
 from evolve_dag.steps import base
 from evolve_dag.store.artifacts import Store
 from evolve_dag.store.disk import is_disk_error
+from evolve_dag.store.mirror import open_store
 
 LINEAGE_TAG = "evolve/experiment"
 """On every run that the command line starts; runs with it are over once their experiment's lock is free."""
@@ -182,7 +183,7 @@ def run(config: Path, *, seed: int | None, iterations: int | None, root: Path, c
 
 def _run(config: Path, *, seed: int | None, iterations: int | None, root: Path, console: Console) -> RunResult:
     experiment = registry.load_seeded(config, seed)
-    store = Store(root)
+    store = open_store(root)
     # Mistakes in the user's files and missing weights show here, before anything is written.
     base.resolve_iteration(experiment, 1, store)
     if experiment.environment.kind != "pocket":

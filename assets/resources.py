@@ -12,6 +12,7 @@ from evolve_dag.errors import EvolveError
 from evolve_dag.steps.base import StepOutcome
 from evolve_dag.steps.body import Progress
 from evolve_dag.store.artifacts import Store
+from evolve_dag.store.mirror import open_store
 
 
 class StoreResource(dg.ConfigurableResource):
@@ -27,7 +28,7 @@ class StoreResource(dg.ConfigurableResource):
 
     def open(self) -> Store:
         """The store itself."""
-        return Store(self.path)
+        return open_store(self.path)
 
 
 class Session:

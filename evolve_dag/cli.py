@@ -388,12 +388,12 @@ def mirror_status(json: JsonOption = False, store: StoreOption = None) -> None:
 
     from evolve_dag.lineage.garbage import size
 
-    opened = _store(store)
-    found = _mirror(opened).status(opened)
+    there, here = _mirror(store)
+    found = there.status(here)
     if json:
         _print_json(asdict(found))
         return
-    print(f"{found.url}: {found.there} artifacts, {size(found.bytes_there)}; {opened.root}: {found.here} artifacts")
+    print(f"{found.url}: {found.there} artifacts, {size(found.bytes_there)}; {here.root}: {found.here} artifacts")
     print(f"{len(found.not_there)} artifacts only here, {found.not_here} only there, {found.refs_differ} refs differ")
     if found.not_there or found.waiting:
         print("`evolve mirror push` sends what is missing there")
@@ -404,9 +404,9 @@ def mirror_push(store: StoreOption = None) -> None:
     """Send every artifact and ref that the mirror lacks."""
     from evolve_dag.lineage.garbage import size
 
-    opened = _store(store)
+    there, here = _mirror(store)
     with _interruptible("run the same command to go on"):
-        moved = _mirror(opened).push(opened, print)
+        moved = there.push(here, print)
     print(f"sent {moved.artifacts} artifacts and {moved.refs} refs, {size(moved.bytes)}")
     for line in moved.failed:
         print(f"left out: {line}", file=sys.stderr)
@@ -426,10 +426,10 @@ def mirror_pull(
     from evolve_dag.config import registry
     from evolve_dag.lineage.garbage import size
 
-    opened = _store(store)
+    there, here = _mirror(store)
     name = registry.load_seeded(Path(config), seed).experiment if config and Path(config).is_file() else config
     with _interruptible("run the same command to go on"):
-        moved = _mirror(opened).pull(opened, name, print)
+        moved = there.pull(here, name, print)
     print(f"fetched {moved.artifacts} artifacts and {moved.refs} refs, {size(moved.bytes)}")
 
 
@@ -540,15 +540,20 @@ def _root(store: Path | None) -> Path:
 
 
 def _store(store: Path | None) -> Store:
+    from evolve_dag.store.mirror import open_store
+
+    return open_store(_root(store))
+
+
+def _mirror(store: Path | None) -> tuple[Mirror, Store]:
+    """The mirror, and the folder on this machine."""
     from evolve_dag.store.artifacts import Store
+    from evolve_dag.store.mirror import configured
 
-    return Store(_root(store))
-
-
-def _mirror(store: Store) -> Mirror:
-    if store.mirror is None:
+    found = configured()
+    if found is None:
         raise ConfigError("EVOLVE_MIRROR is not set", "set it to where the store is mirrored, e.g. s3://bucket/prefix")
-    return store.mirror
+    return found, Store(_root(store))
 
 
 def _console(*, stderr: bool = False) -> Console:

@@ -1,4 +1,4 @@
-"""Text from outside on its way into an observation: it stays text.
+"""Text from outside on its way into a context: it stays text. And the lines that only the loop writes.
 
 That it cannot open a turn or call a tool is the chat format's affair (:mod:`evolve_dag.inference.chat`). What is left are lines
 that would *look* like ours: the heading of injected experience, and the line that announces the last step. A page that holds
@@ -13,11 +13,8 @@ import unicodedata
 
 STEP_HEADING = "hint:"
 """Line above the items of a step."""
-
-
 GLOBAL_HEADING = "notes:"
 """Line above the pool in the system message."""
-
 LAST_STEP = "last step: answer now"
 """The line that ends the last observation (or the question) before the last allowed call."""
 RESERVED = (STEP_HEADING, GLOBAL_HEADING, LAST_STEP)

@@ -1,4 +1,7 @@
-"""What every language-model backend offers: one request in, one completion out."""
+"""What the parts ask of each other: models, environments, verifiers and sources of experience, with the values that pass.
+
+Whoever implements one imports this and the records alone; whoever uses one needs to know no implementation.
+"""
 
 from __future__ import annotations
 

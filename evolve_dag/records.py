@@ -217,7 +217,7 @@ class Call:
     model: str
     """The model's name as configured."""
     purpose: str
-    """What for, e.g. ``critique``; '' where nobody said (see :func:`purpose`)."""
+    """What for, e.g. ``critique``; '' where nobody said (:func:`evolve_dag.inference.ledger.purpose`)."""
     outcome: Literal["ok", "error"]
     attempts: int
     """Requests that were sent, the failed ones included."""

@@ -1,14 +1,13 @@
-"""Who may import whom: assets -> edges -> core -> records; heavy libraries only where they are used."""
+"""Who may import whom: the layers and the absence of circles are import-linter's (pyproject); here is what it cannot say."""
 
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "evolve_dag"
@@ -31,71 +30,69 @@ HEAVY = {
     "math_verify",
     "matplotlib",
 }
-LAYERS = {
-    "errors": 0, "jsonlines": 0, "records": 0, "config": 1, "memory": 1, "mirror": 1, "prompts": 1, "scheduling": 1,
-    "secrecy": 1, "store": 1, "frames": 2, "agent": 3, "distillation": 3, "environments": 3, "evaluation": 3,
-    "experience": 3, "inference": 3, "ledger": 3, "verification": 3, "benchmarks": 4, "query": 5, "steps": 5, "trace": 5,
-    "audit": 6, "config_reference": 6, "garbage": 6, "importing": 6, "planning": 6, "registry": 6, "reporting": 6,
-    "tracking": 7, "assets": 8, "definitions": 8, "doctor": 8, "cli": 9, "__main__": 10,
-}  # fmt: skip
-"""Part -> layer; a part imports its own layer or lower ones. What only types need (TYPE_CHECKING) does not count."""
+GROUND_FLOOR = 12
+"""Most loose modules; what is more wants a room."""
+LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
 
 
-def modules() -> list[Path]:
-    return sorted([*PACKAGE.rglob("*.py"), *(ROOT / "assets").rglob("*.py")])
-
-
-def part(path: Path) -> str:
-    if path.parent == ROOT / "assets":
-        return "assets"
-    first = path.relative_to(PACKAGE).parts[0]
-    if path == PACKAGE / "tracking" / "ledger.py":  # what costs something is written down where it is asked
-        return "ledger"
-    return first.removesuffix(".py")
-
-
-def imports(tree: ast.AST, *, nested: bool) -> list[str]:
-    """Modules imported at run time; ``nested`` adds those inside functions."""
-    found: list[str] = []
-
-    def visit(node: ast.AST) -> None:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
-                continue
-            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) and not nested:
-                continue
-            if isinstance(child, ast.Import):
-                found.extend(alias.name for alias in child.names)
-            elif isinstance(child, ast.ImportFrom) and child.module and child.level == 0:
-                found.append(child.module)
-            visit(child)
-
-    visit(tree)
+def imported(path: Path) -> set[str]:
+    """Top names of all modules that a file imports, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found.add(node.module.split(".")[0])
     return found
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_one_way(path: Path) -> None:
-    here = part(path)
-    if here == "__init__":
-        return
-    for name in imports(ast.parse(path.read_text()), nested=True):
-        if name.startswith("evolve_dag.") and path.parent.name != "pocket":
-            other = "ledger" if name == "evolve_dag.inference.ledger" else name.split(".")[1]
-            assert LAYERS[other] <= LAYERS[here], f"{here} must not import {other}"
+def lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", LINT], cwd=folder, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_dagster_lives_in_the_assets_alone(path: Path) -> None:
-    if part(path) in ("assets", "definitions", "cli"):
-        return
-    assert not [n for n in imports(ast.parse(path.read_text()), nested=True) if n.split(".")[0] == "dagster"]
+def as_installed(folder: Path) -> Path:
+    """The code as an installation lays it: the top-level folder assets/ is the package ``evolve_dag.assets``."""
+    only_code = shutil.ignore_patterns("__pycache__", "model", "prompts")
+    shutil.copytree(PACKAGE, folder / "evolve_dag", ignore=only_code)
+    shutil.copytree(ROOT / "assets", folder / "evolve_dag/assets", ignore=only_code)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def test_every_package_has_a_layer_and_no_file_stands_in_a_circle(tmp_path: Path) -> None:
+    found = lint(as_installed(tmp_path))
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "2 kept, 0 broken" in found.stdout
+
+
+def test_an_arrow_upwards_and_a_circle_are_seen(tmp_path: Path) -> None:
+    code = as_installed(tmp_path) / "evolve_dag"
+    (code / "records.py").write_text("from evolve_dag.assets import partitions\n")
+    (code / "evaluation/intervals.py").write_text("def f():\n    from evolve_dag.evaluation import gate\n")
+    found = lint(tmp_path)
+    assert found.returncode == 1
+    assert "0 kept, 2 broken" in found.stdout
+
+
+def test_dagster_lives_in_the_assets_alone() -> None:
+    others = [p for p in PACKAGE.rglob("*.py") if p.name not in ("definitions.py", "cli.py") or p.parent != PACKAGE]
+    assert [p for p in others if "dagster" in imported(p)] == []
 
 
 def test_command_line_starts_without_heavy_libraries() -> None:
-    code = "import sys, evolve_dag, evolve_dag.cli, evolve_dag.config.schema, evolve_dag.records, evolve_dag.store.artifacts; print(*sys.modules)"
+    started = ", ".join(f"evolve_dag.{name}" for name in ("cli", "config.loading", "records", "store.mirror"))
+    code = f"import sys, {started}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert not HEAVY & {name.split(".")[0] for name in loaded}
+
+
+def test_few_modules_stand_on_the_ground_floor() -> None:
+    assert len([p for p in PACKAGE.glob("*.py") if p.name != "__init__.py"]) <= GROUND_FLOOR
+
+
+def test_every_folder_says_what_lives_there() -> None:
+    rooms = [*PACKAGE.rglob("__init__.py"), ROOT / "assets/__init__.py"]
+    assert [str(room.relative_to(ROOT)) for room in rooms if not ast.get_docstring(ast.parse(room.read_text()))] == []
 
 
 def test_every_package_is_listed_for_installation() -> None:

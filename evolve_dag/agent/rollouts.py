@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from evolve_dag.agent.loop import run_episode
 from evolve_dag.errors import DataError
@@ -16,14 +16,7 @@ from evolve_dag.seeds import stable_hash
 if TYPE_CHECKING:
     from evolve_dag.config.schema import RolloutSettings
     from evolve_dag.protocols import Verifier
-
-
-class Journal(Protocol):
-    """What :meth:`evolve_dag.store.artifacts.Build.journal` gives: an append-only list that survives a kill."""
-
-    def append(self, record: dict[str, Any]) -> None: ...
-
-    def records(self) -> list[dict[str, Any]]: ...
+    from evolve_dag.store.journal import Journal
 
 
 def episode_seed(seed: int, task_id: str, rollout: int) -> int:

@@ -1,4 +1,4 @@
-"""Experiment files: YAML with ``extends``, unknown keys refused, all mistakes in one message.
+"""Every key of an experiment file; unknown keys are refused.
 
 An experiment is one named config: a lineage of iterations. Each step of the loop reads a *slice* of it
 (:meth:`Experiment.slice`); the slice is part of the digest of what the step makes, so a change of the

@@ -1,4 +1,4 @@
-"""The experience pool: capped, versioned, with ids that never change; and :func:`extract`, which fills it.
+"""The experience pool: capped, versioned, with ids that never change.
 
 A pool is a value. :meth:`Pool.apply` takes proposals (from a miner, an LLM or a hand) and gives back a new pool, the
 edits that led there and the proposals it refused, with the reason. Nothing is lost silently: :func:`replay` of all

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import ModelError
-from evolve_dag.inference.vllm_source import RANKS, Adapter, Ask, Sampled
+from evolve_dag.inference.vllm_source import RANKS, Adapter, Ask, Check, Sampled
 
 if TYPE_CHECKING:
     from evolve_dag.config.schema import RuntimeSettings, VllmModelSettings
-    from evolve_dag.inference.vllm_probe import Probe
 
 ENGINE = Path(__file__).with_name("vllm_engine.py")
 START_SECONDS = 1800.0
@@ -117,7 +116,7 @@ class EngineProcess:
         """Process id of the engine."""
         return self._process.pid
 
-    def load(self, adapter: Adapter | None, probe: Probe | None) -> None:
+    def load(self, adapter: Adapter | None, probe: Check | None) -> None:
         if adapter is not None:
             self._send(_loading(adapter), lambda _: None).result(self.timeout_seconds)
             with self._lock:

@@ -10,15 +10,12 @@ import threading
 import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 
 from evolve_dag.errors import ModelError
-from evolve_dag.inference.vllm_source import Adapter, Ask, Sampled
-
-if TYPE_CHECKING:
-    from evolve_dag.inference.vllm_probe import Probe
+from evolve_dag.inference.vllm_source import Adapter, Ask, Check, Sampled
 
 ATTEMPTS = 6
 """Most tries of one call, all servers together."""
@@ -88,7 +85,7 @@ class Servers:
             raise
         self.max_context = min(server.max_context for server in self._servers)
 
-    def load(self, adapter: Adapter | None, probe: Probe | None) -> None:
+    def load(self, adapter: Adapter | None, probe: Check | None) -> None:
         self._run(self._load_everywhere(adapter, probe))
 
     def submit(self, ask: Ask) -> Future[Sampled]:
@@ -126,7 +123,7 @@ class Servers:
         for server in self._servers:
             await server.client.aclose()
 
-    async def _load_everywhere(self, adapter: Adapter | None, probe: Probe | None) -> None:
+    async def _load_everywhere(self, adapter: Adapter | None, probe: Check | None) -> None:
         await asyncio.gather(*(server.load(adapter, probe) for server in self._servers))
 
     async def _sample(self, ask: Ask) -> Sampled:
@@ -198,7 +195,7 @@ class _Server:
         self.max_context = 0
         self._listed: set[str] = set()
         self._names: dict[str, str] = {}
-        self._probes: dict[str, Probe | None] = {}
+        self._probes: dict[str, Check | None] = {}
         self._loading = asyncio.Lock()
         self._loads = 0
 
@@ -221,7 +218,7 @@ class _Server:
         self.base = chosen
         self._listed = set(cards) - set(bases)
 
-    async def load(self, adapter: Adapter | None, probe: Probe | None) -> None:
+    async def load(self, adapter: Adapter | None, probe: Check | None) -> None:
         """Load and check; a stale adapter under the same name is passed over once."""
         if adapter is not None:
             self._probes[adapter.name] = probe
@@ -258,7 +255,7 @@ class _Server:
                 self._listed.add(name)
         self._names[adapter.name] = name
 
-    async def _check(self, probe: Probe) -> None:
+    async def _check(self, probe: Check) -> None:
         async def draw(ask: Ask) -> Sampled:
             return await _persist(lambda: self.sample(ask), self.address)
 

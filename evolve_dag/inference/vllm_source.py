@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from evolve_dag.errors import ModelError
 from evolve_dag.protocols import Sampling
-
-if TYPE_CHECKING:
-    from evolve_dag.inference.vllm_probe import Probe
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -115,6 +112,23 @@ class Sampled:
     """Per position: id -> log-probability, of the likeliest ids and the sampled one."""
 
 
+class Check(Protocol):
+    """How a source finds out whether the right adapter answers (:class:`~evolve_dag.inference.vllm_probe.Probe`)."""
+
+    @property
+    def asks(self) -> list[Ask]:
+        """The calls to make, all at once."""
+        ...
+
+    def judge(self, answers: Sequence[Sampled], where: str) -> None:
+        """Look at the answers, in the order of :attr:`asks`.
+
+        Raises:
+            ModelError: something else answers in the adapter's name; ``where`` is named.
+        """
+        ...
+
+
 class Source(Protocol):
     """Who samples. Everything here may be called from any thread."""
 
@@ -123,7 +137,7 @@ class Source(Protocol):
     timeout_seconds: float | None
     """Longest wait for one answer; None: the source keeps to a limit itself."""
 
-    def load(self, adapter: Adapter | None, probe: Probe | None) -> None:
+    def load(self, adapter: Adapter | None, probe: Check | None) -> None:
         """Make ``adapter`` ready everywhere, and check that it is the one that answers.
 
         Args:

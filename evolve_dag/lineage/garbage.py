@@ -18,10 +18,9 @@ removed, since a run may reuse what no reference names yet.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -31,7 +30,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from evolve_dag.config import registry
 from evolve_dag.errors import ConcurrencyError, EvolveError, StoreError
 from evolve_dag.lineage import planning
-from evolve_dag.store.artifacts import MANIFEST, Store
+from evolve_dag.store import graph, locks
+from evolve_dag.store.artifacts import DIGEST, Store
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -43,10 +43,6 @@ TRASH = "trash"
 TRACKED = "tracking"
 """Folder of the store whose files name what MLflow was told."""
 
-_DIGEST = re.compile(rb"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
-_NAMING = ("decision.json", "policy.json")
-"""Files of artifacts that name other artifacts."""
-_CHUNK = 1 << 22
 
 What = Literal["artifact", "work", "quarantine", "cache", "trash"]
 
@@ -126,8 +122,8 @@ def find(
     roots = {ref.digest for ref in store.refs()} | wanted
     work = {path.name: path for path in (store.root / "work").glob("*/*") if path.is_dir()}
     fresh = {digest for digest, path in work.items() if now - _touched(path) < RECENT_SECONDS}
-    kept = _closure(store, present, roots | fresh)
-    tracked = set() if even_tracked else _closure(store, present, _tracked(store, present)) - kept
+    kept = _closure(present, roots | fresh)
+    tracked = set() if even_tracked else _closure(present, _tracked(store, present)) - kept
     kept_all = kept | tracked
     least = older_than_days * 86400
 
@@ -149,7 +145,7 @@ def find(
         if now - _touched(path) >= least:
             removable.append(_removable("quarantine", path.parent.name, path.name.split("-")[0], path))
     for path in sorted((store.root / "cache" / "audit").glob("*.json")):
-        named = [part for part in path.stem.split("-") if _DIGEST.fullmatch(part.encode())]
+        named = [part for part in path.stem.split("-") if DIGEST.fullmatch(part)]
         if any(digest not in kept_all for digest in named) and now - _touched(path) >= least:
             removable.append(_removable("cache", "audit", path.stem, path))
     removable += [_removable("trash", "", path.name, path) for path in sorted((store.root / TRASH).glob("*"))]
@@ -160,7 +156,7 @@ def find(
         len(tracked),
         sum(_size(present[digest]) for digest in tracked),
         young,
-        tuple(name for name in _busy(store) if name not in ours),
+        tuple(name for name in locks.held(store.root) if name not in ours),
         tuple(notes),
     )
 
@@ -189,7 +185,7 @@ def remove(store: Store, *, older_than_days: float = 0.0, even_tracked: bool = F
             ours.add(f"experiment-{name}")
         found = find(store, older_than_days=older_than_days, even_tracked=even_tracked, ours=frozenset(ours))
         for one in found.removable:
-            if busy := [name for name in _busy(store) if name not in ours]:
+            if busy := [name for name in locks.held(store.root) if name not in ours]:
                 if not removed:
                     raise ConcurrencyError(f"{', '.join(busy)}: at work now: nothing was removed", "wait until it has ended")
                 left.append(f"{busy[0]} has begun to work: give the command again when it has ended")
@@ -295,40 +291,9 @@ def _expected(store: Store, notes: list[str]) -> tuple[set[str], set[str]]:
     return wanted, to_make
 
 
-def _closure(store: Store, present: dict[str, Path], roots: Iterable[str]) -> set[str]:
+def _closure(present: Mapping[str, Path], roots: Iterable[str]) -> set[str]:
     """The artifacts of ``roots`` and everything that they name, over any number of steps."""
-    reached: set[str] = set()
-    waiting = [digest for digest in roots if digest in present]
-    while waiting:
-        digest = waiting.pop()
-        if digest in reached:
-            continue
-        reached.add(digest)
-        waiting += [name for name in _named(store, present[digest]) if name in present and name not in reached]
-    return reached
-
-
-def _named(store: Store, folder: Path) -> set[str]:
-    """Digests in an artifact's manifest, decision and policy."""
-    manifest = folder / MANIFEST
-    found: set[str] = set()
-    for path in (manifest, *(folder / name for name in _NAMING)):
-        try:
-            found |= _digests(path)
-        except FileNotFoundError:
-            if path == manifest:
-                raise StoreError(
-                    f"{manifest}: missing, so what this artifact needs cannot be told",
-                    f"delete folder {folder} and run again: it will be recomputed",
-                ) from None
-        except OSError as error:
-            raise StoreError(f"{path}: cannot be read: {error.strerror}", "check its permissions, then try again") from None
-    if not found:  # a manifest names at least its own digest
-        raise StoreError(
-            f"{manifest}: corrupt, so what this artifact needs cannot be told",
-            f"delete folder {folder} and run again: it will be recomputed",
-        )
-    return found - {folder.name}
+    return graph.reach(present.keys() & set(roots), lambda digest: present.keys() & graph.named_by(present[digest]))
 
 
 def _tracked(store: Store, present: dict[str, Path]) -> set[str]:
@@ -337,25 +302,13 @@ def _tracked(store: Store, present: dict[str, Path]) -> set[str]:
     for path in sorted((store.root / TRACKED).rglob("*")):
         if path.is_file() and not path.is_symlink():
             try:
-                found |= {digest for digest in _digests(path) if digest in present}
+                found |= {digest for digest in graph.digests_in(path) if digest in present}
             except FileNotFoundError:
                 continue  # a lock or a request: it comes and goes
             except OSError as error:
                 raise StoreError(
                     f"{path}: cannot be read: {error.strerror}", "check its permissions: it says what MLflow needs"
                 ) from None
-    return found
-
-
-def _digests(path: Path) -> set[str]:
-    """Every 32 hex digits that stand alone in a file, of any format."""
-    found: set[str] = set()
-    with path.open("rb") as stream:
-        tail = b""
-        while chunk := stream.read(_CHUNK):
-            text = tail + chunk
-            found |= {match[0].decode("ascii") for match in _DIGEST.finditer(text)}
-            tail = text[-64:]  # a digest may lie across the border; one cut there is found whole in the next round
     return found
 
 
@@ -366,26 +319,6 @@ def _experiments(store: Store) -> list[str]:
     names = {entry.name for entry in registry.entries(store.root)}
     names |= {path.name for path in (store.root / "refs").glob("*") if path.is_dir()}
     return sorted(names)
-
-
-def _busy(store: Store) -> Iterator[str]:
-    """Locks that a living process holds.
-
-    Only locks with a holder's note are tried: a process that ended leaves its lock file, and trying each would take one of them
-    for an instant from whoever wants it.
-    """
-    from filelock import FileLock, Timeout
-
-    for holder in sorted((store.root / "locks").glob("*.holder")):
-        lock = FileLock(holder.with_suffix(".lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            yield holder.stem
-        except OSError:
-            yield holder.stem  # cannot be told: taken for busy
-        else:
-            lock.release()
 
 
 # -- removing

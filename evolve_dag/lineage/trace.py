@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import DataError
 from evolve_dag.store.artifacts import Artifact, Store
+from evolve_dag.store.graph import reach
 from evolve_dag.store.query import connect
 
 if TYPE_CHECKING:
@@ -288,22 +289,11 @@ class _Walk:
 
     def ancestors(self, digest: str) -> set[str]:
         """Digests of everything that ``digest`` was made from."""
-        return self._reach(digest, lambda one: self.inputs.get(one, {}).values())
+        return reach(self.inputs.get(digest, {}).values(), lambda one: self.inputs.get(one, {}).values())
 
     def descendants(self, digest: str) -> set[str]:
         """Digests of everything that was made from ``digest``."""
-        return self._reach(digest, lambda one: self.users.get(one, ()))
-
-    @staticmethod
-    def _reach(digest: str, following: Any) -> set[str]:
-        reached: set[str] = set()
-        waiting = [digest]
-        while waiting:
-            for one in following(waiting.pop()):
-                if one not in reached:
-                    reached.add(one)
-                    waiting.append(one)
-        return reached
+        return reach(self.users.get(digest, ()), lambda one: self.users.get(one, ()))
 
     def _order(self, digests: Iterable[str]) -> list[str]:
         def rank(digest: str) -> tuple[str, int, str]:

@@ -34,11 +34,11 @@ from typing import TYPE_CHECKING, Any
 from evolve_dag.errors import ConcurrencyError, ConfigError, EvolveError, StoreError
 from evolve_dag.store.disk import disk_error, fsync_folder, is_disk_error, pretty, write_atomic
 from evolve_dag.store.journal import Journal
+from evolve_dag.store.locks import locked
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from evolve_dag.store.mirror import Mirror
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +46,9 @@ MANIFEST = "manifest.json"
 WAIT_SECONDS = 3600.0
 """How long a builder waits for another process that makes the same artifact."""
 
-_KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
-_DIGEST = re.compile(r"[0-9a-f]{32}")
-_EXPERIMENT = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
+DIGEST = re.compile(r"[0-9a-f]{32}")
+EXPERIMENT = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _JOURNAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 
@@ -98,6 +98,11 @@ class Ref:
     """When the ref came to point there, ISO 8601, UTC."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Whatever the writer wants to remember, as JSON."""
+
+    @property
+    def content(self) -> bytes:
+        """What its file holds; experiment and iteration are in the file's place."""
+        return pretty({"kind": self.kind, "digest": self.digest, "created": self.created, "facts": dict(self.facts)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,34 +231,22 @@ class Build:
 
 
 class Store:
-    """Artifacts, refs and locks under one folder. Reading creates nothing, unless there is a mirror to fetch from.
+    """Artifacts, refs and locks under one folder. Reading creates nothing.
+
+    It knows this folder alone. :func:`evolve_dag.store.mirror.open_store` gives one that object storage stands behind, where
+    ``EVOLVE_MIRROR`` names some.
 
     Args:
         root: the folder.
-        mirror: where else artifacts and refs lie; default: what ``EVOLVE_MIRROR`` says (:mod:`evolve_dag.store.mirror`).
     """
 
-    def __init__(self, root: Path | str, *, mirror: Mirror | None = None) -> None:
+    def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
-        self._mirror = mirror
         if self.root.exists() and not self.root.is_dir():
             raise StoreError(f"{self.root}: is a file, not a folder", "name another folder with --store")
 
     def __repr__(self) -> str:
-        return f"Store({str(self.root)!r})"
-
-    @property
-    def mirror(self) -> Mirror | None:
-        """Where else artifacts and refs lie; None: nowhere.
-
-        Raises:
-            ConfigError: ``EVOLVE_MIRROR`` is not an address.
-        """
-        if self._mirror is None and os.environ.get("EVOLVE_MIRROR"):
-            from evolve_dag.store.mirror import configured
-
-            self._mirror = configured()
-        return self._mirror
+        return f"{type(self).__name__}({str(self.root)!r})"
 
     # -- artifacts
 
@@ -275,26 +268,58 @@ class Store:
         canonical = json.dumps(what, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode("ascii")).hexdigest()[:32]
 
+    def folder(self, kind: str, digest: str) -> Path:
+        """Where the artifact lies, or would lie.
+
+        Raises:
+            StoreError: that is no kind, or no digest.
+        """
+        _check_name(KIND, kind, "artifact kind")
+        _check_name(DIGEST, digest, "digest (32 hex digits)")
+        return self.root / "objects" / kind / digest
+
+    def listing(self) -> list[tuple[str, str]]:
+        """Kind and digest of every artifact folder, sorted; nothing is read."""
+        found = [(path.parent.name, path.name) for path in (self.root / "objects").glob("*/*") if path.is_dir()]
+        return sorted(pair for pair in found if KIND.fullmatch(pair[0]) and DIGEST.fullmatch(pair[1]))
+
     def exists(self, kind: str, digest: str) -> bool:
-        """Whether the artifact is here or in the mirror (corrupt or not: :meth:`open` tells)."""
-        if self._object(kind, digest).is_dir():
-            return True
-        return self.mirror is not None and self.mirror.has(kind, digest)
+        """Whether there is such an artifact (corrupt or not: :meth:`open` tells)."""
+        return self.folder(kind, digest).is_dir()
 
     def open(self, kind: str, digest: str, *, verify: bool = False) -> Artifact:
         """The artifact; sizes of its files are checked, with ``verify`` their hashes too.
 
-        One that only the mirror has is fetched first.
-
         Raises:
-            StoreError: missing or corrupt, or it cannot be fetched; names the file and the remedy.
+            StoreError: missing or corrupt; names the file and the remedy.
         """
-        folder = self._object(kind, digest)
-        if not folder.is_dir() and not (self.mirror is not None and self.mirror.fetch(self, kind, digest)):
+        folder = self.folder(kind, digest)
+        if not folder.is_dir():
             raise StoreError(f"{folder}: no such {kind} artifact", f"materialize {kind} for this iteration first")
-        artifact = self._read(kind, digest)
+        artifact = self.read(kind, digest)
         artifact.verify(content=verify)
         return artifact
+
+    def read(self, kind: str, digest: str) -> Artifact:
+        """The artifact by its manifest alone; its files are not looked at.
+
+        Raises:
+            StoreError: the manifest is missing or corrupt.
+        """
+        folder = self.folder(kind, digest)
+        path = folder / MANIFEST
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            files = {name: FileFact(int(fact["bytes"]), str(fact["sha256"])) for name, fact in content.pop("files").items()}
+            manifest = Manifest(files=files, **content)
+            told = self.digest_of(manifest.kind, manifest.code_version, manifest.config, manifest.inputs)
+        except FileNotFoundError:
+            raise StoreError(f"{path}: missing", _recompute(folder)) from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{path}: corrupt: {error}", _recompute(folder)) from error
+        if (kind, digest) != (manifest.kind, manifest.digest) or digest != told:
+            raise StoreError(f"{path}: corrupt: it describes another artifact", _recompute(folder))
+        return Artifact(kind, digest, folder, manifest)
 
     def artifacts(self, kind: str | None = None) -> Iterator[Artifact]:
         """All artifacts (of a kind), by kind and digest; manifests are checked, files are not.
@@ -302,17 +327,17 @@ class Store:
         Raises:
             StoreError: a manifest is missing or corrupt.
         """
-        for found_kind, digest in self._listing():
+        for found_kind, digest in self.listing():
             if kind is None or kind == found_kind:
                 try:
-                    yield self._read(found_kind, digest)
+                    yield self.read(found_kind, digest)
                 except StoreError:
-                    if self._object(found_kind, digest).is_dir():
+                    if self.folder(found_kind, digest).is_dir():
                         raise  # else it went into quarantine while we were listing
 
     def find(self, prefix: str) -> list[Artifact]:
         """Artifacts of any kind whose digest starts with ``prefix``."""
-        return [self._read(kind, digest) for kind, digest in self._listing() if digest.startswith(prefix.lower())]
+        return [self.read(kind, digest) for kind, digest in self.listing() if digest.startswith(prefix.lower())]
 
     def quarantine(self, kind: str, digest: str) -> Path:
         """Move an artifact out of the way, so that it is recomputed; returns where it went.
@@ -320,7 +345,7 @@ class Store:
         Raises:
             StoreError: there is no such artifact, or it cannot be moved.
         """
-        source = self._object(kind, digest)
+        source = self.folder(kind, digest)
         target = self.root / "quarantine" / kind / f"{digest}-{time.time_ns()}"
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -352,7 +377,7 @@ class Store:
             StoreError: the disk is full or broken (nothing is published), or the published artifact is corrupt.
             ConfigError: ``digest`` does not follow from the other arguments.
         """
-        target = self._object(kind, digest)
+        target = self.folder(kind, digest)
         told = self.digest_of(kind, code_version, config, inputs)
         if told != digest:
             raise ConfigError(
@@ -361,7 +386,7 @@ class Store:
             )
         folder = self.root / "work" / kind / digest
         self._sweep()
-        with self._locked(f"build-{kind}-{digest}", f"{kind} {digest[:12]} is being built", wait_seconds):
+        with locked(self.root, f"build-{kind}-{digest}", f"{kind} {digest[:12]} is being built", wait_seconds):
             started = time.monotonic()
             published = self.open(kind, digest) if target.is_dir() else None
             build = Build(folder, published)
@@ -382,8 +407,6 @@ class Store:
                     raise disk_error(error, build.path) from error
                 raise
             shutil.rmtree(folder, ignore_errors=True)
-        if published is None and build.artifact is not None and self.mirror is not None:
-            self.mirror.published(self, build.artifact)
 
     # -- refs
 
@@ -400,35 +423,39 @@ class Store:
             )
         plain = _plain(facts, "facts", finite=False)
         with contextlib.suppress(StoreError):  # a broken ref is mended by writing it anew
-            present = self._ref_here(experiment, iteration, kind)
+            present = self._read_ref(experiment, iteration, kind)
             if present is not None and present.digest == digest and present.facts == plain:
                 return present
         ref = Ref(experiment, iteration, kind, digest, _now(), plain)
-        content = {"kind": kind, "digest": digest, "created": ref.created, "facts": plain}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, pretty(content))
+            self.write_ref(ref)
         except OSError as error:
             raise disk_error(error, path) from error
-        if self.mirror is not None:
-            self.mirror.referenced(self, ref)
         return ref
 
+    def write_ref(self, ref: Ref) -> None:
+        """Write a ref as it is, whether its artifact is here or not.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        path = self._ref_path(ref.experiment, ref.iteration, ref.kind)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, ref.content)
+
     def ref(self, experiment: str, iteration: int, kind: str) -> Ref | None:
-        """The ref, or None when that iteration has none for this kind; with a mirror, what other machines set counts too.
+        """The ref, or None when that iteration has none for this kind.
 
         Raises:
             StoreError: the ref file is corrupt.
         """
-        if self.mirror is not None:
-            self.mirror.refresh(self)
-        return self._ref_here(experiment, iteration, kind)
+        return self._read_ref(experiment, iteration, kind)
 
-    def _ref_here(self, experiment: str, iteration: int, kind: str) -> Ref | None:
+    def _read_ref(self, experiment: str, iteration: int, kind: str) -> Ref | None:
         path = self._ref_path(experiment, iteration, kind)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if content["kind"] != kind or not _DIGEST.fullmatch(content["digest"]):
+            if content["kind"] != kind or not DIGEST.fullmatch(content["digest"]):
                 raise ValueError("kind or digest is wrong")
             return Ref(experiment, iteration, kind, content["digest"], content["created"], content["facts"])
         except FileNotFoundError:
@@ -437,21 +464,16 @@ class Store:
             raise StoreError(f"{path}: not a ref: {error}", f"delete {path} and run again: it will be written anew") from error
 
     def refs(self, experiment: str | None = None) -> list[Ref]:
-        """All refs (of an experiment), by experiment, iteration and kind; with a mirror, what other machines set counts too.
+        """All refs (of an experiment), by experiment, iteration and kind.
 
         Raises:
             StoreError: a ref file is corrupt.
         """
-        if self.mirror is not None:
-            self.mirror.refresh(self)
-        return self._refs_here(experiment)
-
-    def _refs_here(self, experiment: str | None = None) -> list[Ref]:
         found: list[Ref] = []
         for path in sorted((self.root / "refs").glob("*/*/*.json")):
             name, iteration = path.parts[-3], path.parts[-2]
             if iteration.isdigit() and (experiment is None or name == experiment):
-                ref = self._ref_here(name, int(iteration), path.stem)
+                ref = self._read_ref(name, int(iteration), path.stem)
                 if ref is not None:
                     found.append(ref)
         return sorted(found, key=lambda ref: (ref.experiment, ref.iteration, ref.kind))
@@ -465,74 +487,18 @@ class Store:
         Raises:
             ConcurrencyError: another run holds it; names its process id. Does not wait.
         """
-        _check_name(_EXPERIMENT, experiment, "experiment")
-        with self._locked(f"experiment-{experiment}", f"experiment {experiment!r} is being run", 0.0):
+        _check_name(EXPERIMENT, experiment, "experiment")
+        with locked(self.root, f"experiment-{experiment}", f"experiment {experiment!r} is being run", 0.0):
             yield
-
-    @contextlib.contextmanager
-    def _locked(self, name: str, what: str, wait_seconds: float) -> Iterator[None]:
-        from filelock import FileLock, Timeout
-
-        path = self.root / "locks" / f"{name}.lock"
-        holder = path.with_suffix(".holder")
-        lock = FileLock(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                if wait_seconds <= 0:
-                    raise
-                log.warning("%s by %s: waiting for it", what, _holder(holder))
-                lock.acquire(timeout=wait_seconds)
-        except Timeout:
-            raise ConcurrencyError(
-                f"{what} by {_holder(holder)} (store {self.root})", "wait until it has ended, or end it: its lock goes with it"
-            ) from None
-        except OSError as error:
-            raise disk_error(error, path) from error
-        try:
-            with contextlib.suppress(OSError):  # the holder's name is a courtesy, the lock itself is held
-                write_atomic(holder, json.dumps({"pid": os.getpid(), "since": _now()}).encode(), durable=False)
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                holder.unlink()
-            lock.release()
 
     # -- inside
 
-    def _object(self, kind: str, digest: str) -> Path:
-        _check_name(_KIND, kind, "artifact kind")
-        _check_name(_DIGEST, digest, "digest (32 hex digits)")
-        return self.root / "objects" / kind / digest
-
     def _ref_path(self, experiment: str, iteration: int, kind: str) -> Path:
-        _check_name(_EXPERIMENT, experiment, "experiment")
-        _check_name(_KIND, kind, "artifact kind")
+        _check_name(EXPERIMENT, experiment, "experiment")
+        _check_name(KIND, kind, "artifact kind")
         if iteration < 1:
             raise StoreError(f"{experiment}: iteration {iteration} does not exist", "iterations count from 1")
         return self.root / "refs" / experiment / f"{iteration:02d}" / f"{kind}.json"
-
-    def _listing(self) -> list[tuple[str, str]]:
-        found = [(path.parent.name, path.name) for path in (self.root / "objects").glob("*/*") if path.is_dir()]
-        return sorted(pair for pair in found if _KIND.fullmatch(pair[0]) and _DIGEST.fullmatch(pair[1]))
-
-    def _read(self, kind: str, digest: str) -> Artifact:
-        folder = self._object(kind, digest)
-        path = folder / MANIFEST
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            files = {name: FileFact(int(fact["bytes"]), str(fact["sha256"])) for name, fact in content.pop("files").items()}
-            manifest = Manifest(files=files, **content)
-            told = self.digest_of(manifest.kind, manifest.code_version, manifest.config, manifest.inputs)
-        except FileNotFoundError:
-            raise StoreError(f"{path}: missing", _recompute(folder)) from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{path}: corrupt: {error}", _recompute(folder)) from error
-        if (kind, digest) != (manifest.kind, manifest.digest) or digest != told:
-            raise StoreError(f"{path}: corrupt: it describes another artifact", _recompute(folder))
-        return Artifact(kind, digest, folder, manifest)
 
     def _publish(
         self,
@@ -575,14 +541,14 @@ class Store:
                 raise
             return self.open(kind, digest)  # a file system without locks let a second builder in: the first one stands
         fsync_folder(target.parent)
-        return self._read(kind, digest)
+        return self.read(kind, digest)
 
     def _sweep(self) -> None:
         """Remove work folders whose artifact is published: a kill can fall between the rename and the clean-up."""
         for path in (self.root / "work").glob("*/*"):
             kind, digest = path.parent.name, path.name
             if (self.root / "objects" / kind / digest).is_dir():
-                with contextlib.suppress(ConcurrencyError), self._locked(f"build-{kind}-{digest}", "", 0.0):
+                with contextlib.suppress(ConcurrencyError), locked(self.root, f"build-{kind}-{digest}", "", 0.0):
                     shutil.rmtree(path, ignore_errors=True)
 
 
@@ -615,16 +581,6 @@ def _plain(value: Any, where: str, *, finite: bool = True) -> Any:
     if callable(getattr(value, "tolist", None)):  # NumPy and torch
         return _plain(value.tolist(), where, finite=finite)
     raise ConfigError(f"{where}: a {type(value).__name__} is not a JSON value", "use text, numbers, lists and mappings")
-
-
-def _holder(path: Path) -> str:
-    for _ in range(5):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return f"process {int(content['pid'])} since {content['since']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            time.sleep(0.04)  # it has taken the lock this instant
-    return "another process"
 
 
 def _now() -> str:

@@ -15,8 +15,6 @@ from typing import Any
 from evolve_dag.errors import StoreError
 
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
-
-
 _DISK_WORDS = re.compile(
     r"no space left on device|disk quota exceeded|\(os error (28|122|27|30|5)\)|database or disk is full|disk i/o error",
     re.IGNORECASE,
@@ -34,6 +32,7 @@ def is_disk_error(error: BaseException) -> bool:
 
 
 def disk_error(error: BaseException, path: Path) -> StoreError:
+    """What to raise for an error of the disk: names the path and the remedy."""
     words = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return StoreError(
         f"{path}: cannot be written: {words}",
@@ -42,10 +41,23 @@ def disk_error(error: BaseException, path: Path) -> StoreError:
 
 
 def pretty(content: Mapping[str, Any]) -> bytes:
+    """JSON for people, in ASCII, with a line break at the end.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode("ascii")
 
 
 def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write a file so that readers see the old content or the new one, whole; its folder must be there.
+
+    Args:
+        durable: also outlive a power cut.
+
+    Raises:
+        OSError: it cannot be written; the old content stands.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with temporary.open("wb") as stream:
@@ -63,6 +75,7 @@ def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
 
 
 def fsync_folder(path: Path) -> None:
+    """Make what was created or renamed in a folder outlive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

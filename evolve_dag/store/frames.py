@@ -12,19 +12,15 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from evolve_dag.errors import DataError
-from evolve_dag.records import ExperienceItem, PoolEdit, Score, Step, ToolCall, Trajectory
+from evolve_dag.records import Call, ExperienceItem, PoolEdit, Score, Step, ToolCall, Trajectory
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from evolve_dag.records import Call
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
     from evolve_dag.store.artifacts import Artifact
 
 TRAJECTORIES = "trajectories.parquet"

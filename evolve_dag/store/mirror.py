@@ -35,7 +35,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -45,8 +45,10 @@ from urllib.parse import urlsplit
 
 from evolve_dag.errors import ConfigError, EvolveError, StoreError
 from evolve_dag.secrecy import describe_error
-from evolve_dag.store.artifacts import _DIGEST, _EXPERIMENT, _KIND, MANIFEST, WAIT_SECONDS, Artifact, FileFact, Ref, Store
+from evolve_dag.store.artifacts import DIGEST, EXPERIMENT, KIND, MANIFEST, WAIT_SECONDS, Artifact, Build, FileFact, Ref, Store
 from evolve_dag.store.disk import disk_error, fsync_folder, is_disk_error, pretty, write_atomic
+from evolve_dag.store.graph import named_by, reach
+from evolve_dag.store.locks import locked
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem  # type: ignore[import-untyped]
@@ -66,7 +68,6 @@ _S3_OPTIONS: dict[str, Any] = {
     "config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 2}}
 }
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_NAMED = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -143,7 +144,8 @@ def _of(url: str) -> Mirror:
 
 
 class Mirror:
-    """One address on object storage that stores are mirrored to.
+    """One address on object storage that stores are mirrored to. Every store that its methods take is the folder on this
+    machine, :attr:`MirroredStore.here`.
 
     Args:
         url: e.g. ``s3://bucket/prefix``, ``file:///net/shared/evolve``.
@@ -190,12 +192,12 @@ class Mirror:
             StoreError: the mirror cannot be read, or what it holds is damaged; nothing of it is visible then.
             ConfigError: the protocol is unknown or its package is not installed.
         """
-        target = store._object(kind, digest)
+        target = store.folder(kind, digest)
         try:
             content = self._manifest(kind, digest)
             if content is None:
                 return False
-            with store._locked(f"pull-{kind}-{digest}", f"{kind} {digest[:12]} is being fetched", WAIT_SECONDS):
+            with locked(store.root, f"pull-{kind}-{digest}", f"{kind} {digest[:12]} is being fetched", WAIT_SECONDS):
                 if not target.is_dir():
                     self._fetch(store, kind, digest, content, target)
         except EvolveError:
@@ -244,7 +246,7 @@ class Mirror:
             lacking = sorted((self._read_here(store, key) for key in _here(store) - there.keys()), key=lambda a: a[0])
             for _, kind, digest in lacking:
                 self._remember(store, "objects", kind, digest)
-            for ref in store._refs_here():
+            for ref in store.refs():
                 self._remember(store, "refs", ref.experiment, f"{ref.iteration:02d}", ref.kind)
             return self._deliver(store, say)
 
@@ -261,27 +263,29 @@ class Mirror:
             there = self._manifests()
             self._known.there |= there.keys()
             kinds = {digest: kind for kind, digest in there}
-            known = sorted({ref.experiment for ref in store._refs_here()})
+            known = sorted({ref.experiment for ref in store.refs()})
             if experiment is not None and experiment not in known:
                 raise ConfigError(
                     f"no experiment {experiment!r} in {self.url} or {store.root}",
                     f"name one of these: {', '.join(known) or 'none'}",
                 )
-            waiting = [ref.digest for ref in store._refs_here() if experiment is None or ref.experiment == experiment]
-            done: set[str] = set()
-            artifacts = size = 0
-            while waiting:
-                digest = waiting.pop()
-                if digest in done or digest not in kinds:
-                    continue
-                done.add(digest)
+            sizes: list[int] = []
+
+            def behind(digest: str) -> set[str]:
+                """Brings an artifact in, and gives the digests that it names."""
+                if digest not in kinds:
+                    return set()
                 kind = kinds[digest]
-                if not store._object(kind, digest).is_dir() and self.fetch(store, kind, digest):
+                if not store.exists(kind, digest) and self.fetch(store, kind, digest):
                     say(f"{kind} {digest[:12]}")
-                    artifacts += 1
-                    size += sum(fact.bytes for fact in store._read(kind, digest).manifest.files.values())
-                waiting += _named(store._object(kind, digest))
-            return Moved(artifacts, refs, size)
+                    sizes.append(sum(fact.bytes for fact in store.read(kind, digest).manifest.files.values()))
+                with contextlib.suppress(StoreError):  # one that was damaged here before holds up nothing
+                    return named_by(store.folder(kind, digest))
+                return set()
+
+            wanted = [ref.digest for ref in store.refs() if experiment is None or ref.experiment == experiment]
+            reach(wanted, behind)
+            return Moved(len(sizes), refs, sum(sizes))
 
     def status(self, store: Store) -> Status:
         """What lies where; changes nothing.
@@ -292,7 +296,7 @@ class Mirror:
         with self._plain_errors("be read"):
             self._check_bucket()
             here, there = _here(store), self._manifests().keys()
-            mine = {(r.experiment, r.iteration, r.kind): r.digest for r in store._refs_here()}
+            mine = {(r.experiment, r.iteration, r.kind): r.digest for r in store.refs()}
             listing = self._list("refs")
             contents = _parallel(self._read, listing)
             found = [_ref(path, content) for path, content in zip(listing, contents, strict=True) if content is not None]
@@ -326,18 +330,18 @@ class Mirror:
             parts = marker.parts[-3:] if marker.parts[-3] == "objects" else marker.parts[-4:]
             try:
                 if parts[0] == "objects":
-                    if store._object(parts[1], parts[2]).is_dir():
+                    if store.folder(parts[1], parts[2]).is_dir():
                         sent = self._send_artifact(store, parts[1], parts[2])
                         if sent is not None:
                             artifacts, size = artifacts + 1, size + sent
                             say(f"{parts[1]} {parts[2][:12]}")
                 else:
                     place = (parts[1], int(parts[2]), parts[3])
-                    ref = store._ref_here(*place)
+                    ref = store.ref(*place)
                     if ref is not None and self._send_ref(store, ref):
                         refs += 1
                     marker.unlink(missing_ok=True)
-                    if store._ref_here(*place) != ref:  # set anew while this one was on its way
+                    if store.ref(*place) != ref:  # set anew while this one was on its way
                         marker.touch()
                     continue
             except ConfigError:
@@ -354,7 +358,7 @@ class Mirror:
         """Bytes that were sent; None when it was there."""
         if (kind, digest) in self._known.there or self._manifest(kind, digest) is not None:
             return None
-        artifact = store._read(kind, digest)
+        artifact = store.read(kind, digest)
         artifact.verify()  # a damaged file must not travel
         files = {fact.sha256: (artifact.path / name, fact) for name, fact in artifact.manifest.files.items()}
         sent = sum(_parallel(lambda one: self._send_file(*one), files.values()))
@@ -378,24 +382,24 @@ class Mirror:
         there = _ref(name, content) if content is not None else None
         if there is not None and _age(there) >= _age(ref):
             return False
-        if store._object(ref.kind, ref.digest).is_dir():
+        if store.folder(ref.kind, ref.digest).is_dir():
             self._send_artifact(store, ref.kind, ref.digest)
         elif self._manifest(ref.kind, ref.digest) is None:
             raise StoreError(f"{ref.experiment}|{ref.iteration:02d}: {ref.kind} {ref.digest[:12]} is neither here nor there")
-        self._write(name, _content(ref))
+        self._write(name, ref.content)
         return True
 
     # -- fetching
 
     def _fetch(self, store: Store, kind: str, digest: str, content: bytes, target: Path) -> None:
         staging = Store(store.root / FOLDER / "incoming")
-        folder = staging._object(kind, digest)
+        folder = staging.folder(kind, digest)
         shutil.rmtree(folder, ignore_errors=True)
         try:
             folder.mkdir(parents=True)
             (folder / MANIFEST).write_bytes(content)
             try:
-                files = staging._read(kind, digest).manifest.files
+                files = staging.read(kind, digest).manifest.files
                 for name, fact in files.items():
                     path = PurePosixPath(name)
                     if path.is_absolute() or ".." in path.parts or name == MANIFEST or not _SHA256.fullmatch(fact.sha256):
@@ -456,11 +460,9 @@ class Mirror:
                 continue
             here = None
             with contextlib.suppress(StoreError):  # a broken ref is mended by the one that comes
-                here = store._ref_here(ref.experiment, ref.iteration, ref.kind)
+                here = store.ref(ref.experiment, ref.iteration, ref.kind)
             if here is None or _age(ref) > _age(here):
-                path = store._ref_path(ref.experiment, ref.iteration, ref.kind)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(path, _content(ref))
+                store.write_ref(ref)
                 changed += 1
         if listing != seen:
             state.parent.mkdir(parents=True, exist_ok=True)
@@ -554,7 +556,7 @@ class Mirror:
         found = {}
         for name, info in self._list("objects").items():
             _, kind, digest = [*PurePosixPath(name).with_suffix("").parts, "", ""][:3]
-            if _KIND.fullmatch(kind) and _DIGEST.fullmatch(digest):
+            if KIND.fullmatch(kind) and DIGEST.fullmatch(digest):
                 found[kind, digest] = info
         return found
 
@@ -562,7 +564,7 @@ class Mirror:
     def _read_here(store: Store, key: tuple[str, str]) -> tuple[str, str, str]:
         """When it was made, kind, digest; one whose manifest is damaged comes first, and is told when it is sent."""
         try:
-            return (store._read(*key).manifest.created, *key)
+            return (store.read(*key).manifest.created, *key)
         except StoreError:
             return ("", *key)
 
@@ -599,6 +601,86 @@ class Mirror:
         self._known.quiet_until = 0.0
 
 
+class MirroredStore(Store):
+    """A store that object storage stands behind: what was made here is sent, what is not here is fetched.
+
+    Args:
+        root: the folder on this machine.
+        mirror: where else artifacts and refs lie.
+    """
+
+    def __init__(self, root: Path | str, mirror: Mirror) -> None:
+        super().__init__(root)
+        self.mirror = mirror
+        self.here = Store(root)
+        """The folder alone."""
+
+    def exists(self, kind: str, digest: str) -> bool:
+        """Whether the artifact is here or in the mirror."""
+        return super().exists(kind, digest) or self.mirror.has(kind, digest)
+
+    def open(self, kind: str, digest: str, *, verify: bool = False) -> Artifact:
+        """The artifact; one that only the mirror has is fetched first.
+
+        Raises:
+            StoreError: missing, corrupt, or it cannot be fetched.
+        """
+        if not super().exists(kind, digest):
+            self.mirror.fetch(self.here, kind, digest)
+        return super().open(kind, digest, verify=verify)
+
+    @contextlib.contextmanager
+    def build(
+        self,
+        kind: str,
+        digest: str,
+        *,
+        code_version: str,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        wait_seconds: float = WAIT_SECONDS,
+    ) -> Iterator[Build]:
+        """As :meth:`Store.build`; what was made is sent."""
+        with super().build(
+            kind, digest, code_version=code_version, config=config, inputs=inputs, wait_seconds=wait_seconds
+        ) as build:
+            by_another = build.artifact is not None
+            yield build
+        if build.artifact is not None and not by_another:
+            self.mirror.published(self.here, build.artifact)
+
+    def set_ref(self, experiment: str, iteration: int, kind: str, digest: str, **facts: Any) -> Ref:
+        """As :meth:`Store.set_ref`; a ref that changed is sent."""
+        before = None
+        with contextlib.suppress(StoreError):  # a broken ref is mended by writing it anew
+            before = super().ref(experiment, iteration, kind)
+        ref = super().set_ref(experiment, iteration, kind, digest, **facts)
+        if ref != before:
+            self.mirror.referenced(self.here, ref)
+        return ref
+
+    def ref(self, experiment: str, iteration: int, kind: str) -> Ref | None:
+        """The ref; what other machines set counts too."""
+        self.mirror.refresh(self.here)
+        return super().ref(experiment, iteration, kind)
+
+    def refs(self, experiment: str | None = None) -> list[Ref]:
+        """All refs (of an experiment); what other machines set counts too."""
+        self.mirror.refresh(self.here)
+        return super().refs(experiment)
+
+
+def open_store(root: Path | str) -> Store:
+    """The store under ``root``, with the mirror that ``EVOLVE_MIRROR`` names, if any.
+
+    Raises:
+        ConfigError: ``EVOLVE_MIRROR`` is not an address.
+        StoreError: ``root`` is a file.
+    """
+    mirror = configured()
+    return Store(root) if mirror is None else MirroredStore(root, mirror)
+
+
 # -- inside
 
 
@@ -619,7 +701,7 @@ def _file_name(sha256: str) -> str:
 
 
 def _here(store: Store) -> set[tuple[str, str]]:
-    return set(store._listing())
+    return set(store.listing())
 
 
 def _waiting(store: Store) -> list[Path]:
@@ -635,15 +717,6 @@ def _waiting(store: Store) -> list[Path]:
     return found
 
 
-def _named(folder: Path) -> set[str]:
-    """Digests that an artifact names."""
-    found: set[str] = set()
-    for name in (MANIFEST, "decision.json", "policy.json"):
-        with contextlib.suppress(OSError):
-            found |= set(_NAMED.findall((folder / name).read_text(encoding="utf-8", errors="replace")))
-    return found
-
-
 def _ref(name: str, content: bytes) -> Ref | None:
     """A ref from its place and its content; None when it is not one."""
     parts = PurePosixPath(name).with_suffix("").parts
@@ -651,22 +724,18 @@ def _ref(name: str, content: bytes) -> Ref | None:
         _, experiment, iteration, kind = parts
         values = json.loads(content)
         valid = (
-            _EXPERIMENT.fullmatch(experiment)
+            EXPERIMENT.fullmatch(experiment)
             and iteration.isdecimal()
             and int(iteration) >= 1
-            and _KIND.fullmatch(kind)
+            and KIND.fullmatch(kind)
             and values["kind"] == kind
-            and _DIGEST.fullmatch(values["digest"])
+            and DIGEST.fullmatch(values["digest"])
             and isinstance(values["created"], str)
             and isinstance(values["facts"], dict)
         )
         return Ref(experiment, int(iteration), kind, values["digest"], values["created"], values["facts"]) if valid else None
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _content(ref: Ref) -> bytes:
-    return pretty({"kind": ref.kind, "digest": ref.digest, "created": ref.created, "facts": dict(ref.facts)})
 
 
 def _age(ref: Ref) -> tuple[str, str]:

@@ -35,6 +35,7 @@ from evolve_dag.reporting.summary import IterationRow, LineageSummary, summarize
 from evolve_dag.secrecy import describe_error
 from evolve_dag.steps.body import Progress, Silent
 from evolve_dag.store.artifacts import Store
+from evolve_dag.store.mirror import open_store
 from evolve_dag.tracking import mlflow_facts, mlflow_models, mlflow_traces
 from evolve_dag.tracking.mlflow_facts import IterationFacts, Point
 from evolve_dag.tracking.mlflow_server import (
@@ -165,7 +166,7 @@ def tracking_link(root: Path, experiment: str, iteration: int) -> str | None:
     experiment_id = facts.get(f"experiment/{_family(root, experiment)}")
     run, promotion = facts.get(f"link/{experiment}/{iteration}") or (None, None)
     with contextlib.suppress(StoreError):
-        ref = Store(root).ref(experiment, iteration, "promotion")
+        ref = open_store(root).ref(experiment, iteration, "promotion")
         if ref is None or ref.digest != promotion:
             run = None  # made anew under another config since, and not sent yet
     address = os.environ.get(ADDRESS_VARIABLE, "")
@@ -213,7 +214,7 @@ def main(root: Path) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     requests = root / "tracking" / "requests"
-    store, worked = Store(root), True
+    store, worked = open_store(root), True
     while worked and any(requests.glob("*")):
         with _locked(root, 0.0) as free:
             pass

@@ -23,7 +23,7 @@ from evolve_dag.errors import ConfigError, StoreError
 from evolve_dag.secrecy import describe_error
 from evolve_dag.store import mirror as mirrors
 from evolve_dag.store.artifacts import Artifact, Ref, Store
-from evolve_dag.store.mirror import Mirror, Moved
+from evolve_dag.store.mirror import Mirror, MirroredStore, Moved, open_store
 
 SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
 
@@ -110,10 +110,10 @@ def waiting(store: Store) -> list[str]:
 
 
 def test_another_machine_reads_what_was_published(address: str, tmp_path: Path) -> None:
-    here = Store(tmp_path / "here", mirror=Watched(address))
+    here = MirroredStore(tmp_path / "here", Watched(address))
     made = make(here)
     here.set_ref("pocket", 1, "scores", made.digest, seconds=2.5)
-    there = Store(tmp_path / "there", mirror=Watched(address))
+    there = MirroredStore(tmp_path / "there", Watched(address))
     assert there.exists("scores", made.digest)
     assert not (tmp_path / "there" / "objects").exists()
     [ref] = there.refs("pocket")
@@ -128,8 +128,8 @@ def test_another_machine_reads_what_was_published(address: str, tmp_path: Path) 
 
 
 def test_what_the_mirror_has_is_not_made_again(folder: str, tmp_path: Path) -> None:
-    made = make(Store(tmp_path / "here", mirror=Watched(folder)))
-    there = Store(tmp_path / "there", mirror=Watched(folder))
+    made = make(MirroredStore(tmp_path / "here", Watched(folder)))
+    there = MirroredStore(tmp_path / "there", Watched(folder))
     assert not there.exists("scores", "0" * 32)
     with pytest.raises(StoreError, match="no such scores artifact"):
         there.open("scores", "0" * 32)
@@ -142,7 +142,7 @@ def test_what_the_mirror_has_is_not_made_again(folder: str, tmp_path: Path) -> N
 
 def test_nothing_is_sent_twice(address: str, tmp_path: Path) -> None:
     mirror = Watched(address)
-    store = Store(tmp_path / "here", mirror=mirror)
+    store = MirroredStore(tmp_path / "here", mirror)
     first, second = make(store, "a"), make(store, "b")
     files = [name for name in mirror.written if name.startswith("files/")]
     assert len(files) == len(set(files)) == 4  # own.txt twice; same.txt and the empty one are shared
@@ -150,21 +150,21 @@ def test_nothing_is_sent_twice(address: str, tmp_path: Path) -> None:
     assert mirror.written[-1] == f"objects/scores/{second.digest}.json"
     store.set_ref("pocket", 1, "scores", first.digest)
     before = list(mirror.written)
-    assert mirror.push(store) == Moved()
-    assert Watched(address).push(store) == Moved()
+    assert mirror.push(store.here) == Moved()
+    assert Watched(address).push(store.here) == Moved()
     assert mirror.written == before
     assert waiting(store) == []
 
 
 def test_first_of_two_machines_that_make_the_same_stands(folder: str, tmp_path: Path) -> None:
     """Contents may differ in timings: neither must spoil the other's."""
-    one = make(Store(tmp_path / "one", mirror=Watched(folder)), timing="1.0 s")
+    one = make(MirroredStore(tmp_path / "one", Watched(folder)), timing="1.0 s")
     two = make(Store(tmp_path / "two"), timing="2.0 s")
     assert one.digest == two.digest
     late = Watched(folder)
-    assert late.push(Store(tmp_path / "two", mirror=late)) == Moved()
+    assert late.push(Store(tmp_path / "two")) == Moved()
     assert late.written == []
-    third = Store(tmp_path / "three", mirror=Watched(folder)).open("scores", one.digest, verify=True)
+    third = MirroredStore(tmp_path / "three", Watched(folder)).open("scores", one.digest, verify=True)
     assert third.file("timing").read_text() == "1.0 s"
 
 
@@ -172,12 +172,12 @@ def test_a_manifest_that_came_meanwhile_stands(folder: str, tmp_path: Path) -> N
     class Overtaken(Watched):
         def _write(self, name: str, content: bytes | Path) -> None:
             if name.startswith("files/") and not (tmp_path / "one").exists():
-                make(Store(tmp_path / "one", mirror=Watched(folder)), timing="1.0 s")
+                make(MirroredStore(tmp_path / "one", Watched(folder)), timing="1.0 s")
             super()._write(name, content)
 
-    slow = Store(tmp_path / "two", mirror=Overtaken(folder))
+    slow = MirroredStore(tmp_path / "two", Overtaken(folder))
     made = make(slow, timing="2.0 s")
-    third = Store(tmp_path / "three", mirror=Watched(folder)).open("scores", made.digest, verify=True)
+    third = MirroredStore(tmp_path / "three", Watched(folder)).open("scores", made.digest, verify=True)
     assert third.file("timing").read_text() == "1.0 s"
     assert made.file("timing").read_text() == "2.0 s"
 
@@ -188,7 +188,7 @@ def test_a_manifest_that_came_meanwhile_stands(folder: str, tmp_path: Path) -> N
 def test_the_later_ref_wins_on_both_sides(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(f"2026-01-01T00:00:{second:02d}+00:00" for second in range(60))
     monkeypatch.setattr("evolve_dag.store.artifacts._now", lambda: next(clock))
-    one, two = (Store(tmp_path / name, mirror=Watched(folder)) for name in ("one", "two"))
+    one, two = (MirroredStore(tmp_path / name, Watched(folder)) for name in ("one", "two"))
     a, b = make(one, "a"), make(two, "b")
     one.set_ref("pocket", 1, "scores", a.digest)
     two.set_ref("pocket", 1, "scores", b.digest)
@@ -198,27 +198,26 @@ def test_the_later_ref_wins_on_both_sides(folder: str, tmp_path: Path, monkeypat
     assert one.open("scores", b.digest).file("own.txt").read_text() == "of b"
     # A ref that waited for its connection does not overtake one that was set after it.
     old = Ref("pocket", 1, "scores", a.digest, "2025-01-01T00:00:00+00:00")
-    assert one.mirror is not None
-    one.mirror.referenced(one, old)
-    assert not one.mirror._send_ref(one, old)
-    assert Store(tmp_path / "three", mirror=Watched(folder)).refs()[0].digest == b.digest
+    one.mirror.referenced(one.here, old)
+    assert not one.mirror._send_ref(one.here, old)
+    assert MirroredStore(tmp_path / "three", Watched(folder)).refs()[0].digest == b.digest
 
 
 def test_only_refs_that_changed_are_read_and_at_most_once_in_a_while(folder: str, tmp_path: Path) -> None:
-    one = Store(tmp_path / "one", mirror=Watched(folder))
+    one = MirroredStore(tmp_path / "one", Watched(folder))
     for k in (1, 2, 3):
         one.set_ref("pocket", k, "scores", make(one, f"{k}").digest)
     eager = Watched(folder)
-    two = Store(tmp_path / "two", mirror=eager)
+    two = MirroredStore(tmp_path / "two", eager)
     assert len(two.refs()) == 3
     assert len(eager.read) == 3
     assert len(two.refs("pocket")) == 3
     assert len(eager.read) == 3
     one.set_ref("pocket", 4, "scores", make(one, "4").digest)
     calm = Mirror(folder)  # a minute between looks
-    assert len(Store(tmp_path / "two", mirror=calm).refs()) == 4
+    assert len(MirroredStore(tmp_path / "two", calm).refs()) == 4
     one.set_ref("pocket", 5, "scores", make(one, "5").digest)
-    assert len(Store(tmp_path / "two", mirror=calm).refs()) == 4
+    assert len(MirroredStore(tmp_path / "two", calm).refs()) == 4
     assert two.ref("pocket", 5, "scores") is not None
 
 
@@ -226,12 +225,11 @@ def test_only_refs_that_changed_are_read_and_at_most_once_in_a_while(folder: str
     "content", [b"", b"[]", b'{"kind": "scores", "digest": "../..", "created": "", "facts": {}}', b'{"kind": "policy"}']
 )
 def test_what_is_no_ref_is_left_out(content: bytes, folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    one = Store(tmp_path / "one", mirror=Watched(folder))
+    one = MirroredStore(tmp_path / "one", Watched(folder))
     one.set_ref("pocket", 1, "policy", make(one, kind="policy").digest)
-    assert one.mirror is not None
     one.mirror._write("refs/pocket/01/scores.json", content)
     one.mirror._write("refs/No Name/01/scores.json", content)
-    two = Store(tmp_path / "two", mirror=Watched(folder))
+    two = MirroredStore(tmp_path / "two", Watched(folder))
     assert [ref.kind for ref in two.refs()] == ["policy"]
     assert "refs/pocket/01/scores.json: not a ref" in caplog.text
     assert sorted(path.name for path in (tmp_path / "two" / "refs").iterdir()) == ["pocket"]
@@ -250,14 +248,14 @@ def test_a_push_killed_in_the_middle_is_invisible_and_completes_later(folder: st
             if name.startswith("objects/"):
                 os.kill(os.getpid(), signal.SIGKILL)
             super()._write(name, content)
-    t.make(t.Store({str(tmp_path / "here")!r}, mirror=Dying({folder!r})))
+    t.make(t.MirroredStore({str(tmp_path / "here")!r}, Dying({folder!r})))
     """
     ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert len(visible(folder)) == 3
-    store = Store(tmp_path / "here", mirror=Watched(folder))
+    store = MirroredStore(tmp_path / "here", Watched(folder))
     [made] = store.artifacts()  # the local one was finished
-    other = Store(tmp_path / "there", mirror=Watched(folder))
+    other = MirroredStore(tmp_path / "there", Watched(folder))
     assert not other.exists("scores", made.digest)
     assert waiting(store) == [made.digest]
     make(store, "b")  # the next publication sends both
@@ -286,7 +284,7 @@ def test_a_lost_connection_fails_no_step_and_is_made_up_for(
     address, endpoint = f"s3://{bucket}/p", os.environ["AWS_ENDPOINT_URL"]
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setitem(mirrors._S3_OPTIONS["config_kwargs"]["retries"], "max_attempts", 1)
-    store = Store(tmp_path / "here", mirror=Mirror(address))
+    store = MirroredStore(tmp_path / "here", Mirror(address))
     made = make(store)
     store.set_ref("pocket", 1, "scores", made.digest)
     assert not store.exists("scores", "0" * 32)
@@ -297,32 +295,32 @@ def test_a_lost_connection_fails_no_step_and_is_made_up_for(
         store.open("scores", "0" * 32)
     assert mirrors.VARIABLE in needed.value.remedy
     with pytest.raises(StoreError, match="cannot be written"):
-        Mirror(address).push(store)
+        Mirror(address).push(store.here)
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    again = Store(tmp_path / "here", mirror=Watched(address))
+    again = MirroredStore(tmp_path / "here", Watched(address))
     make(again, "b")
     assert waiting(again) == []
-    other = Store(tmp_path / "there", mirror=Watched(address))
+    other = MirroredStore(tmp_path / "there", Watched(address))
     assert other.open("scores", other.refs()[0].digest, verify=True).manifest == made.manifest
 
 
 def test_refs_wait_for_the_artifacts_they_point_to(folder: str, tmp_path: Path) -> None:
     mirror = Watched(folder, fail_at="files/")
-    store = Store(tmp_path / "here", mirror=mirror)
+    store = MirroredStore(tmp_path / "here", mirror)
     made = make(store)
     store.set_ref("pocket", 1, "scores", made.digest)
     assert visible(folder) == []
     mirror.fail_at = "objects/"
-    assert mirror._attempt(lambda: mirror._deliver(store), None) is None
+    assert mirror._attempt(lambda: mirror._deliver(store.here), None) is None
     assert len(visible(folder)) == 3
     mirror.fail_at = ""
-    assert mirror._deliver(store).refs == 1
+    assert mirror._deliver(store.here).refs == 1
     assert visible(folder)[-2:] == [f"objects/scores/{made.digest}.json", "refs/pocket/01/scores.json"]
 
 
 @pytest.mark.parametrize("damage", ["content", "missing", "manifest", "escape"])
 def test_what_is_damaged_in_the_mirror_is_refused_and_can_be_mended(damage: str, folder: str, tmp_path: Path) -> None:
-    store = Store(tmp_path / "here", mirror=Watched(folder))
+    store = MirroredStore(tmp_path / "here", Watched(folder))
     made = make(store)
     remote = tmp_path / "remote"
     manifest = remote / f"objects/scores/{made.digest}.json"
@@ -337,7 +335,7 @@ def test_what_is_damaged_in_the_mirror_is_refused_and_can_be_mended(damage: str,
         content = json.loads(manifest.read_text())
         content["files"]["../../../../escaped"] = content["files"]["own.txt"]
         manifest.write_text(json.dumps(content))
-    other = Store(tmp_path / "there", mirror=Watched(folder))
+    other = MirroredStore(tmp_path / "there", Watched(folder))
     with pytest.raises(StoreError, match="damaged in the mirror") as told:
         other.open("scores", made.digest)
     assert not list((tmp_path / "there").rglob("own.txt"))
@@ -345,7 +343,7 @@ def test_what_is_damaged_in_the_mirror_is_refused_and_can_be_mended(damage: str,
     assert f"objects/scores/{made.digest}.json" in told.value.remedy
     manifest.unlink()  # as the remedy says
     blob.unlink(missing_ok=True)
-    assert Watched(folder).push(store).artifacts == 1
+    assert Watched(folder).push(store.here).artifacts == 1
     assert other.open("scores", made.digest, verify=True).manifest == made.manifest
 
 
@@ -362,7 +360,7 @@ def test_what_is_damaged_here_is_not_sent(folder: str, tmp_path: Path) -> None:
 
 
 def test_a_quarantined_artifact_comes_back_whole(folder: str, tmp_path: Path) -> None:
-    store = Store(tmp_path / "here", mirror=Watched(folder))
+    store = MirroredStore(tmp_path / "here", Watched(folder))
     made = make(store)
     (made.path / "own.txt").write_text("of X")
     with pytest.raises(StoreError, match="corrupt"):
@@ -375,7 +373,7 @@ def test_a_quarantined_artifact_comes_back_whole(folder: str, tmp_path: Path) ->
 
 
 def test_pull_brings_what_an_experiment_rests_on(address: str, tmp_path: Path) -> None:
-    here = Store(tmp_path / "here", mirror=Watched(address))
+    here = MirroredStore(tmp_path / "here", Watched(address))
     first = make(here, "first", kind="trajectories")
     second = make(here, "second", inputs={"trajectories": first.digest, "corpus": "f" * 32})
     alone = make(here, "alone")
@@ -425,17 +423,17 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
 
 
 def test_an_unknown_protocol_stops_the_run_before_it_works(tmp_path: Path) -> None:
-    store = Store(tmp_path, mirror=Mirror("nosuch://bucket"))
+    store = MirroredStore(tmp_path, Mirror("nosuch://bucket"))
     with pytest.raises(ConfigError, match="nosuch"):
         store.exists("scores", "0" * 32)
 
 
 def test_environment_names_the_mirror(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Store(tmp_path / "here").mirror is None
+    assert type(open_store(tmp_path / "here")) is Store
     monkeypatch.setenv(mirrors.VARIABLE, folder)
-    made = make(Store(tmp_path / "here"))
-    assert Store(tmp_path / "there").open("scores", made.digest).manifest == made.manifest
-    assert Store(tmp_path / "here").mirror is Store(tmp_path / "there").mirror
+    made = make(open_store(tmp_path / "here"))
+    assert open_store(tmp_path / "there").open("scores", made.digest).manifest == made.manifest
+    assert mirrors.configured() is mirrors.configured()  # what one store has found out of it the next one knows
 
 
 def test_a_missing_bucket_and_an_unknown_experiment_are_named(bucket: str, tmp_path: Path) -> None:
@@ -448,7 +446,7 @@ def test_a_missing_bucket_and_an_unknown_experiment_are_named(bucket: str, tmp_p
 def test_errors_hold_no_secrets(monkeypatch: pytest.MonkeyPatch, folder: str, tmp_path: Path, caplog: Any) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     with caplog.at_level(logging.DEBUG, logger="evolve_dag.store.mirror"):
-        make(Store(tmp_path / "here", mirror=Watched(folder, fail_at="files/")))
+        make(MirroredStore(tmp_path / "here", Watched(folder, fail_at="files/")))
     assert "ConnectionResetError: connection lost, key was ***" in caplog.text
     assert SECRET not in caplog.text
     with pytest.raises(StoreError) as told:

@@ -24,14 +24,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import NormalDist
-from typing import TYPE_CHECKING
 
 from evolve_dag.experience.features import FEATURES, walk
 from evolve_dag.experience.phrases import STRATEGIES, action_of, render
+from evolve_dag.experience.pool import Pool, Proposal
 from evolve_dag.records import ExperienceItem, Trajectory
-
-if TYPE_CHECKING:
-    from evolve_dag.experience.pool import Pool, Proposal
 
 Condition = tuple[tuple[str, str], ...]
 """(feature, value) pairs in the order of ``features.FEATURES``: a hashable conjunction."""
@@ -382,8 +379,6 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
       stands says otherwise about a situation that overlaps: some states would get two contrary pieces of advice, and a
       teacher that is told two things does worse than one that is told either.
     """
-    from evolve_dag.experience.pool import Proposal
-
     proposals: list[Proposal] = []
     gone: set[str] = set()
 
@@ -450,8 +445,6 @@ def compatible(a: Condition, b: Condition) -> bool:
 
 def subsumed(pool: Pool) -> list[Proposal]:
     """Merges of items into a more general one with the same advice that is not clearly weaker."""
-    from evolve_dag.experience.pool import Proposal
-
     proposals = []
     known = [
         (i, set(i.condition.items()), action_of(i.text)) for i in pool.items if i.granularity == "principle" and i.condition

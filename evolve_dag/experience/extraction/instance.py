@@ -9,13 +9,10 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from evolve_dag.experience.features import strip_last_step
+from evolve_dag.experience.pool import Pool, Proposal, lift
 from evolve_dag.records import Trajectory
-
-if TYPE_CHECKING:
-    from evolve_dag.experience.pool import Pool, Proposal
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +88,6 @@ def reconcile(found: Cases, pool: Pool, *, cap: int) -> list[Proposal]:
     """Add the best cases: as many as there is room for, then those that beat the pool's weakest item. A question that
     stands in the pool already gets the new evidence (and text: it may now have another accepted answer) instead of a
     second item."""
-    from evolve_dag.experience.pool import Proposal, lift
-
     standing = [item for item in pool.items if item.granularity == "instance"]
     proposals: list[Proposal] = []
     added: set[str] = set()

@@ -76,12 +76,12 @@ async def extract_with_llm(
         characters: of recorded material in one prompt; longer trajectories keep the head and tail of their longest parts.
 
     Returns:
-        As :func:`evolve_dag.experience.extraction.mining.extract`. ``statistics`` counts trajectories, judged, not_judged, groups,
-        mixed_groups; candidates (read from critiques), dropped_form (items without the form, after ``repaired`` others),
-        unknown_ids, unreadable (answers), failed_calls (each loses its group, or leaves its batch unreconciled or the cap
-        to the rule); undecided, duplicates, surplus and unknown_operations (decisions); overruled and joined (proposals
-        of one batch); consolidations, and over_cap (items deleted by the rule); added, updated, deleted, merged (edits),
-        refused (by the pool), items.
+        As :func:`~evolve_dag.experience.extraction.mining.extract`. ``statistics`` counts trajectories, judged, not_judged,
+        groups, mixed_groups; candidates (read from critiques), dropped_form (items without the form, after ``repaired``
+        others), unknown_ids, unreadable (answers), failed_calls (each loses its group, or leaves its batch unreconciled or the
+        cap to the rule); undecided, duplicates, surplus and unknown_operations (decisions); overruled and joined (proposals of
+        one batch); consolidations, and over_cap (items deleted by the rule); added, updated, deleted, merged (edits), refused
+        (by the pool), items.
 
     Raises:
         ModelError: every call failed.

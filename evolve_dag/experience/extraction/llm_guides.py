@@ -1,8 +1,9 @@
 """Schemas that hold a decoder to readable answers: bounded in length, and items in their form.
 
 An answer that is cut off at ``max_tokens`` is lost, and a model that is held to a schema writes until the schema lets it stop.
-So every list and text here is bounded by the tokens there are. The schemas of :mod:`evolve_dag.experience.extraction.llm_plans` and the
-selector are what an answer is judged by; a guide is narrower and only goes with the request.
+So every list and text here is bounded by the tokens there are. The schemas of
+:mod:`evolve_dag.experience.extraction.llm_plans` and the selector are what an answer is judged by; a guide is narrower and
+only goes with the request.
 """
 
 from __future__ import annotations

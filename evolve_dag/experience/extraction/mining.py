@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evolve_dag.config.schema import ExtractionSettings
+from evolve_dag.experience.extraction import contrast, instance
 from evolve_dag.experience.pool import Pool
 from evolve_dag.records import Granularity, PoolEdit, Trajectory
 
@@ -40,8 +41,6 @@ def extract(
         seed: decides ties between equally good cases and which trajectories stand for a pattern.
         case_path: for ``instance``: keep the path of calls as well.
     """
-    from evolve_dag.experience.extraction import contrast, instance
-
     key = seed * 1000 + iteration
     if granularity == "principle":
         mined = contrast.mine(

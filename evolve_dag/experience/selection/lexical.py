@@ -1,13 +1,5 @@
-"""Selectors: which items fit the current state (METHOD: step_wise, R(h_{t-1}, E)).
-
-:class:`StateSelector` reads the conditions that the miner wrote. :class:`LexicalSelector` knows nothing of them, nor of
-the miner's features: it compares words, so a result that holds with both is no artefact of a shared tracker.
-
-:mod:`selectors_llm` asks a language model, :mod:`embedding` compares hidden states.
-
-None chooses anything for a step at which only an answer is possible ('last step: answer now'): advice to search
-would end the episode without one.
-"""
+"""Words that item and state share: BM25. It knows nothing of the miner's conditions and features, so a result that holds
+with it and with the ``state`` selector is no artefact of a shared tracker."""
 
 from __future__ import annotations
 

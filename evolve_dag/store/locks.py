@@ -1,0 +1,90 @@
+"""Locks that vanish with their process, and who holds them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from evolve_dag.errors import ConcurrencyError
+from evolve_dag.store.disk import disk_error, write_atomic
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def locked(root: Path, name: str, what: str, wait_seconds: float) -> Iterator[None]:
+    """Hold a lock of the store under ``root``.
+
+    Args:
+        what: what the holder is doing, for messages: ``experiment 'pocket' is being run``.
+        wait_seconds: 0 does not wait.
+
+    Raises:
+        ConcurrencyError: another process still holds it; names that process.
+        StoreError: the disk is full or broken.
+    """
+    from filelock import FileLock, Timeout
+
+    path = root / "locks" / f"{name}.lock"
+    holder = path.with_suffix(".holder")
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if wait_seconds <= 0:
+                raise
+            log.warning("%s by %s: waiting for it", what, _holder(holder))
+            lock.acquire(timeout=wait_seconds)
+    except Timeout:
+        raise ConcurrencyError(
+            f"{what} by {_holder(holder)} (store {root})", "wait until it has ended, or end it: its lock goes with it"
+        ) from None
+    except OSError as error:
+        raise disk_error(error, path) from error
+    try:
+        with contextlib.suppress(OSError):  # the holder's name is a courtesy, the lock itself is held
+            since = datetime.now(UTC).isoformat(timespec="seconds")
+            write_atomic(holder, json.dumps({"pid": os.getpid(), "since": since}).encode(), durable=False)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            holder.unlink()
+        lock.release()
+
+
+def held(root: Path) -> Iterator[str]:
+    """Names of the locks that a living process holds.
+
+    Only locks with a holder's note are tried: a process that ended leaves its lock file, and trying each would take one of them
+    for an instant from whoever wants it.
+    """
+    from filelock import FileLock, Timeout
+
+    for holder in sorted((root / "locks").glob("*.holder")):
+        lock = FileLock(holder.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield holder.stem
+        except OSError:
+            yield holder.stem  # cannot be told: taken for busy
+        else:
+            lock.release()
+
+
+def _holder(path: Path) -> str:
+    for _ in range(5):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return f"process {int(content['pid'])} since {content['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            time.sleep(0.04)  # it has taken the lock this instant
+    return "another process"
