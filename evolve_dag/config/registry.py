@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evolve_dag.errors import ConfigError, StoreError
+from evolve_dag.store.disk import write_atomic
 
 if TYPE_CHECKING:
     from evolve_dag.config.schema import Experiment
@@ -186,10 +187,8 @@ def _read(path: Path) -> Entry | None:
 def _write(root: Path, entry: Entry) -> None:
     path = _file(root, entry.name)
     content = json.dumps({"name": entry.name, "config": str(entry.config), "seed": entry.seed}, indent=1)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(content + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_atomic(path, f"{content}\n".encode())
     except OSError as error:
         raise StoreError(f"{path}: cannot be written: {error}", "check the folder's permissions and free space") from None

@@ -17,8 +17,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -29,6 +27,7 @@ from evolve_dag.config.schema import OpenAIModelSettings
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.ledger import Ledger, current_purpose
 from evolve_dag.inference.outgoing import chat_messages, estimate, fit
+from evolve_dag.inference.patience import retry_after
 from evolve_dag.protocols import Completion, Request
 from evolve_dag.records import Call
 from evolve_dag.secrecy import describe_error
@@ -255,7 +254,7 @@ class OpenAIModel:
                 f"the endpoint does not take the request: see models.{self._role}.structured (now {self.settings.structured}) "
                 "and .extra, where a field set to null is not sent",
             )
-        return _TransientError(problem, _retry_after(headers))
+        return _TransientError(problem, retry_after(headers))
 
     def _body(self, request: Request, messages: list[dict[str, str]]) -> dict[str, Any]:
         sampling = request.sampling
@@ -497,27 +496,6 @@ def _name(address: str) -> str:
     parts = urlsplit(address)
     host = f"{parts.hostname or ''}:{parts.port}" if parts.port else parts.hostname or ""
     return f"{parts.scheme}://{host}{parts.path}"
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the endpoint asks to wait; None where it does not say, or not readably."""
-    try:
-        if (milliseconds := headers.get("retry-after-ms")) is not None:
-            return max(0.0, float(milliseconds) / 1000)
-    except ValueError:
-        pass
-    value = headers.get("retry-after")
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            date = parsedate_to_datetime(value)
-        except ValueError:
-            return None
-        seconds = ((date if date.tzinfo else date.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds()
-    return max(0.0, seconds) if seconds == seconds else None  # not a number
 
 
 def _said(error: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import httpx
 
 from evolve_dag.errors import ModelError
+from evolve_dag.inference.patience import retry_after
 from evolve_dag.inference.vllm_source import Adapter, Ask, Check, Sampled
 
 ATTEMPTS = 6
@@ -323,7 +324,7 @@ class _Server:
             note = _note(response)
             if path == "load_lora_adapter" and response.status_code == 500:
                 raise ModelError(f"{self.address}: {note}", _explain(path, 500))
-            raise _PassingError(f"{self.address}: HTTP {response.status_code}: {note}", _retry_after(response))
+            raise _PassingError(f"{self.address}: HTTP {response.status_code}: {note}", retry_after(response.headers))
         if response.status_code != 200:
             note = _note(response)
             if path == "completions" and response.status_code == 404 and body is not None and body["model"] != self.base:
@@ -374,13 +375,6 @@ def _note(response: httpx.Response) -> str:
         text = response.text
     text = " ".join(text.split())
     return text if len(text) <= 300 else text[:299] + "…"
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    try:
-        return max(0.0, float(response.headers["Retry-After"]))
-    except (KeyError, ValueError):
-        return None
 
 
 def _by_id(table: dict[str, float]) -> dict[int, float]:

@@ -16,13 +16,13 @@ A measurement is a function of two digests, so it is kept: ``<store>/cache/audit
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import ConfigError, DataError, StoreError
+from evolve_dag.store.disk import write_atomic
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -430,13 +430,10 @@ def _write(store: Store, measured: Measurement) -> None:
             for item, tasks in measured.by.items()
         },
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
-        temporary.replace(path)
+        write_atomic(path, json.dumps(content, separators=(",", ":")).encode(), durable=False)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise StoreError(f"{path}: cannot be written: {error.strerror or error}", "free room on that disk") from error
 
 

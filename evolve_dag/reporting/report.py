@@ -6,7 +6,6 @@ All text that comes from artifacts (items, reasons, settings) is data: it is esc
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -35,6 +34,7 @@ from evolve_dag.reporting.summary import (
     percent_interval,
     step_names,
 )
+from evolve_dag.store.disk import write_atomic
 
 if TYPE_CHECKING:
     from evolve_dag.lineage.audit import Internalized
@@ -78,13 +78,10 @@ def _audit_name(experiment: str) -> str:
 
 
 def _write(path: Path, content: str) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
+        write_atomic(path, content.encode(), durable=False)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise StoreError(
             f"{path}: the report cannot be written: {error.strerror or error}", "name another file, or free room"
         ) from error

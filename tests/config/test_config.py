@@ -10,7 +10,7 @@ from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.schema import REGIME_PRESETS, Experiment
 from evolve_dag.errors import ConfigError
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def write(folder: Path, name: str, text: str) -> Path:

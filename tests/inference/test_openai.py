@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from misbehaving import Endpoint, Fault, Served, at_random, echo, in_order
 from evolve_dag.config.schema import OpenAIModelSettings
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.ledger import Ledger, purpose
-from evolve_dag.inference.openai import CHARACTERS_PER_TOKEN, OpenAIModel, _is_strict, _retry_after
+from evolve_dag.inference.openai import CHARACTERS_PER_TOKEN, OpenAIModel, _is_strict
 from evolve_dag.protocols import Completion, LanguageModel, Request, Sampling
 from evolve_dag.records import Call, Message
 
@@ -189,19 +187,6 @@ def test_an_unreasonable_retry_after_ends_the_call() -> None:
     with Endpoint(script=in_order(Fault("429", retry_after="7200"))) as server, pytest.raises(ModelError, match="wait 7200 s"):
         ask(build(server.url), REQUEST)
     assert server.served.requests == 1
-
-
-def test_retry_after_as_it_is_written() -> None:
-    in_a_minute = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
-    assert _retry_after({"retry-after": "3"}) == 3
-    assert _retry_after({"retry-after": "0.25"}) == 0.25
-    assert _retry_after({"retry-after-ms": "1500", "retry-after": "9"}) == 1.5
-    assert _retry_after({"retry-after": in_a_minute}) == pytest.approx(60, abs=3)
-    assert _retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
-    assert _retry_after({"retry-after": "-5"}) == 0
-    for unreadable in ("soon", "nan", ""):
-        assert _retry_after({"retry-after": unreadable}) is None
-    assert _retry_after({}) is None
 
 
 def test_pauses_grow_and_are_jittered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,17 +146,6 @@ def test_what_mlflow_was_told_of_stays_until_it_is_let_go(store: Store) -> None:
     sound(store)
 
 
-def test_a_digest_across_the_border_of_two_reads_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(garbage, "_CHUNK", 50)
-    digest = "0123456789abcdef" * 2
-    for at in range(120):
-        (tmp_path / "file").write_text("-" * at + digest + "-" * 60)
-        assert digest in garbage._digests(tmp_path / "file")
-    (tmp_path / "file").write_text("x" * 10 + digest * 2 + " ")
-    monkeypatch.setattr(garbage, "_CHUNK", 1 << 20)
-    assert garbage._digests(tmp_path / "file") == set(), "64 digits are a hash of a file"
-
-
 def test_while_something_runs_nothing_is_removed(store: Store) -> None:
     run(experiment(), store)
     run(experiment(selection={"max_items": 2}), store)

@@ -9,7 +9,6 @@ from experience_builders import QUESTION, answer, malformed, search, visit
 from evolve_dag.config.schema import SelectionSettings
 from evolve_dag.experience.phrases import render
 from evolve_dag.experience.pool import Pool
-from evolve_dag.experience.selection import lexical as selection
 from evolve_dag.experience.selection.base import Selector
 from evolve_dag.experience.selection.choose import make_selector
 from evolve_dag.experience.selection.lexical import LexicalSelector, bm25, describe
@@ -113,7 +112,7 @@ def test_lexical_selector_knows_nothing_of_the_features(monkeypatch: pytest.Monk
     def broken(*_: object) -> dict[str, str]:
         raise AssertionError("the lexical selector looked at the features")
 
-    monkeypatch.setattr(selection, "features", broken)
+    monkeypatch.setattr("evolve_dag.experience.features.Transcript", broken)  # every feature is read from one
     bare = Pool(tuple(ExperienceItem(i.id, i.text, i.granularity, evidence=i.evidence) for i in POOL.items))
     for name, steps in (("a", []), ("b", EMPTY), ("c", LISTING), ("d", PART)):
         assert select(LexicalSelector(3), steps, bare) == before[name]
