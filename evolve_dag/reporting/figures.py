@@ -1,4 +1,4 @@
-"""The report's figures as plain plotly specifications, and the main curve as a small SVG.
+"""The report's figures as plain plotly specifications.
 
 A specification says what is drawn, not in which colour: every trace carries ``meta.slot`` (which colour of the palette) and
 ``meta.paint`` (line, band, bar), and the page paints it for light or dark. Plotly itself is not needed here.
@@ -7,7 +7,6 @@ A specification says what is drawn, not in which colour: every trace carries ``m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import Any, Literal
 
 from evolve_dag.evaluation.metrics import Metrics
@@ -252,77 +251,6 @@ def tokens(summary: LineageSummary) -> Figure:
     return _per_step(summary, "tokens", lambda step: float(step.tokens or 0), "%{y:.3s} tokens")
 
 
-def success_svg(summaries: Sequence[LineageSummary], *, title: str = "") -> str:
-    """The main curve as a self-contained SVG with a transparent ground, for pages that show no script.
-
-    One lineage: success without and with experience. Several: success without experience, one line each. Bands are 95%
-    intervals; a hollow point is a candidate that the gate declined.
-
-    Args:
-        summaries: lineages to draw.
-        title: text above the plot; '' for none.
-    """
-    conditions: tuple[Condition, ...] = ("without", "with_experience") if len(summaries) == 1 else ("without",)
-    lines = [
-        (_points(summary, condition, "success", 100), _name(summary, condition, summaries, conditions), summary)
-        for summary in summaries
-        for condition in conditions
-    ]
-    lines = [line for line in lines if line[0]]
-    last = max([1, *(point[0] for points, _, _ in lines for point in points)])
-    labels = [f"{points[-1][1]:.0f}% {name}" for points, name, _ in lines]
-    # no text can be measured here: 8 units a character are enough for bold 13
-    width, height, left, top, bottom = 820, 400, 58, 44 if title else 20, 52
-    right = 30 + 8 * max([4, *map(len, labels)])
-    plot_width, plot_height = width - left - right, height - top - bottom
-
-    def x(iteration: float) -> float:
-        return left + plot_width * iteration / last
-
-    def y(value: float) -> float:
-        return top + plot_height * (1 - value / 100)
-
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-        'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif" font-size="13">',
-        f"<title>{escape(title or 'Held-out success over iterations')}</title>",
-    ]
-    if title:
-        out.append(f'<text x="{left}" y="24" font-size="16" font-weight="600" fill="#7d8590">{escape(title)}</text>')
-    for value in range(0, 101, 20):
-        out.append(
-            f'<line x1="{left}" x2="{width - right}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#7d8590" '
-            f'stroke-opacity="{0.6 if value == 0 else 0.2}"/>'
-            f'<text x="{left - 10}" y="{y(value) + 4:.1f}" text-anchor="end" fill="#7d8590">{value}%</text>'
-        )
-    every = max(1, -(-last // 12))
-    for iteration in range(0, last + 1, every):
-        label = "base" if iteration == 0 else str(iteration)
-        out.append(
-            f'<text x="{x(iteration):.1f}" y="{height - bottom + 22}" text-anchor="middle" fill="#7d8590">{label}</text>'
-        )
-    out.append(f'<text x="{left + plot_width / 2:.1f}" y="{height - 8}" text-anchor="middle" fill="#7d8590">iteration</text>')
-    for slot, (points, _, _) in enumerate(lines):
-        colour = NEUTRAL[slot % len(NEUTRAL)]
-        edge = [(x(p[0]), y(p[3])) for p in points if p[3] is not None]
-        edge += [(x(p[0]), y(p[2])) for p in reversed(points) if p[2] is not None]
-        out.append(f'<polygon points="{_pairs(edge)}" fill="{colour}" fill-opacity="0.16"/>')
-    ends = _apart([y(points[-1][1]) for points, _, _ in lines], 17)
-    for slot, ((points, _, summary), label, end) in enumerate(zip(lines, labels, ends, strict=True)):
-        colour = NEUTRAL[slot % len(NEUTRAL)]
-        path = _pairs([(x(p[0]), y(p[1])) for p in points])
-        out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.4" stroke-linejoin="round"/>')
-        declined = _declined(summary)
-        for point in points:
-            hollow = f'fill="none" stroke="{colour}" stroke-width="2"' if point[0] in declined else f'fill="{colour}"'
-            out.append(f'<circle cx="{x(point[0]):.1f}" cy="{y(point[1]):.1f}" r="4" {hollow}/>')
-        out.append(
-            f'<text x="{x(points[-1][0]) + 12:.1f}" y="{end + 4:.1f}" fill="{colour}" font-weight="600">{escape(label)}</text>'
-        )
-    out.append("</svg>")
-    return "\n".join(out) + "\n"
-
-
 # -- inside
 
 Point = tuple[int, float, float | None, float | None, str]
@@ -506,25 +434,3 @@ def _name(
     if len(summaries) == 1:
         return CONDITIONS[condition]
     return summary.experiment if len(conditions) == 1 else f"{summary.experiment}, {CONDITIONS[condition]}"
-
-
-def _pairs(points: Sequence[tuple[float, float]]) -> str:
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-
-
-def _apart(positions: Sequence[float], least: float) -> list[float]:
-    """Positions moved so that no two labels overlap, in the order given; a crowd keeps its middle."""
-    order = sorted(range(len(positions)), key=lambda i: positions[i])
-    groups: list[tuple[list[int], float]] = []  # members from top to bottom, and the middle of the group
-    for i in order:
-        members, middle = [i], positions[i]
-        while groups and middle - groups[-1][1] < least * (len(members) + len(groups[-1][0])) / 2:
-            above, _ = groups.pop()
-            members = above + members
-            middle = sum(positions[m] for m in members) / len(members)
-        groups.append((members, middle))
-    placed = [0.0] * len(positions)
-    for members, middle in groups:
-        for n, member in enumerate(members):
-            placed[member] = middle + least * (n - (len(members) - 1) / 2)
-    return placed

@@ -1,15 +1,11 @@
-"""Figures: what they draw, that plotly accepts them, and the SVG."""
+"""Figures: what they draw, and that plotly accepts them."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
-from itertools import pairwise
-from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from lineages import audited, lineage
 
 from evolve_dag.reporting import figures
@@ -18,7 +14,6 @@ from evolve_dag.reporting.summary import IterationRow, LineageSummary
 
 ONE = [audited(lineage(declined=(3,)))]
 TWO = [*ONE, audited(lineage("global", (0.28, 0.41, 0.57), (0.53, 0.6), (0.76, 0.58, 0.42)))]
-SVG = "{http://www.w3.org/2000/svg}"
 
 
 def every_figure(summaries: list[LineageSummary]) -> dict[str, Figure]:
@@ -88,47 +83,6 @@ def test_endings_add_up() -> None:
 def test_several_experiments_have_their_own_colours_and_names() -> None:
     lines = [t for t in figures.success(TWO, ["without"])["data"] if t["meta"]["paint"] == "line"]
     assert [(t["name"], t["meta"]["slot"]) for t in lines] == [("pocket", 0), ("global", 1)]
-
-
-@pytest.mark.parametrize("summaries", [ONE, TWO], ids=["one", "two"])
-def test_svg_is_well_formed_and_shows_the_values(summaries: list[LineageSummary]) -> None:
-    svg = ElementTree.fromstring(figures.success_svg(summaries, title="Success & more"))
-    texts = [text.text for text in svg.iter(f"{SVG}text")]
-    alone = ["81% without experience", "85% with experience in context"]
-    names = alone if len(summaries) == 1 else ["81% pocket", "57% global"]
-    assert {"base", "1", "2", "3", "Success & more", *names} <= set(texts)
-    assert len(list(svg.iter(f"{SVG}polyline"))) == 2
-    assert len(list(svg.iter(f"{SVG}polygon"))) == 2
-    height = float(svg.attrib["height"])
-    assert all(0 < float(circle.attrib["cy"]) < height for circle in svg.iter(f"{SVG}circle"))
-
-
-def test_svg_places_success_by_height() -> None:
-    svg = ElementTree.fromstring(figures.success_svg([_bare()]))
-    ys = [float(circle.attrib["cy"]) for circle in svg.iter(f"{SVG}circle")]
-    assert ys[0] - ys[1] == pytest.approx(ys[1] - ys[2], abs=0.2)
-    assert ys[0] > ys[2]
-
-
-def _bare() -> LineageSummary:
-    summary = lineage(without=(0.0, 0.5, 1.0), with_experience=(0.5, 0.5), premature=(0.1, 0.1, 0.1))
-    return replace(summary, rows=tuple(replace(row, with_experience=None) for row in summary.rows))
-
-
-def test_svg_of_a_lineage_without_scores_is_an_empty_plot() -> None:
-    svg = ElementTree.fromstring(figures.success_svg([LineageSummary("begun", (IterationRow(1),))]))
-    assert not list(svg.iter(f"{SVG}polyline"))
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.floats(0, 300), min_size=1, max_size=9), st.floats(1, 30))
-def test_labels_never_overlap_and_keep_their_order(positions: list[float], least: float) -> None:
-    placed = figures._apart(positions, least)
-    order = sorted(range(len(positions)), key=lambda i: positions[i])
-    for upper, lower in pairwise(order):
-        assert placed[lower] - placed[upper] >= least - 1e-6
-    if all(b - a >= least for a, b in pairwise(sorted(positions))):
-        assert placed == pytest.approx(positions)
 
 
 def test_what_is_inside_is_sorted_named_and_taken_where_it_was_first_taught() -> None:
