@@ -32,7 +32,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(slots=True)
-class Service:
+class LocalServer:
     """One web interface."""
 
     name: str
@@ -104,7 +104,7 @@ def serve(root: Path, port: int, mlflow_port: int, *, mlflow: bool = True, say: 
             signal.signal(one, handler)
 
 
-def dagster_service(root: Path, port: int) -> Service:
+def dagster_service(root: Path, port: int) -> LocalServer:
     """``dagster dev`` on the instance and the store of the command line."""
     home = launch.prepare_home(root)
     experiments, problems = automation.known_experiments(root)
@@ -117,16 +117,18 @@ def dagster_service(root: Path, port: int) -> Service:
     where = ["-w", str(launch.workspace_file(home)), "-h", HOST, "-p", str(port)]
     command = [sys.executable, "-m", "dagster", "dev", "--log-level", "warning", *where]
     # Its SIGTERM is deaf in some shells' background jobs; SIGINT is what it is made for.
-    return Service("Dagster", f"http://{HOST}:{port}", command, "/server_info", root / "logs" / "dagster.log", signal.SIGINT)
+    return LocalServer(
+        "Dagster", f"http://{HOST}:{port}", command, "/server_info", root / "logs" / "dagster.log", signal.SIGINT
+    )
 
 
-def mlflow_service(root: Path, uri: str, port: int) -> Service:
+def mlflow_service(root: Path, uri: str, port: int) -> LocalServer:
     """``mlflow server`` on the store's own database."""
     mlflow_server.own_database(root).parent.mkdir(parents=True, exist_ok=True)
     artifacts = str(mlflow_server.artifact_location(root, uri))
     where = ["--backend-store-uri", uri, "--artifacts-destination", artifacts, "--host", HOST, "--port", str(port)]
     command = [sys.executable, "-m", "mlflow", "server", *where, "--workers", "1"]
-    return Service("MLflow", f"http://{HOST}:{port}", command, "/health", root / "logs" / "mlflow.log", signal.SIGTERM)
+    return LocalServer("MLflow", f"http://{HOST}:{port}", command, "/health", root / "logs" / "mlflow.log", signal.SIGTERM)
 
 
 def check_port(port: int, option: str) -> None:
@@ -147,7 +149,7 @@ def check_port(port: int, option: str) -> None:
 
 
 def supervise(
-    services: Sequence[Service], environment: Mapping[str, str], stop: threading.Event, say: Say, also: Sequence[str] = ()
+    services: Sequence[LocalServer], environment: Mapping[str, str], stop: threading.Event, say: Say, also: Sequence[str] = ()
 ) -> None:
     """Start the services, tell their addresses once they answer, and end all of them when one ends or ``stop`` is set.
 

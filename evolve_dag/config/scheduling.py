@@ -135,7 +135,7 @@ class Situation:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class ScheduleDecision:
     """Run an iteration, or skip; and why."""
 
     iteration: int | None
@@ -143,7 +143,7 @@ class Decision:
     reason: str
 
 
-def decide(at: Situation) -> Decision:
+def decide(at: Situation) -> ScheduleDecision:
     """The next iteration of an experiment, or why there is none now.
 
     A failure that a step has explained waits for a person: the same night after night would give the same. What was lost or
@@ -151,20 +151,24 @@ def decide(at: Situation) -> Decision:
     """
     name, following = at.experiment, at.following
     if following == 1:
-        return Decision(None, f"{name}: iteration 1 is not promoted: run it by hand first (nothing starts that nobody started)")
+        return ScheduleDecision(
+            None, f"{name}: iteration 1 is not promoted: run it by hand first (nothing starts that nobody started)"
+        )
     if following > at.iterations:
-        return Decision(None, f"{name}: all {at.iterations} iterations are promoted: raise `iterations` to go on")
+        return ScheduleDecision(None, f"{name}: all {at.iterations} iterations are promoted: raise `iterations` to go on")
     if at.running:
-        return Decision(None, f"{name}: run {at.running[:8]} is going on")
+        return ScheduleDecision(None, f"{name}: run {at.running[:8]} is going on")
     if at.missing:
-        return Decision(None, f"{name}: {at.missing} is missing or out of date under the present config: `evolve run` it first")
+        return ScheduleDecision(
+            None, f"{name}: {at.missing} is missing or out of date under the present config: `evolve run` it first"
+        )
     last = at.last
     if last is None or last.state == "succeeded":
-        return Decision(following, f"{name}: iteration {following} is next")
+        return ScheduleDecision(following, f"{name}: iteration {following} is next")
     if last.state == "failed" and not last.acknowledged:
-        return Decision(
+        return ScheduleDecision(
             None,
             f"{name}: iteration {following} failed at {last.step or 'a step'} (run {last.id[:8]}): mend it, then run it by "
             f"hand or switch the schedule on again: evolve schedule on {name}",
         )
-    return Decision(following, f"{name}: iteration {following} again: run {last.id[:8]} was {last.state}")
+    return ScheduleDecision(following, f"{name}: iteration {following} again: run {last.id[:8]} was {last.state}")

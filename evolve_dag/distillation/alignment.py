@@ -156,7 +156,7 @@ class Aligned:
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
+class Kept:
     """Which trajectories are learned from, and why the others are not."""
 
     kept: tuple[Trajectory, ...]
@@ -173,7 +173,7 @@ class Selection:
         return {"kept": len(self.kept), "failed": self.failed, "wrong": self.wrong, "unjudged": self.unjudged}
 
 
-def select_rows(trajectories: Sequence[Trajectory], rejection: bool) -> Selection:
+def select_rows(trajectories: Sequence[Trajectory], rejection: bool) -> Kept:
     """Drop failed trajectories; with ``rejection``, keep those with reward 1.0 only (METHOD: off_policy)."""
     kept: list[Trajectory] = []
     failed = wrong = unjudged = 0
@@ -186,7 +186,7 @@ def select_rows(trajectories: Sequence[Trajectory], rejection: bool) -> Selectio
             unjudged += 1
         else:
             wrong += 1
-    return Selection(tuple(kept), failed, wrong, unjudged)
+    return Kept(tuple(kept), failed, wrong, unjudged)
 
 
 def without_problems(trajectory: Trajectory, step: Step) -> bool:

@@ -31,7 +31,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
-class StepContext:
+class StepView:
     """What the teacher had in its context at one step."""
 
     step: int
@@ -49,7 +49,7 @@ class DistillationRow:
 
     row: StudentRow
     """The student's view: the clean trajectory."""
-    contexts: tuple[StepContext, ...]
+    contexts: tuple[StepView, ...]
     """The teacher's side, one per kept step, same order as ``row.steps``."""
     teacher: TeacherTargets | None
     """Its distribution on the N action tokens of ``row``; None when only the sampled ids are learned from."""
@@ -127,8 +127,8 @@ def retention_rows(
     return found
 
 
-def _context(view: TeacherView) -> StepContext:
-    return StepContext(view.step, view.selected, view.injected, view.start)
+def _context(view: TeacherView) -> StepView:
+    return StepView(view.step, view.selected, view.injected, view.start)
 
 
 def batches(lengths: Sequence[int], tokens_per_batch: int, seed: int, epoch: int = 0) -> list[list[int]]:
@@ -249,9 +249,7 @@ def load_contexts(folder: Path) -> list[DistillationRow]:
             tuple(one["step"] for one in own),
             tuple(zip(record["starts"], record["ends"], strict=True)),
         )
-        selected = tuple(
-            StepContext(one["step"], tuple(one["selected"]), one["injected"], one["teacher_tokens"]) for one in own
-        )
+        selected = tuple(StepView(one["step"], tuple(one["selected"]), one["injected"], one["teacher_tokens"]) for one in own)
         loaded.append(DistillationRow(row, selected, teachers[index]))
     return loaded
 

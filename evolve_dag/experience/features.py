@@ -123,7 +123,7 @@ def _stem(word: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ParsedQuestion:
     """The words of a question, by their use."""
 
     words: frozenset[str]
@@ -135,7 +135,7 @@ class Question:
 
 
 @lru_cache(maxsize=8192)
-def parse_question(text: str) -> Question:
+def parse_question(text: str) -> ParsedQuestion:
     """Split a question into head word, relation words and the rest."""
     words = _WORD.findall(strip_last_step(text))
     is_name = [place > 0 and word[:1].isupper() for place, word in enumerate(words)]
@@ -146,11 +146,11 @@ def parse_question(text: str) -> Question:
     ]
     head = content[0][1] if content else ""
     relations = {stem for place, stem in content[1:] if stem != head and not (place + 1 < len(words) and is_name[place + 1])}
-    return Question(frozenset(word.lower() for word in words), head, frozenset(relations))
+    return ParsedQuestion(frozenset(word.lower() for word in words), head, frozenset(relations))
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class Listed:
     """One line of a listing."""
 
     title: str
@@ -184,7 +184,7 @@ class Observation:
     """All words, normalised, with a blank at both ends."""
     body: str = ""
     """The same without the title line."""
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[Listed, ...] = ()
     target: str = ""
     """Normalised target of a redirect."""
     keys: frozenset[str] = frozenset()
@@ -228,7 +228,7 @@ def parse_observation(text: str) -> Observation:
     return Observation("page", words, body_words, keys=_evidence_words(body))
 
 
-def _entries(lines: list[str]) -> tuple[Entry, ...]:
+def _entries(lines: list[str]) -> tuple[Listed, ...]:
     """Entries of a listing (a header, or entries on at least half of the lines), or () when the text is none."""
     starts = [place for place, line in enumerate(lines) if _ENTRY.match(line)]
     if not starts or not (_HEADER.match(lines[0]) or 2 * len(starts) >= len(lines)):
@@ -246,7 +246,7 @@ def _entries(lines: list[str]) -> tuple[Entry, ...]:
         name = capitals if len(capitals) >= 2 else title_words
         urls = tuple(_URL.findall(" ".join(chunk)))
         whole = normalised(" ".join([first, *chunk[1:]]))
-        found.append(Entry(normalised(title), whole, frozenset(word.lower() for word in name), urls))
+        found.append(Listed(normalised(title), whole, frozenset(word.lower() for word in name), urls))
     return tuple(found)
 
 
@@ -286,7 +286,7 @@ def _call_kind(call: ToolCall) -> str:
     return "unknown"
 
 
-class Transcript:
+class Tracker:
     """The steps so far, read once: asks for features and actions cost no second look at earlier text."""
 
     def __init__(self, question: str, steps: Sequence[Step] = ()) -> None:
@@ -400,12 +400,12 @@ class Transcript:
 
 def features(question: str, steps: Sequence[Step]) -> dict[str, str]:
     """The situation after ``steps``, i.e. before the next one: every name of :data:`FEATURES` with its value."""
-    return Transcript(question, steps).features()
+    return Tracker(question, steps).features()
 
 
 def action(question: str, before: Sequence[Step], step: Step) -> str:
     """What ``step`` does, given the steps ``before`` it: a key of :data:`ACTIONS`."""
-    return Transcript(question, before).action(step)
+    return Tracker(question, before).action(step)
 
 
 def walk(trajectory: Trajectory) -> list[tuple[dict[str, str], str]]:
@@ -413,7 +413,7 @@ def walk(trajectory: Trajectory) -> list[tuple[dict[str, str], str]]:
 
     A step under the demand 'last step: answer now' is left out: there nothing but an answer was possible.
     """
-    transcript = Transcript(trajectory.question)
+    transcript = Tracker(trajectory.question)
     found = []
     for place, step in enumerate(trajectory.steps):
         if not answer_demanded(trajectory.question, trajectory.steps[:place]):

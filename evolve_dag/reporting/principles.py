@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.evaluation.intervals import Interval, share_interval
-from evolve_dag.experience.features import FEATURES, Transcript
+from evolve_dag.experience.features import FEATURES, Tracker
 from evolve_dag.lineage import audit
 from evolve_dag.records import ExperienceItem, Step, ToolCall
 from evolve_dag.steps.base import STEP_ORDER
@@ -398,11 +398,11 @@ def _situations(artifact: Artifact, most: int) -> Iterable[tuple[Sequence[str], 
     """Chosen items and features before every step of the first ``most`` episodes."""
     questions = dict(_columns(artifact, "trajectories.parquet", "id", "question").head(most).iter_rows())
     names = ("trajectory_id", "index", "text", "tool", "arguments", "answer", "observation", "problem", "selected")
-    walks: dict[str, Transcript] = {}
+    walks: dict[str, Tracker] = {}
     steps = _columns(artifact, "steps.parquet", *names, of=questions)
     for row in steps.sort("trajectory_id", "index").iter_rows(named=True):
         name = row["trajectory_id"]
-        walk = walks.setdefault(name, Transcript(questions[name]))
+        walk = walks.setdefault(name, Tracker(questions[name]))
         yield row["selected"], walk.features()
         call = None if row["tool"] is None else ToolCall(row["tool"], json.loads(row["arguments"] or "{}"))
         walk.append(

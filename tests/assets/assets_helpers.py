@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from evolve_dag.definitions import defs
 from evolve_dag.distillation.alignment import StudentRow
-from evolve_dag.distillation.dataset import DistillationRow, StepContext, save_contexts
+from evolve_dag.distillation.dataset import DistillationRow, StepView, save_contexts
 from evolve_dag.distillation.teacher import TeacherTargets
 from evolve_dag.evaluation.metrics import evaluate_summary, score_trajectories
 from evolve_dag.experience.pool import Pool
@@ -95,7 +95,7 @@ class FakeSteps:
         made = [
             DistillationRow(
                 StudentRow(t.id, (1, 5, 6, 1, 7, 8, 9), (0, 1), ((1, 3), (4, 7))),
-                (StepContext(0, ("p0001",), self.hint, 3), StepContext(1, (), "", 4)),
+                (StepView(0, ("p0001",), self.hint, 3), StepView(1, (), "", 4)),
                 teacher,
             )
             for t in sampled

@@ -39,7 +39,7 @@ def tick(instance: dg.DagsterInstance) -> dg.RunRequest | dg.SkipReason:
     return result
 
 
-def decision(instance: dg.DagsterInstance, switched_on: float = 0.0) -> scheduling.Decision:
+def decision(instance: dg.DagsterInstance, switched_on: float = 0.0) -> scheduling.ScheduleDecision:
     """What a tick would decide of ``tiny``."""
     root = registry.default_store()
     return scheduling.decide(automation.situation(instance, root, registry.load(root, "tiny"), switched_on))
@@ -140,7 +140,7 @@ def test_a_tick_asks_for_the_next_iteration_or_says_why_not(
     config: Path, experiment: Experiment, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "run it by hand first" in str(tick(instance))
-    go_on = scheduling.Decision(2, "tiny: iteration 2 is next")
+    go_on = scheduling.ScheduleDecision(2, "tiny: iteration 2 is next")
     monkeypatch.setattr(scheduling, "decide", lambda situation: go_on)
     request = tick(instance)
     assert isinstance(request, dg.RunRequest)

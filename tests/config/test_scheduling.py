@@ -10,7 +10,7 @@ from dagster._utils.schedules import is_valid_cron_schedule, schedule_execution_
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evolve_dag.config.scheduling import Decision, LastRun, Situation, check_schedule, decide, schedule_names
+from evolve_dag.config.scheduling import LastRun, ScheduleDecision, Situation, check_schedule, decide, schedule_names
 
 LIMITS = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 6))
 
@@ -133,7 +133,7 @@ def test_a_tick_decides_and_says_why(situation: Situation, iteration: int | None
 
 @given(st.frozensets(st.integers(1, 6)), st.integers(1, 6), st.booleans())
 def test_an_iteration_starts_only_in_order_and_never_past_the_last(promoted: frozenset[int], last: int, busy: bool) -> None:
-    decision: Decision = decide(at(promoted=promoted, iterations=last, running="0123456789" if busy else None))
+    decision: ScheduleDecision = decide(at(promoted=promoted, iterations=last, running="0123456789" if busy else None))
     if decision.iteration is not None:
         assert not busy
         assert decision.iteration <= last

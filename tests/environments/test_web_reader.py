@@ -14,7 +14,7 @@ from web_fakes import Heard, Reply, Web
 
 from evolve_dag.environments.web import documents
 from evolve_dag.environments.web.guard import Guard
-from evolve_dag.environments.web.reader import JinaReader, LocalReader, Page, Summarizer, page_from_memory, page_to_memory
+from evolve_dag.environments.web.reader import JinaReader, LocalReader, ReadPage, Summarizer, page_from_memory, page_to_memory
 from evolve_dag.environments.web.sandbox import open_parser
 from evolve_dag.environments.web.services import Service
 from evolve_dag.errors import ModelError
@@ -176,7 +176,7 @@ def summarizer(model: ScriptedModel, memory: Memory | None = None, identity: str
 def test_a_page_is_summed_up_for_the_goal() -> None:
     model = ScriptedModel(lambda messages: "<think>let me see</think>\nThe mayor is Rato Miku.")
     shown = asyncio.run(
-        summarizer(model).summarize(Page("https://e.example/", "Bado", "facts {{goal}} facts"), "who is\nmayor?")
+        summarizer(model).summarize(ReadPage("https://e.example/", "Bado", "facts {{goal}} facts"), "who is\nmayor?")
     )
     assert shown == "page: Bado\nThe mayor is Rato Miku."
     (request,) = model.requests
@@ -189,7 +189,7 @@ def test_a_page_is_summed_up_for_the_goal() -> None:
 @pytest.mark.parametrize("reply", [ModelError("gone"), RuntimeError("broken"), "  ", "<think>only thoughts</think>"])
 def test_a_model_that_fails_leaves_the_page_and_is_not_remembered(tmp_path: Path, reply: str | Exception) -> None:
     memory = Memory(tmp_path / "memory.sqlite")
-    page = Page("https://e.example/", "", "the text of the page")
+    page = ReadPage("https://e.example/", "", "the text of the page")
     replies = [reply, "Good."]
     model = ScriptedModel(lambda messages: replies.pop(0))
     shown = asyncio.run(summarizer(model, memory).summarize(page, "goal"))
@@ -203,20 +203,20 @@ def test_a_model_that_fails_leaves_the_page_and_is_not_remembered(tmp_path: Path
 def test_what_is_remembered_depends_on_page_goal_and_model(tmp_path: Path) -> None:
     memory = Memory(tmp_path / "memory.sqlite")
     model = ScriptedModel(lambda messages: f"answer {len(model.requests)}")
-    page = Page("https://e.example/", "T", "text")
+    page = ReadPage("https://e.example/", "T", "text")
 
-    def ask(page: Page = page, goal: str = "g", identity: str = "m") -> str:
+    def ask(page: ReadPage = page, goal: str = "g", identity: str = "m") -> str:
         return asyncio.run(summarizer(model, memory, identity).summarize(page, goal)).rpartition("\n")[2]
 
-    assert [ask(), ask(), ask(goal="h"), ask(identity="n"), ask(Page("https://e.example/", "T", "text2")), ask()] == [
+    assert [ask(), ask(), ask(goal="h"), ask(identity="n"), ask(ReadPage("https://e.example/", "T", "text2")), ask()] == [
         "answer 1", "answer 1", "answer 2", "answer 3", "answer 4", "answer 1",
     ]  # fmt: skip
     # The same page under another address is the same page.
-    assert ask(Page("https://mirror.example/", "T", "text")) == "answer 1"
+    assert ask(ReadPage("https://mirror.example/", "T", "text")) == "answer 1"
     memory.close()
 
 
 @given(st.text(), st.text(), st.text())
 def test_pages_survive_the_memory(url: str, title: str, text: str) -> None:
-    page = Page(url, title, text)
+    page = ReadPage(url, title, text)
     assert page_from_memory(page_to_memory(page)) == page

@@ -9,7 +9,7 @@ from evolve_dag.experience.features import (
     ACTIONS,
     FEATURES,
     OBSERVATIONS,
-    Transcript,
+    Tracker,
     action,
     answer_demanded,
     features,
@@ -227,7 +227,7 @@ STEPS = st.lists(
 @settings(deadline=None)
 @given(st.one_of(TEXT, st.just(QUESTION)), STEPS)
 def test_any_transcript_has_features_and_the_transcript_agrees_with_the_function(question: str, steps: list[Step]) -> None:
-    transcript = Transcript(question)
+    transcript = Tracker(question)
     for place, step in enumerate(steps):
         state = transcript.features()
         assert state == features(question, steps[:place])

@@ -16,6 +16,17 @@ from evolve_dag.errors import ModelError
 from evolve_dag.inference.chat import GRAMMAR_TAGS, ChatFormat
 from evolve_dag.records import Message
 
+
+@pytest.fixture(scope="session", params=["byte_level", "word_level"])
+def chat(request: pytest.FixtureRequest) -> ChatFormat:
+    return ChatFormat.from_tokenizer(getattr(tiny_tokenizers, request.param)())
+
+
+@pytest.fixture(scope="session")
+def byte_chat() -> ChatFormat:
+    return ChatFormat.from_tokenizer(tiny_tokenizers.byte_level())
+
+
 CONVERSATION = (
     Message("system", "You search."),
     Message("user", "Who is the mayor of Bado Keli?"),

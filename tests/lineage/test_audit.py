@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from evolve_dag import cli
 from evolve_dag.config.schema import Experiment
 from evolve_dag.distillation.alignment import StudentRow
-from evolve_dag.distillation.dataset import DistillationRow, StepContext, load_contexts
+from evolve_dag.distillation.dataset import DistillationRow, StepView, load_contexts
 from evolve_dag.errors import ConfigError, OrderError
 from evolve_dag.lineage import audit
 from evolve_dag.lineage.audit import ALL, NONE, Internalized, Measurement, Sums, sums
@@ -68,7 +68,7 @@ def artifact(store: Store, kind: str) -> Artifact:
 
 def row(name: str, spans: tuple[tuple[int, int], ...], selected: tuple[tuple[str, ...], ...]) -> DistillationRow:
     steps = tuple(range(len(spans)))
-    contexts = tuple(StepContext(step, names, "x" if names else "", 1) for step, names in zip(steps, selected, strict=True))
+    contexts = tuple(StepView(step, names, "x" if names else "", 1) for step, names in zip(steps, selected, strict=True))
     return DistillationRow(StudentRow(name, tuple(range(20)), steps, spans), contexts, None)
 
 

@@ -31,7 +31,7 @@ PARSE_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class ReadPage:
     """A page that was read."""
 
     url: str
@@ -64,7 +64,7 @@ class LocalReader:
     attempts: int = 2
     pause: float = 1.0
 
-    async def read(self, url: str) -> Page:
+    async def read(self, url: str) -> ReadPage:
         """The page at ``url``.
 
         Raises:
@@ -80,18 +80,18 @@ class LocalReader:
                 await asyncio.sleep(self.pause)
         return await self._text(fetched)
 
-    async def _text(self, fetched: Fetched) -> Page:
+    async def _text(self, fetched: Fetched) -> ReadPage:
         if fetched.kind == "text":
             text = fetched.body.decode(fetched.charset or "utf-8", "replace")
-            return Page(fetched.url, "", head(text, self.characters))
+            return ReadPage(fetched.url, "", head(text, self.characters))
         arguments = {"url": fetched.url, "charset": fetched.charset, "characters": self.characters + 1}
         text = await asyncio.get_running_loop().run_in_executor(
             self.executor, lambda: parse(self.parser(), fetched.body, fetched.kind, arguments)
         )
         if fetched.kind != "html":
-            return Page(fetched.url, "", head(text, self.characters))
+            return ReadPage(fetched.url, "", head(text, self.characters))
         title, _, rest = text.partition("\n")
-        return Page(fetched.url, title, rest)  # its end is its links, so it was cut to size where it was read
+        return ReadPage(fetched.url, title, rest)  # its end is its links, so it was cut to size where it was read
 
 
 def parse(sandbox: Sandbox, body: bytes, kind: str, arguments: Mapping[str, object]) -> str:
@@ -125,7 +125,7 @@ class JinaReader:
     service: Service | None = None
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
-    async def read(self, url: str) -> Page:
+    async def read(self, url: str) -> ReadPage:
         """The page at ``url``.
 
         Raises:
@@ -150,7 +150,7 @@ class JinaReader:
         if isinstance(final, str) and final and self.guard.blocks(final):
             raise ToolError("this address may not be opened: it sends on to a blocked host")
         title = data.get("title")
-        return Page(str(final or target.url), title if isinstance(title, str) else "", head(content, self.characters))
+        return ReadPage(str(final or target.url), title if isinstance(title, str) else "", head(content, self.characters))
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Summarizer:
     """Of the model: what it writes for one page and goal follows from this."""
     memory: Memory | None
 
-    async def summarize(self, page: Page, goal: str) -> str:
+    async def summarize(self, page: ReadPage, goal: str) -> str:
         """The observation. When the model fails, the beginning of the page, and a line that says so; that is not remembered."""
         key = Memory.key_of("summary", page.title, page.text, goal, self.identity(), prompts.digest(PROMPT))
         known = self.memory.get("web", key) if self.memory is not None else None
@@ -175,7 +175,7 @@ class Summarizer:
                 self.memory.put("web", key, known)
         return f"{page.title_line}\n{known}"
 
-    async def _ask(self, page: Page, goal: str) -> str | None:
+    async def _ask(self, page: ReadPage, goal: str) -> str | None:
         prompt = prompts.load(PROMPT).fill(goal=one_line(goal, 1000), url=one_line(page.url, 500), page=plain(page.text))
         try:
             completion = await self.model().generate(
@@ -187,11 +187,11 @@ class Summarizer:
         return completion.text.rpartition("</think>")[2].strip() or None
 
 
-def page_to_memory(page: Page) -> str:
+def page_to_memory(page: ReadPage) -> str:
     """One string for :class:`~evolve_dag.store.memory.Memory`."""
     return json.dumps([page.url, page.title, page.text], ensure_ascii=True)
 
 
-def page_from_memory(value: str) -> Page:
+def page_from_memory(value: str) -> ReadPage:
     """The inverse of :func:`page_to_memory`."""
-    return Page(*json.loads(value))
+    return ReadPage(*json.loads(value))

@@ -22,7 +22,7 @@ from evolve_dag.environments.web.reader import (
     PROMPT,
     JinaReader,
     LocalReader,
-    Page,
+    ReadPage,
     Summarizer,
     page_from_memory,
     page_to_memory,
@@ -251,7 +251,7 @@ class ToolsWorld:
             return await self._summarizer.summarize(page, goal)
         return page.shown
 
-    async def _page(self, url: str) -> Page:
+    async def _page(self, url: str) -> ReadPage:
         s = self.settings
         key = self._day_key("page", url, s.reader, s.page_characters, s.page_bytes, sorted(s.blocked))
         known = self._recall(key)

@@ -102,7 +102,7 @@ class PoolEditor:
         """What the candidates of one group do to the pool; none when the call fails. Against an empty pool there is
         nothing to decide: all are added."""
         pool, candidates = self.pool, lesson.candidates
-        decisions: list[plans.Decision] | None = None
+        decisions: list[plans.PoolDecision] | None = None
         if pool.items and candidates:
             listed = "\n".join(f"{n}. {candidate.text}" for n, candidate in enumerate(candidates, 1))
             blanks = {
@@ -125,7 +125,7 @@ class PoolEditor:
                 decisions = plans.read_decisions(value, count, ids, self._tally)
         drafts = []
         for place, candidate in enumerate(candidates):
-            decision = decisions[place] if decisions is not None else plans.Decision("ADD")
+            decision = decisions[place] if decisions is not None else plans.PoolDecision("ADD")
             reason = decision.reason or candidate.why or f"learned from {lesson.task_id}"
             provenance = (reason, lesson.trajectory_ids, frozenset({lesson.task_id}))
             if decision.operation == "DELETE":

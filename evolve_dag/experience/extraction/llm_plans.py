@@ -74,7 +74,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class PoolDecision:
     """What one candidate does to the pool."""
 
     operation: Operation
@@ -159,7 +159,7 @@ def read_candidates(value: Any) -> list[Candidate] | None:
     return candidates if candidates or not found else None
 
 
-def read_decisions(value: Any, count: int, ids: Collection[str], tally: Tally) -> list[Decision] | None:
+def read_decisions(value: Any, count: int, ids: Collection[str], tally: Tally) -> list[PoolDecision] | None:
     """One decision per candidate, in order; None: the answer holds no decision at all.
 
     - A candidate without a decision is added (``undecided``): what a critique wrote is not lost by an omission.
@@ -170,7 +170,7 @@ def read_decisions(value: Any, count: int, ids: Collection[str], tally: Tally) -
     found = entries(value, "decisions", ("operation", "candidate", "action", "decision"))
     if not found:
         return None
-    decided: dict[int, Decision] = {}
+    decided: dict[int, PoolDecision] = {}
     counted: Tally = Counter()
     read = 0
     for place, entry in enumerate(found, 1):
@@ -192,12 +192,12 @@ def read_decisions(value: Any, count: int, ids: Collection[str], tally: Tally) -
             if operation in ("UPDATE", "DELETE") and item_id is None:
                 counted["unknown_ids"] += 1
                 operation = "ADD" if operation == "UPDATE" else "NONE"
-            decided[number] = Decision(operation, item_id, text if operation in ("ADD", "UPDATE") else None, reason)
+            decided[number] = PoolDecision(operation, item_id, text if operation in ("ADD", "UPDATE") else None, reason)
     if not read:
         return None
     counted["undecided"] += count - len(decided)
     tally.update(counted)
-    undecided = Decision("ADD", reason="no decision was given")
+    undecided = PoolDecision("ADD", reason="no decision was given")
     return [decided.get(number, undecided) for number in range(1, count + 1)]
 
 

@@ -24,7 +24,7 @@ from evolve_dag.experience.extraction.llm_plans import (
     DECISIONS_SCHEMA,
     RECONCILE_SCHEMA,
     REPAIR_SCHEMA,
-    Decision,
+    PoolDecision,
     known_id,
     read_candidates,
     read_consolidation,
@@ -209,33 +209,34 @@ def test_an_unreadable_decision_adds_the_candidates_and_is_counted() -> None:
 
 
 IDS = ("p0001", "p0002")
-SHAPES: list[tuple[Any, int, list[Decision], dict[str, int]]] = [
-    (decide({"operation": "ADD", "content": "x"}), 1, [Decision("ADD", None, "x", "r")], {}),
+SHAPES: list[tuple[Any, int, list[PoolDecision], dict[str, int]]] = [
+    (decide({"operation": "ADD", "content": "x"}), 1, [PoolDecision("ADD", None, "x", "r")], {}),
     # prose and case of the operation; the text under another name; ids in brackets or a list
     ({"decisions": [{"candidate": 1, "operation": " update ", "id": "[p0002]", "text": "x"}]}, 1,
-     [Decision("UPDATE", "p0002", "x")], {}),
-    ([{"candidate": "1", "action": "remove", "id": ["p0001"]}], 1, [Decision("DELETE", "p0001")], {}),
+     [PoolDecision("UPDATE", "p0002", "x")], {}),
+    ([{"candidate": "1", "action": "remove", "id": ["p0001"]}], 1, [PoolDecision("DELETE", "p0001")], {}),
     # a dict in place of the list: by number, or one decision alone
     ({"1": {"operation": "NONE"}, "2": {"operation": "DELETE", "id": "p0001"}}, 2,
-     [Decision("NONE"), Decision("DELETE", "p0001")], {}),
-    ({"decisions": {"C2": {"operation": "NONE"}, "C1": {"operation": "ADD"}}}, 2, [Decision("ADD"), Decision("NONE")], {}),
-    ({"operation": "NONE", "candidate": 1}, 1, [Decision("NONE")], {}),
-    ({"plan": [{"operation": "NONE"}]}, 1, [Decision("NONE")], {}),
+     [PoolDecision("NONE"), PoolDecision("DELETE", "p0001")], {}),
+    ({"decisions": {"C2": {"operation": "NONE"}, "C1": {"operation": "ADD"}}}, 2,
+     [PoolDecision("ADD"), PoolDecision("NONE")], {}),
+    ({"operation": "NONE", "candidate": 1}, 1, [PoolDecision("NONE")], {}),
+    ({"plan": [{"operation": "NONE"}]}, 1, [PoolDecision("NONE")], {}),
     # decided twice: the first stands; none: added; one too many: dropped
-    (decide({"operation": "NONE"}) ["decisions"] * 2, 1, [Decision("NONE", reason="r")], {"duplicates": 1}),
-    (decide({"operation": "NONE"}), 2, [Decision("NONE", reason="r"), Decision("ADD", reason="no decision was given")],
+    (decide({"operation": "NONE"}) ["decisions"] * 2, 1, [PoolDecision("NONE", reason="r")], {"duplicates": 1}),
+    (decide({"operation": "NONE"}), 2, [PoolDecision("NONE", reason="r"), PoolDecision("ADD", reason="no decision was given")],
      {"undecided": 1}),
-    (decide({"operation": "NONE"}, {"operation": "NONE"}), 1, [Decision("NONE", reason="r")], {"surplus": 1}),
+    (decide({"operation": "NONE"}, {"operation": "NONE"}), 1, [PoolDecision("NONE", reason="r")], {"surplus": 1}),
     ([{"operation": "NONE"}, {"operation": "rename"}], 2,
-     [Decision("NONE"), Decision("ADD", reason="no decision was given")], {"unknown_operations": 1, "undecided": 1}),
+     [PoolDecision("NONE"), PoolDecision("ADD", reason="no decision was given")], {"unknown_operations": 1, "undecided": 1}),
     # content of the wrong type is no content
-    (decide({"operation": "UPDATE", "id": "p0001", "content": {"x": 1}}), 1, [Decision("UPDATE", "p0001", None, "r")], {}),
-    (decide({"operation": "UPDATE", "id": 3}), 1, [Decision("ADD", None, None, "r")], {"unknown_ids": 1}),
+    (decide({"operation": "UPDATE", "id": "p0001", "content": {"x": 1}}), 1, [PoolDecision("UPDATE", "p0001", None, "r")], {}),
+    (decide({"operation": "UPDATE", "id": 3}), 1, [PoolDecision("ADD", None, None, "r")], {"unknown_ids": 1}),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("value", "count", "expected", "counted"), SHAPES, ids=[str(n) for n in range(len(SHAPES))])
-def test_shapes_of_decisions(value: Any, count: int, expected: list[Decision], counted: dict[str, int]) -> None:
+def test_shapes_of_decisions(value: Any, count: int, expected: list[PoolDecision], counted: dict[str, int]) -> None:
     tally: Counter[str] = Counter()
     assert read_decisions(value, count, IDS, tally) == expected
     assert +tally == counted

@@ -112,7 +112,7 @@ def test_lexical_selector_knows_nothing_of_the_features(monkeypatch: pytest.Monk
     def broken(*_: object) -> dict[str, str]:
         raise AssertionError("the lexical selector looked at the features")
 
-    monkeypatch.setattr("evolve_dag.experience.features.Transcript", broken)  # every feature is read from one
+    monkeypatch.setattr("evolve_dag.experience.features.Tracker", broken)  # every feature is read from one
     bare = Pool(tuple(ExperienceItem(i.id, i.text, i.granularity, evidence=i.evidence) for i in POOL.items))
     for name, steps in (("a", []), ("b", EMPTY), ("c", LISTING), ("d", PART)):
         assert select(LexicalSelector(3), steps, bare) == before[name]
