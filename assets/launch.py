@@ -23,7 +23,7 @@ from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import ConfigError, EvolveError, StoreError
 from evolve_dag.steps import base
 from evolve_dag.store.artifacts import Store
-from evolve_dag.store.disk import is_disk_error
+from evolve_dag.store.faults import explained
 from evolve_dag.store.mirror import open_store
 
 LINEAGE_TAG = "evolve/experiment"
@@ -175,10 +175,12 @@ def run(config: Path, *, seed: int | None, iterations: int | None, root: Path, c
     try:
         return _run(config, seed=seed, iterations=iterations, root=root, console=console)
     except Exception as error:
-        culprit = _cause(error)
-        if culprit is None or os.environ.get("EVOLVE_DEBUG"):
+        if os.environ.get("EVOLVE_DEBUG"):
             raise
-        raise culprit from None
+        if type(error).__name__ == "DagsterAssetCheckFailedError":
+            evidence = "the check's evidence is in the web interface (evolve ui) under the asset's checks"
+            raise EvolveError(str(error), evidence) from None
+        raise explained(error) from None
 
 
 def _run(config: Path, *, seed: int | None, iterations: int | None, root: Path, console: Console) -> RunResult:
@@ -187,9 +189,10 @@ def _run(config: Path, *, seed: int | None, iterations: int | None, root: Path, 
     # Mistakes in the user's files and missing weights show here, before anything is written.
     base.resolve_iteration(experiment, 1, store)
     if experiment.environment.kind != "pocket":
+        from evolve_dag.tasks.streams import of_iteration
         from evolve_dag.tasks.suites import check_disjoint
 
-        check_disjoint(experiment)
+        check_disjoint(of_iteration(experiment, 1))
     count = iterations or experiment.iterations
     name = experiment.experiment
     session = ConsoleSession(experiment, count, console)
@@ -237,20 +240,6 @@ def _execute(root: Path, session: Session, instance: dg.DagsterInstance, job: st
         )
     except DagsterExecutionInterruptedError:
         raise KeyboardInterrupt from None
-
-
-def _cause(error: BaseException) -> EvolveError | None:
-    """The evolve-dag error behind what Dagster raised."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, EvolveError):
-            return seen
-        if is_disk_error(seen):
-            return StoreError(f"the disk is full or broken: {seen}", "free room, then run the same command: nothing is lost")
-        seen = seen.__cause__ or getattr(seen, "user_exception", None) or seen.__context__
-    if type(error).__name__ == "DagsterAssetCheckFailedError":
-        return EvolveError(str(error), "the check's evidence is in the web interface (evolve ui) under the asset's checks")
-    return None
 
 
 def _end_dead_runs(instance: dg.DagsterInstance, name: str) -> None:

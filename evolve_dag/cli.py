@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from evolve_dag.errors import ConfigError, EvolveError
+from evolve_dag.records import LARGEST_SEED as MOST
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,7 +48,7 @@ LineageArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="Experime
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON")]
 SeedOption = Annotated[
     int | None,
-    typer.Option("--seed", min=0, metavar="N", help="The lineage of another seed than the file's: <experiment>-s<N>"),
+    typer.Option("--seed", min=0, max=MOST, metavar="N", help="The lineage of another seed than the file's: <experiment>-s<N>"),
 ]
 
 
@@ -64,6 +65,13 @@ def main() -> None:
     except BrokenPipeError:  # `evolve ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
+    except Exception as error:
+        if os.environ.get("EVOLVE_DEBUG"):
+            raise
+        from evolve_dag.store.faults import explained
+
+        print(f"error: {explained(error)}", file=sys.stderr)
+        sys.exit(FAILED)
 
 
 @app.command()
@@ -74,7 +82,7 @@ def run(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, metavar="N", help="Another seed than the file's; its lineage is named <experiment>-s<N>"),
+        typer.Option(min=0, max=MOST, metavar="N", help="Another seed than the file's; its lineage is named <experiment>-s<N>"),
     ] = None,
     store: StoreOption = None,
 ) -> None:
@@ -181,7 +189,8 @@ def report(
     configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help="Experiment files or names, compared side by side")],
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Default: <store>/reports/<name>.html")] = None,
     seed: Annotated[
-        list[int] | None, typer.Option("--seed", min=0, metavar="N", help="These seeds of every experiment; may be repeated")
+        list[int] | None,
+        typer.Option("--seed", min=0, max=MOST, metavar="N", help="These seeds of every experiment; may be repeated"),
     ] = None,
     store: StoreOption = None,
 ) -> None:
@@ -202,7 +211,7 @@ def trace(
         str | None, typer.Option("--of", metavar="CONFIG", help="Only in this experiment (file or name)")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, metavar="N", help="With --of: its lineage of another seed")
+        int | None, typer.Option("--seed", min=0, max=MOST, metavar="N", help="With --of: its lineage of another seed")
     ] = None,
     json: JsonOption = False,
     store: StoreOption = None,
@@ -450,12 +459,12 @@ def model(
 @pocket.command("pretrain")
 def pretrain(
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: the folder in the package")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST)] = 0,
     scale: Annotated[float, typer.Option(min=0.001, max=10, help="Share of the tokens that the shipped weights saw")] = 1.0,
     processes: Annotated[int, typer.Option(min=1, help="One thread each; decides the result, as the seed does")] = 2,
     measure: Annotated[bool, typer.Option(help="Measure copying, obedience and recall afterwards (measured.json)")] = True,
 ) -> None:
-    """Make the weights of the pocket policy anew (about 20 minutes on 2 cores)."""
+    """Make the weights of the pocket policy anew (about 50 minutes on 2 cores)."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from evolve_dag.environments.pocket.pretrain import pretrain_recipe
@@ -503,7 +512,7 @@ def play(
         int | None, typer.Option(min=1, metavar="K", help="policy(K). Default: the newest in the store")
     ] = None,
     task: Annotated[str | None, typer.Option(metavar="ID", help="A development task. Default: one by the seed")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST)] = 0,
     experience: Annotated[bool, typer.Option(help="Whether the policy sees its experience")] = True,
     store: StoreOption = None,
 ) -> None:

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+LARGEST_SEED = 2**64 - 1
+"""What torch takes; numpy and random take more."""
+
 Role = Literal["system", "user", "assistant", "tool"]
 Granularity = Literal["principle", "instance"]
 InjectionPattern = Literal["none", "global", "step_wise"]

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from evolve_dag.config.schema import Experiment, contradictions
+from evolve_dag.config.yamlfile import read_mapping
 from evolve_dag.errors import ConfigError
 
 
@@ -23,16 +23,15 @@ def load_experiment(path: str | Path) -> Experiment:
         ConfigError: lists every mistake with its file and key.
     """
     path = Path(path)
-    merged, origin = _merge_chain(path, ())
-    merged.setdefault("experiment", path.stem)
     mistakes: list[str] = []
-    experiment: Experiment | None = None
+    merged, origin = _merge_chain(path, (), mistakes)
+    merged.setdefault("experiment", path.stem)
     try:
         experiment = Experiment.model_validate(merged)
     except ValidationError as error:
-        mistakes = [_describe(item, merged, origin, path) for item in error.errors()]
-    if experiment is not None:
-        mistakes = [f"{_origin(origin, key, path)}: {key}: {what}" for key, what in contradictions(experiment)]
+        mistakes += [_describe(item, merged, origin, path) for item in error.errors()]
+    else:
+        mistakes += [f"{_origin(origin, key, path)}: {key}: {what}" for key, what in contradictions(experiment)]
         if not mistakes:
             return experiment
     lines = "\n".join(f"  {n}. {m}" for n, m in enumerate(mistakes, 1))
@@ -51,50 +50,47 @@ _PATH_KEYS = (
 )
 
 
-def _merge_chain(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, Path]]:
-    """Content of ``path`` laid over what it extends, and the file that each dotted key came from."""
-    resolved = path.resolve()
+def _merge_chain(path: Path, seen: tuple[Path, ...], mistakes: list[str]) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Content of ``path`` laid over what it extends, and the file that each dotted key came from; adds to ``mistakes``."""
+    try:
+        resolved = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a zero byte
+        raise ConfigError(f"{str(path)!r}: no file can be there: {error}", "mend the name") from None
     if resolved in seen:
         raise ConfigError(
             f"{path}: extends itself through {' -> '.join(p.name for p in (*seen, resolved))}", "break the circle"
         )
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file", "check the path given, or the extends: of the file that names it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}", "check indentation and colons at the place above") from None
-    if content is None:
-        content = {}
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path}: holds a {type(content).__name__}, not a mapping of keys", "start with e.g. `extends: pocket.yaml`"
-        )
+    content, wrong_here = read_mapping(path)
+    mistakes += [f"{path}: {wrong}" for wrong in wrong_here]
     parent = content.pop("extends", None)
     for dotted in _PATH_KEYS:
-        _make_absolute(content, dotted, path)
+        if wrong := _make_absolute(content, dotted, path):
+            mistakes.append(f"{path}: {dotted}: {wrong}")
     if parent is None:
         base: dict[str, Any] = {}
         origin: dict[str, Path] = {}
     else:
         if not isinstance(parent, str):
             raise ConfigError(f"{path}: extends: must be the name of one file", "write e.g. `extends: pocket.yaml`")
-        base, origin = _merge_chain(path.parent / parent, (*seen, resolved))
+        base, origin = _merge_chain(path.parent / parent, (*seen, resolved), mistakes)
         if "experiment" not in content:
             base.pop("experiment", None)
     _overlay(base, content, "", path, origin)
     return base, origin
 
 
-def _make_absolute(content: dict[str, Any], dotted: str, path: Path) -> None:
+def _make_absolute(content: dict[str, Any], dotted: str, path: Path) -> str | None:
+    """Resolve one path against the file that states it; returns what is wrong with it."""
     *parents, last = dotted.split(".")
     node: Any = content
     for part in parents:
         node = node.get(part) if isinstance(node, dict) else None
     if isinstance(node, dict) and isinstance(node.get(last), str) and node[last] != "pocket":
-        node[last] = str((path.parent / node[last]).resolve())
+        try:
+            node[last] = str((path.parent / node[last]).resolve())
+        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a zero byte
+            return f"no file can be there: {error}"
+    return None
 
 
 def _overlay(base: dict[str, Any], over: Mapping[str, Any], prefix: str, path: Path, origin: dict[str, Path]) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evolve_dag.errors import ConfigError, StoreError
+from evolve_dag.records import LARGEST_SEED
 from evolve_dag.store.disk import write_atomic
 
 if TYPE_CHECKING:
@@ -68,15 +69,15 @@ def load_seeded(config: Path, seed: int | None = None) -> Experiment:
     shares every artifact that does not depend on the seed.
 
     Raises:
-        ConfigError: as :func:`evolve_dag.config.loading.load_experiment`, and for a negative seed.
+        ConfigError: as :func:`evolve_dag.config.loading.load_experiment`, and for a seed out of its bounds.
     """
     from evolve_dag.config.loading import load_experiment
 
     experiment = load_experiment(config)
     if seed is None or seed == experiment.seed:
         return experiment
-    if seed < 0:
-        raise ConfigError(f"--seed {seed}: a seed is 0 or more", "choose e.g. --seed 1")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ConfigError(f"--seed {seed}: a seed is from 0 to {LARGEST_SEED}", "choose e.g. --seed 1")
     return experiment.model_copy(update={"seed": seed, "experiment": f"{experiment.experiment}-s{seed}"})
 
 

@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import ConcurrencyError, ConfigError, EvolveError, StoreError
-from evolve_dag.store.disk import disk_error, fsync_folder, is_disk_error, pretty, write_atomic
+from evolve_dag.store.disk import fsync_folder, pretty, write_atomic
+from evolve_dag.store.faults import disk_error, is_disk_error
 from evolve_dag.store.journal import Journal
 from evolve_dag.store.locks import locked
 

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the whole or nothing, and telling a full or broken disk from other faults."""
+"""Files: only regular ones are read, and they are written so that a reader sees the whole or nothing."""
 
 from __future__ import annotations
 
@@ -6,38 +6,52 @@ import contextlib
 import errno
 import json
 import os
-import re
+import stat
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evolve_dag.errors import StoreError
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}
 
-_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
-_DISK_WORDS = re.compile(
-    r"no space left on device|disk quota exceeded|\(os error (28|122|27|30|5)\)|database or disk is full|disk i/o error",
-    re.IGNORECASE,
-)
 
+def regular(path: Path) -> os.stat_result:
+    """Facts of a regular file (or of what a link leads to); opens nothing: a pipe would wait for ever, a device never end.
 
-def is_disk_error(error: BaseException) -> bool:
-    """Whether an exception says that the disk is full, read-only or broken.
-
-    Libraries written in Rust (Polars, safetensors) raise their own types, so their words are read as well.
+    Raises:
+        FileNotFoundError: nothing is there.
+        OSError: it is something else, or cannot be reached; ``strerror`` says what, in a reader's words.
     """
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _DISK_ERRORS
-    return isinstance(error, Exception) and _DISK_WORDS.search(str(error)) is not None
+    try:
+        found = path.stat()
+    except ValueError:  # a zero byte
+        raise OSError(errno.EINVAL, "no file can have this name", str(path)) from None
+    kind = stat.S_IFMT(found.st_mode)
+    if kind != stat.S_IFREG:
+        raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'something else')}, not a file", str(path))
+    return found
 
 
-def disk_error(error: BaseException, path: Path) -> StoreError:
-    """What to raise for an error of the disk: names the path and the remedy."""
-    words = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return StoreError(
-        f"{path}: cannot be written: {words}",
-        "free room on that disk (or name another folder with --store), then run the same command: it resumes, nothing is lost",
-    )
+def read_bytes(path: Path, *, most: int | None = None) -> bytes:
+    """Content of a regular file.
+
+    Args:
+        most: bytes; a larger file is refused.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        OSError: as :func:`regular`, or it cannot be read.
+    """
+    size = regular(path).st_size
+    if most is not None and size > most:
+        raise OSError(errno.EFBIG, f"it has {size} bytes, and at most {most} are read", str(path))
+    return path.read_bytes()
 
 
 def pretty(content: Mapping[str, Any]) -> bytes:

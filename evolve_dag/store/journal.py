@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from evolve_dag.errors import StoreError
-from evolve_dag.store.disk import disk_error, fsync_folder
+from evolve_dag.store.disk import fsync_folder
+from evolve_dag.store.faults import disk_error
 
 
 class Journal:

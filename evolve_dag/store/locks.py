@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from evolve_dag.errors import ConcurrencyError
-from evolve_dag.store.disk import disk_error, write_atomic
+from evolve_dag.store.disk import write_atomic
+from evolve_dag.store.faults import disk_error
 
 log = logging.getLogger(__name__)
 

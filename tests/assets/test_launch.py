@@ -19,6 +19,7 @@ from evolve_dag.definitions import defs
 from evolve_dag.errors import ConcurrencyError, ConfigError, DataError
 from evolve_dag.steps import base
 from evolve_dag.store.artifacts import Store
+from evolve_dag.store.faults import UnexpectedError
 
 ROOT = Path(".evolve")
 
@@ -208,3 +209,45 @@ def test_bars_follow_a_steps_phases() -> None:
     progress: base.Progress = shown
     progress.advance()
     assert task.completed == 1
+
+
+FAULTS = (RuntimeError("boom"), ValueError("boom"), KeyError("boom"), MemoryError())
+
+
+@pytest.mark.parametrize("step", base.STEP_ORDER)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+def test_a_fault_in_any_step_ends_with_a_message_and_the_next_run_goes_on(
+    fake: FakeSteps, config: Path, step: str, fault: BaseException
+) -> None:
+    fake.fail[step] = fault
+    with pytest.raises(UnexpectedError, match="out of memory" if isinstance(fault, MemoryError) else "boom") as caught:
+        run(config, iterations=1)
+    assert caught.value.remedy
+    del fake.fail[step]
+    result, _ = run(config, iterations=1)
+    later = base.STEP_ORDER[base.STEP_ORDER.index(step) :]
+    assert [name for (_, name), made in result.recomputed.items() if made] == list(later)
+
+
+def test_a_fault_through_the_command_is_a_line_and_a_code(
+    fake: FakeSteps, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from evolve_dag import cli
+
+    fake.fail["contexts"] = RuntimeError("boom")
+    monkeypatch.setattr("sys.argv", ["evolve", "run", str(config)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert "error: RuntimeError: boom" in said
+    assert "EVOLVE_DEBUG=1" in said
+    assert "Traceback" not in said
+
+
+def test_a_fault_with_debug_keeps_its_traceback(fake: FakeSteps, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.fail["contexts"] = RuntimeError("boom")
+    monkeypatch.setenv("EVOLVE_DEBUG", "1")
+    with pytest.raises(RuntimeError, match="boom") as caught:
+        run(config)
+    assert not isinstance(caught.value, UnexpectedError)

@@ -92,8 +92,8 @@ def test_missing_file_and_circle(tmp_path: Path) -> None:
         load_experiment(write(tmp_path, "b.yaml", "extends: a.yaml\n"))
 
 
-def test_empty_file_is_the_default_experiment(tmp_path: Path) -> None:
-    assert load_experiment(write(tmp_path, "empty.yaml", "")) == Experiment(experiment="empty")
+def test_a_file_that_only_names_itself_is_the_default_experiment(tmp_path: Path) -> None:
+    assert load_experiment(write(tmp_path, "plain.yaml", "experiment: plain\n")) == Experiment(experiment="plain")
 
 
 def test_regime_parts_settable_alone_and_over_a_preset(tmp_path: Path) -> None:

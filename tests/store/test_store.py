@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from evolve_dag.errors import ConcurrencyError, ConfigError, EvolveError, StoreError
 from evolve_dag.store.artifacts import Artifact, Build, Store
-from evolve_dag.store.disk import is_disk_error
+from evolve_dag.store.faults import is_disk_error
 from evolve_dag.store.journal import Journal
 
 CONFIG = {"seed": 1, "nested": {"rates": [0.5, 1.0], "name": "pocket"}}
