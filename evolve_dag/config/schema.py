@@ -9,6 +9,7 @@ how fast, never what.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -23,7 +24,10 @@ from pydantic import (
 )
 
 from evolve_dag.config.scheduling import check_cron, check_timezone
-from evolve_dag.records import Divergence, Granularity, InjectionPattern, Source
+from evolve_dag.records import LARGEST_SEED, Divergence, Granularity, InjectionPattern, Source
+
+MOST = 10_000_000
+"""Bound of every number that counts something: a slip of the hand, not a need, lies above it."""
 
 
 class Section(BaseModel):
@@ -96,11 +100,11 @@ class VllmModelSettings(Section):
     """Environment variable that holds the servers' key; it may be unset."""
     python: str = Field("", json_schema_extra=RUNTIME)
     """Interpreter of a virtual environment that holds vLLM, for the engine; empty: this one."""
-    context_tokens: int = Field(32_768, ge=256, json_schema_extra=RUNTIME)
+    context_tokens: int = Field(32_768, ge=256, le=MOST, json_schema_extra=RUNTIME)
     """Longest context of the engine (``max_model_len``)."""
     gpu_memory: float = Field(0.85, gt=0, le=1, json_schema_extra=RUNTIME)
     """Share of the GPU's memory that the engine takes."""
-    tensor_parallel: int = Field(1, ge=1, json_schema_extra=RUNTIME)
+    tensor_parallel: int = Field(1, ge=1, le=MOST, json_schema_extra=RUNTIME)
     """GPUs that share one engine."""
     timeout_seconds: float = Field(600.0, gt=0, json_schema_extra=RUNTIME)
     """Longest wait for one answer."""
@@ -119,11 +123,11 @@ class OpenAIModelSettings(Section):
     """Environment variable that holds the key; a local server may need none."""
     structured: Literal["json_schema", "json_object", "none"] = "json_schema"
     """What the endpoint offers for answers in JSON; without it the answer is parsed, and repaired once."""
-    context_tokens: int = Field(32_768, ge=256)
+    context_tokens: int = Field(32_768, ge=256, le=MOST)
     """Its context limit. A longer request keeps head and tail of its longest message, and says that it was cut."""
     extra: dict[str, Any] = {}
     """Further fields of every request's body, e.g. ``chat_template_kwargs: {enable_thinking: false}``."""
-    concurrency: int = Field(32, ge=1, json_schema_extra=RUNTIME)
+    concurrency: int = Field(32, ge=1, le=MOST, json_schema_extra=RUNTIME)
     """Calls in flight, all endpoints together."""
     timeout_seconds: float = Field(180.0, gt=0, json_schema_extra=RUNTIME)
     """Longest wait for one attempt."""
@@ -242,7 +246,7 @@ class ToolsEnvironment(Section):
     """Whether the extractor model sums a visited page up for the stated goal; else its beginning is shown."""
     page_characters: int = Field(12_000, ge=200, le=200_000)
     """Most characters of a page that the policy or the extractor reads."""
-    page_bytes: int = Field(5_000_000, ge=10_000)
+    page_bytes: int = Field(5_000_000, ge=10_000, le=MOST)
     """Larger bodies are refused."""
     blocked: Strings = ("huggingface.co", "hf-mirror.com", "hf.co")
     """Hosts, with all below them, that no tool may open: mirrors of the benchmarks."""
@@ -254,7 +258,7 @@ class ToolsEnvironment(Section):
     """Longest wait for a page or a search."""
     python_seconds: float = Field(10.0, gt=0, le=600)
     """Processor and wall time of one ``python`` call."""
-    python_megabytes: int = Field(512, ge=64)
+    python_megabytes: int = Field(512, ge=64, le=MOST)
     """Memory of one ``python`` call."""
 
 
@@ -271,12 +275,18 @@ class VerificationSettings(Section):
 SuiteName = Literal["jsonl", "webwalkerqa", "gaia_text_103", "browsecomp_zh", "aime", "dapo"]
 
 
+STREAM_WORLDS = 10_000
+"""Distance between the pocket worlds of neighbouring iterations of a stream. Worlds of the other splits lie below it."""
+MOST_STREAM_ITERATIONS = 90
+"""Iterations whose worlds lie below those of measuring and pretraining (environments/pocket)."""
+
+
 class TaskSplit(Section):
     """Tasks of one use: training, development (the gate) or held-out (reported, decides nothing)."""
 
-    count: int | None = Field(None, ge=1)
+    count: int | None = Field(None, ge=1, le=MOST)
     """How many tasks; None takes all of the file."""
-    world: int | None = Field(None, ge=0)
+    world: int | None = Field(None, ge=0, le=MOST)
     """Pocket world that the tasks are about; every split needs its own."""
     path: str | None = None
     """File of tasks; JSONL with ``{"id"?, "question", "answer"}`` a line, or what ``suite`` says."""
@@ -284,8 +294,12 @@ class TaskSplit(Section):
     """Format of the file: docs/benchmarks.md says where each comes from and what its licence is."""
     fields: dict[str, str] = {}
     """Our name -> the file's name, for ``id``, ``question``, ``answer`` and facts to break results down by."""
-    skip: int = Field(0, ge=0)
+    skip: int = Field(0, ge=0, le=MOST)
     """Tasks to leave out before ``count`` are drawn (the order of the draw is fixed), so that splits can share one file."""
+    stream: bool = False
+    """``train`` only: every iteration takes tasks of its own. In the pocket world it asks about a new world; of a file it takes
+    the next ``count`` rows, in their order; of a folder (``path``) the next file, by name. Appending changes no earlier
+    iteration. False: the same tasks in every iteration."""
 
 
 class Tasks(Section):
@@ -300,19 +314,19 @@ class Tasks(Section):
 class RolloutSettings(Section):
     """The ReAct loop and its limits (METHOD step 1)."""
 
-    group_size: int = Field(4, ge=1)
+    group_size: int = Field(4, ge=1, le=MOST)
     """G: trajectories per training task."""
     temperature: float = Field(1.0, ge=0.0)
     """Of the policy's actions; 0 is argmax."""
     top_p: float = Field(1.0, gt=0.0, le=1.0)
     """Nucleus: least share of probability that is sampled from."""
-    max_steps: int = Field(12, ge=1)
+    max_steps: int = Field(12, ge=1, le=MOST)
     """Model calls per episode; the last one is told to answer."""
-    max_tokens: int = Field(2048, ge=64)
+    max_tokens: int = Field(2048, ge=64, le=MOST)
     """Context limit per episode in tokens; past it the next call is told to answer."""
-    max_action_tokens: int = Field(48, ge=4)
+    max_action_tokens: int = Field(48, ge=4, le=MOST)
     """Tokens of one action."""
-    max_seconds: float = Field(600.0, gt=0)
+    max_seconds: float = Field(600.0, gt=0, le=1e7)
     """Wall time of one episode; past it the next call is told to answer."""
     plain_answers: bool = False
     """Whether a turn without a tool call is the final answer, as chat models are wont to give it; else it is malformed."""
@@ -324,27 +338,29 @@ class ExtractionSettings(Section):
     extractor: Literal["contrast", "llm"] = "contrast"
     """``contrast``: mines state -> action patterns that separate success from failure; needs no LLM. ``llm``: the paper's
     chain of summary, critique, decision and reconciliation."""
-    cap: int = Field(12, ge=1)
+    cap: int = Field(12, ge=1, le=MOST)
     """Most items in the pool."""
-    min_support: int = Field(10, ge=1)
+    min_support: int = Field(10, ge=1, le=MOST)
     """Trajectories that must show a pattern."""
     min_lift: float = Field(0.05, ge=0.0)
     """Least gain in group-centred success of the action over the others in the same state."""
     confidence: float = Field(0.95, gt=0.5, lt=1.0)
     """Level at which the lower end of the lift's interval must be above zero."""
+    memory: float = Field(0.8, ge=0, le=1)
+    """``contrast``: what evidence of the iteration before still counts, of two before its square, and so on; 0: none."""
     domain: Literal["web", "mathematics"] = "web"
     """Wording of the prompts of ``llm``."""
-    batch_tasks: int = Field(4, ge=1)
+    batch_tasks: int = Field(4, ge=1, le=MOST)
     """``llm``: tasks whose decisions are reconciled together."""
     candidates: int = Field(3, ge=1, le=10)
     """``llm``: most candidate items per group of mixed outcomes."""
     temperature: float = Field(0.3, ge=0)
     """``llm``: of the extractor's calls."""
-    max_tokens: int = Field(2048, ge=32)
+    max_tokens: int = Field(2048, ge=32, le=MOST)
     """``llm``: most tokens of one of its answers."""
     max_words: int = Field(32, ge=4, le=32)
     """``llm``: longest principle."""
-    max_characters: int = Field(24_000, ge=500)
+    max_characters: int = Field(24_000, ge=500, le=MOST)
     """``llm``: most characters of trajectories in one call; head and tail of what is longer."""
 
 
@@ -362,16 +378,16 @@ class SelectionSettings(Section):
     """``llm``: of the selector's calls."""
     top_p: float = Field(0.9, gt=0, le=1)
     """``llm``: nucleus of the selector's calls."""
-    max_tokens: int = Field(512, ge=32)
+    max_tokens: int = Field(512, ge=32, le=MOST)
     """``llm``: most tokens of one choice."""
-    max_characters: int = Field(8_000, ge=500)
+    max_characters: int = Field(8_000, ge=500, le=MOST)
     """``llm``: most characters of question and steps in one call; head and tail of what is longer."""
 
 
 class DistillationSettings(Section):
     """Teacher -> student, by LoRA (METHOD step 5)."""
 
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, le=MOST)
     """Rank of the LoRA matrices on all linear layers."""
     alpha: float = Field(32.0, gt=0)
     """Scale of the LoRA update: alpha / rank."""
@@ -379,39 +395,39 @@ class DistillationSettings(Section):
     """Peak rate of AdamW in iteration 1."""
     learning_rate_decay: float = Field(0.6, gt=0, le=1.0)
     """Factor per iteration: Adam near zero divergence still takes almost full steps."""
-    epochs: int = Field(2, ge=1)
+    epochs: int = Field(2, ge=1, le=MOST)
     """Passes over the kept trajectories."""
-    tokens_per_batch: int = Field(2048, ge=64)
+    tokens_per_batch: int = Field(2048, ge=64, le=MOST)
     """Padded tokens of one optimizer step."""
-    warmup_steps: int = Field(5, ge=0)
+    warmup_steps: int = Field(5, ge=0, le=MOST)
     """Steps until the peak rate; then it falls linearly to a tenth."""
     gradient_clip: float = Field(1.0, gt=0)
     """Largest norm of a gradient."""
     weight_decay: float = Field(0.0, ge=0)
     """Of the LoRA matrices."""
-    top_k: int = Field(64, ge=0)
+    top_k: int = Field(64, ge=0, le=MOST)
     """Teacher log-probabilities kept per action token, the tail as one more class; 0 keeps all."""
     retention: float = Field(0.6, ge=0, le=1)
     """Share of the steps with an item in context that are learned a second time *with* it, towards the same teacher, so that
     policy(k+1) still reads experience (docs/adr/0004-retention.md). 0 is the loss of the paper alone."""
     jsd_weight: float = Field(0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of ``divergence: jsd``."""
-    refresh: int = Field(1, ge=1)
+    refresh: int = Field(1, ge=1, le=MOST)
     """Times that ``source: student`` samples anew while training; 1 uses the stored trajectories only."""
 
 
 class EvaluationSettings(Section):
     """Held-out results (METHOD step 6)."""
 
-    rollouts: int = Field(1, ge=1)
+    rollouts: int = Field(1, ge=1, le=MOST)
     """Sampled rollouts per held-out task and condition."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     """Common random numbers: experiments with the same value sample from the same draws."""
     with_experience: bool = True
     """Evaluate with experience in context as well."""
     greedy: bool = True
     """Evaluate argmax, without experience, as well."""
-    bootstrap: int = Field(2000, ge=100)
+    bootstrap: int = Field(2000, ge=100, le=MOST)
     """Resamples of an interval."""
 
 
@@ -431,7 +447,7 @@ class TrackingSettings(Section):
 
     mlflow: bool = True
     """Whether iterations are sent to MLflow (``MLFLOW_TRACKING_URI``, else ``sqlite`` in the store), never in the run's way."""
-    trajectories: int = Field(24, ge=0)
+    trajectories: int = Field(24, ge=0, le=MOST)
     """Trajectories sent as MLflow traces, per iteration and condition; 0 sends none."""
 
 
@@ -449,11 +465,11 @@ class ScheduleSettings(Section):
 class RuntimeSettings(Section):
     """How fast, never what: in no digest."""
 
-    threads: int = Field(2, ge=1)
+    threads: int = Field(2, ge=1, le=1024)
     """CPU threads of a model step."""
-    concurrency: int = Field(128, ge=1)
+    concurrency: int = Field(128, ge=1, le=MOST)
     """Episodes in flight."""
-    device: str = "cpu"
+    device: str = Field("cpu", pattern=r"^(cpu|mps|(cuda|xpu)(:[0-9]{1,3})?)$")
     """Where the model runs, as torch names it: `cpu`, `cuda:0`."""
 
 
@@ -464,7 +480,7 @@ class Experiment(Section):
     """Name; the file's name without ending when absent. Partition key in Dagster."""
     description: str = ""
     """One line for lists and the UI."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     """Decides sampling, the order of training and the initial adapter."""
     iterations: int = Field(3, ge=1, le=99)
     """K: where the lineage stops for now; raise it to go on."""
@@ -520,6 +536,22 @@ def _decisive(value: Any) -> Any:
     return {name: _decisive(getattr(value, name)) for name in names}
 
 
+def _stream_mistakes(e: Experiment, name: str, split: TaskSplit) -> list[tuple[str, str]]:
+    if not split.stream:
+        return []
+    found = []
+    if name != "train":
+        found.append(("stream", "only training tasks are a stream: what is compared over iterations must stay the same"))
+    if e.environment.kind != "pocket" and split.count is None and split.path is not None and not Path(split.path).is_dir():
+        found.append(("count", "missing: how many rows of the file an iteration takes"))
+    worlds = [s.world for s in (e.tasks.train, e.tasks.development, e.tasks.held_out) if s.world is not None]
+    if e.environment.kind == "pocket" and max(worlds, default=0) >= STREAM_WORLDS:
+        found.append(("world", f"a stream goes on in steps of {STREAM_WORLDS}: number the worlds of all splits below that"))
+    if e.environment.kind == "pocket" and e.iterations >= MOST_STREAM_ITERATIONS:
+        found.append(("stream", f"the pocket world has fresh worlds for {MOST_STREAM_ITERATIONS - 1} iterations"))
+    return found
+
+
 def contradictions(e: Experiment) -> list[tuple[str, str]]:
     """Combinations that cannot work: ``(key, what is wrong)``."""
     found: list[tuple[str, str]] = []
@@ -568,6 +600,7 @@ def contradictions(e: Experiment) -> list[tuple[str, str]]:
                 found.append((f"{key}.count", "missing: how many tasks"))
         elif split.path is None:
             found.append((f"{key}.path", "missing: a file of tasks"))
+        found.extend((f"{key}.{last}", what) for last, what in _stream_mistakes(e, name, split))
     pairs = [("train", "development"), ("train", "held_out"), ("development", "held_out")]
     for a, b in pairs:
         if e.environment.kind == "pocket" and splits[a].world is not None and splits[a].world == splits[b].world:

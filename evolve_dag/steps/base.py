@@ -33,6 +33,7 @@ from evolve_dag.steps.body import Body, Progress, Silent, StepContext
 from evolve_dag.store.artifacts import Artifact, Store
 from evolve_dag.store.frames import CALLS, calls_to_frame
 from evolve_dag.store.memory import Memory
+from evolve_dag.tasks.streams import of_iteration
 from evolve_dag.tasks.suites import data_digests
 
 STEP_ORDER = ("policy", "trajectories", "experience", "contexts", "adapter", "scores", "promotion")
@@ -59,17 +60,17 @@ SPECS: Mapping[str, StepSpec] = {
     spec.name: spec
     for spec in (
         StepSpec("policy", "1", ("models.policy",), ()),
-        StepSpec("trajectories", "2", ("seed", "tasks.train", *_TASK_KEYS), ("policy",), iteration=True),
+        StepSpec("trajectories", "3", ("seed", "tasks.train", *_TASK_KEYS), ("policy",), iteration=True),
         StepSpec(
             "experience",
-            "3",
+            "4",
             ("seed", "granularity", "extraction", "models.extractor"),
             ("policy", "trajectories"),
             iteration=True,
         ),
         StepSpec(
             "contexts",
-            "4",
+            "5",
             (
                 "seed",
                 *_INJECTION_KEYS,
@@ -86,7 +87,7 @@ SPECS: Mapping[str, StepSpec] = {
         StepSpec("adapter", "3", ("seed", "regime", "distillation"), ("policy", "experience", "contexts"), iteration=True),
         StepSpec(
             "scores",
-            "2",
+            "3",
             ("evaluation", *_INJECTION_KEYS, "tasks.development", "tasks.held_out", *_TASK_KEYS),
             ("policy", "experience", "adapter"),
         ),
@@ -104,6 +105,8 @@ def code_version(name: str) -> str:
 def settings(name: str, experiment: Experiment) -> dict[str, Any]:
     """The slice of config that the step reads, files and models replaced by the hash of their content."""
     values = experiment.slice(*SPECS[name].config)
+    for split in ("tasks.train", "tasks.development", "tasks.held_out"):
+        values.get(split, {}).pop("stream", None)  # which tasks it came to is said by the world, or by the rows' hash
     for key, found in data_digests(experiment).items():
         holder, _, last = key.rpartition(".")
         if holder in values:
@@ -148,7 +151,7 @@ def _used(values: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
 
 def settings_digest(name: str, experiment: Experiment) -> str:
     """Digest of the config slice alone, for the config assets."""
-    return Store.digest_of(f"config/{name}", "1", settings(name, experiment), {})
+    return Store.digest_of(f"config/{name}", "1", settings(name, of_iteration(experiment, 1)), {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +241,10 @@ def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store
     spec = SPECS[name]
     if isinstance(entering, str):
         return Resolved(name, iteration, None, False, missing=entering)
-    config = settings(name, experiment)
+    try:
+        config = settings(name, of_iteration(experiment, iteration))
+    except OrderError as error:  # a stream that holds no tasks for this iteration yet
+        return Resolved(name, iteration, None, False, missing=error.what)
     inputs: dict[str, str] = {}
     missing = None
     if name == "policy":
@@ -246,7 +252,8 @@ def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store
     else:
         for upstream in spec.inputs:
             found = resolve_from(upstream, experiment, iteration, store, entering)
-            assert found.digest is not None
+            if found.digest is None:
+                return Resolved(name, iteration, None, False, missing=found.missing)
             inputs[upstream] = found.digest
             if not found.exists and missing is None:
                 missing = found.missing or f"{upstream}[{partition(experiment, iteration)}]"
@@ -293,6 +300,7 @@ def run_step(
     entering = _entering(experiment, iteration, store)
     expected = resolve_from(name, experiment, iteration, store, entering)
     here = f"{name}[{partition(experiment, iteration)}]"
+    settings(name, of_iteration(experiment, iteration))  # no tasks in the stream: says so
     if expected.missing is not None or expected.digest is None or isinstance(entering, str):
         what = "is not promoted yet" if name == "policy" else "cannot be made yet"
         raise OrderError(
@@ -308,7 +316,15 @@ def run_step(
                 ledger = Ledger(build.ledger_path)
                 roles = Roles(experiment, ledger=ledger, memory=Memory(store.root / "cache" / "memory.sqlite"))
                 here_now = StepContext(
-                    experiment, iteration, store, inputs, build, progress or Silent(), entering, ledger, roles
+                    of_iteration(experiment, iteration),
+                    iteration,
+                    store,
+                    inputs,
+                    build,
+                    progress or Silent(),
+                    entering,
+                    ledger,
+                    roles,
                 )
                 try:
                     _body(name)(here_now)

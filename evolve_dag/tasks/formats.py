@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag.errors import DataError
+from evolve_dag.errors import DataError, OrderError
 from evolve_dag.jsonlines import Mistake, read_objects
 from evolve_dag.records import Task
 from evolve_dag.tasks.jsonl import tasks_from
@@ -49,7 +49,21 @@ def load_suite(split: TaskSplit, *, suite: str) -> list[Task]:
             mistakes.append((number, str(error)))
     if split.suite == "dapo":
         objects = _once(objects)
+    if split.stream:
+        objects = _next_rows(path, objects, split)
+        return tasks_from(path, objects, mistakes, suite=suite, count=None)
     return tasks_from(path, objects, mistakes, suite=suite, count=split.count, skip=split.skip)
+
+
+def _next_rows(path: Path, objects: list[tuple[int, Row]], split: TaskSplit) -> list[tuple[int, Row]]:
+    """The rows of one iteration of a stream, in the file's order: at the end of the file perhaps fewer than ``count``."""
+    taken = objects[split.skip : None if split.count is None else split.skip + split.count]
+    if not taken:
+        raise OrderError(
+            f"{path}: no tasks left: it holds {len(objects)} rows, and this iteration begins with row {split.skip + 1}",
+            "append tasks to the file, or lower `iterations`",
+        )
+    return taken
 
 
 class _RowError(ValueError):

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from evolve_dag.config.schema import CorpusEnvironment, Experiment, PocketEnvironment, ToolsEnvironment
+from evolve_dag.config.schema import CorpusEnvironment, Experiment, PocketEnvironment, TaskSplit, ToolsEnvironment
 from evolve_dag.errors import ConfigError, DataError
 from evolve_dag.protocols import Environment, Verifier
 from evolve_dag.records import Task
@@ -45,7 +45,9 @@ def load_split(experiment: Experiment, name: SplitName, roles: Roles | None = No
     settings = experiment.environment
     tasks = load_tasks_of(experiment, name)
     if isinstance(settings, PocketEnvironment):
-        return Split(tasks, _world(experiment, name).environment(settings.results), verifier)
+        from evolve_dag.environments.pocket.tools import PocketTools
+
+        return Split(tasks, PocketTools(_world(experiment, name), settings.results), verifier)
     if isinstance(settings, ToolsEnvironment):
         from evolve_dag.environments.web.tools import ToolsWorld
 
@@ -98,7 +100,7 @@ def check_disjoint(experiment: Experiment) -> None:
 
 def _corpus(experiment: Experiment, settings: CorpusEnvironment) -> Environment:
     from evolve_dag.environments.corpus import CorpusSearch
-    from evolve_dag.environments.pocket.language import SYSTEM_PROMPT
+    from evolve_dag.environments.pocket.language import CORPUS_PROMPT
     from evolve_dag.inference.folders import is_pocket
 
     return CorpusSearch.from_jsonl(
@@ -108,8 +110,8 @@ def _corpus(experiment: Experiment, settings: CorpusEnvironment) -> Environment:
         title_weight=settings.title_weight,
         text_weight=settings.text_weight,
         minimum_match=settings.minimum_match,
-        # The pocket policy knows one system message; any other model is told the tools in full.
-        system_prompt=SYSTEM_PROMPT if is_pocket(experiment.models.policy) else settings.system or None,
+        # The pocket policy knows one system message for a corpus; any other model is told the tools in full.
+        system_prompt=CORPUS_PROMPT if is_pocket(experiment.models.policy) else settings.system or None,
     )
 
 
@@ -122,13 +124,33 @@ def data_digests(experiment: Experiment) -> dict[str, str]:
         path = getattr(experiment.tasks, name).path
         if path is not None:
             files[f"tasks.{name}.path"] = path
+    train = experiment.tasks.train
+    rows = files.pop("tasks.train.path") if train.stream and train.path is not None else None
     digests = {key: _file_digest(Path(path), key) for key, path in files.items()}
+    if rows is not None:
+        digests["tasks.train.path"] = _rows_digest(experiment, Path(rows))
     if isinstance(experiment.environment, ToolsEnvironment) and experiment.environment.files:
         folder = Path(experiment.environment.files)
         listed = sorted(p for p in folder.rglob("*") if p.is_file())
         content = [f"{p.relative_to(folder).as_posix()}\0{_file_digest(p, 'environment.files')}" for p in listed]
         digests["environment.files"] = f"sha256:{hashlib.sha256(chr(10).join(content).encode()).hexdigest()[:32]}"
     return digests
+
+
+def _rows_digest(experiment: Experiment, path: Path) -> str:
+    """Hash of the tasks that one iteration of a stream takes, whatever else the file holds."""
+    _file_digest(path, "tasks.train.path")
+    stat = path.stat()
+    return _tasks_digest(experiment.tasks.train.model_dump_json(), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _tasks_digest(split: str, size: int, modified: int) -> str:
+    from evolve_dag.tasks.formats import load_suite
+
+    tasks = load_suite(TaskSplit.model_validate_json(split), suite="stream")
+    content = "\n".join(f"{t.id}\0{t.question}\0{t.answer}\0{sorted(t.metadata.items())}" for t in tasks)
+    return f"sha256:{hashlib.sha256(content.encode()).hexdigest()[:32]}"
 
 
 def _file_digest(path: Path, key: str) -> str:
