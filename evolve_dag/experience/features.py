@@ -16,6 +16,8 @@ feature         values
                 title has two of them, so that a kind word is no part of the name)
 ``evidence``    ``asked`` when the question's head word (first content word) stands in the observation, ``part``
                 when another relation word of the question does, else ``none``
+``mark``        what stands with the asked value beside names and numbers ('home: city Bado Keli old 12' is marked
+                ``old``); ``none`` for a plain value, for a sentence and where nothing asked is shown
 ``repeat``      ``yes`` when the last call had been made before
 ``depth``       steps so far: ``early`` (< 3) | ``middle`` (< 6) | ``late``
 ==============  ======================================================================================
@@ -38,7 +40,7 @@ from functools import lru_cache
 
 from evolve_dag.records import Step, ToolCall, Trajectory
 
-FEATURES: tuple[str, ...] = ("tool", "observation", "listed", "shared_name", "evidence", "repeat", "depth")
+FEATURES: tuple[str, ...] = ("tool", "observation", "listed", "shared_name", "evidence", "mark", "repeat", "depth")
 """Names of the features, in the order in which a condition shows them."""
 
 OBSERVATIONS: tuple[str, ...] = ("none", "problem", "empty", "missing", "redirect", "listing", "page")
@@ -54,6 +56,11 @@ ACTIONS: Mapping[str, str] = {
     "search_short": "a free-text call of at most four words",
     "search_long": "a free-text call of more words",
     "use_tool": "any other call (code, or several arguments)",
+    "use:<tool>": "a call of a tool that neither searches nor opens nor runs code, by its name",
+    "answer_highest": "of several rows with a number each, the last observation's, the answer is that with the highest number",
+    "answer_lowest": "the same with the lowest number",
+    "answer_top": "the same, the first row, when its number is neither",
+    "answer_bottom": "the same, the last row or one in the middle, when its number is neither",
     "answer_listed": "the answer stands in a listing only (the last observation decides before earlier ones)",
     "answer_page": "the answer stands on a page",
     "answer_unseen": "the answer stands in no observation",
@@ -97,6 +104,9 @@ _POINTER = re.compile(
 )
 _FIELD = re.compile(r"([^:]{1,40}):(?:\s+|$)(.*)")
 _KEY_WORD = re.compile(r"([^\W_]+)\s*:(?=\s|$)")
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+MARK_WORDS = 2
+"""Most words beside names and numbers in a marked value; more make a sentence."""
 _URL = re.compile(r"https?://[^\s)\]>\"]+")
 _TITLE_END = re.compile(r":\s|\s[-–—|]\s|$|\]\(")
 
@@ -189,6 +199,33 @@ class Observation:
     """Normalised target of a redirect."""
     keys: frozenset[str] = frozenset()
     """Stems of the words that count as evidence."""
+    fields: tuple[tuple[str, str], ...] = ()
+    """(stem of the key, value) of every ``key: value`` line of a page, in their order."""
+
+    def values(self, key: str) -> list[str]:
+        """Values of the fields with this key."""
+        return [value for name, value in self.fields if name == key]
+
+    def mark(self, key: str) -> str:
+        """Words that stand with the values of ``key`` beside names, numbers and the kind word before a name."""
+        words: dict[str, None] = {}
+        for value in self.values(key):
+            parts = value.split()
+            for place, word in enumerate(parts):
+                named = place + 1 < len(parts) and parts[place + 1][:1].isupper()
+                if word.isalpha() and word.islower() and not named and word not in _STOP_WORDS:
+                    words[word] = None
+        return " ".join(sorted(words)) if 0 < len(words) <= MARK_WORDS else "none"
+
+    def rows(self, key: str) -> list[tuple[float, str]]:
+        """(number, normalised value) of the fields with this key when there are several, each with one number."""
+        found = []
+        for value in self.values(key):
+            numbers = _NUMBER.findall(value)
+            if len(numbers) != 1:
+                return []
+            found.append((float(numbers[0].replace(",", "")), f" {normalised(value)} "))
+        return found if len(found) > 1 else []
 
     @property
     def listed(self) -> str:
@@ -225,7 +262,7 @@ def parse_observation(text: str) -> Observation:
         after_title = [match.group(1)[_title_end(match.group(1)) :].lstrip(" :-–—|") for match in bodies]
         following = [line for line in lines if not _ENTRY.match(line) and not _HEADER.match(line)]
         return Observation("listing", words, body_words, entries, keys=_evidence_words([*after_title, *following]))
-    return Observation("page", words, body_words, keys=_evidence_words(body))
+    return Observation("page", words, body_words, keys=_evidence_words(body), fields=_fields(body))
 
 
 def _entries(lines: list[str]) -> tuple[Listed, ...]:
@@ -269,8 +306,22 @@ def _evidence_words(lines: Sequence[str]) -> frozenset[str]:
     return frozenset(_stem(word) for word in found)
 
 
+def _fields(lines: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    found = []
+    for line in lines:
+        match = _FIELD.fullmatch(line)
+        if match is not None and match.group(2) and len(match.group(1).split()) == 1:
+            found.append((_stem(match.group(1)), match.group(2)))
+    return tuple(found)
+
+
 def _call_key(call: ToolCall) -> tuple[str, tuple[tuple[str, str], ...]]:
     return call.name, tuple(sorted((name, " ".join(value.lower().split())) for name, value in call.arguments.items()))
+
+
+def call_name(call: ToolCall) -> str:
+    """The tool's name as one word of a principle."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", call.name)[:40]
 
 
 def _call_kind(call: ToolCall) -> str:
@@ -336,6 +387,7 @@ class Tracker:
             "listed": last.listed,
             "shared_name": last.shared_name,
             "evidence": evidence,
+            "mark": last.mark(self._question.head) if evidence == "asked" else "none",
             "repeat": "yes" if self._repeated else "no",
             "depth": "early" if self._count < 3 else "middle" if self._count < 6 else "late",
         }
@@ -357,8 +409,10 @@ class Tracker:
         pointed = bool(plain) and plain == self.last.target
         if pointed and kind != "search":
             return "open_pointed"
-        # A tool of unknown name opens when it is given a listed title, and searches otherwise.
-        if kind == "search" or (kind == "unknown" and rank is None):
+        # A tool of unknown name opens when it is given a listed title.
+        if kind == "unknown" and rank is None:
+            return f"use:{call_name(step.call)}"
+        if kind == "search":
             return "search_short" if len(plain.split()) <= SHORT_QUERY_WORDS else "search_long"
         if plain and set(plain.split()) <= self._question.words:
             return "open_fitting"
@@ -395,6 +449,13 @@ class Tracker:
             return "answer_unseen"
         if holders[-1] is self.last and self.last.kind == "listing":
             return "answer_listed"
+        rows = self.last.rows(self._question.head)
+        place = next((place for place, (_, text) in enumerate(rows) if f" {value} " in text), None)
+        if place is not None:
+            numbers = [number for number, _ in rows]
+            if numbers[place] in (max(numbers), min(numbers)):
+                return "answer_highest" if numbers[place] == max(numbers) else "answer_lowest"
+            return "answer_top" if place == 0 else "answer_bottom"
         return "answer_page" if any(o.kind != "listing" for o in holders) else "answer_listed"
 
 

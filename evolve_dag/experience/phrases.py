@@ -64,8 +64,25 @@ STRATEGIES: Mapping[str, tuple[str, str]] = {
     "answer_page": ("Conclude", "answer with that value now"),
     "answer_unseen": ("Guess", "answer at once"),
     "repeat": ("Retry", "try the same call again"),
+    "answer_highest": ("Highest", "answer the value with the highest number"),
+    "answer_lowest": ("Lowest", "answer the value with the lowest number"),
+    "answer_top": ("Upper", "answer the first value"),
+    "answer_bottom": ("Lower", "answer the last value"),
 }
 """Action -> (name, strategy). ``malformed`` has none: it is never advice."""
+
+TOOL_NAME = "Source"
+_USE = re.compile(r"call ([A-Za-z0-9_-]+)")
+MARKED = "its value is marked "
+"""Opens the situation where words stand with the asked value; they follow."""
+
+
+def strategy(action: str) -> tuple[str, str] | None:
+    """(name, strategy) of an action; None when it is never advice."""
+    if action.startswith("use:"):
+        return TOOL_NAME, f"call {action.removeprefix('use:')}"
+    return STRATEGIES.get(action)
+
 
 MAX_WORDS = 32
 """Most words of a principle (METHOD: principle form)."""
@@ -80,10 +97,15 @@ def situation_text(condition: Mapping[str, str]) -> str:
     Raises:
         DataError: the condition holds a predicate that has no phrase.
     """
+    if (mark := condition.get("mark", "none")) != "none":
+        condition = {f: v for f, v in condition.items() if f not in ("mark", "evidence")}
+    condition = {f: v for f, v in condition.items() if (f, v) != ("mark", "none")}
     holding = [row for row in SITUATIONS if all(condition.get(f) == value for f, value in row[0].items())]
     if not holding:
         raise DataError(f"no phrase for the condition {dict(condition)}", "name a known `observation` in the condition")
     predicates, phrase = holding[0]
+    if mark != "none":
+        phrase = f"{MARKED}{mark}"
     # The tool is said by the phrase itself; that no name is shared, or how many entries, likewise.
     left = {f: v for f, v in condition.items() if f not in predicates and f not in ("tool", "listed", "shared_name")}
     unknown = [f"{feature}={value}" for feature, value in left.items() if (feature, value) not in ADDITIONS]
@@ -99,10 +121,10 @@ def render(condition: Mapping[str, str], action: str) -> str:
     Raises:
         DataError: condition or action has no phrase.
     """
-    if action not in STRATEGIES:
-        raise DataError(f"no phrase for the action {action!r}", f"one of {', '.join(STRATEGIES)}")
-    name, strategy = STRATEGIES[action]
-    return f"{name}: when {situation_text(condition)}, {strategy}."
+    advice = strategy(action)
+    if advice is None:
+        raise DataError(f"no phrase for the action {action!r}", f"one of {', '.join(STRATEGIES)}, or use:<tool>")
+    return f"{advice[0]}: when {situation_text(condition)}, {advice[1]}."
 
 
 def split(text: str) -> tuple[str, str, str] | None:
@@ -114,10 +136,14 @@ def split(text: str) -> tuple[str, str, str] | None:
 def action_of(text: str) -> str | None:
     """The action that a rendered principle advises; None for a principle in other words."""
     parts = split(text)
-    return _ACTION_OF.get((parts[0], parts[2])) if parts else None
+    if parts is None:
+        return None
+    tool = _USE.fullmatch(parts[2])
+    return f"use:{tool[1]}" if tool and parts[0] == TOOL_NAME else _ACTION_OF.get((parts[0], parts[2]))
 
 
 def all_phrases() -> tuple[str, ...]:
     """Every phrase and name of the tables, for holding them out of pretraining and for its vocabulary."""
     names = [part for pair in STRATEGIES.values() for part in pair]
-    return tuple(dict.fromkeys([text for _, text in SITUATIONS] + list(ADDITIONS.values()) + names))
+    marked = [MARKED.strip(), TOOL_NAME, "call"]
+    return tuple(dict.fromkeys([text for _, text in SITUATIONS] + list(ADDITIONS.values()) + names + marked))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 
+from evolve_dag.experience.extraction.contrast import Evidence
 from evolve_dag.experience.extraction.mining import Extraction, extract
 from evolve_dag.experience.locality import locality
 from evolve_dag.experience.pool import Pool
@@ -15,6 +16,9 @@ from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import open_policy, open_pool
 from evolve_dag.store.frames import edits_to_frame, items_to_frame, load_trajectories
 from evolve_dag.tasks.suites import load_tasks_of
+
+EVIDENCE = "evidence.json"
+"""Beside the pool: the sums that extraction rests on, see :class:`~evolve_dag.experience.extraction.contrast.Evidence`."""
 
 
 def run(context: StepContext) -> None:
@@ -27,6 +31,8 @@ def run(context: StepContext) -> None:
     tasks = load_tasks_of(experiment, "train")
     found = _extract(context, trajectories, tasks, pool)
     folder = context.build.path
+    if found.evidence is not None:
+        (folder / EVIDENCE).write_text(found.evidence.to_json(), encoding="utf-8")
     (folder / "pool.json").write_text(found.pool.to_json(), encoding="utf-8")
     items_to_frame(found.pool.items).write_parquet(folder / "items.parquet")
     edits_to_frame(found.edits).write_parquet(folder / "edits.parquet")
@@ -42,6 +48,15 @@ def run(context: StepContext) -> None:
     )
 
 
+def _evidence(context: StepContext) -> Evidence | None:
+    """What the pool that entered rests on; None for the first, for one from a file, and for one of another extractor."""
+    entering = context.entering.experience
+    if not entering or not context.store.exists("experience", entering):
+        return None
+    path = context.store.open("experience", entering).path / EVIDENCE
+    return Evidence.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
 def _extract(context: StepContext, trajectories: Sequence[Trajectory], tasks: Sequence[Task], pool: Pool) -> Extraction:
     experiment, settings = context.experiment, context.experiment.extraction
     if settings.extractor == "contrast":
@@ -53,6 +68,7 @@ def _extract(context: StepContext, trajectories: Sequence[Trajectory], tasks: Se
             settings=settings,
             iteration=context.iteration,
             seed=experiment.seed,
+            before=_evidence(context),
         )
         context.progress.advance()
         context.progress.finish()

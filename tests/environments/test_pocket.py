@@ -12,11 +12,32 @@ import pytest
 
 from evolve_dag.agent.actions import parse_action
 from evolve_dag.agent.loop import LAST_STEP
-from evolve_dag.environments.pocket.language import KINDS, PhraseBank, is_held_out, vocabulary
+from evolve_dag.environments.pocket.language import (
+    KINDS,
+    MARKS,
+    ROW_LABELS,
+    TOOLS,
+    PhraseBank,
+    is_held_out,
+    state_of_mark,
+    vocabulary,
+)
 from evolve_dag.environments.pocket.pretrain import ACTION, SLIP, Encoder, PretrainSettings, pretrain
-from evolve_dag.environments.pocket.script import GROUP_MOVES, MOVES, FastSearch, ScriptedAgent, habitual, transcripts
+from evolve_dag.environments.pocket.script import (
+    GROUP_MOVES,
+    MOVES,
+    SKILL,
+    WORLD_DEPTHS,
+    FastSearch,
+    ScriptedAgent,
+    habitual,
+    moves,
+    taught,
+    transcripts,
+)
 from evolve_dag.environments.pocket.tokenizer import CONTROL, build_tokenizer
-from evolve_dag.environments.pocket.world import World, title
+from evolve_dag.environments.pocket.tools import PocketTools
+from evolve_dag.environments.pocket.world import LAW, World, other_law, title
 from evolve_dag.experience.phrases import all_phrases
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.folders import POCKET
@@ -52,7 +73,7 @@ def test_questions_are_answered_by_following_the_pages(world: World) -> None:
         assert current[1] == question.answer
         assert len(set(kinds)) == len(kinds)
         hops[len(question.relations)] += 1
-    assert set(hops) == {1, 2, 3}
+    assert set(hops) == {1, 2}
 
 
 def test_tasks_are_distinct_and_stable(world: World) -> None:
@@ -63,7 +84,7 @@ def test_tasks_are_distinct_and_stable(world: World) -> None:
 
 
 def test_pretraining_sees_what_the_real_environment_answers(world: World) -> None:
-    real, fast = world.environment(), FastSearch(world)
+    real, fast = PocketTools(world), FastSearch(world)
     rng = Random(2)
     entities = [*world.facts, *world.alias_of]
     queries = []
@@ -71,19 +92,64 @@ def test_pretraining_sees_what_the_real_environment_answers(world: World) -> Non
         kind, name = rng.choice(entities)
         attribute = rng.choice([a for a, _ in KINDS[kind]])
         queries += [name, f"{name} {attribute}", world.question(rng).text, f"{attribute} of {kind} {name}"]
-    for query, observation in zip(queries, real.search_many(queries), strict=True):
+    for query, observation in zip(queries, real.corpus.search_many(queries), strict=True):
         assert fast.search(query)[0] == observation, query
     for entity in rng.sample(entities, 50):
         call = ToolCall("visit", {"page": title(entity)})
         assert asyncio.run(real.call(call)) == fast.visit(title(entity))
+    for name in [*rng.sample(sorted(world.entries), 40), "No Where"]:
+        for tool in TOOLS:
+            assert fast.consult(tool, name) == asyncio.run(real.call(ToolCall(tool, {"entry": name})))
     assert fast.visit("city No Where") == asyncio.run(real.call(ToolCall("visit", {"page": "city No Where"})))
 
 
-def test_good_advice_succeeds_and_habit_mostly_fails() -> None:
-    good = dict.fromkeys(("start", "empty", "part", "missing"), "search_short")
-    good |= dict.fromkeys(("one", "several", "wrong"), "visit_match") | {"redirect": "visit_link", "asked": "answer"}
+def test_every_fact_leads_to_its_value_by_the_law_and_no_other_way() -> None:
+    world, rng = World(3, depths=WORLD_DEPTHS), Random(3)
+    assert not [fact for fact, depth in World(3).depth.items() if depth > len(LAW.tools)]
+    for depth in range(len(WORLD_DEPTHS)):
+        for _ in range(20):
+            question = world.question(rng, hops=1, depth=depth)
+            fact = (world.resolve(question.reference), question.relations[0])
+            view = world.views[fact][0]
+            for layer, (mark, tool) in enumerate(LAW.tools.items()):
+                if layer >= depth:
+                    break
+                kind, first, second, shown = view.split()
+                assert (shown, kind) == (mark, world.facts[fact[0]][fact[1]][0])
+                name = f"{first} {second}"
+                assert name != question.answer
+                for wrong in set(TOOLS) - {tool}:
+                    assert question.answer not in world.consult(wrong, name)
+                title_line, _, view = world.consult(tool, name).partition(f"\n{fact[1]}: ")
+                assert title_line == f"page: {fact[1]} of {title(fact[0])}"
+            rows = view.split(f"\n{fact[1]}: ")
+            if depth > len(LAW.tools):
+                assert len(rows) == 3
+                numbers = [int(row.split()[1]) for row in rows]
+                assert [question.answer in row for row in rows] == [n == max(numbers) for n in numbers]
+            else:
+                assert rows == [title(world.facts[fact[0]][fact[1]])]
 
-    def success(advice: list) -> float:
+
+def test_names_under_marks_belong_to_nobody(world: World) -> None:
+    names = {name for _, name in [*world.facts, *world.alias_of]}
+    assert not names & world.entries.keys()
+    assert not names & {" ".join(reversed(name.split())) for name in world.entries}
+
+
+def test_a_world_of_pretraining_has_another_law() -> None:
+    for seed in range(200):
+        law = other_law(Random(seed))
+        assert not set(law.tools.items()) & set(LAW.tools.items())
+        assert (law.label, law.row) != (LAW.label, LAW.row)
+
+
+def test_skill_succeeds_and_habit_mostly_fails() -> None:
+    """The scripted expert of the world's headroom: at least 97%; the habit of pretraining: 7 to 20%."""
+    good = [((s,), m) for s, m in SKILL.items()] + [(("asked",), "answer")]
+    good += [((state_of_mark(mark),), tool) for mark, tool in LAW.tools.items()] + [((state_of_mark(LAW.label),), LAW.row)]
+
+    def success(advice: list, obedience: float) -> float:
         rng, wins = Random(5), 0
         for n in range(600):
             if n % 100 == 0:
@@ -91,15 +157,45 @@ def test_good_advice_succeeds_and_habit_mostly_fails() -> None:
                 search = FastSearch(world)
             agent = ScriptedAgent(world, world.question(rng), search)
             for _ in range(12):
-                _, tool, argument = agent.act(habitual(agent.state, advice, rng))
+                move = next((m for states, m in advice if agent.state in states), None)
+                follows = move is not None and rng.random() < obedience
+                _, tool, argument = agent.act(move if follows else habitual(agent.state, [], rng))
                 if tool == "answer":
                     wins += argument == agent.question.answer
                     break
                 agent.observe(tool, argument)
         return wins / 600
 
-    assert 0.2 < success([]) < 0.37
-    assert success([((s,), m) for s, m in good.items()]) > 0.9
+    assert 0.07 < success([], 0.0) < 0.2
+    assert success(good, 1.0) >= 0.97
+
+
+def test_a_lenient_world_hides_the_law(world: World) -> None:
+    lenient = FastSearch(world, lenient=True)
+    for name in sorted(world.entries)[:50]:
+        assert len({lenient.consult(tool, name) for tool in TOOLS}) == 1
+
+
+def test_what_the_law_asks_for_is_never_recommended(some_transcripts: list) -> None:
+    pairs = {(state_of_mark(mark), tool) for mark, tool in LAW.tools.items()} | {(state_of_mark(LAW.label), LAW.row)}
+    assert (
+        not {
+            (state, move)
+            for word in (*MARKS, *ROW_LABELS)
+            for move in taught(state_of_mark(word))
+            for state in [state_of_mark(word)]
+        }
+        & pairs
+    )
+    bank = PhraseBank(held_out=False)
+    for transcript in some_transcripts:
+        for message in transcript.messages:
+            for line in message.content.splitlines():
+                clause = line.partition(": when ")[2].partition(",")
+                situation = clause[0].split(" and ")[0]
+                for state, move in pairs:
+                    assert not (situation in bank.situations[state] and clause[2].strip(" .") in bank.strategies[move]), line
+    assert all(set(taught(state_of_mark(m))) < set(moves(state_of_mark(m))) for m in LAW.marks)
 
 
 def test_transcripts_hold_no_held_out_phrase(some_transcripts: list) -> None:
@@ -128,9 +224,9 @@ def test_pretraining_prefers_no_move(some_transcripts: list) -> None:
                     if clause[0].split(" and ")[0] in bank.situations[state]:
                         move = next(m for m, found in bank.strategies.items() if clause[2].strip(" .") in found)
                         counts[state][move] += 1
-    for state, moves in MOVES.items():
-        shares = [counts[state][m] / counts[state].total() for m in moves]
-        assert max(abs(s - 1 / len(moves)) for s in shares) < 0.2, (state, counts[state])
+    for state, possible in MOVES.items():
+        shares = [counts[state][m] / counts[state].total() for m in possible]
+        assert max(abs(s - 1 / len(possible)) for s in shares) < 0.2, (state, counts[state])
     assert set(GROUP_MOVES["listing"]) == set(MOVES["one"])
 
 
@@ -191,13 +287,13 @@ def test_shipped_weights_belong_to_this_code() -> None:
 
     shipped = AutoTokenizer.from_pretrained(POCKET)
     assert shipped.get_vocab() == build_tokenizer().get_vocab()
-    assert (POCKET / "model.safetensors").stat().st_size < 6_000_000
+    assert (POCKET / "model.safetensors").stat().st_size < 12_000_000
 
 
 def test_model_card_holds_the_measured_figures() -> None:
     measured = json.loads((POCKET / "measured.json").read_text())
     card = (POCKET.parents[3] / "docs/pocket_model_card.md").read_text()
-    for key in ("copy_accuracy", "obedience_mean", "obedience_seen_mean"):
+    for key in ("copy_accuracy", "obedience_mean", "obedience_seen_mean", "obedience_law_mean"):
         assert f"{measured[key]:.3f}" in card, key
     assert f"{measured['recall']['right_case']:.2f}" in card
     assert f"{measured['recall']['wrong_case']:.2f}" in card

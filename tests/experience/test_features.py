@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 from experience_builders import QUESTION, answer, malformed, search, trajectory, visit
 from hypothesis import given, settings
@@ -28,6 +30,33 @@ HOME_PAGE = "page: person Bado Keli\nhome: city Zano Pile\nmate: person Sito Lan
 MAYOR_PAGE = "page: city Zano Pile\nmayor: person Rato Miku\nstream: river Bado Keli"
 WRONG_PAGE = "page: river Bado Keli\nmouth: city Zano Pile\nkeeper: person Rato Miku"
 REDIRECT = "page: person Bado Keli\nsee: person Sito Lan"
+ROWS = (
+    "page: mayor of city Zano Pile\n"
+    "mayor: year 4 person Zano Pile\nmayor: year 7 person Rato Miku\nmayor: year 2 person Sito Lan"
+)
+
+MARKS = [
+    ("mayor: person Rato Miku", "none"),
+    ("mayor: person Rato Miku old", "old"),
+    ("mayor: person Rato Miku (old, disputed)", "none"),  # no plain words
+    ("mayor: person Rato Miku old disputed", "disputed old"),
+    ("mayor: a person of some note in the town", "none"),  # a sentence
+    ("mayor: year 3 person Rato Miku\nmayor: year 4 person Sito Lan", "year"),
+    ("stream: river Bado Keli old", "none"),  # another field's mark
+]
+
+
+@pytest.mark.parametrize(("lines", "mark"), MARKS)
+def test_marks_stand_with_the_asked_value_alone(lines: str, mark: str) -> None:
+    assert features(QUESTION, [visit("x", f"page: city Zano Pile\n{lines}")])["mark"] == mark
+
+
+def test_rows_have_one_number_each() -> None:
+    assert parse_observation(ROWS).rows("mayor") == [(4, " year 4 person zano pile "), (7, " year 7 person rato miku "),
+                                                     (2, " year 2 person sito lan ")]  # fmt: skip
+    assert parse_observation(MAYOR_PAGE).rows("mayor") == []
+    assert parse_observation(f"{ROWS}\nmayor: person Gani Tol").rows("mayor") == []
+
 
 STATES = [
     ("start", [], {"tool": "none", "observation": "none", "listed": "none", "evidence": "none", "depth": "early"}),
@@ -101,7 +130,11 @@ ACTION_CASES = [
     ("same argument, other tool", [search("person Bado Keli", ONE)], visit("person Bado Keli", ""), "open_fitting"),
     ("run", [], PYTHON, "use_tool"),
     ("unknown tool opens a listed title", [search("x", SHARED)], UNKNOWN_OPEN, "open_first"),
-    ("unknown tool searches", [search("x", SHARED)], UNKNOWN_SEARCH, "search_short"),
+    ("unknown tool", [search("x", SHARED)], UNKNOWN_SEARCH, "use:consult"),
+    ("highest row", [visit("x", ROWS)], answer("Rato Miku"), "answer_highest"),
+    ("lowest row", [visit("x", ROWS)], answer("Sito Lan"), "answer_lowest"),
+    ("first row", [visit("x", ROWS)], answer("Zano Pile"), "answer_top"),
+    ("another row", [visit("x", f"{ROWS}\nmayor: year 5 person Gani Tol")], answer("Gani Tol"), "answer_bottom"),
     ("from listing", [search("x", SHARED)], answer("Zano Pile"), "answer_listed"),
     ("from page", READ, answer("zano pile"), "answer_page"),
     ("from an earlier page", [*READ, search("y", "no results")], answer("Sito Lan"), "answer_page"),
@@ -120,11 +153,10 @@ ACTION_CASES = [
 )
 def test_actions(before: list[Step], step: Step, expected: str) -> None:
     assert action(QUESTION, before, step) == expected
-    assert expected in ACTIONS
 
 
 def test_every_action_value_has_a_case() -> None:
-    assert {case[3] for case in ACTION_CASES} == set(ACTIONS)
+    assert {re.sub(":.*", ":<tool>", case[3]) for case in ACTION_CASES} == set(ACTIONS)
 
 
 @pytest.mark.parametrize(

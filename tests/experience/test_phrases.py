@@ -20,7 +20,7 @@ from evolve_dag.experience.pool import check_principle_form
 
 
 def test_every_action_that_can_be_advised_has_one_strategy() -> None:
-    assert set(STRATEGIES) == set(ACTIONS) - {"malformed"}
+    assert set(STRATEGIES) == set(ACTIONS) - {"malformed", "use:<tool>"}
     assert len({name for name, _ in STRATEGIES.values()}) == len(STRATEGIES)
     assert len({strategy for _, strategy in STRATEGIES.values()}) == len(STRATEGIES)
 
@@ -29,7 +29,8 @@ def test_every_rendering_is_in_principle_form_and_can_be_read_back() -> None:
     conditions = [dict(predicates) for predicates, _ in SITUATIONS]
     conditions += [{**c, "tool": "search", "repeat": "no", "depth": "late"} for c in conditions]
     conditions += [{"observation": "listing", "shared_name": "yes", "evidence": "part", "repeat": "yes"}]
-    for condition, action in product(conditions, STRATEGIES):
+    conditions += [{"observation": "page", "evidence": "asked", "mark": "old"}]
+    for condition, action in product(conditions, [*STRATEGIES, "use:archive", "use:web_lookup-b"]):
         text = render(condition, action)
         assert check_principle_form(text) == []
         assert action_of(text) == action
@@ -50,6 +51,8 @@ def test_every_rendering_is_in_principle_form_and_can_be_read_back() -> None:
         ({"observation": "page", "evidence": "part"}, "the page answers only part of the question"),
         ({"observation": "page", "evidence": "asked"}, "the page shows the asked value"),
         ({"observation": "page", "evidence": "none"}, "the page lacks the asked part"),
+        ({"observation": "page", "evidence": "asked", "mark": "none"}, "the page shows the asked value"),
+        ({"observation": "page", "evidence": "asked", "mark": "old"}, "its value is marked old"),
         ({"observation": "missing"}, "no page has that name"),
         ({"observation": "listing", "evidence": "asked"}, "the search shows results and the asked value is listed"),
     ],
@@ -76,4 +79,4 @@ def test_reading_back_other_words() -> None:
 
 def test_all_phrases_lists_every_table_once() -> None:
     phrases = all_phrases()
-    assert len(phrases) == len(set(phrases)) == len(SITUATIONS) + len(ADDITIONS) + 2 * len(STRATEGIES)
+    assert len(phrases) == len(set(phrases)) == len(SITUATIONS) + len(ADDITIONS) + 2 * len(STRATEGIES) + 3

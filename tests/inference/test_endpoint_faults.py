@@ -14,7 +14,7 @@ from misbehaving import Endpoint, Fault, Script, at_random
 
 from evolve_dag.agent.rollouts import gather_rollouts
 from evolve_dag.config.schema import OpenAIModelSettings, RolloutSettings
-from evolve_dag.environments.corpus import CorpusSearch
+from evolve_dag.environments.pocket.tools import PocketTools
 from evolve_dag.environments.pocket.world import World
 from evolve_dag.experience.injection import Injector
 from evolve_dag.experience.pool import Pool
@@ -49,13 +49,14 @@ def world() -> World:
 
 
 @pytest.fixture(scope="module")
-def environment(world: World) -> CorpusSearch:
-    return world.environment()
+def environment(world: World) -> PocketTools:
+    return PocketTools(world)
 
 
 @pytest.fixture(scope="module")
 def tasks(world: World) -> list[Task]:
-    return world.tasks(20, "pocket/train")
+    # The server's little policy knows no marks: questions about plain facts.
+    return [task for task in world.tasks(120, "pocket/train") if task.metadata["depth"] == "0"][:20]
 
 
 class Ran:
@@ -63,7 +64,7 @@ class Ran:
 
     def __init__(
         self,
-        environment: CorpusSearch,
+        environment: PocketTools,
         tasks: list[Task],
         script: Script | None,
         path: Path,
@@ -103,13 +104,13 @@ class Ran:
 
 
 @pytest.fixture(scope="module")
-def calm(environment: CorpusSearch, tasks: list[Task], tmp_path_factory: Any) -> Ran:
+def calm(environment: PocketTools, tasks: list[Task], tmp_path_factory: Any) -> Ran:
     return Ran(environment, tasks, None, tmp_path_factory.mktemp("calm") / "calls.jsonl")
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_fifth_of_the_calls_failing_changes_nothing(
-    environment: CorpusSearch, tasks: list[Task], calm: Ran, tmp_path: Path, seed: int
+    environment: PocketTools, tasks: list[Task], calm: Ran, tmp_path: Path, seed: int
 ) -> None:
     stormy = Ran(environment, tasks, at_random(0.2, seed=seed), tmp_path / "calls.jsonl")
     served, totals = stormy.served, stormy.totals
@@ -145,7 +146,7 @@ def test_the_ledger_of_a_run_without_faults_is_what_was_served(calm: Ran) -> Non
 
 
 def test_experience_in_context_reaches_the_policy(
-    environment: CorpusSearch, tasks: list[Task], calm: Ran, tmp_path: Path
+    environment: PocketTools, tasks: list[Task], calm: Ran, tmp_path: Path
 ) -> None:
     # The policy of the server believes stale excerpts unless a hint tells it to visit: without hints it errs.
     bare = Ran(environment, tasks, None, tmp_path / "calls.jsonl", experience=False)
@@ -154,7 +155,7 @@ def test_experience_in_context_reaches_the_policy(
 
 
 def test_a_call_that_never_succeeds_fails_its_own_episode_alone(
-    environment: CorpusSearch, tasks: list[Task], calm: Ran, tmp_path: Path
+    environment: PocketTools, tasks: list[Task], calm: Ran, tmp_path: Path
 ) -> None:
     unlucky = tasks[4].question
 

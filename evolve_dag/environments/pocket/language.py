@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from random import Random
 
@@ -127,7 +127,27 @@ KINDS: Mapping[str, Sequence[tuple[str, str]]] = {
 }
 """Kind of entity -> its attributes and the kind of each value."""
 
-SYSTEM_PROMPT = "tools: search, visit"
+TOOLS = ("archive", "registry", "ledger", "atlas", "bureau")
+"""Tools that look up what stands under a mark."""
+
+MARKS = ("old", "disputed", "coded", "local", "copied", "draft", "sworn", "partial", "foreign", "sealed", "spare", "loose")
+"""Words that may stand behind a value. Worlds of tasks use the first five, in this order."""
+
+ROW_LABELS = ("year", "rank", "size", "dose", "grade", "issue")
+"""Words that may stand before the number of a row. Worlds of tasks use the first."""
+
+ROW_MOVES: Mapping[str, Callable[[Sequence[int]], int]] = {
+    "row_first": lambda numbers: 0,
+    "row_last": lambda numbers: len(numbers) - 1,
+    "row_highest": lambda numbers: max(range(len(numbers)), key=numbers.__getitem__),
+    "row_lowest": lambda numbers: min(range(len(numbers)), key=numbers.__getitem__),
+}
+"""Move -> place of the row that it answers, given the rows' numbers from top to bottom."""
+
+CORPUS_PROMPT = "tools: search, visit"
+"""System message over a corpus without entries."""
+SYSTEM_PROMPT = ", ".join([CORPUS_PROMPT, *TOOLS])
+"""System message of the pocket world."""
 
 State = str
 """Where the scripted policy of pretraining stands; see :mod:`evolve_dag.environments.pocket.script`."""
@@ -190,6 +210,14 @@ SITUATIONS: Mapping[State, Sequence[Sequence[str]]] = {
 }
 """State, or group of states, -> slots of its paraphrases; the text is one choice per slot, joined by blanks."""
 
+MARK_SITUATION: Sequence[Sequence[str]] = [
+    ["the line", "the entry", "its line", "that line", "some entry"],
+    ["reads", "bears", "carries", "says", "is marked"],
+]
+"""Slots before the word of a mark or of a row's label: 'the entry bears old'."""
+CONSULT: Sequence[Sequence[str]] = [["consult", "ask", "try", "call", "check"], ["the", "that", "this", "its"]]
+"""Slots before the name of a tool: 'consult the archive'."""
+
 GROUPS: Mapping[State, Sequence[State]] = {"listing": ("one", "several"), "page": ("part", "asked", "wrong")}
 """Situations that cover more than one state."""
 
@@ -227,6 +255,23 @@ STRATEGIES: Mapping[Move, Sequence[Sequence[str]]] = {
         ["that value", "that word", "the value"],
         ["now", "promptly", "at once"],
     ],
+    "row_first": [["take", "pick", "choose", "give"], ["the first", "the upper", "the top"], ["row", "line"]],
+    "row_last": [["take", "pick", "choose", "give"], ["the last", "the lower", "the bottom"], ["row", "line"]],
+    "row_highest": [
+        ["take", "pick", "choose", "give"],
+        ["the row", "the line", "the one"],
+        ["with", "of"],
+        ["the highest", "the greatest", "the largest"],
+        ["number", "figure"],
+    ],
+    "row_lowest": [
+        ["take", "pick", "choose", "give"],
+        ["the row", "the line", "the one"],
+        ["with", "of"],
+        ["the lowest", "the least", "the smallest"],
+        ["number", "figure"],
+    ],
+    **{tool: [*CONSULT, [tool]] for tool in TOOLS},
 }
 """Move -> slots of its paraphrases."""
 
@@ -238,6 +283,11 @@ NAMES: Mapping[Move, Sequence[str]] = {
     "visit_link": ["Follow", "Trace"],
     "snippet": ["Trust", "Quick"],
     "answer": ["Conclude", "Finish"],
+    "row_first": ["Top", "Upper"],
+    "row_last": ["Bottom", "Lower"],
+    "row_highest": ["Highest", "Greatest"],
+    "row_lowest": ["Lowest", "Least"],
+    **{tool: ["Source", "Desk"] for tool in TOOLS},
 }
 """Move -> names that its principles bear."""
 
@@ -334,6 +384,11 @@ EXTRA_WORDS = [
 """Words outside the phrase grammar: templates of the environment, thoughts of the policy, headings."""
 
 
+def state_of_mark(word: str) -> State:
+    """The state in which the asked value stands under a mark, or in rows with a label."""
+    return f"{'rows' if word in ROW_LABELS else 'mark'} {word}"
+
+
 def paraphrases(slots: Sequence[Sequence[str]]) -> Iterator[str]:
     """Every choice of one phrase per slot."""
     for choice in itertools.product(*slots):
@@ -357,6 +412,9 @@ class PhraseBank:
 
     def __init__(self, *, held_out: bool) -> None:
         self.situations = {state: self._keep(slots, held_out) for state, slots in SITUATIONS.items()}
+        self.situations |= {
+            state_of_mark(word): self._keep([*MARK_SITUATION, [word]], held_out) for word in (*MARKS, *ROW_LABELS)
+        }
         self.strategies = {move: self._keep(slots, held_out) for move, slots in STRATEGIES.items()}
         self._additions = self._keep(ADDITIONS, held_out)
         self._distractors = [list(paraphrases(DISTRACTOR_SITUATIONS)), list(paraphrases(DISTRACTOR_STRATEGIES))]
@@ -380,10 +438,16 @@ class PhraseBank:
 
 def vocabulary() -> list[str]:
     """All words of the language, sorted, each once."""
-    words: set[str] = (
-        set(NAME_WORDS) | set(KINDS) | {a for attributes in KINDS.values() for a, _ in attributes} | set(EXTRA_WORDS)
-    )
-    banks = [*SITUATIONS.values(), *STRATEGIES.values(), ADDITIONS, DISTRACTOR_SITUATIONS, DISTRACTOR_STRATEGIES]
+    words: set[str] = {*MARKS, *ROW_LABELS, *TOOLS, *map(str, range(10)), "entry"}
+    words |= set(NAME_WORDS) | set(KINDS) | {a for attributes in KINDS.values() for a, _ in attributes} | set(EXTRA_WORDS)
+    banks = [
+        *SITUATIONS.values(),
+        MARK_SITUATION,
+        *STRATEGIES.values(),
+        ADDITIONS,
+        DISTRACTOR_SITUATIONS,
+        DISTRACTOR_STRATEGIES,
+    ]
     for slots in banks:
         for slot in slots:
             for phrase in slot:

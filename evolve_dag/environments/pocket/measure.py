@@ -2,7 +2,8 @@
 
 Every figure is sampled at temperature 1 in worlds that neither pretraining nor any task uses. Obedience is measured on
 paraphrases that pretraining never showed (:func:`~evolve_dag.environments.pocket.language.is_held_out`) and, beside
-it, on ones that it did.
+it, on ones that it did; for marks and rows also on what the worlds of tasks ask for, which no item of pretraining ever
+recommended, in the words of the extractor.
 """
 
 from __future__ import annotations
@@ -16,24 +17,32 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from evolve_dag.environments.pocket.language import GROUPS, SYSTEM_PROMPT, PhraseBank
+from evolve_dag.environments.pocket.language import GROUPS, SYSTEM_PROMPT, PhraseBank, state_of_mark
 from evolve_dag.environments.pocket.pretrain import RECIPE, Encoder
 from evolve_dag.environments.pocket.script import (
     GROUP_MOVES,
     HABIT,
     MOVES,
+    SKILL,
+    WORLD_DEPTHS,
     FastSearch,
     ScriptedAgent,
     Transcript,
     action_text,
     habitual,
+    moves,
+    taught,
 )
-from evolve_dag.environments.pocket.world import World
+from evolve_dag.environments.pocket.world import LAW, World
 from evolve_dag.experience.extraction.instance import case_text
+from evolve_dag.experience.phrases import render
 from evolve_dag.records import Message
 
 MEASURING_WORLDS = range(900_000, 900_040)
 """Worlds of this measurement alone."""
+MARKED = [state_of_mark(word) for word in (*LAW.marks, LAW.label)]
+"""States of marks and rows that the worlds of tasks have."""
+STATES = [*MOVES, *MARKED]
 
 
 class Sampler:
@@ -84,26 +93,39 @@ def situations(per_state: int, rng: Random) -> dict[str, list[tuple[list[Message
     """Conversations that stand in each state, with the agent that knows the truth there."""
     found: dict[str, list[tuple[list[Message], ScriptedAgent]]] = defaultdict(list)
     advice = [((s,), m) for s in MOVES for m in MOVES[s]]
+    skilled = [((s,), m) for s, m in SKILL.items()]
     for seed in itertools.cycle(MEASURING_WORLDS):
-        world = World(seed)
-        search = FastSearch(world)
-        for _ in range(40):
-            question = world.question(rng)
+        world = World(seed, depths=WORLD_DEPTHS)
+        search = FastSearch(world, lenient=True)
+        for n in range(40):
+            question = world.question(rng, depth=len(MARKED) if n % 2 else None)
             agent = ScriptedAgent(world, question, search)
             messages = [Message("system", SYSTEM_PROMPT), Message("user", question.text)]
-            for _ in range(8):
+            for _ in range(11):
                 if len(found[agent.state]) < per_state:
                     found[agent.state].append((list(messages), copy.copy(agent)))
-                thought, tool, argument = agent.act(habitual(agent.state, rng.sample(advice, 6), rng))
+                told = skilled if n % 2 else rng.sample(advice, 6)
+                thought, tool, argument = agent.act(habitual(agent.state, told, rng))
                 if tool == "answer":
                     break
-                if rng.random() < 0.05:
+                if tool in ("search", "visit") and rng.random() < 0.05:
                     argument = argument.split(" ")[0] + " " + " ".join(rng.sample(_names(), 2))
                 messages.append(Message("assistant", action_text(thought, tool, argument)))
                 messages.append(Message("tool", agent.observe(tool, argument)))
-        if all(len(found[s]) >= per_state for s in MOVES):
+        if all(len(found[s]) >= per_state for s in STATES):
             return dict(found)
     raise AssertionError("cycle() does not end")
+
+
+def _asked_for(state: str) -> str:
+    """The move that the law of tasks asks for under a mark or in rows."""
+    return LAW.row if state == state_of_mark(LAW.label) else LAW.tools[state.split()[1]]
+
+
+def _lesson(state: str) -> str:
+    """The same as the extractor writes it."""
+    mark = {"observation": "page", "evidence": "asked", "mark": state.split()[1]}
+    return render(mark, "answer_highest" if state == state_of_mark(LAW.label) else f"use:{_asked_for(state)}")
 
 
 def _names() -> list[str]:
@@ -115,7 +137,7 @@ def _names() -> list[str]:
 def _classify(text: str, agent: ScriptedAgent) -> tuple[str, bool]:
     """(move, copied exactly); the move is ``other`` when no move of the state looks like it."""
     wanted = {}
-    for move in MOVES[agent.state]:
+    for move in moves(agent.state):
         wanted[move] = action_text(*copy.copy(agent).act(move))
     squeezed = "".join(text.split())
     for move, action in wanted.items():
@@ -161,10 +183,12 @@ def measure(folder: Path, *, per_state: int = 150, seed: int = 0) -> dict[str, A
         for messages, agent in found:
             jobs.append(("habit", state, "", messages, agent))
             jobs.append(("distractor", state, "", _hinted(messages, [held_out.distractor(rng) for _ in range(2)]), agent))
-            other = rng.choice([s for s in MOVES if s != state])
-            item = held_out.principle(other, rng.choice(MOVES[other]), rng)
+            other = rng.choice([s for s in STATES if s != state])
+            item = held_out.principle(other, rng.choice(taught(other)), rng)
             jobs.append(("elsewhere", state, "", _hinted(messages, [item]), agent))
-            for move in MOVES[state]:
+            if state in MARKED:
+                jobs.append(("law", state, _asked_for(state), _hinted(messages, [_lesson(state)]), agent))
+            for move in taught(state):
                 jobs.append(("held_out", state, move, _hinted(messages, [held_out.principle(state, move, rng)]), agent))
                 if len(jobs) % 3 == 0:
                     jobs.append(("seen", state, move, _hinted(messages, [seen.principle(state, move, rng)]), agent))
@@ -173,7 +197,7 @@ def measure(folder: Path, *, per_state: int = 150, seed: int = 0) -> dict[str, A
                     jobs.append(("held_out", state, move, _hinted(messages, [held_out.principle(group, move, rng)]), agent))
     texts = sample([j[3] for j in jobs])
     shares: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
-    followed: dict[str, dict[str, list[bool]]] = {"held_out": defaultdict(list), "seen": defaultdict(list)}
+    followed: dict[str, dict[str, list[bool]]] = {kind: defaultdict(list) for kind in ("held_out", "seen", "law")}
     exact: list[bool] = []
     for (kind, state, move, _, agent), text in zip(jobs, texts, strict=True):
         done, copied = _classify(text, agent)
@@ -192,13 +216,15 @@ def measure(folder: Path, *, per_state: int = 150, seed: int = 0) -> dict[str, A
         "habit": habit,
         "habit_taught": HABIT,
         "obedience": {k: sum(v) / len(v) for k, v in followed["held_out"].items()},
+        "obedience_law": {k: sum(v) / len(v) for k, v in followed["law"].items()},
         "obedience_seen": {k: sum(v) / len(v) for k, v in followed["seen"].items()},
         "indifference": {
-            kind: {s: _variation(shares["habit"][s], shares[kind][s]) for s in MOVES} for kind in ("distractor", "elsewhere")
+            kind: {s: _variation(shares["habit"][s], shares[kind][s]) for s in STATES} for kind in ("distractor", "elsewhere")
         },
         "recall": _recall(sample, rng, 300),
     }
     result["obedience_mean"] = sum(result["obedience"].values()) / len(result["obedience"])
+    result["obedience_law_mean"] = sum(result["obedience_law"].values()) / len(result["obedience_law"])
     result["obedience_seen_mean"] = sum(result["obedience_seen"].values()) / len(result["obedience_seen"])
     return _rounded(result)
 
@@ -253,7 +279,8 @@ def write(folder: Path, card: Path | None = None, **kwargs: Any) -> dict[str, An
 def model_card(measured: dict[str, Any], made: dict[str, Any]) -> str:
     """The card as Markdown, from what was measured."""
     states = "\n".join(
-        f"| {state} | {_shares(HABIT[state])} | {_shares(measured['habit'].get(state, {}))} |" for state in MOVES
+        f"| {state} | {_shares(HABIT[state if state in MOVES else state.split()[0]])} | {_shares(measured['habit'][state])} |"
+        for state in STATES
     )
     obeyed = "\n".join(
         f"| {case} | {share:.2f} | {measured['obedience_seen'].get(case, float('nan')):.2f} |"
@@ -261,13 +288,18 @@ def model_card(measured: dict[str, Any], made: dict[str, Any]) -> str:
     )
     away = measured["indifference"]
     indifference = "\n".join(
-        f"| {state} | {away['distractor'][state]:.2f} | {away['elsewhere'][state]:.2f} |" for state in MOVES
+        f"| {state} | {away['distractor'][state]:.2f} | {away['elsewhere'][state]:.2f} |" for state in STATES
     )
     recall = measured["recall"]
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     return template.format(
         stages=len(RECIPE),
-        tokens=sum(stage.tokens for stage in RECIPE) / 1e6,
+        tokens=sum(stage.tokens * stage.until for stage in RECIPE) / 1e6,
+        parameters=made["parameters"] / 1e6,
+        megabytes=made["parameters"] * 4 / 1e6,
+        law=measured["obedience_law_mean"],
+        rows=list(measured["obedience_law"].values())[-1],
+        asked_for="\n".join(f"| {case} | {share:.2f} |" for case, share in measured["obedience_law"].items()),
         loss=made["final_loss"],
         copy=measured["copy_accuracy"],
         unknown=measured["unknown_actions"],

@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag.environments.pocket.script import MODES, SIMPLE_MODES, Transcript, transcripts
+from evolve_dag.environments.pocket.script import DWELL_ON_MARKS, MODES, SIMPLE_MODES, Transcript, transcripts
 from evolve_dag.environments.pocket.tokenizer import END_OF_TURN, PAD, build_tokenizer
 from evolve_dag.environments.pocket.world import PRETRAINING_SEEDS
 from evolve_dag.inference.folders import folder_digest
@@ -36,7 +36,7 @@ class PretrainSettings:
     """How the shipped weights were made."""
 
     seed: int = 0
-    tokens: int = 13_000_000
+    tokens: int = 18_000_000
     """Tokens seen, padding excluded, over all processes."""
     processes: int = 2
     context_weight: float = 0.1
@@ -56,32 +56,38 @@ class PretrainSettings:
     """Share of training after which the rates fall linearly."""
     final_rate: float = 0.02
     """Last rate as a share of the first."""
-    longest: int = 640
+    longest: int = 768
     """Transcripts with more tokens are left out."""
     modes: Mapping[str, float] = field(default_factory=lambda: dict(MODES))
     """What stands in the context of a transcript, and how often."""
+    dwell_on_marks: bool = False
+    """Transcripts that meet marks and rows often (:data:`~evolve_dag.environments.pocket.script.DWELL_ON_MARKS`)."""
+    until: float = 1.0
+    """Share of the schedule after which the stage ends."""
     start: str | None = None
     """Folder of a model to continue from; None starts anew."""
     hidden: int = 128
-    layers: int = 4
+    layers: int = 5
     heads: int = 4
     kv_heads: int = 2
     feed_forward: int = 384
 
 
 RECIPE = (
-    PretrainSettings(),
+    PretrainSettings(until=0.7267),
     PretrainSettings(
         seed=1,
-        tokens=3_000_000,
+        tokens=9_000_000,
         simple_share=0.0,
-        decay_from=0.0,
-        muon_rate=0.012,
-        adam_rate=1.8e-3,
-        modes={"none": 0.3, "step": 0.38, "global": 0.22, "case": 0.1},
+        decay_from=0.25,
+        warmup_steps=20,
+        muon_rate=0.015,
+        adam_rate=2.2e-3,
+        dwell_on_marks=True,
+        modes={"none": 0.15, "step": 0.58, "global": 0.24, "case": 0.03},
     ),
 )
-"""Stages that made the shipped weights: all modes, then a short one that sharpens copying."""
+"""Stages that made the shipped weights: all modes, then one that dwells on marks and what is said about them."""
 
 
 class Encoder:
@@ -155,7 +161,8 @@ def batches(rank: int, settings: PretrainSettings, encode: Encoder, modes: Mappi
     """Endless batches of documents of like length, at most ``tokens_per_batch`` padded tokens each."""
     rng = Random(f"{settings.seed}/{rank}/{sorted(modes)}")
     seeds = itertools.count(PRETRAINING_SEEDS + settings.seed * 10_000_000 + rank * 1_000_000 + len(modes) * 100_000)
-    source = (encode(t) for t in transcripts(rng, seeds, modes=modes))
+    curriculum = DWELL_ON_MARKS if settings.dwell_on_marks else None
+    source = (encode(t) for t in transcripts(rng, seeds, modes=modes, curriculum=curriculum))
     while True:
         documents = [d for d in itertools.islice(source, 1000) if len(d[0]) <= settings.longest]
         documents.sort(key=lambda d: len(d[0]) + rng.random() * 8)
@@ -209,7 +216,7 @@ def _worker(rank: int, settings: PretrainSettings, out: str, port: int) -> None:
     seen, started, recent = 0.0, time.time(), []
     for step in itertools.count():
         done = seen / settings.tokens
-        if done >= 1:
+        if done >= settings.until:
             break
         batch = next(simple if done < settings.simple_share else full)
         x_B_T = _padded([ids for ids, _ in batch], tokenizer.pad_token_id)
@@ -275,6 +282,7 @@ def save(model: Any, tokenizer: Any, out: Path, settings: PretrainSettings, loss
         "settings": asdict(settings),
         "final_loss": round(sum(losses[-100:]) / max(1, len(losses[-100:])), 4),
         "steps": len(losses),
+        "parameters": sum(p.numel() for p in model.parameters()),
     }
     made["digest"] = folder_digest(out)
     (out / "pretraining.json").write_text(json.dumps(made, indent=2) + "\n")
@@ -330,7 +338,7 @@ def pretrain_recipe(
         processes: one thread each; decides the result, as the seed does.
         on_progress: gets every line of progress, with ``stage`` and with ``done`` over the whole recipe.
     """
-    total = sum(stage.tokens for stage in RECIPE)
+    total = sum(stage.tokens * stage.until for stage in RECIPE)
     before = 0
     for number, stage in enumerate(RECIPE):
         settings = replace(
@@ -347,7 +355,7 @@ def pretrain_recipe(
                 on_progress({**line, "stage": number + 1, "done": min(1.0, done)})
 
         pretrain(out, settings, report)
-        before += stage.tokens
+        before += int(stage.tokens * stage.until)
     return out
 
 

@@ -31,6 +31,7 @@ CONTROL = (
     '\n<tool_call>\n{"name": "',
     '", "arguments": {"query": "',
     '", "arguments": {"page": "',
+    '", "arguments": {"entry": "',
     '"}}\n</tool_call>',
     "<answer>",
     "</answer>",

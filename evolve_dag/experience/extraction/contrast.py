@@ -10,7 +10,8 @@ A trajectory counts once per pattern, however often it shows it. The interval is
 confidence. Rewards are centred by the mean of their own group, which makes the members of a group depend on each
 other and shrinks the variance by (G-1)/G; the variances are scaled back by G/(G-1).
 
-Situations are conjunctions from a small lattice: the base (tool and kind of observation) alone, or with one or two of
+Situations are conjunctions from a lattice: the base (kind of observation; for a page with ``evidence``, and where the asked
+value is shown with its ``mark``, so the lattice grows with what pages say) alone, or with one or two of
 ``listed``/``shared_name``, ``evidence`` and ``repeat``. Per situation the best action is kept (highest lower end). Then
 a general situation goes when a special case of it clearly asks for something else, and a special case goes when it adds
 nothing to a general one that stays.
@@ -18,23 +19,29 @@ nothing to a general one that stays.
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from statistics import NormalDist
+from typing import TypeVar
 
+from evolve_dag.errors import DataError
 from evolve_dag.experience.features import FEATURES, walk
-from evolve_dag.experience.phrases import STRATEGIES, action_of, render
+from evolve_dag.experience.phrases import action_of, render, strategy
 from evolve_dag.experience.pool import Pool, Proposal
 from evolve_dag.records import ExperienceItem, Trajectory
 
+Key = TypeVar("Key")
 Condition = tuple[tuple[str, str], ...]
 """(feature, value) pairs in the order of ``features.FEATURES``: a hashable conjunction."""
 
 MIN_OTHERS = 5
 """Trajectories that must stand on either side of a comparison: fewer are no contrast."""
+
+LATTICE = ("listed", "shared_name", "evidence", "mark", "repeat")
+"""Features that situations are told apart by, beside the kind of observation."""
 
 MAX_TRAJECTORY_IDS = 50
 """Provenance kept per pattern."""
@@ -54,6 +61,9 @@ class Effect:
     """Lower end of the interval of ``lift``."""
     high: float
     """Upper end."""
+
+    p: float = 0.0
+    """One-sided p-value of Welch's test that the lift is not above 0."""
 
     def evidence(self) -> dict[str, float]:
         """As it stands in an item."""
@@ -85,13 +95,23 @@ class Pattern:
 class Moments:
     """Sums over a set of trajectories."""
 
-    count: int
+    count: float
+    """Trajectories; those of earlier iterations count less (:class:`Evidence`)."""
     centred: float
     """Sum of centred rewards."""
     scaled: float
     """Sum of centred rewards times sqrt(G/(G-1))."""
     squares: float
     """Sum of squares of the latter."""
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            self.count + other.count, self.centred + other.centred, self.scaled + other.scaled, self.squares + other.squares
+        )
+
+    def faded(self, share: float) -> Moments:
+        """The same sums, of which every trajectory counts ``share``."""
+        return Moments(self.count * share, self.centred * share, self.scaled * share, self.squares * share)
 
     def __sub__(self, other: Moments) -> Moments:
         return Moments(
@@ -110,6 +130,66 @@ class Moments:
         return max(0.0, (self.squares - self.scaled**2 / self.count) / (self.count - 1))
 
 
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What was seen so far, as sums, so that nights add up: what is rare in one night is seen in three.
+
+    Rewards are centred within their own groups, so sums of different nights, and of policies of different success, can be
+    added. They fade, since the policy that made them is no longer the one that acts.
+    """
+
+    situations: Mapping[Condition, Moments]
+    actions: Mapping[tuple[Condition, str], Moments]
+
+    def faded(self, share: float) -> Evidence:
+        """Every trajectory counts ``share`` of what it did; what counts next to nothing is dropped."""
+        kept = {c: m.faded(share) for c, m in self.situations.items() if m.count * share >= LEAST_COUNT}
+        return Evidence(
+            kept, {k: m.faded(share) for k, m in self.actions.items() if k[0] in kept and m.count * share >= LEAST_COUNT}
+        )
+
+    def __add__(self, other: Evidence) -> Evidence:
+        return Evidence(_summed(self.situations, other.situations), _summed(self.actions, other.actions))
+
+    def to_json(self) -> str:
+        """Rows of condition, action or null, and the four sums."""
+        rows: list[list[object]] = [[c, None, *_sums(m)] for c, m in self.situations.items()]
+        rows += [[c, action, *_sums(m)] for (c, action), m in self.actions.items()]
+        return json.dumps({"format": 1, "rows": rows}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Evidence:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            DataError: it is something else.
+        """
+        situations: dict[Condition, Moments] = {}
+        actions: dict[tuple[Condition, str], Moments] = {}
+        try:
+            for condition, action, *sums in json.loads(text)["rows"]:
+                key = tuple((str(feature), str(value)) for feature, value in condition)
+                if action is None:
+                    situations[key] = Moments(*map(float, sums))
+                else:
+                    actions[key, str(action)] = Moments(*map(float, sums))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"evidence of an experience pool: {error}", "materialize experience anew") from error
+        return cls(situations, actions)
+
+
+LEAST_COUNT = 0.05
+"""Faded trajectories below which a sum is dropped."""
+
+
+def _summed(a: Mapping[Key, Moments], b: Mapping[Key, Moments]) -> dict[Key, Moments]:
+    return {key: a[key] + b[key] if key in a and key in b else a.get(key) or b[key] for key in dict.fromkeys([*a, *b])}
+
+
+def _sums(moments: Moments) -> list[float]:
+    return [round(value, 6) for value in (moments.count, moments.centred, moments.scaled, moments.squares)]
+
+
 class Mined:
     """The result of one mining: the kept patterns, and the evidence to ask about any other."""
 
@@ -121,6 +201,8 @@ class Mined:
         confidence: float,
         statistics: Mapping[str, float],
     ) -> None:
+        self.evidence = Evidence(situations, actions)
+        """All that the patterns rest on, of this night and of the nights before."""
         self.patterns = patterns
         """Kept patterns, highest lift first."""
         self.statistics = statistics
@@ -129,12 +211,19 @@ class Mined:
         self._situations = situations
         self._confidence = confidence
 
-    def effect(self, condition: Condition, action: str) -> Effect | None:
-        """Evidence for one pattern; None without two trajectories on either side."""
-        return _effect(self._actions, self._situations, condition, action, self._confidence)
+    def effect(self, condition: Condition, action: str, among: int = 1) -> Effect | None:
+        """Evidence for one pattern; None without two trajectories on either side.
 
-    def clearly_better(self, condition: Condition, better: str, worse: str, *, measured: bool = False) -> bool:
-        """Whether ``better`` beats ``worse`` in the situation at the configured confidence.
+        Args:
+            among: questions that are asked at once; the interval holds for all of them together (Bonferroni).
+        """
+        return _effect(self._actions, self._situations, condition, action, self._level(among))
+
+    def _level(self, among: int) -> float:
+        return 1 - (1 - self._confidence) / max(1, among)
+
+    def clearly_better(self, condition: Condition, better: str, worse: str, *, measured: bool = False, among: int = 1) -> bool:
+        """Whether ``better`` beats ``worse`` in the situation at the configured confidence, ``among`` as in :meth:`effect`.
 
         When (almost) nobody did ``worse`` there, its advice has no ground in this situation: true, unless the
         comparison must be ``measured``.
@@ -144,7 +233,7 @@ class Mined:
             return False
         if b is None or b.count < MIN_OTHERS:
             return not measured
-        return _welch(a, b, self._situations[condition].variance, self._confidence)[1] > 0
+        return _welch(a, b, self._situations[condition].variance, self._level(among))[1] > 0
 
 
 def condition_of(mapping: Mapping[str, str]) -> Condition:
@@ -155,14 +244,18 @@ def condition_of(mapping: Mapping[str, str]) -> Condition:
 
 def situations_of(state: Mapping[str, str]) -> Iterator[Condition]:
     """Every situation of the lattice that holds in ``state``, the base first."""
-    base = {"tool": state["tool"], "observation": state["observation"]}
+    base = {"observation": state["observation"]}
+    if state["observation"] == "page":
+        # What a page shows of the question is never left open: advice for any page would also hold under a mark that no one
+        # has understood yet.
+        base |= {"evidence": state["evidence"]} | ({"mark": state["mark"]} if state["evidence"] == "asked" else {})
     options: list[list[dict[str, str]]] = []
     if state["observation"] == "listing":
         if state["listed"] == "one":
             options.append([{"listed": "one"}])
         else:
             options.append([{"listed": "several"}, {"listed": "several", "shared_name": state["shared_name"]}])
-    if state["observation"] in ("listing", "page"):
+    if state["observation"] == "listing":
         options.append([{"evidence": state["evidence"]}])
     if state["observation"] != "none":
         options.append([{"repeat": state["repeat"]}])
@@ -176,49 +269,32 @@ def situations_of(state: Mapping[str, str]) -> Iterator[Condition]:
                 yield condition_of({**base, **one, **two})
 
 
-def t_quantile(probability: float, degrees: float) -> float:
-    """Quantile of Student's t for ``probability`` > 0.5 (G. W. Hill, Algorithm 396, CACM 1970; five digits for
-    at least two degrees of freedom)."""
-    if not 0.5 < probability < 1:
-        raise ValueError(f"probability {probability} is not between 0.5 and 1")
-    tail = 2 * (1 - probability)
-    if degrees < 2:  # no exact formula between 1 and 2: the wider one
-        return 1 / math.tan(tail * math.pi / 2)
-    if degrees < 3:
-        return math.sqrt(2 / (tail * (2 - tail)) - 2)
-    a = 1 / (degrees - 0.5)
-    b = 48 / a**2
-    c = ((20700 * a / b - 98) * a - 16) * a + 96.36
-    d = ((94.5 / (b + c) - 3) / b + 1) * math.sqrt(a * math.pi / 2) * degrees
-    y = (d * tail) ** (2 / degrees)
-    if y > 0.05 + a:
-        x = NormalDist().inv_cdf(tail / 2)
-        y = x**2
-        if degrees < 5:
-            c += 0.3 * (degrees - 4.5) * (x + 0.6)
-        c += (((0.05 * d * x - 5) * x - 7) * x - 2) * x + b
-        y = (((((0.4 * y + 6.3) * y + 36) * y + 94.5) / c - y - 3) / b + 1) * x
-        y = a * y**2
-        y = math.expm1(y)
-    else:
-        y = ((1 / (((degrees + 6) / (degrees * y) - 0.089 * d - 0.822) * (degrees + 2) * 3) + 0.5 / (degrees + 4)) * y - 1) * (
-            degrees + 1
-        ) / (degrees + 2) + 1 / y
-    return math.sqrt(degrees * y)
+def _welch(a: Moments, b: Moments, spread: float, confidence: float) -> tuple[float, float, float, float]:
+    """(difference of means, lower end, upper end, one-sided p-value that it is not above 0). ``spread`` is the variance of
+    both sets together: it bounds the variance of a set without failures from below by ``spread / n``, else ten successes
+    would look certain."""
+    from scipy.special import stdtr, stdtrit
 
-
-def _welch(a: Moments, b: Moments, spread: float, confidence: float) -> tuple[float, float, float]:
-    """(difference of means, lower end, upper end). ``spread`` is the variance of both sets together: it bounds the
-    variance of a set without failures from below by ``spread / n``, else ten successes would look certain."""
     difference = a.mean - b.mean
     va = max(a.variance, spread / a.count) / a.count
     vb = max(b.variance, spread / b.count) / b.count
     error = va + vb
     if error <= 0:
-        return difference, difference, difference
+        return difference, difference, difference, float(difference <= 0)
     degrees = error**2 / (va**2 / max(a.count - 1, 1) + vb**2 / max(b.count - 1, 1))
-    half = t_quantile((1 + confidence) / 2, degrees) * math.sqrt(error)
-    return difference, difference - half, difference + half
+    half = float(stdtrit(degrees, (1 + confidence) / 2)) * math.sqrt(error)
+    return difference, difference - half, difference + half, float(stdtr(degrees, -difference / math.sqrt(error)))
+
+
+def discoveries(tested: Mapping[tuple[Condition, str], Effect], rate: float) -> dict[tuple[Condition, str], Effect]:
+    """Of all patterns that were tested, those with an effect above 0, at an expected share of false ones of ``rate``.
+
+    Source: Benjamini and Hochberg, "Controlling the False Discovery Rate", JRSS B 57 (1995), the step-up procedure; it holds
+    for the positive dependence of situations that contain each other (Benjamini and Yekutieli 2001).
+    """
+    ranked = sorted(tested.items(), key=lambda entry: (entry[1].p, entry[0]))
+    last = max((place for place, (_, e) in enumerate(ranked, 1) if e.p <= rate * place / len(ranked)), default=0)
+    return dict(ranked[:last])
 
 
 def _effect(
@@ -234,7 +310,7 @@ def _effect(
     b = situations[condition] - a
     if b.count < 2:
         return None
-    return Effect(a.count, b.count, *_welch(a, b, situations[condition].variance, confidence))
+    return Effect(round(a.count), round(b.count), *_welch(a, b, situations[condition].variance, confidence))
 
 
 def mine(
@@ -244,10 +320,12 @@ def mine(
     min_lift: float = 0.05,
     confidence: float = 0.95,
     seed: int = 0,
+    before: Evidence | None = None,
 ) -> Mined:
     """Mine ``trajectories`` (any order: the result does not depend on it).
 
     Args:
+        before: evidence of earlier iterations, faded; what nobody did in ``trajectories`` is not found from it alone.
         min_support: trajectories that must show a pattern.
         min_lift: least lift.
         confidence: level of the interval whose lower end must be above zero.
@@ -255,16 +333,21 @@ def mine(
     """
     import numpy as np
 
-    kept, statistics = _mixed_groups(trajectories)
-    n = len(kept)
-    centred = np.array([c for _, c, _ in kept])
-    scaled = centred * np.sqrt(np.array([g / (g - 1) for _, _, g in kept])) if n else centred
+    judged, statistics = _centred(trajectories)
+    rewards = [t.reward or 0.0 for t, _, _ in judged]
+    centred = np.array([c for _, c, _ in judged])
+    mixed = [size > 0 for _, _, size in judged]
+    scaled = np.array([c * math.sqrt(size / (size - 1)) if size else 0.0 for _, c, size in judged])
     situation_ids: dict[Condition, int] = {}
     pattern_ids: dict[tuple[Condition, str], int] = {}
     situation_rows: set[tuple[int, int]] = set()
     pattern_rows: set[tuple[int, int]] = set()
-    for place, (trajectory, _, _) in enumerate(kept):
+    shown: dict[str, dict[Condition, set[int]]] = {}
+    for place, (trajectory, _, _) in enumerate(judged):
         for state, action in dict.fromkeys((tuple(state.items()), action) for state, action in walk(trajectory)):
+            shown.setdefault(action, {}).setdefault(state, set()).add(place)
+            if not mixed[place]:
+                continue
             for condition in situations_of(dict(state)):
                 situation_rows.add((situation_ids.setdefault(condition, len(situation_ids)), place))
                 pattern_rows.add((pattern_ids.setdefault((condition, action), len(pattern_ids)), place))
@@ -283,13 +366,27 @@ def mine(
     for number, place in sorted(pattern_rows):
         members.setdefault(number, []).append(place)
 
+    now = actions
+    if before is not None:
+        pooled = Evidence(situations, actions) + before
+        situations, actions = dict(pooled.situations), dict(pooled.actions)
+    tested: dict[tuple[Condition, str], Effect] = {}
     effects: dict[Condition, dict[str, Effect]] = {}
-    for (condition, action), sums in actions.items():
-        if action not in STRATEGIES or sums.count < min_support or situations[condition].count - sums.count < MIN_OTHERS:
+    refused: list[tuple[Condition, str]] = []
+    for condition, action in now:
+        sums = actions[condition, action]
+        if strategy(action) is None or sums.count < min_support or situations[condition].count - sums.count < MIN_OTHERS:
             continue
         effect = _effect(actions, situations, condition, action, confidence)
-        if effect is not None and effect.lift >= min_lift and effect.low > 0:
+        if effect is not None:
+            tested[condition, action] = effect
+    for (condition, action), effect in discoveries(tested, 1 - confidence).items():
+        if effect.lift < min_lift:
+            continue
+        if fails_in(condition, shown[action], rewards, confidence) is None:
             effects.setdefault(condition, {})[action] = effect
+        else:
+            refused.append((condition, action))
     best = {c: min(found.items(), key=lambda item: (-item[1].low, item[0])) for c, found in effects.items()}
 
     mined = Mined((), actions, situations, confidence, {})
@@ -297,7 +394,7 @@ def mine(
     patterns: dict[str, Pattern] = {}
     for condition in chosen:
         action, effect = best[condition]
-        taught = [kept[place][0] for place in members[pattern_ids[(condition, action)]]]
+        taught = [judged[place][0] for place in members[pattern_ids[(condition, action)]]]
         pattern = Pattern(condition, action, effect, _provenance(taught, f"{seed}:{condition}:{action}"))
         twin = patterns.get(pattern.text)  # the same words for another tool: one item is enough
         if twin is None or effect.support > twin.effect.support:
@@ -306,37 +403,70 @@ def mine(
     statistics |= {
         "situations": float(len(situations)),
         "patterns_seen": float(len(actions)),
+        "patterns_tested": float(len(tested)),
         "patterns_significant": float(sum(len(found) for found in effects.values())),
+        "patterns_too_general": float(len(refused)),
         "patterns_kept": float(len(ordered)),
     }
     return Mined(ordered, actions, situations, confidence, statistics)
 
 
-def _mixed_groups(trajectories: Sequence[Trajectory]) -> tuple[list[tuple[Trajectory, float, int]], dict[str, float]]:
-    """(trajectory, centred reward, judged members of its group) of the mixed groups, and counts."""
-    groups: dict[str, list[Trajectory]] = {}
-    judged = 0
+def fails_in(
+    condition: Condition, shown: Mapping[Condition, set[int]], rewards: Sequence[float], confidence: float
+) -> tuple[str, str] | None:
+    """A feature value that splits off a part of ``condition`` in which an action succeeds clearly less often than in the
+    rest of it, or None.
+
+    Contrast alone cannot see it. Where the action never pays, no group has mixed outcomes, so that part has no voice in the
+    lift of the whole; and a policy that was taught the general advice no longer tries what would pay there. So all judged
+    trajectories are asked here, not only those of mixed groups.
+
+    Args:
+        shown: state -> places of the judged trajectories that show the action in it.
+        rewards: of the judged trajectories, 0..1.
+    """
+    matching = {state: places for state, places in shown.items() if set(condition) <= set(state)}
+    whole = frozenset().union(*matching.values())
+    splits: dict[tuple[str, str], set[int]] = {}
+    for state, places in matching.items():
+        for atom in set(state) - set(condition):
+            if atom[0] in LATTICE:
+                splits.setdefault(atom, set()).update(places)
+    for atom, places in sorted(splits.items()):
+        part, rest = (_plain([rewards[place] for place in some]) for some in (places, whole - places))
+        spread = _plain([rewards[place] for place in whole]).variance
+        if min(part.count, rest.count) >= MIN_OTHERS and _welch(rest, part, spread, confidence)[1] > 0:
+            return atom
+    return None
+
+
+def _plain(values: Sequence[float]) -> Moments:
+    return Moments(len(values), sum(values), sum(values), sum(v * v for v in values))
+
+
+def _centred(trajectories: Sequence[Trajectory]) -> tuple[list[tuple[Trajectory, float, int]], dict[str, float]]:
+    """(trajectory, centred reward, judged members of its group) of all that were judged, and counts. A group without mixed
+    outcomes has no contrast: its members count as 0."""
+    groups: dict[str, list[tuple[Trajectory, float]]] = {}
     for trajectory in sorted(trajectories, key=lambda t: t.id):
         group = groups.setdefault(trajectory.task_id, [])
         if trajectory.reward is not None:
-            group.append(trajectory)
-            judged += 1
-    found = []
-    mixed = 0
+            group.append((trajectory, trajectory.reward))
+    found: list[tuple[Trajectory, float, int]] = []
+    mixed = members = 0
     for group in groups.values():
-        rewards = [t.reward for t in group if t.reward is not None]
-        mean = sum(rewards) / len(rewards) if rewards else 0.0
-        if len(rewards) < 2 or not 0 < mean < 1:
-            continue
-        mixed += 1
-        found += [(t, r - mean, len(rewards)) for t, r in zip(group, rewards, strict=True)]
+        mean = sum(reward for _, reward in group) / len(group) if group else 0.0
+        size = len(group) if len(group) > 1 and 0 < mean < 1 else 0
+        mixed += size > 0
+        members += size
+        found += [(t, reward - mean if size else 0.0, size) for t, reward in group]
     counts = {
         "trajectories": len(trajectories),
-        "judged": judged,
-        "not_judged": len(trajectories) - judged,
+        "judged": len(found),
+        "not_judged": len(trajectories) - len(found),
         "groups": len(groups),
         "mixed_groups": mixed,
-        "mixed_trajectories": len(found),
+        "mixed_trajectories": members,
     }
     return found, {name: float(value) for name, value in counts.items()}
 
@@ -392,8 +522,9 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
         for item in pool.items
         if item.granularity == "principle" and item.condition and (action := action_of(item.text)) is not None
     ]
+    # Every night asks every item again: without a level for all of them together, a good one would fall sooner or later.
     for item, condition, action in known:
-        effect = mined.effect(condition, action)
+        effect = mined.effect(condition, action, among=len(known))
         if effect is not None and effect.high < 0 and min(effect.support, effect.others) >= MIN_OTHERS:
             delete(item, f"refuted: lift {_show(effect)}")
     # All contradictions first: an item that goes must not keep out the special cases that it covered until now.
@@ -402,10 +533,10 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
             if action == pattern.action:
                 continue
             if set(condition) <= set(pattern.condition):
-                beaten = mined.clearly_better(pattern.condition, pattern.action, action)
+                beaten = mined.clearly_better(pattern.condition, pattern.action, action, among=len(known))
             else:  # a special case of the pattern goes only if it was put to the test again, and lost
                 special = set(condition) > set(pattern.condition)
-                beaten = special and mined.clearly_better(condition, pattern.action, action, measured=True)
+                beaten = special and mined.clearly_better(condition, pattern.action, action, measured=True, among=len(known))
             if beaten:
                 delete(item, f"contradicted by: {pattern.text} (lift {_show(pattern.effect)})", pattern.trajectory_ids)
     standing = [entry for entry in known if entry[0].id not in gone]

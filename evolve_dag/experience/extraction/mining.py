@@ -20,6 +20,8 @@ class Extraction:
     """Of this iteration only, in order."""
     statistics: Mapping[str, float]
     """Counts: trajectories, judged, not_judged, groups, mixed_groups, ..., added, updated, deleted, merged, refused, items."""
+    evidence: contrast.Evidence | None = None
+    """For ``principle``: what the next extraction adds its own to."""
 
 
 def extract(
@@ -31,6 +33,7 @@ def extract(
     iteration: int,
     seed: int,
     case_path: bool = False,
+    before: contrast.Evidence | None = None,
 ) -> Extraction:
     """Scored trajectories + E(k-1) -> E(k) (METHOD step 3), without an LLM.
 
@@ -40,16 +43,24 @@ def extract(
     Args:
         seed: decides ties between equally good cases and which trajectories stand for a pattern.
         case_path: for ``instance``: keep the path of calls as well.
+        before: for ``principle``: evidence of the iterations before, as they left it.
     """
     key = seed * 1000 + iteration
     if granularity == "principle":
         mined = contrast.mine(
-            trajectories, min_support=settings.min_support, min_lift=settings.min_lift, confidence=settings.confidence, seed=key
+            trajectories,
+            min_support=settings.min_support,
+            min_lift=settings.min_lift,
+            confidence=settings.confidence,
+            seed=key,
+            before=before.faded(settings.memory) if before is not None else None,
         )
+        evidence = mined.evidence
         statistics = dict(mined.statistics)
         first = pool.apply(contrast.reconcile(mined, pool), iteration=iteration)
         second = first.pool.apply(contrast.subsumed(first.pool), iteration=iteration, cap=settings.cap)
     else:
+        evidence = None
         cases = instance.cases(trajectories, seed=key, path=case_path)
         statistics = dict(cases.statistics)
         first = pool.apply(instance.reconcile(cases, pool, cap=settings.cap), iteration=iteration)
@@ -60,4 +71,4 @@ def extract(
         statistics[name] = float(sum(edit.operation == operation for edit in edits))
     statistics["refused"] = float(len(first.refused) + len(second.refused))
     statistics["items"] = float(len(after))
-    return Extraction(after, edits, statistics)
+    return Extraction(after, edits, statistics, evidence)

@@ -12,14 +12,15 @@ from experience_builders import QUESTION, answer, malformed, search, trajectory,
 from evolve_dag.config.schema import ExtractionSettings
 from evolve_dag.experience.extraction.contrast import (
     MAX_TRAJECTORY_IDS,
+    Effect,
     Mined,
     Moments,
     condition_of,
+    discoveries,
     mine,
     reconcile,
     situations_of,
     subsumed,
-    t_quantile,
 )
 from evolve_dag.experience.extraction.mining import extract
 from evolve_dag.experience.features import features
@@ -32,7 +33,7 @@ ONE = "1 result\n1. person Bado Keli: home: city Zano Pile"
 PARTIAL = "page: person Bado Keli\nhome: city Zano Pile"
 ASKED = "page: city Zano Pile\nmayor: person Rato Miku"
 
-SHARED_STATE = condition_of({"tool": "search", "observation": "listing"})
+SHARED_STATE = condition_of({"observation": "listing"})
 FITTING = visit("person Bado Keli", "page: person Bado Keli\nhome: city Zano Pile")
 FIRST = visit("river Bado Keli", "page: river Bado Keli\nmouth: city Zano Pile")
 
@@ -53,17 +54,6 @@ def lift_of(mined: Mined, action: str = "open_fitting") -> tuple[float, float, f
     effect = mined.effect(SHARED_STATE, action)
     assert effect is not None
     return effect.lift, effect.low, effect.high
-
-
-def test_t_quantile_against_published_tables() -> None:
-    for probability, degrees, expected in [
-        (0.975, 1, 12.7062), (0.975, 2, 4.3027), (0.975, 3, 3.1824), (0.975, 5, 2.5706), (0.975, 10, 2.2281),
-        (0.975, 30, 2.0423), (0.95, 4, 2.1318), (0.95, 20, 1.7247), (0.995, 8, 3.3554), (0.9995, 15, 4.0728),
-        (0.975, 1e6, 1.95997),
-    ]:  # fmt: skip
-        assert t_quantile(probability, degrees) == pytest.approx(expected, abs=2e-3)
-    with pytest.raises(ValueError, match="between"):
-        t_quantile(0.4, 3)
 
 
 def test_lift_by_hand() -> None:
@@ -159,31 +149,31 @@ def test_malformed_is_never_advice() -> None:
     assert all(p.action != "malformed" for p in mine(data).patterns)
 
 
-def two_pages(seed: int, good_when_asked: str, good_when_part: str) -> list[Trajectory]:
-    """Pages that show the asked value, and pages that show a part; what pays may differ between them."""
+def two_listings(seed: int, good_when_one: str, good_when_several: str) -> list[Trajectory]:
+    """Listings of one result, and of several; what pays may differ between them."""
     draw = random.Random(seed)
     found = []
     for task in range(120):
-        page, good = (ASKED, good_when_asked) if task % 2 else (PARTIAL, good_when_part)
+        listing, good = (ONE, good_when_one) if task % 2 else (SHARED, good_when_several)
         for rollout in range(4):
             choice = draw.choice(["answer", "search"])
             step = answer("Zano Pile") if choice == "answer" else search("Zano Pile mayor", "no results")
-            steps = [visit("person Bado Keli", page), step]
+            steps = [search("Bado Keli", listing), step]
             found.append(trajectory(f"t{task}", rollout, steps, float(draw.random() < (0.8 if choice == good else 0.2))))
     return found
 
 
 def test_special_cases_that_disagree_replace_the_general_rule() -> None:
-    found = {p.text for p in mine(two_pages(0, "answer", "search")).patterns}
+    found = {p.text for p in mine(two_listings(0, "answer", "search")).patterns}
     assert found == {
-        "Conclude: when the page shows the asked value, answer with that value now.",
-        "Narrow: when the page answers only part of the question, search only the short name.",
+        "Trust: when the search shows one result, trust the listed value.",
+        "Narrow: when the search shows several results, search only the short name.",
     }
 
 
 def test_special_cases_that_add_nothing_are_left_out() -> None:
-    assert [p.text for p in mine(two_pages(0, "search", "search")).patterns] == [
-        "Narrow: when a page is shown, search only the short name."
+    assert [p.text for p in mine(two_listings(0, "search", "search")).patterns] == [
+        "Narrow: when the search shows results, search only the short name."
     ]
 
 
@@ -191,6 +181,7 @@ def test_the_lattice_holds_only_situations_that_are_true_and_can_be_said() -> No
     from evolve_dag.experience.phrases import situation_text
 
     cases = [[], [search("x", "no results")], [search("x", ONE)], [search("x", SHARED)], [visit("x", ASKED)], [malformed()],
+             [visit("x", "page: city Zano Pile\nmayor: person Rato Miku old")],
              [search("x", "2 results\n1. city Alo Be\n2. city Ceto Di")]]  # fmt: skip
     for steps in cases:
         state = features(QUESTION, steps)
@@ -200,7 +191,46 @@ def test_the_lattice_holds_only_situations_that_are_true_and_can_be_said() -> No
         assert len(set(texts)) == len(texts)
         for condition in conditions:
             assert set(condition) <= set(state.items())
-            assert {"tool", "observation"} <= dict(condition).keys()
+            assert "observation" in dict(condition)
+
+
+MARKED = "page: city Zano Pile\nmayor: person Rato Miku old"
+
+
+def test_advice_for_any_page_does_not_reach_under_a_mark() -> None:
+    """What a page shows of the question stands in every condition about pages."""
+    for page in (ASKED, PARTIAL, MARKED):
+        for condition in situations_of(features(QUESTION, [visit("x", page)])):
+            assert dict(condition).keys() >= {"evidence"}
+    (marked,) = [c for c in situations_of(features(QUESTION, [visit("x", MARKED)])) if "repeat" not in dict(c)]
+    assert dict(marked) == {"observation": "page", "evidence": "asked", "mark": "old"}
+
+
+def test_advice_that_always_fails_in_a_part_of_its_situation_is_refused() -> None:
+    """Under one kind of listing 'fitting' pays in mixed groups; under the other it never does, and nothing else was tried
+    with success, so that no group there is mixed and the contrast alone praises 'fitting' for both."""
+    data = simulate(1, 60, 4, {"fitting": 0.8, "first": 0.1}, SHARED)
+    alone = simulate(2, 40, 4, {"fitting": 0.0, "first": 0.0}, ONE)
+    alone = [replace(t, task_id=f"u{t.task_id}", id=f"u{t.id}") for t in alone]
+    assert [p.text for p in mine(data).patterns] == [
+        "Match: when the search shows results, open the page that fits the question."
+    ]
+    both = mine(data + alone)
+    assert [p.text for p in both.patterns] == [
+        "Match: when the search shows several results, open the page that fits the question."
+    ]
+    assert both.statistics["patterns_too_general"] > 0
+
+
+def test_false_discoveries_are_held_down() -> None:
+    """Benjamini and Hochberg by hand: of p = 0.01, 0.02, 0.03, 0.2 at 5% the bounds are 0.0125, 0.025, 0.0375, 0.05."""
+    effects = {
+        ((("observation", str(n)),), "search_short"): Effect(5, 5, 0.1, 0.0, 0.2, p)
+        for n, p in enumerate((0.03, 0.2, 0.01, 0.02))
+    }
+    assert [dict(c)["observation"] for c, _ in discoveries(effects, 0.05)] == ["2", "3", "0"]
+    assert discoveries(effects, 0.01) == {}
+    assert discoveries({}, 0.05) == {}
 
 
 def test_moments_match_a_plain_computation() -> None:
@@ -239,32 +269,32 @@ def test_items_live_through_iterations() -> None:
 
 
 def test_a_general_item_goes_when_its_special_cases_disagree() -> None:
-    pool, _ = run(two_pages(0, "search", "search"), Pool(), 1)
+    pool, _ = run(two_listings(0, "search", "search"), Pool(), 1)
     assert pool.ids == ("p0001",)
-    after, edits = run(two_pages(1, "answer", "search"), pool, 2)
+    after, edits = run(two_listings(1, "answer", "search"), pool, 2)
     # The special case that agrees comes as an item of its own, because the rule that covered it is gone.
     assert ("delete", "p0001") in edits
-    assert sorted(i.text.split(":")[0] for i in after.items) == ["Conclude", "Narrow"]
+    assert sorted(i.text.split(":")[0] for i in after.items) == ["Narrow", "Trust"]
 
 
 def special_case(action: str) -> Pool:
-    condition = {"tool": "visit", "observation": "page", "evidence": "asked"}
+    condition = {"observation": "listing", "listed": "one"}
     proposal = Proposal("add", text=render(condition, action), condition=condition, evidence={"lift": 0.4, "low": 0.2})
     return Pool().apply([proposal], iteration=1, strict=True).pool
 
 
 def test_a_general_rule_yields_to_a_standing_exception_that_was_not_put_to_the_test() -> None:
-    pool = special_case("open_fitting")  # nobody opens anything after a page here
-    after, edits = run(two_pages(0, "search", "search"), pool, 2)
+    pool = special_case("open_fitting")  # nobody opens anything here
+    after, edits = run(two_listings(0, "search", "search"), pool, 2)
     assert edits == []
     assert after == pool
 
 
 def test_a_general_rule_replaces_an_exception_that_lost() -> None:
-    pool = special_case("answer_page")
-    after, edits = run(two_pages(0, "search", "search"), pool, 2)
+    pool = special_case("answer_listed")
+    after, edits = run(two_listings(0, "search", "search"), pool, 2)
     assert edits == [("delete", "p0001"), ("add", "p0002")]
-    assert after.items[0].text == "Narrow: when a page is shown, search only the short name."
+    assert after.items[0].text == "Narrow: when the search shows results, search only the short name."
 
 
 def test_a_general_rule_absorbs_its_special_case() -> None:
@@ -274,8 +304,8 @@ def test_a_general_rule_absorbs_its_special_case() -> None:
             [
                 Proposal(
                     "add",
-                    text="Narrow: when the page shows the asked value, search only the short name.",
-                    condition={"tool": "visit", "observation": "page", "evidence": "asked"},
+                    text="Narrow: when the search shows one result, search only the short name.",
+                    condition={"observation": "listing", "listed": "one"},
                     evidence={"lift": 0.3, "low": 0.1},
                 )
             ],
@@ -283,7 +313,7 @@ def test_a_general_rule_absorbs_its_special_case() -> None:
         )
         .pool
     )
-    after, edits = run(two_pages(0, "search", "search"), pool, 2)
+    after, edits = run(two_listings(0, "search", "search"), pool, 2)
     assert edits == [("add", "p0002"), ("merge", "p0001")]
     assert after.ids == ("p0002",)
     strong = replace(pool.items[0], evidence={"lift": 0.99, "low": 0.95})
