@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {
     "seed": 4,
     "iterations": 1,
     "tasks": {
-        "train": {"count": 12, "world": 12},
+        "train": {"count": 12, "world": 13},
         "development": {"count": 4, "world": 22},
         "held_out": {"count": 6, "world": 32},
     },

@@ -27,7 +27,7 @@ SMALL = {
     "experiment": "small",
     "seed": 4,
     "tasks": {
-        "train": {"count": 10, "world": 12},
+        "train": {"count": 12, "world": 13},
         "development": {"count": 6, "world": 22},
         "held_out": {"count": 6, "world": 32},
     },
@@ -169,7 +169,7 @@ def test_scores_say_under_which_condition_and_hold_every_task(made: Store) -> No
 def test_a_broken_adapter_is_declined_and_the_champion_stays(copied: Store) -> None:
     """A learning rate that wrecks the policy: the gate keeps the champion and the loop can go on."""
     wrecked = small(distillation={"epochs": 8, "learning_rate": 0.3, "warmup_steps": 0}, tasks=SMALL["tasks"] | {
-        "development": {"count": 32, "world": 22}})  # fmt: skip
+        "development": {"count": 64, "world": 22}})  # fmt: skip
     for step in STEP_ORDER:
         outcome = run_step(step, wrecked, 1, copied)
     decision = outcome.artifact.json("decision.json")

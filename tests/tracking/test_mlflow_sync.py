@@ -36,7 +36,7 @@ CONFIG: dict[str, Any] = {
     "seed": 4,
     "iterations": 3,
     "tasks": {
-        "train": {"count": 10, "world": 12},
+        "train": {"count": 12, "world": 13},
         "development": {"count": 6, "world": 22},
         "held_out": {"count": 6, "world": 32},
     },
