@@ -150,7 +150,7 @@ def test_an_iteration_is_sent_whole_and_only_once(store: Store, monkeypatch: pyt
     assert nested.data.tags["evolve.partition"] == "small|01"
     assert nested.data.tags["evolve.decision"] == "promote"
     assert parent.data.params["distillation.learning_rate"] == "0.0007"
-    assert parent.data.params["tasks.train.world"] == "12"
+    assert parent.data.params["tasks.train.world"] == "13"
     assert parent.data.tags["config.iterations"] == "3"
     assert {run.info.status for run in found.values()} == {"FINISHED"}
 
@@ -454,9 +454,7 @@ def test_nothing_happens_where_nothing_is_wanted(store: Store, why: str, monkeyp
 
 
 def test_no_secret_reaches_the_server(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    artifact = store.open("trajectories", store.ref("small", 1, "trajectories").digest)  # type: ignore[union-attr]
-    secret = artifact.frame("trajectories.parquet")["answer"].drop_nulls()[0]
-    assert len(secret) >= 8
+    secret = "no results"  # stands in the traces of nearly every episode
     monkeypatch.setenv("EXAMPLE_API_KEY", secret)
     sync(store)
     with sqlite3.connect(own_database(store.root)) as connection:
