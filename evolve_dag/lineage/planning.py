@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from evolve_dag.errors import StoreError
 from evolve_dag.steps import base
+from evolve_dag.steps.promotion import next_policy
 from evolve_dag.store.artifacts import MANIFEST
 
 if TYPE_CHECKING:
@@ -225,8 +226,6 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def _leaving(promotion: PlannedStep, experiment: Experiment, store: Store) -> PolicyRef | str:
     """policy(k+1), or the name of the promotion that has to be made first."""
-    from evolve_dag.steps.promotion import next_policy
-
     here = f"promotion[{base.partition(experiment, promotion.iteration)}]"
     if promotion.action != "reuse" or promotion.digest is None:
         return here
@@ -235,8 +234,6 @@ def _leaving(promotion: PlannedStep, experiment: Experiment, store: Store) -> Po
 
 def _as_before(promotion: PlannedStep, experiment: Experiment, store: Store) -> PolicyRef | None:
     """policy(k+1) as the promotion in use left it, when a new one would decide about the same candidate; else None."""
-    from evolve_dag.steps.promotion import next_policy
-
     ref, _ = _ref(experiment, promotion.iteration, "promotion", store)
     if ref is None or any(reason.why not in ("config", "code", "missing", "shared") for reason in promotion.reasons):
         return None

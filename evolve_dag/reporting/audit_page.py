@@ -15,6 +15,7 @@ from evolve_dag.lineage import audit
 from evolve_dag.reporting import markup
 from evolve_dag.reporting.principles import SPELLED_OUT, Chain, Contrast, Edit, Facts, Principle, ScoreRow, Share, Shown, gather
 from evolve_dag.reporting.summary import percent, percent_interval
+from evolve_dag.steps.base import SPECS
 
 if TYPE_CHECKING:
     from evolve_dag.store.artifacts import Store
@@ -285,7 +286,6 @@ def _walk(facts: Facts, chain: Chain, links: _Links) -> str:
     parts = []
     told: Mapping[str, str] = {
         "policy": f"what enters: {where}",
-        "trajectories": "rollouts of that policy without experience",
         "experience": f"what they taught: the pool, with {_number(chain, 'experience', 'items')} items",
         "contexts": f'the teacher with items in its context: <a href="#rows-{k}">{rows} training rows</a>',
         "adapter": f"learned from those rows{_learnt(facts, k, links)}",
@@ -293,7 +293,7 @@ def _walk(facts: Facts, chain: Chain, links: _Links) -> str:
         "promotion": _decision(chain),
     }
     for name, (digest, _) in chain.artifacts.items():
-        parts.append([f"<b>{escape(name)}</b>", markup.digest(digest), told.get(name, "")])
+        parts.append([f"<b>{escape(name)}</b>", markup.digest(digest), told.get(name) or escape(SPECS[name].description)])
     return markup.table(["step", "digest", ""], parts, text=(2,))
 
 

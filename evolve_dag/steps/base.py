@@ -29,72 +29,27 @@ from evolve_dag.inference.ledger import Ledger
 from evolve_dag.inference.roles import Roles
 from evolve_dag.prompts import digest
 from evolve_dag.records import PolicyRef
+from evolve_dag.steps import adapter, contexts, experience, policy, promotion, scores, trajectories
 from evolve_dag.steps.body import Body, Progress, Silent, StepContext
+from evolve_dag.steps.spec import StepSpec
 from evolve_dag.store.artifacts import Artifact, Store
 from evolve_dag.store.frames import CALLS, calls_to_frame
 from evolve_dag.store.memory import Memory
 from evolve_dag.tasks.streams import of_iteration
 from evolve_dag.tasks.suites import data_digests
 
-STEP_ORDER = ("policy", "trajectories", "experience", "contexts", "adapter", "scores", "promotion")
-
-
-@dataclass(frozen=True, slots=True)
-class StepSpec:
-    """What decides the outcome of one step."""
-
-    name: str
-    version: str
-    """Raise it when the code of the step makes something else of the same inputs."""
-    config: tuple[str, ...]
-    """Config keys that the step reads."""
-    inputs: tuple[str, ...]
-    """Steps of the same iteration whose artifacts it reads."""
-    iteration: bool = False
-    """Does the number of the iteration enter (fresh draws in every iteration)?"""
-
-
-_TASK_KEYS = ("environment", "rollout", "verification", "models.judge")
-_INJECTION_KEYS = ("injection", "selection", "models.selector", "models.embedding")
-SPECS: Mapping[str, StepSpec] = {
-    spec.name: spec
-    for spec in (
-        StepSpec("policy", "1", ("models.policy",), ()),
-        StepSpec("trajectories", "3", ("seed", "tasks.train", *_TASK_KEYS), ("policy",), iteration=True),
-        StepSpec(
-            "experience",
-            "4",
-            ("seed", "granularity", "extraction", "models.extractor"),
-            ("policy", "trajectories"),
-            iteration=True,
-        ),
-        StepSpec(
-            "contexts",
-            "5",
-            (
-                "seed",
-                *_INJECTION_KEYS,
-                "regime.source",
-                "regime.rejection",
-                "distillation.top_k",
-                "distillation.retention",
-                "tasks.train",
-                *_TASK_KEYS,
-            ),
-            ("policy", "trajectories", "experience"),
-            iteration=True,
-        ),
-        StepSpec("adapter", "3", ("seed", "regime", "distillation"), ("policy", "experience", "contexts"), iteration=True),
-        StepSpec(
-            "scores",
-            "3",
-            ("evaluation", *_INJECTION_KEYS, "tasks.development", "tasks.held_out", *_TASK_KEYS),
-            ("policy", "experience", "adapter"),
-        ),
-        StepSpec("promotion", "2", ("gate", "seed"), ("policy", "experience", "adapter", "scores")),
-    )
-}
-SETTINGS: Mapping[str, tuple[str, ...]] = {name: spec.config for name, spec in SPECS.items()}
+STEPS: tuple[StepSpec, ...] = (
+    policy.SPEC,
+    trajectories.SPEC,
+    experience.SPEC,
+    contexts.SPEC,
+    adapter.SPEC,
+    scores.SPEC,
+    promotion.SPEC,
+)
+"""The loop: its steps in the order in which an iteration makes them."""
+SPECS: Mapping[str, StepSpec] = {spec.name: spec for spec in STEPS}
+STEP_ORDER = tuple(SPECS)
 
 
 def code_version(name: str) -> str:
@@ -225,14 +180,12 @@ def first_policy(experiment: Experiment) -> PolicyRef:
 
 def _entering(experiment: Experiment, iteration: int, store: Store) -> PolicyRef | str:
     """policy(k) as values, or the name of what is missing."""
-    from evolve_dag.steps.promotion import next_policy
-
     ref = first_policy(experiment)
     for k in range(1, iteration):
-        promotion = resolve_from("promotion", experiment, k, store, ref)
-        if promotion.digest is None or not promotion.exists:
+        decided = resolve_from("promotion", experiment, k, store, ref)
+        if decided.digest is None or not decided.exists:
             return f"promotion[{partition(experiment, k)}]"
-        ref = next_policy(store.open("promotion", promotion.digest), k + 1)
+        ref = promotion.next_policy(store.open("promotion", decided.digest), k + 1)
     return ref
 
 
@@ -273,10 +226,7 @@ class StepOutcome:
 
 
 def _body(name: str) -> Body:
-    from importlib import import_module
-
-    body: Body = import_module(f"evolve_dag.steps.{name}").run
-    return body
+    return SPECS[name].run
 
 
 def run_step(

@@ -7,13 +7,14 @@ trajectories and adds the teacher's view. In both cases the action ids are the s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from evolve_dag.config.schema import Experiment
 from evolve_dag.distillation.alignment import align_all, no_injection, replay_injection, select_rows, without_problems
-from evolve_dag.distillation.dataset import DistillationRow, make_rows, retention_rows, save_contexts
+from evolve_dag.distillation.dataset import DistillationRow, load_contexts, make_rows, retention_rows, save_contexts
 from evolve_dag.distillation.teacher import TeacherScorer
 from evolve_dag.evaluation.metrics import counts
 from evolve_dag.protocols import ExperienceSource
@@ -21,6 +22,8 @@ from evolve_dag.records import Trajectory
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import (
+    INJECTION_KEYS,
+    TASK_KEYS,
     adapter_folder,
     experience_source,
     open_policy,
@@ -29,12 +32,10 @@ from evolve_dag.steps.policies import (
     roll_out,
     selector_statistics,
 )
-from evolve_dag.store.frames import load_trajectories, save_trajectories
+from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
+from evolve_dag.store.artifacts import Artifact
+from evolve_dag.store.frames import STEPS, TRAJECTORIES, load_trajectories, save_trajectories, trajectories_from_frames
 from evolve_dag.tasks.suites import load_split
-
-if TYPE_CHECKING:
-    from evolve_dag.config.schema import Experiment
-
 
 RETENTION = "retention"
 """Folder, in the artifact, of the rows in which the student reads experience too."""
@@ -121,3 +122,73 @@ async def with_teacher_views(trajectories: Sequence[Trajectory], source: Experie
             steps.append(replace(step, selected=view.selected, injected=view.text, rationale=view.rationale))
         out.append(replace(trajectory, steps=tuple(steps)))
     return out
+
+
+def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
+    """That the student never sees experience, and that both views hold the actions that were sampled."""
+    artifact.verify()
+    rows, retention = load_contexts(artifact.path), load_contexts(artifact.path / RETENTION)
+    found = trajectories_from_frames(artifact.frame(TRAJECTORIES), artifact.frame(STEPS))
+    trajectories = {trajectory.id: trajectory for trajectory in found}
+    steps, other_ids, seen = 0, [], []
+    for one in rows:
+        trajectory = trajectories[one.row.trajectory_id]
+        history = trajectory.history(len(trajectory.steps))
+        for context, (start, end) in zip(one.contexts, one.row.spans, strict=True):
+            steps += 1
+            where = f"{trajectory.id} step {context.step}"
+            if one.row.ids[start:end] != trajectory.steps[context.step].token_ids:
+                other_ids.append(where)
+            if context.injected.strip() and any(context.injected.strip() in message.content for message in history):
+                seen.append(where)
+    for one in retention:  # these hold experience by design (docs/adr/0004-retention.md): only the actions must agree
+        name, _, number = one.row.trajectory_id.rpartition("@")
+        [(start, end)] = one.row.spans
+        if one.row.ids[start:end] != trajectories[name].steps[int(number)].token_ids:
+            other_ids.append(one.row.trajectory_id)
+    evidence = {
+        "trajectories": len(rows),
+        "steps": steps,
+        "steps_with_experience": sum(bool(context.injected) for one in rows for context in one.contexts),
+        "experience_in_student_view": seen,
+    }
+    yield Verdict("clean", not seen, evidence)
+    evidence = {
+        "steps": steps,
+        "action_tokens": sum(one.action_tokens for one in rows),
+        "teacher_distributions": sum(len(one.teacher) for one in rows if one.teacher is not None),
+        "retention_rows": len(retention),
+        "other_action_ids": other_ids,
+    }
+    yield Verdict("same_actions", not other_ids, evidence)
+
+
+SPEC = StepSpec(
+    "contexts",
+    "Step-aligned contexts: the student's clean view, the teacher's view with experience, the shared action tokens.",
+    version="5",
+    config=(
+        "seed",
+        *INJECTION_KEYS,
+        "regime.source",
+        "regime.rejection",
+        "distillation.top_k",
+        "distillation.retention",
+        "tasks.train",
+        *TASK_KEYS,
+    ),
+    inputs=("policy", "trajectories", "experience"),
+    run=run,
+    kinds=frozenset({"parquet", "polars"}),
+    iteration=True,
+    checks=(
+        Check("clean", "No clean row of the student holds experience.", blocking=True),
+        Check(
+            "same_actions",
+            "Student and teacher share the action ids: those that were sampled, token for token.",
+            blocking=True,
+        ),
+    ),
+    examine=examine,
+    tables=(Table("contexts.parquet", ("trajectory_id", "step", "selected", "injected", "teacher_tokens")),),
+)

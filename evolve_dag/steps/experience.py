@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 
+from evolve_dag.config.schema import Experiment
 from evolve_dag.experience.extraction.contrast import Evidence
 from evolve_dag.experience.extraction.mining import Extraction, extract
 from evolve_dag.experience.locality import locality
-from evolve_dag.experience.pool import Pool
+from evolve_dag.experience.pool import Pool, check_principle_form
 from evolve_dag.records import Task, Trajectory
 from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import open_policy, open_pool
-from evolve_dag.store.frames import edits_to_frame, items_to_frame, load_trajectories
+from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
+from evolve_dag.store.artifacts import Artifact
+from evolve_dag.store.frames import EDITS, ITEMS, edits_to_frame, items_from_frame, items_to_frame, load_trajectories
 from evolve_dag.tasks.suites import load_tasks_of
 
 EVIDENCE = "evidence.json"
@@ -34,8 +37,8 @@ def run(context: StepContext) -> None:
     if found.evidence is not None:
         (folder / EVIDENCE).write_text(found.evidence.to_json(), encoding="utf-8")
     (folder / "pool.json").write_text(found.pool.to_json(), encoding="utf-8")
-    items_to_frame(found.pool.items).write_parquet(folder / "items.parquet")
-    edits_to_frame(found.edits).write_parquet(folder / "edits.parquet")
+    items_to_frame(found.pool.items).write_parquet(folder / ITEMS)
+    edits_to_frame(found.edits).write_parquet(folder / EDITS)
     operations = [edit.operation for edit in found.edits]
     context.build.note(
         items=len(found.pool.items),
@@ -100,3 +103,35 @@ def _extract(context: StepContext, trajectories: Sequence[Trajectory], tasks: Se
             )
         finally:
             context.progress.finish()
+
+
+def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
+    """The cap of the pool, and the form of its principles."""
+    items = items_from_frame(artifact.frame(ITEMS))
+    cap, distinct = experiment.extraction.cap, len({item.id for item in items})
+    evidence = {"items": len(items), "distinct_ids": distinct, "cap": cap}
+    yield Verdict("within_cap", len(items) <= cap and distinct == len(items), evidence)
+    objections = {item.id: check_principle_form(item.text) for item in items if item.granularity == "principle"}
+    wrong = {item_id: mistakes for item_id, mistakes in objections.items() if mistakes}
+    yield Verdict("form", not wrong, {"items": len(items), "wrong": wrong})
+
+
+SPEC = StepSpec(
+    "experience",
+    "The experience pool E(k), every pool edit, and which trajectories taught what.",
+    version="4",
+    config=("seed", "granularity", "extraction", "models.extractor"),
+    inputs=("policy", "trajectories"),
+    run=run,
+    kinds=frozenset({"parquet", "polars"}),
+    iteration=True,
+    checks=(
+        Check("within_cap", "The pool holds at most `extraction.cap` items, with distinct ids.", blocking=True),
+        Check("form", "Every principle reads `Name: when <situation>, <strategy>.`"),
+    ),
+    examine=examine,
+    tables=(
+        Table(ITEMS, ("id", "text", "created", "updated"), rows=50),
+        Table(EDITS, ("operation", "item_id", "before", "after", "reason")),
+    ),
+)

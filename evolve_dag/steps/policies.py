@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from evolve_dag.agent.rollouts import run_rollouts
+from evolve_dag.evaluation.gate import LEAST_JUDGED
 from evolve_dag.inference.backends import identity, open_backend, open_transformers
 from evolve_dag.inference.ledger import metered
 from evolve_dag.protocols import LanguageModel
 from evolve_dag.records import Task, Trajectory
+from evolve_dag.steps.spec import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +28,11 @@ if TYPE_CHECKING:
     from evolve_dag.tasks.suites import Split
 
 Model = TypeVar("Model", bound=LanguageModel)
+
+TASK_KEYS = ("environment", "rollout", "verification", "models.judge")
+"""Config keys of whatever asks tasks."""
+INJECTION_KEYS = ("injection", "selection", "models.selector", "models.embedding")
+"""Config keys of whatever places experience in a context."""
 
 
 @runtime_checkable
@@ -170,3 +177,13 @@ def roll_out(
 def by_id(tasks: Sequence[Task]) -> dict[str, Task]:
     """Task id -> task."""
     return {task.id: task for task in tasks}
+
+
+def judged(artifact: Artifact, file: str) -> Verdict:
+    """Whether enough episodes of a table of trajectories or scores could be judged."""
+    frame = artifact.frame(file)
+    known = frame["reward"].drop_nulls().len()
+    share = known / frame.height if frame.height else 0.0
+    failed = int((frame["status"] == "failed").sum())
+    evidence = {"episodes": frame.height, "judged": known, "share": share, "failed_episodes": failed}
+    return Verdict("judged", share >= LEAST_JUDGED, evidence)

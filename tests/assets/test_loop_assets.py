@@ -143,7 +143,7 @@ def test_a_change_travels_down_the_loop_and_into_the_next_iteration(
 def test_every_check_passes_on_sound_artifacts(fake: FakeSteps, experiment: Experiment, memory: dg.DagsterInstance) -> None:
     result = iteration(memory, 1)
     found = {(e.asset_key.to_user_string(), e.check_name): e for e in result.get_asset_check_evaluations()}
-    assert set(found) == {(step, name) for step, named in checks.SPECS.items() for name in named}
+    assert set(found) == {(spec.name, check.name) for spec in base.STEPS for check in spec.checks}
     assert all(evaluation.passed for evaluation in found.values()), found
     clean = found["contexts", "clean"].metadata
     assert (clean["steps"].value, clean["steps_with_experience"].value) == (16, 8)
