@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag.agent.rollouts import run_rollouts
+from evolve_dag.agent.rollouts import gather_rollouts
 from evolve_dag.config.schema import Experiment
 from evolve_dag.distillation.alignment import select_rows
 from evolve_dag.distillation.dataset import DistillationRow, load_contexts
@@ -18,7 +17,7 @@ from evolve_dag.inference.folders import model_folder
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import Silent, StepContext
 from evolve_dag.steps.contexts import RETENTION, score, with_teacher_views
-from evolve_dag.steps.policies import adapter_folder, experience_source, open_policy, open_pool, open_teacher
+from evolve_dag.steps.policies import adapter_folder, closing, experience_source, open_policy, open_pool, open_teacher
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
 from evolve_dag.tasks.suites import Split, load_split
@@ -141,27 +140,29 @@ class _Resample:
         )
         refresh = experiment.distillation.refresh
         tasks = self.split.tasks[number - 1 :: refresh] or self.split.tasks
-        trajectories = run_rollouts(
-            tasks,
-            experiment.rollout.group_size,
-            model=actor,
-            environment=self.split.environment,
-            verifier=self.split.verifier,
-            settings=experiment.rollout,
-            seed=stable_hash("refresh", experiment.seed, context.iteration, number),
-            concurrency=runtime.concurrency,
-        )
-        asyncio.run(actor.close())
+        with closing(actor, context.roles):
+            trajectories = context.roles.run(
+                gather_rollouts(
+                    tasks,
+                    experiment.rollout.group_size,
+                    model=actor,
+                    environment=self.split.environment,
+                    verifier=self.split.verifier,
+                    settings=experiment.rollout,
+                    seed=stable_hash("refresh", experiment.seed, context.iteration, number),
+                    concurrency=runtime.concurrency,
+                )
+            )
         self.tokens += sum(len(step.token_ids) for t in trajectories for step in t.steps)
         adapter = context.entering.adapter
         with ExitStack() as opened:
             policy = opened.enter_context(open_policy(context.store, adapter, context.roles))
             source = experience_source(experiment, self.pool, context.roles)
-            trajectories = asyncio.run(with_teacher_views(trajectories, source))
+            trajectories = context.roles.run(with_teacher_views(trajectories, source))
             kept = select_rows(trajectories, experiment.regime.rejection).kept
             if experiment.models.policy.backend != "transformers":
                 opened.close()
-            with open_teacher(experiment, adapter_folder(context.store, adapter), policy) as teacher:
+            with open_teacher(adapter_folder(context.store, adapter), context.roles, policy) as teacher:
                 clean, retention = score(experiment, kept, teacher, Silent())
         return clean + retention if _learns_distributions(experiment) else clean
 

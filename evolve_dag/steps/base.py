@@ -14,7 +14,6 @@ the next iteration untouched.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -229,6 +228,24 @@ def _body(name: str) -> Body:
     return SPECS[name].run
 
 
+def _make(expected: Resolved, experiment: Experiment, entering: PolicyRef, store: Store, progress: Progress) -> None:
+    """Run the body of a step, in one event loop, and publish what it made."""
+    assert expected.digest is not None  # what is missing was told before
+    name, spec = expected.name, SPECS[expected.name]
+    inputs = {upstream: store.open(upstream, digest) for upstream, digest in expected.inputs.items()}
+    with store.build(
+        name, expected.digest, code_version=spec.version, config=dict(expected.config), inputs=dict(expected.inputs)
+    ) as build:
+        if build.artifact is not None:
+            return  # another process has made it while this one waited for the lock
+        ledger = Ledger(build.ledger_path)
+        with Roles(experiment, ledger=ledger, memory=Memory(store.root / "cache" / "memory.sqlite")) as roles:
+            _body(name)(StepContext(experiment, expected.iteration, store, inputs, build, progress, entering, roles))
+        if totals := ledger.totals():
+            build.note(calls=totals)
+            calls_to_frame(ledger.calls()).write_parquet(build.path / CALLS)
+
+
 def run_step(
     name: str,
     experiment: Experiment,
@@ -258,31 +275,7 @@ def run_step(
         )
     recomputed = not expected.exists
     if recomputed:
-        inputs = {upstream: store.open(upstream, digest) for upstream, digest in expected.inputs.items()}
-        with store.build(
-            name, expected.digest, code_version=code_version(name), config=dict(expected.config), inputs=dict(expected.inputs)
-        ) as build:
-            if build.artifact is None:  # else another process has made it while this one waited for the lock
-                ledger = Ledger(build.ledger_path)
-                roles = Roles(experiment, ledger=ledger, memory=Memory(store.root / "cache" / "memory.sqlite"))
-                here_now = StepContext(
-                    of_iteration(experiment, iteration),
-                    iteration,
-                    store,
-                    inputs,
-                    build,
-                    progress or Silent(),
-                    entering,
-                    ledger,
-                    roles,
-                )
-                try:
-                    _body(name)(here_now)
-                finally:
-                    asyncio.run(roles.close())
-                if totals := ledger.totals():
-                    build.note(calls=totals)
-                    calls_to_frame(ledger.calls()).write_parquet(build.path / CALLS)
+        _make(expected, of_iteration(experiment, iteration), entering, store, progress or Silent())
     artifact = store.open(name, expected.digest)
     seconds = time.monotonic() - started
     remembered = {"recomputed": recomputed, "seconds": round(seconds, 3), **(facts or {})}

@@ -6,7 +6,6 @@ trajectories and adds the teacher's view. In both cases the action ids are the s
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -60,11 +59,11 @@ def run(context: StepContext) -> None:
                 experience=source,
             )
         else:
-            trajectories = asyncio.run(with_teacher_views(load_trajectories(context.inputs["trajectories"]), source))
+            trajectories = context.roles.run(with_teacher_views(load_trajectories(context.inputs["trajectories"]), source))
         selection = select_rows(trajectories, experiment.regime.rejection)
         if experiment.models.policy.backend != "transformers":
             opened.close()  # what samples gives its memory back before the weights are opened here
-        with open_teacher(experiment, adapter_folder(context.store, adapter), model) as teacher:
+        with open_teacher(adapter_folder(context.store, adapter), context.roles, model) as teacher:
             rows, retention = score(experiment, selection.kept, teacher, context.progress)
     folder = context.build.path
     save_trajectories(folder, trajectories)

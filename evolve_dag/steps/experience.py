@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -84,7 +83,7 @@ def _extract(context: StepContext, trajectories: Sequence[Trajectory], tasks: Se
             opened.enter_context(open_policy(context.store, context.entering.adapter, roles))
         context.progress.start("extraction", len({t.task_id for t in trajectories}))
         try:
-            return asyncio.run(
+            return roles.run(
                 extract_with_llm(
                     trajectories,
                     tasks,

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-from evolve_dag.agent.rollouts import run_rollouts
+from evolve_dag.agent.rollouts import gather_rollouts
 from evolve_dag.evaluation.gate import LEAST_JUDGED
 from evolve_dag.inference.backends import identity, open_backend, open_transformers
 from evolve_dag.inference.ledger import metered
@@ -54,7 +54,7 @@ def open_policy(store: Store, adapter: str | None, roles: Roles) -> Iterator[Lan
     experiment = roles.experiment
     folder = adapter_folder(store, adapter)
     settings = experiment.models.policy
-    with closing(open_backend(settings, role="policy", runtime=experiment.runtime, adapter=folder)) as model:
+    with closing(open_backend(settings, role="policy", runtime=experiment.runtime, adapter=folder), roles) as model:
         counted = model
         # What runs in this process costs time only, and the steps hold its tokens.
         if settings.backend != "transformers" and roles.ledger is not None:
@@ -64,26 +64,25 @@ def open_policy(store: Store, adapter: str | None, roles: Roles) -> Iterator[Lan
 
 
 @contextmanager
-def open_teacher(experiment: Experiment, adapter: Path | None, sampler: LanguageModel | None) -> Iterator[TransformersModel]:
+def open_teacher(adapter: Path | None, roles: Roles, sampler: LanguageModel | None) -> Iterator[TransformersModel]:
     """The same policy as weights that can be looked into: the one that samples, where it is in this process."""
     from evolve_dag.inference.transformers import TransformersModel
 
     if isinstance(sampler, TransformersModel):
         yield sampler
         return
-    with closing(open_transformers(experiment.models.policy, runtime=experiment.runtime, adapter=adapter)) as model:
+    experiment = roles.experiment
+    with closing(open_transformers(experiment.models.policy, runtime=experiment.runtime, adapter=adapter), roles) as model:
         yield model
 
 
 @contextmanager
-def closing(model: Model) -> Iterator[Model]:
+def closing(model: Model, roles: Roles) -> Iterator[Model]:
     """Frees a model's memory and connections on leaving."""
-    import asyncio
-
     try:
         yield model
     finally:
-        asyncio.run(model.close())
+        roles.run(model.close())
 
 
 def adapter_folder(store: Store, digest: str | None) -> Path | None:
@@ -156,19 +155,21 @@ def roll_out(
         split.environment.check()
     context.progress.start(label, len(split.tasks) * group_size)
     try:
-        return run_rollouts(
-            split.tasks,
-            group_size,
-            model=model,
-            environment=split.environment,
-            verifier=split.verifier,
-            settings=experiment.rollout,
-            seed=seed,
-            concurrency=experiment.runtime.concurrency,
-            experience=experience,
-            journal=context.build.journal(journal or label.replace(" ", "_")),
-            on_done=lambda _: context.progress.advance(),
-            greedy=greedy,
+        return context.roles.run(
+            gather_rollouts(
+                split.tasks,
+                group_size,
+                model=model,
+                environment=split.environment,
+                verifier=split.verifier,
+                settings=experiment.rollout,
+                seed=seed,
+                concurrency=experiment.runtime.concurrency,
+                experience=experience,
+                journal=context.build.journal(journal or label.replace(" ", "_")),
+                on_done=lambda _: context.progress.advance(),
+                greedy=greedy,
+            )
         )
     finally:
         context.progress.finish()
