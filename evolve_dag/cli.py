@@ -13,6 +13,7 @@ import typer
 
 from evolve_dag.errors import ConfigError, EvolveError
 from evolve_dag.records import LARGEST_SEED as MOST
+from evolve_dag.secrecy import masker
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +61,7 @@ def main() -> None:
     except EvolveError as error:
         if os.environ.get("EVOLVE_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {masker()(str(error))}", file=sys.stderr)
         sys.exit(USAGE if isinstance(error, ConfigError) else FAILED)
     except BrokenPipeError:  # `evolve ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -70,7 +71,7 @@ def main() -> None:
             raise
         from evolve_dag.store.faults import explained
 
-        print(f"error: {explained(error)}", file=sys.stderr)
+        print(f"error: {masker()(str(explained(error)))}", file=sys.stderr)
         sys.exit(FAILED)
 
 

@@ -205,3 +205,25 @@ def test_two_files_of_one_name_the_first_keeps_it(tmp_path: Path) -> None:
     found, mistakes = registry.scan(tmp_path)
     assert [entry.config.name for entry in found] == ["a.yaml"]
     assert ["'same' is taken by a.yaml" in mistake.what for mistake in mistakes] == [True]
+
+
+@pytest.mark.parametrize(
+    "error", [StoreError("at https://me:hunter22@host", "say Zq9vK2xWb7LmT4Yp"), RuntimeError("Zq9vK2xWb7LmT4Yp")]
+)
+def test_no_message_on_the_terminal_holds_a_secret(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "Zq9vK2xWb7LmT4Yp")
+    monkeypatch.delenv("EVOLVE_DEBUG", raising=False)
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert "***" in said
+    assert "Zq9v" not in said
+    assert "hunter22" not in said

@@ -35,6 +35,7 @@ from evolve_dag.records import ExperienceItem, Message, Task, ToolCall
 from evolve_dag.store.memory import Memory
 from evolve_dag.verification.exact import ExactVerifier
 
+SERPER_KEY = "Zq9vK2xWb7LmT4YpRg6N"
 LESSON = "Verify: when a snippet names the answer, visit the page before answering."
 
 
@@ -63,7 +64,7 @@ def world(
     chosen = settings(**{"summarize": model is not None, **values})
     guard = Guard(chosen.blocked, allowed=[web.place])
     service = Service("Serper", 5.0, sleep=no_pause)
-    searcher = Searcher("serper", chosen.results, 5.0, web.base, guard.blocks, service, {"SERPER_API_KEY": "k"})
+    searcher = Searcher("serper", chosen.results, 5.0, web.base, guard.blocks, service, {"SERPER_API_KEY": SERPER_KEY})
     return ToolsWorld(
         chosen,
         extractor=(lambda: model) if model is not None else None,
@@ -95,6 +96,19 @@ def test_the_tools_are_those_of_the_experiment(web: Web) -> None:
     assert world(web, system="Answer.").system_prompt == "Answer."
     with pytest.raises(ToolError, match="no tool named visit: use python or search"):
         call(two, "visit", url=web.base, goal="x")
+
+
+def test_a_service_that_says_the_key_back_is_remembered_and_shown_without_it(web: Web, memory: Memory) -> None:
+    found = {
+        "organic": [{"title": f"for {SERPER_KEY}", "link": f"https://a.example/?k={SERPER_KEY}", "snippet": SERPER_KEY[:9]}]
+    }
+    web.pages["/search"] = Reply(
+        json.dumps(found).replace("Z", "\\u005a").encode(), headers={"Content-Type": "application/json"}
+    )
+    shown = call(world(web, memory=memory), "search", query="x")
+    assert shown == "1 result\n1. for ***: *** (https://a.example/?k=***)"
+    memory.close()
+    assert not [path for path in memory.path.parent.iterdir() if SERPER_KEY[:4].encode() in path.read_bytes()]
 
 
 @pytest.mark.parametrize("name", ["search", "visit", "scholar", "python", "file"])
