@@ -24,7 +24,7 @@ SPECS: Mapping[str, Mapping[str, tuple[str, bool]]] = {
     "trajectories": {"judged": (f"At least {LEAST_JUDGED:.0%} of the trajectories could be judged.", False)},
     "experience": {
         "within_cap": ("The pool holds at most `extraction.cap` items, with distinct ids.", True),
-        "form": ("Every principle reads `Name: when <situation>, <strategy>.`", False),
+        "detail": ("No principle holds trajectory detail: no address, no number, no entity.", False),
     },
     "contexts": {
         "clean": ("No clean row of the student holds experience.", True),
@@ -77,7 +77,7 @@ def _judged(artifact: Artifact, file: str) -> dg.AssetCheckResult:
 
 
 def _experience(artifact: Artifact, experiment: Experiment) -> Iterator[dg.AssetCheckResult]:
-    from evolve_dag.experience.pool import check_principle_form
+    from evolve_dag.experience.locality import trajectory_detail
     from evolve_dag.store.frames import ITEMS, items_from_frame
 
     items = items_from_frame(artifact.frame(ITEMS))
@@ -87,10 +87,10 @@ def _experience(artifact: Artifact, experiment: Experiment) -> Iterator[dg.Asset
         passed=len(items) <= cap and distinct == len(items),
         metadata={"items": len(items), "distinct_ids": distinct, "cap": cap},
     )
-    objections = {item.id: check_principle_form(item.text) for item in items if item.granularity == "principle"}
+    objections = {item.id: trajectory_detail(item.text) for item in items if item.granularity == "principle"}
     wrong = {item_id: mistakes for item_id, mistakes in objections.items() if mistakes}
     yield dg.AssetCheckResult(
-        check_name="form",
+        check_name="detail",
         passed=not wrong,
         severity=dg.AssetCheckSeverity.WARN,
         metadata={"items": len(items), "wrong": _listed(wrong)},
