@@ -7,12 +7,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from evolve_dag.errors import ConfigError, EvolveError
 from evolve_dag.records import LARGEST_SEED as MOST
+from evolve_dag.records import Granularity
 from evolve_dag.secrecy import masker
 
 if TYPE_CHECKING:
@@ -372,18 +373,20 @@ def import_(
     experiment: Annotated[
         str | None, typer.Option("--experiment", metavar="CONFIG", help="Experiment file, or the name of an experiment")
     ] = None,
-    kind: Annotated[str, typer.Option("--kind", metavar="KIND", help="pool, rollouts, or auto")] = "auto",
+    kind: Annotated[Literal["auto", "pool", "rollouts"], typer.Option("--kind", help="What the file holds")] = "auto",
+    granularity: Annotated[
+        Granularity | None, typer.Option("--granularity", help="Of all items of a pool, whatever the file says")
+    ] = None,
     json: JsonOption = False,
     store: StoreOption = None,
 ) -> None:
     """Take in experience pools and rollouts that other code wrote (youtu-agent, the paper's released code); ids are kept."""
     from evolve_dag.interop import rollouts as importing
 
-    if kind not in ("auto", "pool", "rollouts"):
-        raise ConfigError(f"--kind {kind}: no such kind", "use pool, rollouts or auto")
     opened = _store(store)
     name = _name(experiment, None, opened) if experiment else None
-    done = importing.import_file(source, opened, kind=importing.kind_of_option(kind), experiment=name)
+    wanted = None if kind == "auto" else kind
+    done = importing.import_file(source, opened, kind=wanted, experiment=name, granularity=granularity)
     if json:
         _print_json(done.to_dict())
     else:

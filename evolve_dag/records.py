@@ -141,8 +141,9 @@ class ExperienceItem:
     id: str
     """Never changes and is never reused within a lineage."""
     text: str
-    """What the teacher reads. A principle reads ``Name: when <situation>, <strategy>.``"""
+    """What the teacher reads. A principle that we write reads ``Name: when <situation>, <strategy>.``"""
     granularity: Granularity
+    """Whether the text holds trajectory detail (``instance``) or none; how it is phrased does not matter."""
     condition: Mapping[str, str] = field(default_factory=dict)
     """Feature -> value under which the item applies (used by the ``state`` selector); may be empty."""
     evidence: Mapping[str, float] = field(default_factory=dict)

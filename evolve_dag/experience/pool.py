@@ -14,12 +14,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from evolve_dag.errors import DataError
-from evolve_dag.experience.phrases import MAX_WORDS, split
+from evolve_dag.experience.locality import trajectory_detail
+from evolve_dag.experience.phrases import MAX_WORDS
 from evolve_dag.records import ExperienceItem, Granularity, PoolEdit, PoolOperation
 
 _NUMBERED = re.compile(r"p(\d{4,})")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
-_URL = re.compile(r"https?://|www\.|\b[\w-]+\.(?:com|org|net|edu|gov|io|ai|cn|de|uk|info)\b", re.IGNORECASE)
+LEAST_WORDS = 3
+"""Fewest words of a new principle: 'Verify before answering.'"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +187,8 @@ class Pool:
 
     @classmethod
     def from_json(cls, text: str, source: str = "pool file") -> Pool:
-        """Read what :meth:`to_json` wrote, or what a hand made of it.
+        """Read what :meth:`to_json` wrote, or what a hand made of it. The granularity that it states is not questioned: what a
+        *new* text must be is the business of :meth:`apply`.
 
         Raises:
             DataError: lists every mistake with its item and field; ``source`` is named in front.
@@ -236,26 +239,18 @@ def lift(item: ExperienceItem) -> float:
     return item.evidence.get("lift", 0.0)
 
 
-def check_principle_form(text: str) -> list[str]:
-    """What keeps ``text`` from being a principle: ``Name: when <situation>, <strategy>.`` of at most 32 words, free of
-    URLs, numbers and entity names (METHOD: granularity). Empty when nothing does. A capitalised word after the name
-    counts as an entity; an acronym ('JSON') does not."""
+def principle_problems(text: str) -> list[str]:
+    """Why ``text`` is not taken into a pool as a new principle: its length, or the trajectory detail that it holds (METHOD:
+    granularity). Empty when nothing is against it; it need not read as :mod:`evolve_dag.experience.phrases` writes."""
     problems = []
-    if split(text) is None:
-        problems.append("not of the form `Name: when <situation>, <strategy>.` with a name of one or two words")
     words = len(text.split())
+    if words < LEAST_WORDS:
+        problems.append(f"{words} words say no strategy: at least {LEAST_WORDS}")
     if words > MAX_WORDS:
         problems.append(f"{words} words, more than {MAX_WORDS}")
     if "\n" in text.strip():
         problems.append("more than one line")
-    if match := _URL.search(text):
-        problems.append(f"holds a URL or domain ({match[0]})")
-    if match := re.search(r"\d\S*", text):
-        problems.append(f"holds a number ({match[0]})")
-    rest = text.partition(":")[2] if split(text) else text
-    if match := re.search(r"(?<![.!?] )(?<!\A)\b(?!I\b)[A-Z][a-z][\w'-]*(?: [A-Z][\w'-]+)*", rest):
-        problems.append(f"holds an entity name ({match[0]})")
-    return problems
+    return problems + trajectory_detail(text)
 
 
 def _objection(proposal: Proposal, items: Mapping[str, ExperienceItem]) -> str | None:
@@ -283,7 +278,7 @@ def _objection(proposal: Proposal, items: Mapping[str, ExperienceItem]) -> str |
         text = proposal.text
         if not isinstance(text, str) or not text.strip():
             return "empty text"
-        if granularity == "principle" and (problems := check_principle_form(text.strip())):
+        if granularity == "principle" and (problems := principle_problems(text.strip())):
             return "; ".join(problems)
         for other in items.values():
             if other.id != proposal.item_id and " ".join(other.text.split()).lower() == " ".join(text.split()).lower():
@@ -331,8 +326,6 @@ def _read_item(raw: Any, where: str, mistakes: list[str]) -> ExperienceItem | No
             mistakes.append(f"{where}: {name}: must be {_FIELDS[name]}, not {shown}")
     created = _whole(raw.get("created", 0), f"{where}: created", mistakes)
     updated = _whole(raw.get("updated", created), f"{where}: updated", mistakes)
-    if len(mistakes) == count and raw["granularity"] == "principle":
-        mistakes += [f"{where}: text: {problem}" for problem in check_principle_form(raw["text"].strip())]
     if len(mistakes) > count:
         return None
     numbers = {name: float(value) for name, value in evidence.items()}

@@ -36,7 +36,7 @@ from evolve_dag.interop.pools import (
 )
 from evolve_dag.jsonlines import Mistake, kind_of, read_objects, refuse
 from evolve_dag.plain import plain
-from evolve_dag.records import Step, Task, ToolCall, Trajectory, TrajectoryStatus
+from evolve_dag.records import Granularity, Step, Task, ToolCall, Trajectory, TrajectoryStatus
 from evolve_dag.secrecy import describe_error
 from evolve_dag.tasks.jsonl import question_id
 
@@ -433,11 +433,6 @@ def detect(path: str | Path) -> Kind:
     return "rollouts" if any(isinstance(row, dict) and rollout_keys & row.keys() for row in rows) else "pool"
 
 
-def kind_of_option(name: str) -> Kind | None:
-    """``--kind``; None for ``auto``."""
-    return "pool" if name == "pool" else "rollouts" if name == "rollouts" else None
-
-
 @dataclass(frozen=True, slots=True)
 class Report:
     """What an import has done."""
@@ -478,12 +473,20 @@ class Report:
         return [first, *(f"note: {note}" for note in self.notes), *more, f'evolve sql "{ask}"']
 
 
-def import_file(path: str | Path, store: Store, *, kind: Kind | None = None, experiment: str | None = None) -> Report:
+def import_file(
+    path: str | Path,
+    store: Store,
+    *,
+    kind: Kind | None = None,
+    experiment: str | None = None,
+    granularity: Granularity | None = None,
+) -> Report:
     """Take a file into the store.
 
     Args:
         kind: None: looked for in the file.
         experiment: name of the experiment that it is for; decides the lineage under which it is found.
+        granularity: of all items of a pool, whatever the file says; None: as :func:`~evolve_dag.interop.pools.read_pool` finds.
 
     Raises:
         DataError: lists what is wrong with the file, with places.
@@ -491,8 +494,10 @@ def import_file(path: str | Path, store: Store, *, kind: Kind | None = None, exp
     path = Path(path)
     kind = kind or detect(path)
     lineage = f"{experiment}-imported" if experiment else "imported"
+    if granularity is not None and kind != "pool":
+        raise DataError(f"{path}: holds rollouts, which have no granularity", "leave --granularity out")
     if kind == "pool":
-        found = read_pool(path)
+        found = read_pool(path, granularity=granularity)
         digest = artifact_of(found.pool, store, path.name, renamed=found.renamed)
         principles = sum(item.granularity == "principle" for item in found.pool.items)
         facts: dict[str, Any] = {"items": len(found.pool), "principles": principles, "renamed": dict(found.renamed)}

@@ -9,8 +9,8 @@ from dataclasses import asdict, replace
 from evolve_dag.config.schema import Experiment
 from evolve_dag.experience.extraction.contrast import Evidence
 from evolve_dag.experience.extraction.mining import Extraction, extract
-from evolve_dag.experience.locality import locality
-from evolve_dag.experience.pool import Pool, check_principle_form
+from evolve_dag.experience.locality import locality, trajectory_detail
+from evolve_dag.experience.pool import Pool
 from evolve_dag.records import Task, Trajectory
 from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import open_policy, open_pool
@@ -105,20 +105,20 @@ def _extract(context: StepContext, trajectories: Sequence[Trajectory], tasks: Se
 
 
 def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
-    """The cap of the pool, and the form of its principles."""
+    """The cap of the pool, and what its principles keep of trajectories."""
     items = items_from_frame(artifact.frame(ITEMS))
     cap, distinct = experiment.extraction.cap, len({item.id for item in items})
     evidence = {"items": len(items), "distinct_ids": distinct, "cap": cap}
     yield Verdict("within_cap", len(items) <= cap and distinct == len(items), evidence)
-    objections = {item.id: check_principle_form(item.text) for item in items if item.granularity == "principle"}
+    objections = {item.id: trajectory_detail(item.text) for item in items if item.granularity == "principle"}
     wrong = {item_id: mistakes for item_id, mistakes in objections.items() if mistakes}
-    yield Verdict("form", not wrong, {"items": len(items), "wrong": wrong})
+    yield Verdict("detail", not wrong, {"items": len(items), "wrong": wrong})
 
 
 SPEC = StepSpec(
     "experience",
     "The experience pool E(k), every pool edit, and which trajectories taught what.",
-    version="4",
+    version="5",
     config=("seed", "granularity", "extraction", "models.extractor"),
     inputs=("policy", "trajectories"),
     run=run,
@@ -126,7 +126,7 @@ SPEC = StepSpec(
     iteration=True,
     checks=(
         Check("within_cap", "The pool holds at most `extraction.cap` items, with distinct ids.", blocking=True),
-        Check("form", "Every principle reads `Name: when <situation>, <strategy>.`"),
+        Check("detail", "No principle holds trajectory detail: no address, no number, no entity."),
     ),
     examine=examine,
     tables=(

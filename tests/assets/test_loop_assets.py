@@ -216,7 +216,7 @@ def test_a_loss_that_is_no_number_stops_the_run(fake: FakeSteps, experiment: Exp
     assert not any(ran.startswith("scores") for ran in fake.ran)
 
 
-def test_a_pool_over_its_cap_or_out_of_form_is_found(
+def test_a_pool_over_its_cap_or_with_trajectory_detail_is_found(
     fake: FakeSteps, experiment: Experiment, store: Store, memory: dg.DagsterInstance
 ) -> None:
     fake.items = ("Search first: when nothing is known, search.", "Go to http://a.b page 3", "Search first: when lost, search.")
@@ -225,8 +225,8 @@ def test_a_pool_over_its_cap_or_out_of_form_is_found(
     strict = experiment.model_copy(update={"extraction": experiment.extraction.model_copy(update={"cap": 2})})
     found = {r.check_name: r for r in checks.evaluate("experience", artifact, strict)}
     assert not found["within_cap"].passed
-    assert not found["form"].passed
-    assert list(found["form"].metadata["wrong"].value) == ["p0002"]
+    assert not found["detail"].passed
+    assert list(found["detail"].metadata["wrong"].value) == ["p0002"]
 
 
 def test_two_hosts_cannot_run_one_experiment_at_once(

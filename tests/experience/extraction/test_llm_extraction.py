@@ -466,7 +466,7 @@ LONG = f"Long: when a page is shown, {'look at it again and ' * 40}answer."
     "bad",
     [
         LONG,  # the released code takes a principle of 200 words
-        "Be careful with searches.",
+        "Be careful.",
         "Open: when the list is shown, open example.com.",
         "Count: when 3 results are shown, open one.",
         "Name: when the page of Zano Pile is shown, stop.",
@@ -474,7 +474,7 @@ LONG = f"Long: when a page is shown, {'look at it again and ' * 40}answer."
         "Name: when a list is shown, answer rato miku.",
     ],
 )
-def test_a_text_without_the_form_is_repaired_once_or_dropped(bad: str) -> None:
+def test_a_text_with_detail_or_of_no_fitting_length_is_repaired_once_or_dropped(bad: str) -> None:
     reply = {"items": [{"text": bad, "why": "w"}]}
     dropped = run(Extractor({"critique": reply, "repair": {"text": bad}}), groups(0))
     assert len(dropped.pool) == 0
@@ -486,6 +486,21 @@ def test_a_text_without_the_form_is_repaired_once_or_dropped(bad: str) -> None:
     assert model.count("repair") == 1
     told = next(data(m, "problems") for kind, m in model.calls if kind == "repair")
     assert told.startswith("- ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Targeted retrieval: Construct queries by combining the rarest terms of the question.",
+        "Verify a snippet on its own page before you rely on it.",
+    ],
+)
+def test_a_strategy_in_other_words_than_ours_is_a_principle(text: str) -> None:
+    """The paper's own pools read so; our form is what the prompt asks for, not what is refused."""
+    model = Extractor({"critique": {"items": [{"text": text, "why": "w"}]}})
+    found = run(model, groups(0))
+    assert [(item.text, item.granularity) for item in found.pool.items] == [(text, "principle")]
+    assert model.count("repair") == 0
 
 
 def test_an_update_without_the_form_leaves_the_item() -> None:
