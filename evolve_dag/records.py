@@ -111,12 +111,13 @@ class Trajectory:
     """First user message of the clean history (never holds experience)."""
     steps: tuple[Step, ...]
     status: TrajectoryStatus
-    """``answered``; ``forced``: answered only when a limit demanded it; ``unanswered``; ``failed``."""
+    """``answered``; ``forced``: answered only when a limit demanded it; ``unanswered``: the policy came to no answer, its own
+    doing; ``failed``: something else broke (a tool, an endpoint)."""
     answer: str | None = None
     reward: float | None = None
     """1.0 right, 0.0 wrong, None not judged (never 0 for 'could not be judged')."""
     error: str | None = None
-    """What went wrong in a failed rollout; holds no secret."""
+    """What ended a failed rollout, overflowed the context, or kept the judge from judging; holds no secret."""
     seconds: float = 0.0
 
     def history(self, step: int) -> tuple[Message, ...]:

@@ -26,12 +26,13 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import ContextOverflowError, ModelError
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.guided import Guide, Guides
 from evolve_dag.inference.kv import RoundCache, SlotPool
 from evolve_dag.inference.quiet import quiet_peft
 from evolve_dag.protocols import Completion, Request
+from evolve_dag.records import Message
 
 ATTENTION = "evolve_grouped"
 _SHARED_PREFIX = 16
@@ -203,12 +204,13 @@ class TransformersModel:
         are those of the model without it.
 
         Raises:
-            ModelError: the context is too long, no answer fits the schema, the model was closed, or it fails.
+            ContextOverflowError: the context is longer than the model takes.
+            ModelError: no answer fits the schema, the model was closed, or it fails.
         """
         _ = self.model  # closed?
         ids = np.array(self.chat.encode(request.messages), dtype=np.int64)
         if len(ids) >= self.max_context:
-            raise ModelError(
+            raise ContextOverflowError(
                 f"the context is {len(ids)} tokens long, the model takes {self.max_context} with the answer",
                 "lower rollout.max_tokens, or shorten observations (environment.results, snippet_characters)",
             )
@@ -228,6 +230,10 @@ class TransformersModel:
         if self._server is None or self._server.done():
             self._server = loop.create_task(self._serve())
         return await call.future
+
+    def count_tokens(self, message: Message) -> int:
+        """Tokens that ``message`` adds to a conversation, its markup included."""
+        return len(self.chat.encode_parts([message])[0])
 
     def release(self, session: str) -> None:
         """The episode is over: its slot may be used by another."""

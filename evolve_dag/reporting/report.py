@@ -28,6 +28,7 @@ from evolve_dag.reporting.summary import (
     count,
     dollars,
     duration,
+    judged_of,
     number,
     number_interval,
     percent,
@@ -420,7 +421,7 @@ class _Page:
         body = []
         for row in summary.rows:
             cells = [_cell(getattr(row, condition), field) for _, condition, field in RESULTS]
-            judged = "–" if row.without is None else f"{row.without.judged} of {row.without.n}"
+            judged = "–" if row.without is None else judged_of(row.without)
             pool = "–" if row.pool_size is None else str(row.pool_size)
             body.append([_called(row), *cells, judged, pool, _mark(row)])
         heads = ["", *(heading for heading, _, _ in RESULTS), "judged", "pool", "gate"]

@@ -303,6 +303,14 @@ def percent_interval(interval: Interval | None) -> str:
     return "" if interval is None else f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}"
 
 
+def judged_of(metrics: Metrics) -> str:
+    """``256 of 256``, or ``200 of 256 (17.8% of all right)``: what is not judged must not make a policy look better."""
+    shares = f"{metrics.judged} of {metrics.n}"
+    if metrics.judged == metrics.n or metrics.success_all is None:
+        return shares
+    return f"{shares} ({percent(metrics.success_all)} of all right)"
+
+
 def number(value: float | None) -> str:
     """``5.213`` -> ``5.21``."""
     return "–" if value is None else f"{value:.2f}"

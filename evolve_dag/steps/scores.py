@@ -107,7 +107,7 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
 SPEC = StepSpec(
     "scores",
     "Held-out results of the candidate, without experience (internalized) and with it (in context), with intervals.",
-    version="3",
+    version="4",
     config=("evaluation", *INJECTION_KEYS, "tasks.development", "tasks.held_out", *TASK_KEYS),
     inputs=("policy", "experience", "adapter"),
     run=run,
