@@ -209,9 +209,7 @@ def step_divergences(
         with torch.no_grad():
             for chosen in batches([row.tokens for row in rows], tokens_per_batch, seed=0):
                 batch = collate([rows[index] for index in chosen], head.weight.device)
-                _, divergence = token_losses_from_hidden(
-                    "forward_kl", batch.hidden(decoder), head, teacher=batch.teacher, vocabulary=head.weight.shape[0]
-                )
+                _, divergence = token_losses_from_hidden("forward_kl", batch.hidden(decoder), head, teacher=batch.teacher)
                 values = iter(divergence.split([end - start for index in chosen for start, end in rows[index].row.spans]))
                 for index in chosen:
                     found[index] = tuple(float(next(values).mean()) for _ in rows[index].row.spans)
@@ -400,7 +398,6 @@ class _Run:
             teacher=batch.teacher,
             sampled_N=batch.sampled,
             jsd_weight=self.settings.jsd_weight,
-            vocabulary=self.head.weight.shape[0],
         )
         loss = mean_over_tokens(loss_N)
         self.optimizer.zero_grad(set_to_none=True)

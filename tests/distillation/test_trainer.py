@@ -108,7 +108,7 @@ def test_small_logit_chunks_train_the_same(
     trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(trained, rows, tmp_path / "a")
-    monkeypatch.setattr(losses_module, "CHUNK_ELEMENTS", 132 * 7)
+    monkeypatch.setattr(losses_module, "default_chunk", lambda vocabulary: 7)
     chunked = run(trained, rows, tmp_path / "b")
     assert [p.loss for p in chunked.curve] == pytest.approx([p.loss for p in whole.curve], rel=1e-3)
 
