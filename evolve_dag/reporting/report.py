@@ -166,7 +166,11 @@ class _Page:
         hollow = "A hollow point is a candidate that the gate declined."
         if len(self.summaries) == 1:
             note = f"Without experience in context: what is inside the weights. With: weights and pool together. {hollow}"
-            drawn = figures.success(self.summaries, ["without", "with_experience"])
+            shown: list[figures.Condition] = ["without", "with_experience"]
+            if any(row.ceiling for row in self.summaries[0].rows):
+                note += " Ceiling: the policy that entered the iteration, with the iteration's experience in context."
+                shown.append("ceiling")
+            drawn = figures.success(self.summaries, shown)
             out.append(markup.grid(self._figure("Success over iterations", note, drawn, wide=True)))
         else:
             without = figures.success(self.summaries, ["without"])
@@ -180,6 +184,8 @@ class _Page:
         out.append(self._over_seeds())
         for summary in self.summaries:
             out += [self._heading(summary), self._results(summary)]
+            if summary.base_by_temperature:
+                out.append(markup.note(f"The base policy, {summary.base_by_temperature}."))
         plots = []
         for summary in self.summaries:
             parts = [row.without.by for row in summary.rows if row.without]
@@ -418,13 +424,14 @@ class _Page:
         return markup.table(heads, body, numeric=range(1, len(heads)))
 
     def _results(self, summary: LineageSummary) -> str:
+        columns = [column for column in RESULTS if column[1] != "ceiling" or any(row.ceiling for row in summary.rows)]
         body = []
         for row in summary.rows:
-            cells = [_cell(getattr(row, condition), field) for _, condition, field in RESULTS]
+            cells = [_cell(getattr(row, condition), field) for _, condition, field in columns]
             judged = "–" if row.without is None else judged_of(row.without)
             pool = "–" if row.pool_size is None else str(row.pool_size)
             body.append([_called(row), *cells, judged, pool, _mark(row)])
-        heads = ["", *(heading for heading, _, _ in RESULTS), "judged", "pool", "gate"]
+        heads = ["", *(heading for heading, _, _ in columns), "judged", "pool", "gate"]
         return markup.table(heads, body, numeric=range(1, len(heads) - 1))
 
 
@@ -448,6 +455,7 @@ RESULTS = (
     ("success without", "without", "success"),
     ("success with", "with_experience", "success"),
     ("greedy", "greedy", "success"),
+    ("ceiling", "ceiling", "success"),
     ("turns", "without", "turns"),
     ("premature", "without", "premature"),
     ("unanswered", "without", "unanswered"),

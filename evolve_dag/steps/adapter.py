@@ -39,9 +39,9 @@ def run(context: StepContext) -> None:
     contexts = context.inputs["contexts"].path
     rows = load_contexts(contexts)
     nothing_taught = not any(c.injected for row in rows for c in row.contexts)
-    if _learns_distributions(experiment):
-        # Without an item in any context teacher and student are one: Adam would turn rounding noise into full steps.
-        rows = [] if nothing_taught else rows + load_contexts(contexts / RETENTION)
+    rows += load_contexts(contexts / RETENTION)
+    if nothing_taught and experiment.regime.divergence != "cross_entropy":
+        rows = []  # teacher and student are one: Adam would turn rounding noise into full steps
     settings = experiment.models.policy
     started = False
 
@@ -91,11 +91,6 @@ def run(context: StepContext) -> None:
         divergence_last=_mean(divergences[-5:]),
         tokens=resample.tokens if resample else 0,
     )
-
-
-def _learns_distributions(experiment: Experiment) -> bool:
-    """Cross-entropy learns sampled tokens; a retention row would have no anchor there (docs/adr/0004-retention.md)."""
-    return experiment.regime.divergence != "cross_entropy"
 
 
 def _mean(values: list[float]) -> float | None:
@@ -164,7 +159,7 @@ class _Resample:
                 opened.close()
             with open_teacher(adapter_folder(context.store, adapter), context.roles, policy) as teacher:
                 clean, retention = score(experiment, kept, teacher, Silent())
-        return clean + retention if _learns_distributions(experiment) else clean
+        return clean + retention
 
 
 def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
@@ -184,7 +179,7 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
 SPEC = StepSpec(
     "adapter",
     "LoRA weights that make the student without experience act like the teacher with it, and the training curve.",
-    version="3",
+    version="4",
     config=("seed", "regime", "distillation"),
     inputs=("policy", "experience", "contexts"),
     run=run,
