@@ -417,6 +417,9 @@ class DistillationSettings(Section):
     retention: float = Field(0.6, ge=0, le=1)
     """Share of the steps with an item in context that are learned a second time *with* it, towards the same teacher, so that
     policy(k+1) still reads experience (docs/adr/0004-retention.md). 0 is the loss of the paper alone."""
+    drills: float = Field(0.0, ge=0, le=1)
+    """Share of the steps that are learned once more under advice drawn at random, towards policy(k) reading the same, so that
+    policy(k+1) goes on reading advice that it has not learned (docs/adr/0019-drills.md). 0: none."""
     jsd_weight: float = Field(0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of ``divergence: jsd``."""
     refresh: int = Field(1, ge=1, le=MOST)

@@ -61,6 +61,19 @@ def inject_global(messages: Sequence[Message], texts: Sequence[str]) -> tuple[Me
     return tuple(copy)
 
 
+def injected(pattern: InjectionPattern, messages: Sequence[Message], texts: Sequence[str]) -> tuple[tuple[Message, ...], str]:
+    """A copy of ``messages`` with ``texts`` where the pattern puts them, and exactly what was added.
+
+    Raises:
+        AlignmentError: there is no place for them.
+    """
+    if pattern == "none":
+        return tuple(messages), ""
+    if pattern == "global":
+        return inject_global(messages, texts), block(GLOBAL_HEADING, texts)
+    return inject_step_wise(messages, texts), block(STEP_HEADING, texts)
+
+
 class Injector:
     """The experience source of an episode: gives the teacher's view before every step.
 
@@ -88,13 +101,13 @@ class Injector:
         history = trajectory.history(len(trajectory.steps))
         if self.pattern == "none" or not self._texts:
             return Injected(history, (), "")
-        if self.pattern == "global":
-            texts = list(self._texts.values())
-            return Injected(inject_global(history, texts), tuple(self._texts), block(GLOBAL_HEADING, texts))
-        assert self.selector is not None  # checked when this was made
-        selection = await self.selector.select(trajectory.question, trajectory.steps, self.pool)
-        texts = [self._texts[item_id] for item_id in selection.ids]
-        return Injected(inject_step_wise(history, texts), selection.ids, block(STEP_HEADING, texts), selection.rationale)
+        ids, rationale = tuple(self._texts), ""
+        if self.pattern == "step_wise":
+            assert self.selector is not None  # checked when this was made
+            selection = await self.selector.select(trajectory.question, trajectory.steps, self.pool)
+            ids, rationale = selection.ids, selection.rationale
+        messages, text = injected(self.pattern, history, [self._texts[item_id] for item_id in ids])
+        return Injected(messages, ids, text, rationale)
 
 
 def assert_clean(trajectory: Trajectory, texts: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ from evolve_dag.distillation.trainer import CurvePoint, distill, load_model
 from evolve_dag.inference.folders import model_folder
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import Silent, StepContext
-from evolve_dag.steps.contexts import RETENTION, score, with_teacher_views
+from evolve_dag.steps.contexts import DRILLS, RETENTION, score, with_teacher_views
 from evolve_dag.steps.policies import adapter_folder, closing, experience_source, open_policy, open_pool, open_teacher
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
@@ -39,7 +39,7 @@ def run(context: StepContext) -> None:
     contexts = context.inputs["contexts"].path
     rows = load_contexts(contexts)
     nothing_taught = not any(c.injected for row in rows for c in row.contexts)
-    rows += load_contexts(contexts / RETENTION)
+    rows += load_contexts(contexts / RETENTION) + load_contexts(contexts / DRILLS)
     if nothing_taught and experiment.regime.divergence != "cross_entropy":
         rows = []  # teacher and student are one: Adam would turn rounding noise into full steps
     settings = experiment.models.policy
@@ -158,8 +158,7 @@ class _Resample:
             if experiment.models.policy.backend != "transformers":
                 opened.close()
             with open_teacher(adapter_folder(context.store, adapter), context.roles, policy) as teacher:
-                clean, retention = score(experiment, kept, teacher, Silent())
-        return clean + retention
+                return score(experiment, kept, teacher, Silent()).all
 
 
 def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
