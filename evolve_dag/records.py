@@ -19,7 +19,7 @@ InjectionPattern = Literal["none", "global", "step_wise"]
 Source = Literal["teacher", "student"]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "cross_entropy"]
 TrajectoryStatus = Literal["answered", "forced", "unanswered", "failed"]
-PoolOperation = Literal["add", "update", "delete", "merge"]
+PoolOperation = Literal["add", "update", "delete", "merge", "graduate", "recall"]
 Decision = Literal["promote", "keep"]
 
 
@@ -155,6 +155,8 @@ class ExperienceItem:
     """Iteration that added it."""
     updated: int = 0
     """Iteration that last changed it."""
+    graduated: int = 0
+    """Iteration that took it out of the context, since the weights hold it; 0: it stands in the context."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -355,6 +355,9 @@ class ExtractionSettings(Section):
     """``contrast``: what evidence of the iteration before still counts, of two before its square, and so on; 0: none."""
     placebo: bool = False
     """``contrast``, a control: every mined principle stands in the pool with another action than the one that was mined."""
+    graduation: float = Field(0.0, ge=0, lt=1)
+    """``contrast``: an item leaves the context once the policy, without experience, clearly does what it says in this share of
+    the steps in its situation, and comes back when it clearly does so less often. 0: items stay."""
     domain: Literal["web", "mathematics"] = "web"
     """Wording of the prompts of ``llm``."""
     batch_tasks: int = Field(4, ge=1, le=MOST)

@@ -27,7 +27,7 @@ LEAST_WORDS = 3
 @dataclass(frozen=True, slots=True)
 class Proposal:
     """A change that somebody wants. What it needs depends on the operation: ``add``: text and granularity; ``update``:
-    item_id and text; ``delete``: item_id alone; ``merge``: item_id and into."""
+    item_id and text; ``delete``, ``graduate`` and ``recall``: item_id alone; ``merge``: item_id and into."""
 
     operation: PoolOperation
     item_id: str | None = None
@@ -95,6 +95,11 @@ class Pool:
         return len(self.items)
 
     @property
+    def active(self) -> Pool:
+        """What may stand in a context: the pool without the items that have graduated."""
+        return replace(self, items=tuple(item for item in self.items if not item.graduated))
+
+    @property
     def ids(self) -> tuple[str, ...]:
         return tuple(item.id for item in self.items)
 
@@ -115,7 +120,7 @@ class Pool:
 
     def apply(self, proposals: Iterable[Proposal], *, iteration: int, cap: int | None = None, strict: bool = False) -> Applied:
         """Carry out ``proposals`` in order, then enforce ``cap`` by deleting the items of lowest lift (of equals the
-        newest).
+        newest). Items that have graduated do not count for the cap.
 
         An update keeps the id, the granularity and the condition; its trajectories replace the item's (trajectory ids
         are unique within one iteration only, and ``updated`` names it; the earlier ones stay in the edits).
@@ -144,6 +149,10 @@ class Pool:
                 edits.append(PoolEdit("add", item.id, iteration, None, text, proposal.reason, item.trajectory_ids))
                 continue
             before = items[proposal.item_id or ""]
+            if operation in ("graduate", "recall"):
+                items[before.id] = replace(before, graduated=iteration if operation == "graduate" else 0)
+                edits.append(PoolEdit(operation, before.id, iteration, before.text, before.text, proposal.reason))
+                continue
             if operation == "update":
                 after = replace(
                     before, text=text, evidence=dict(proposal.evidence) or before.evidence,
@@ -163,9 +172,10 @@ class Pool:
             lines = _numbered([f"{r.proposal.operation} {r.proposal.item_id or 'new item'}: {r.why}" for r in refused])
             raise DataError(f"pool: {len(refused)} proposals refused\n{lines}", "mend them; the pool is unchanged")
         if cap is not None:
-            surplus = max(0, len(items) - cap)
+            active = [item for item in items.values() if not item.graduated]
+            surplus = max(0, len(active) - cap)
             place = {item_id: n for n, item_id in enumerate(items)}
-            for item in sorted(items.values(), key=lambda i: (lift(i), -place[i.id]))[:surplus]:
+            for item in sorted(active, key=lambda i: (lift(i), -place[i.id]))[:surplus]:
                 del items[item.id]
                 reason = f"over the cap of {cap}: lowest lift ({lift(item):+.2f})"
                 edits.append(PoolEdit("delete", item.id, iteration, item.text, None, reason))
@@ -178,7 +188,7 @@ class Pool:
             {
                 "id": i.id, "text": i.text, "granularity": i.granularity, "condition": dict(i.condition),
                 "evidence": dict(i.evidence), "trajectory_ids": list(i.trajectory_ids),
-                "created": i.created, "updated": i.updated,
+                "created": i.created, "updated": i.updated, "graduated": i.graduated,
             }
             for i in self.items
         ]  # fmt: skip
@@ -256,8 +266,8 @@ def principle_problems(text: str) -> list[str]:
 def _objection(proposal: Proposal, items: Mapping[str, ExperienceItem]) -> str | None:
     """Why a proposal cannot be carried out, or None."""
     operation = proposal.operation
-    if operation not in ("add", "update", "delete", "merge"):
-        return f"unknown operation {operation!r}: one of add, update, delete, merge"
+    if operation not in EDITED:
+        return f"unknown operation {operation!r}: one of {', '.join(EDITED)}"
     granularity = proposal.granularity
     if operation != "add":
         if not proposal.item_id:
@@ -265,6 +275,12 @@ def _objection(proposal: Proposal, items: Mapping[str, ExperienceItem]) -> str |
         if proposal.item_id not in items:
             return f"no item {proposal.item_id!r} in the pool"
         granularity = items[proposal.item_id].granularity
+        if operation in ("graduate", "recall") and bool(items[proposal.item_id].graduated) == (operation == "graduate"):
+            return (
+                f"{proposal.item_id} has graduated already"
+                if operation == "graduate"
+                else f"{proposal.item_id} has not graduated"
+            )
     elif proposal.item_id is not None:
         return f"an added item gets its id from the pool, not {proposal.item_id!r}"
     if operation == "merge":
@@ -291,7 +307,7 @@ def _objection(proposal: Proposal, items: Mapping[str, ExperienceItem]) -> str |
 _FIELDS: Mapping[str, str] = {
     "id": "text", "text": "text", "granularity": "`principle` or `instance`", "condition": "an object of texts",
     "evidence": "an object of finite numbers", "trajectory_ids": "a list of texts",
-    "created": "a whole number", "updated": "a whole number",
+    "created": "a whole number", "updated": "a whole number", "graduated": "a whole number",
 }  # fmt: skip
 
 
@@ -326,10 +342,29 @@ def _read_item(raw: Any, where: str, mistakes: list[str]) -> ExperienceItem | No
             mistakes.append(f"{where}: {name}: must be {_FIELDS[name]}, not {shown}")
     created = _whole(raw.get("created", 0), f"{where}: created", mistakes)
     updated = _whole(raw.get("updated", created), f"{where}: updated", mistakes)
+    graduated = _whole(raw.get("graduated", 0), f"{where}: graduated", mistakes)
     if len(mistakes) > count:
         return None
     numbers = {name: float(value) for name, value in evidence.items()}
-    return ExperienceItem(raw["id"], raw["text"], raw["granularity"], dict(condition), numbers, tuple(ids), created, updated)
+    text, granularity = raw["text"], raw["granularity"]
+    return ExperienceItem(raw["id"], text, granularity, dict(condition), numbers, tuple(ids), created, updated, graduated)
+
+
+EDITED = {
+    "add": "added",
+    "update": "updated",
+    "delete": "deleted",
+    "merge": "merged",
+    "graduate": "graduated",
+    "recall": "recalled",
+}
+"""Operation -> what was done to the item, as counts of edits are named."""
+
+
+def counted(edits: Sequence[PoolEdit]) -> dict[str, int]:
+    """``added``, ``updated``, ...: how many edits of each operation."""
+    operations = [edit.operation for edit in edits]
+    return {name: operations.count(operation) for operation, name in EDITED.items()}
 
 
 _REPLAY = "replay all edits of the lineage, oldest first"
@@ -354,6 +389,8 @@ def replay(edits: Iterable[PoolEdit]) -> tuple[Outline, ...]:
         item = items.get(edit.item_id)
         if item is None or item.text != edit.before:
             raise DataError(f"{where}: the item is unknown here or reads otherwise", _REPLAY)
+        if edit.operation in ("graduate", "recall"):
+            continue
         if edit.operation == "update":
             if edit.after is None:
                 raise DataError(f"{where}: no text after the update", "the edits are damaged: open them from the store again")

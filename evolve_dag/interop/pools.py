@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 from evolve_dag.errors import DataError
 from evolve_dag.experience.locality import trajectory_detail
 from evolve_dag.experience.phrases import MAX_WORDS
-from evolve_dag.experience.pool import Pool
+from evolve_dag.experience.pool import Pool, counted
 from evolve_dag.jsonlines import kind_of, read_objects, refuse
 from evolve_dag.records import ExperienceItem, Granularity, PoolEdit
 
@@ -236,7 +236,7 @@ def artifact_of(pool: Pool, store: Store, source: str, *, renamed: Mapping[str, 
             (build.path / "pool.json").write_text(pool.to_json(), encoding="utf-8")
             items_to_frame(pool.items).write_parquet(build.path / "items.parquet")
             edits_to_frame(edits).write_parquet(build.path / "edits.parquet")
-            build.note(imported=source, items=len(pool), added=len(pool), updated=0, deleted=0, merged=0,
+            build.note(imported=source, items=len(pool), **counted(edits),
                        locality=asdict(locality(pool.items)), statistics={}, renamed=dict(names))  # fmt: skip
     return digest
 

@@ -11,7 +11,7 @@ from evolve_dag.experience.extraction.contrast import Evidence
 from evolve_dag.experience.extraction.mining import Extraction, extract
 from evolve_dag.experience.extraction.placebo import placebo
 from evolve_dag.experience.locality import locality, trajectory_detail
-from evolve_dag.experience.pool import Pool
+from evolve_dag.experience.pool import Pool, counted
 from evolve_dag.records import Task, Trajectory
 from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import open_policy, open_pool
@@ -45,13 +45,10 @@ def run(context: StepContext) -> None:
     (folder / "pool.json").write_text(found.pool.to_json(), encoding="utf-8")
     items_to_frame(found.pool.items).write_parquet(folder / ITEMS)
     edits_to_frame(found.edits).write_parquet(folder / EDITS)
-    operations = [edit.operation for edit in found.edits]
     context.build.note(
         items=len(found.pool.items),
-        added=operations.count("add"),
-        updated=operations.count("update"),
-        deleted=operations.count("delete"),
-        merged=operations.count("merge"),
+        active=len(found.pool.active),
+        **counted(found.edits),
         locality=asdict(locality(found.pool.items, tasks)),
         statistics=dict(found.statistics),
     )

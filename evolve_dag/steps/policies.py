@@ -113,6 +113,7 @@ def experience_source(experiment: Experiment, pool: Pool, roles: Roles | None = 
     from evolve_dag.experience.injection import Injector
     from evolve_dag.experience.selection.choose import make_selector
 
+    pool = pool.active
     if experiment.injection == "none" or not pool.items:
         return None
     settings = experiment.selection
