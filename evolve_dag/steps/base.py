@@ -60,7 +60,7 @@ SPECS: Mapping[str, StepSpec] = {
     spec.name: spec
     for spec in (
         StepSpec("policy", "1", ("models.policy",), ()),
-        StepSpec("trajectories", "3", ("seed", "tasks.train", *_TASK_KEYS), ("policy",), iteration=True),
+        StepSpec("trajectories", "4", ("seed", "tasks.train", *_TASK_KEYS), ("policy",), iteration=True),
         StepSpec(
             "experience",
             "4",
@@ -70,7 +70,7 @@ SPECS: Mapping[str, StepSpec] = {
         ),
         StepSpec(
             "contexts",
-            "5",
+            "6",
             (
                 "seed",
                 *_INJECTION_KEYS,
@@ -87,7 +87,7 @@ SPECS: Mapping[str, StepSpec] = {
         StepSpec("adapter", "3", ("seed", "regime", "distillation"), ("policy", "experience", "contexts"), iteration=True),
         StepSpec(
             "scores",
-            "3",
+            "4",
             ("evaluation", *_INJECTION_KEYS, "tasks.development", "tasks.held_out", *_TASK_KEYS),
             ("policy", "experience", "adapter"),
         ),
