@@ -254,7 +254,8 @@ class ToolsEnvironment(Section):
     page_bytes: int = Field(5_000_000, ge=10_000, le=MOST)
     """Larger bodies are refused."""
     blocked: Strings = ("huggingface.co", "hf-mirror.com", "hf.co")
-    """Hosts, with all below them, that no tool may open: mirrors of the benchmarks."""
+    """Hosts, with all below them, that no tool may ask: mirrors of the benchmarks. A page elsewhere that holds the same is not
+    known to it: name translators and archives here too (``translate.goog``, ``web.archive.org``) where that matters."""
     files: str = ""
     """Folder that the ``file`` tool may read; relative to the file that names it."""
     cache: Literal["day", "none"] = "day"

@@ -8,7 +8,6 @@ the raw response: building the client's typed objects is a third of its CPU time
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import random
 import re
@@ -24,6 +23,7 @@ import openai
 
 from evolve_dag.config.schema import OpenAIModelSettings
 from evolve_dag.errors import ModelError
+from evolve_dag.inference.addresses import host_of, is_local, public_name
 from evolve_dag.inference.ledger import Ledger, current_purpose
 from evolve_dag.inference.outgoing import chat_messages, estimate, fit
 from evolve_dag.inference.patience import retry_after
@@ -310,13 +310,11 @@ class OpenAIModel:
     def _check(self) -> None:
         settings = self.settings
         for address in settings.endpoints:
-            parts = urlsplit(address)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise self._refusal(f"{_name(address)} is no http address", "write e.g. http://127.0.0.1:8000/v1")
-            if not self._key and not _is_local(parts.hostname):
+            host = host_of(address, f"models.{self._role}.endpoints")
+            if not self._key and not is_local(host):
                 raise self._refusal(
                     f"the environment variable {settings.key} is not set",
-                    f"put the key of {_name(address)} there, or name another variable in models.{self._role}.key",
+                    f"put the key of {public_name(address)} there, or name another variable in models.{self._role}.key",
                 )
         ours = [name for name in _OWN_FIELDS if name in settings.extra]
         if ours or settings.extra.get("n") not in (None, 1):
@@ -405,7 +403,7 @@ class _Connections:
     def __post_init__(self) -> None:
         self.places = asyncio.Semaphore(self.settings.concurrency)
         several = len(self.settings.endpoints) > 1
-        self.endpoints = [_Endpoint(_name(a), self._client(a), several) for a in self.settings.endpoints]
+        self.endpoints = [_Endpoint(public_name(a), self._client(a), several) for a in self.settings.endpoints]
 
     def _client(self, address: str) -> openai.AsyncOpenAI:
         host = urlsplit(address).hostname or ""
@@ -418,7 +416,7 @@ class _Connections:
             http_client=openai.DefaultAsyncHttpxClient(
                 limits=httpx2.Limits(max_connections=most, max_keepalive_connections=most),
                 timeout=self.settings.timeout_seconds,
-                trust_env=not _is_local(host),  # a proxy of the environment cannot reach this machine
+                trust_env=not is_local(host),  # a proxy of the environment cannot reach this machine
             ),
         )
         if not host.endswith("openai.com"):  # the client takes these from the environment and would tell them to anyone
@@ -476,22 +474,6 @@ class _TooLongError(Exception):
 
 class _OtherFieldError(Exception):
     """The endpoint wants the same under another name, which is known now."""
-
-
-def _is_local(host: str) -> bool:
-    """This machine, a private address, or a bare name as containers have it."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return "." not in host or host.endswith((".local", ".localhost", ".internal", ".svc"))
-    return address.is_private or address.is_loopback
-
-
-def _name(address: str) -> str:
-    """An address without user, password and query."""
-    parts = urlsplit(address)
-    host = f"{parts.hostname or ''}:{parts.port}" if parts.port else parts.hostname or ""
-    return f"{parts.scheme}://{host}{parts.path}"
 
 
 def _said(error: Any) -> str:

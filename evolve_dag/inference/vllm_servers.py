@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import httpx
 
 from evolve_dag.errors import ModelError
+from evolve_dag.inference.addresses import host_of, public_name
 from evolve_dag.inference.patience import retry_after
 from evolve_dag.inference.vllm_source import Adapter, Ask, Check, Sampled
 from evolve_dag.secrecy import describe_error, excerpt, read_key
@@ -72,6 +73,8 @@ class Servers:
     ) -> None:
         if not addresses:
             raise ModelError("no server is named", "list the addresses of vLLM servers in models.policy.servers")
+        for address in addresses:
+            host_of(address, "models.policy.servers")
         self.timeout_seconds: float | None = None  # each attempt has its own limit
         self._closed = False
         self._homes: dict[str, _Server] = {}
@@ -180,9 +183,9 @@ class _Server:
     """One server; touched by the thread's event loop alone."""
 
     def __init__(self, address: str, key: str, timeout: float, transport: httpx.AsyncBaseTransport | None) -> None:
-        self.address = address.rstrip("/")
+        self.address = public_name(address.rstrip("/"))
         self.client = httpx.AsyncClient(
-            base_url=self.address + "/",
+            base_url=address.rstrip("/") + "/",
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(timeout, connect=_CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=4.0),

@@ -212,7 +212,7 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
 SPEC = StepSpec(
     "contexts",
     "Step-aligned contexts: the student's clean view, the teacher's view with experience, the shared action tokens.",
-    version="6",
+    version="7",
     config=(
         "seed",
         *INJECTION_KEYS,

@@ -216,6 +216,8 @@ def test_missing_settings_are_named() -> None:
     assert "searxng" in caught.value.remedy
     with pytest.raises(ConfigError, match=r"environment\.searxng"):
         Searcher("searxng", 10, 5.0, "localhost:8080").check()
+    with pytest.raises(ConfigError, match=r"environment\.searxng"):
+        Searcher("searxng", 10, 5.0, "http://[::1").check()
     Searcher("searxng", 10, 5.0, "http://127.0.0.1:8080").check()
 
 

@@ -58,7 +58,7 @@ class Searcher:
                 f"environment.search: serper needs a key, and {SERPER_KEY} is not set",
                 f"export {SERPER_KEY}=..., or set environment.search: searxng and environment.searxng to your instance",
             )
-        if self.provider == "searxng" and urlsplit(self.base).scheme not in ("http", "https"):
+        if self.provider == "searxng" and not _is_address(self.base):
             raise ConfigError(
                 f"environment.searxng: {self.base!r} is not the address of an instance",
                 "write e.g. searxng: http://127.0.0.1:8080; the instance must allow format=json",
@@ -98,6 +98,14 @@ class Searcher:
             refused=refused,
         )
         return read_searxng(answer)
+
+
+def _is_address(base: str) -> bool:
+    try:
+        parts = urlsplit(base)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
 def listing(results: list[Result]) -> str:
