@@ -34,7 +34,7 @@ TABLES: Mapping[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
 
 PLOTTED = ("success", "premature", "unanswered", "turns")
 """Metrics that become numbers of their own; those of development tasks are the promotion's evidence."""
-CONDITIONS = ("base", "without", "with", "greedy")
+CONDITIONS = ("base", "without", "with", "greedy", "ceiling")
 """Their order in the table of results; those of development tasks follow."""
 
 NOT_SHOWN: Mapping[str, frozenset[str]] = {"policy": frozenset({"adapter", "experience"}), "promotion": frozenset({"reasons"})}

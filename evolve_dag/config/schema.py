@@ -43,7 +43,7 @@ REGIME_PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 class Regime(Section):
-    """Internalization regime: three choices that the paper confounds, kept apart (METHOD: regime)."""
+    """Internalization regime: choices that the paper confounds, kept apart (METHOD: regime)."""
 
     source: Source = "teacher"
     """Who samples the trajectories that are learned from: the experience-aware teacher or the student."""
@@ -51,18 +51,23 @@ class Regime(Section):
     """What is minimised between teacher p and student q on every action token."""
     rejection: bool = True
     """Keep only successful trajectories."""
+    refused: bool = False
+    """Learn at actions that the environment refused (malformed, unknown tool) as well. Unset, as ``source`` suggests: true for
+    ``student``, whose own slip is what the teacher's distribution corrects; false for ``teacher``, whose slip is nothing to
+    learn from."""
 
     @model_validator(mode="before")
     @classmethod
     def _expand_preset(cls, value: Any) -> Any:
         if isinstance(value, str):
             value = {"preset": value}
-        if isinstance(value, dict) and "preset" in value:
-            preset = value["preset"]
-            if preset not in REGIME_PRESETS:
-                raise ValueError(f"unknown preset {preset!r}: one of {', '.join(REGIME_PRESETS)}")
-            return {**REGIME_PRESETS[preset], **{k: v for k, v in value.items() if k != "preset"}}
-        return value
+        if not isinstance(value, dict):
+            return value
+        preset = value.get("preset", "")
+        if "preset" in value and not (isinstance(preset, str) and preset in REGIME_PRESETS):
+            raise ValueError(f"unknown preset {preset!r}: one of {', '.join(REGIME_PRESETS)}")
+        stated = {**REGIME_PRESETS.get(preset, {}), **{k: v for k, v in value.items() if k != "preset"}}
+        return {"refused": stated.get("source") == "student", **stated}
 
 
 Strings = Annotated[tuple[str, ...], Strict(False)]
@@ -348,6 +353,8 @@ class ExtractionSettings(Section):
     """Level at which the lower end of the lift's interval must be above zero."""
     memory: float = Field(0.8, ge=0, le=1)
     """``contrast``: what evidence of the iteration before still counts, of two before its square, and so on; 0: none."""
+    placebo: bool = False
+    """``contrast``, a control: every mined principle stands in the pool with another action than the one that was mined."""
     domain: Literal["web", "mathematics"] = "web"
     """Wording of the prompts of ``llm``."""
     batch_tasks: int = Field(4, ge=1, le=MOST)
@@ -427,6 +434,11 @@ class EvaluationSettings(Section):
     """Evaluate with experience in context as well."""
     greedy: bool = True
     """Evaluate argmax, without experience, as well."""
+    base_temperatures: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Strict(False)] = (0.0,)
+    """Temperatures at which iteration 1 scores the base policy, beside that of the rollouts; 0 is argmax."""
+    ceiling: bool = False
+    """Score the policy that *enters* an iteration with E(k) in context as well: what that night's experience is worth before
+    anything is learned, so what distillation can reach."""
     bootstrap: int = Field(2000, ge=100, le=MOST)
     """Resamples of an interval."""
 
@@ -578,6 +590,10 @@ def contradictions(e: Experiment) -> list[tuple[str, str]]:
                 "selection.selector",
                 "'state' needs conditions, which only `extractor: contrast` writes: use lexical or llm",
             )
+        )
+    if e.extraction.placebo and (e.extraction.extractor != "contrast" or e.granularity != "principle" or e.start_pool):
+        found.append(
+            ("extraction.placebo", "only mined principles have one: `extractor: contrast`, no instances, no start_pool")
         )
     if e.extraction.extractor == "contrast" and e.extraction.domain != "web":
         found.append(("extraction.domain", "only `extractor: llm` has a wording for mathematics"))

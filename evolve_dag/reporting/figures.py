@@ -17,12 +17,13 @@ from evolve_dag.steps.base import STEP_ORDER
 Figure = dict[str, Any]
 """A plotly figure: ``{"data": [...], "layout": {...}}``, JSON values only."""
 
-Condition = Literal["without", "with_experience", "greedy"]
+Condition = Literal["without", "with_experience", "greedy", "ceiling"]
 
 CONDITIONS: dict[Condition, str] = {
     "without": "without experience",
     "with_experience": "with experience in context",
     "greedy": "greedy, without experience",
+    "ceiling": "ceiling",
 }
 
 INTERNALIZED: tuple[tuple[str, Callable[[audit.Internalized], float | None]], ...] = (
@@ -283,7 +284,7 @@ def _metric_line(
         _points(summary, condition, field, scale),
         name,
         slot,
-        dash={"with_experience": "dash", "greedy": "dot"}.get(condition, "solid"),
+        dash={"with_experience": "dash", "greedy": "dot", "ceiling": "dot"}.get(condition, "solid"),
         declined=_declined(summary),
     )
 

@@ -169,6 +169,7 @@ RESULTS = (
     ("success without", "without", "success"),
     ("success with", "with_experience", "success"),
     ("greedy", "greedy", "success"),
+    ("ceiling", "ceiling", "success"),
     ("turns", "without", "turns"),
     ("premature", "without", "premature"),
     ("unanswered", "without", "unanswered"),

@@ -21,8 +21,6 @@ from evolve_dag.tasks.suites import Split, load_split
 if TYPE_CHECKING:
     from torch import nn
 
-    from evolve_dag.config.schema import Experiment
-
 
 def run(context: StepContext) -> None:
     """Train the student, which starts from policy(k), on the stored contexts."""
@@ -33,9 +31,9 @@ def run(context: StepContext) -> None:
     contexts = context.inputs["contexts"].path
     rows = load_contexts(contexts)
     nothing_taught = not any(c.injected for row in rows for c in row.contexts)
-    if _learns_distributions(experiment):
-        # Without an item in any context teacher and student are one: Adam would turn rounding noise into full steps.
-        rows = [] if nothing_taught else rows + load_contexts(contexts / RETENTION)
+    rows += load_contexts(contexts / RETENTION)
+    if nothing_taught and experiment.regime.divergence != "cross_entropy":
+        rows = []  # teacher and student are one: Adam would turn rounding noise into full steps
     settings = experiment.models.policy
     started = False
 
@@ -85,11 +83,6 @@ def run(context: StepContext) -> None:
         divergence_last=_mean(divergences[-5:]),
         tokens=resample.tokens if resample else 0,
     )
-
-
-def _learns_distributions(experiment: Experiment) -> bool:
-    """Cross-entropy learns sampled tokens; a retention row would have no anchor there (docs/adr/0004-retention.md)."""
-    return experiment.regime.divergence != "cross_entropy"
 
 
 def _mean(values: list[float]) -> float | None:
@@ -156,4 +149,4 @@ class _Resample:
                 opened.close()
             with open_teacher(experiment, adapter_folder(context.store, adapter), policy) as teacher:
                 clean, retention = score(experiment, kept, teacher, Silent())
-        return clean + retention if _learns_distributions(experiment) else clean
+        return clean + retention

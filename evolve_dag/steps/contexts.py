@@ -95,8 +95,7 @@ def score(
         AlignmentError: the two views do not share their action ids, or a student's view holds experience.
     """
     inject = no_injection if experiment.injection == "none" else replay_injection(experiment.injection)
-    # A student's own malformed action is what the teacher's distribution corrects; a teacher's is nothing to learn from.
-    keep_step = None if experiment.regime.source == "student" else without_problems
+    keep_step = None if experiment.regime.refused else without_problems
     aligned = align_all(kept, model.chat, inject, keep_step)
     if experiment.regime.divergence == "cross_entropy" and experiment.injection == "none":
         return make_rows(aligned, None), []

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 
 from evolve_dag.experience.extraction.contrast import Evidence
 from evolve_dag.experience.extraction.mining import Extraction, extract
+from evolve_dag.experience.extraction.placebo import placebo
 from evolve_dag.experience.locality import locality
 from evolve_dag.experience.pool import Pool
 from evolve_dag.records import Task, Trajectory
@@ -19,18 +20,24 @@ from evolve_dag.tasks.suites import load_tasks_of
 
 EVIDENCE = "evidence.json"
 """Beside the pool: the sums that extraction rests on, see :class:`~evolve_dag.experience.extraction.contrast.Evidence`."""
+MINED = "mined.json"
+"""With ``extraction.placebo``: the pool as it was mined, from which the next iteration goes on mining."""
 
 
 def run(context: StepContext) -> None:
     """Extract from the groups of this iteration into the pool that entered it."""
     experiment = context.experiment
     trajectories = load_trajectories(context.inputs["trajectories"])
-    entering = context.entering.experience
-    pool = open_pool(context.store.open("experience", entering) if entering else None)
+    entering = context.store.open("experience", context.entering.experience) if context.entering.experience else None
+    pool = open_pool(entering, MINED) if entering and MINED in entering.manifest.files else open_pool(entering)
     pool = replace(pool, next_number=max(pool.next_number, context.entering.next_item))
     tasks = load_tasks_of(experiment, "train")
     found = _extract(context, trajectories, tasks, pool)
     folder = context.build.path
+    if experiment.extraction.placebo:
+        (folder / MINED).write_text(found.pool.to_json(), encoding="utf-8")
+        disguised = placebo(found.pool, found.edits, trajectories, before=open_pool(entering), seed=experiment.seed)
+        found = replace(found, pool=disguised.pool, edits=disguised.edits)
     if found.evidence is not None:
         (folder / EVIDENCE).write_text(found.evidence.to_json(), encoding="utf-8")
     (folder / "pool.json").write_text(found.pool.to_json(), encoding="utf-8")

@@ -88,13 +88,13 @@ def adapter_folder(store: Store, digest: str | None) -> Path | None:
     return artifact.path
 
 
-def open_pool(artifact: Artifact | None) -> Pool:
+def open_pool(artifact: Artifact | None, name: str = "pool.json") -> Pool:
     """The pool of an experience artifact, or an empty one."""
     from evolve_dag.experience.pool import Pool
 
     if artifact is None:
         return Pool()
-    path = artifact.file("pool.json")
+    path = artifact.file(name)
     return Pool.from_json(path.read_text(encoding="utf-8"), str(path))
 
 
@@ -140,11 +140,18 @@ def roll_out(
     seed: int,
     group_size: int,
     experience: ExperienceSource | None = None,
-    greedy: bool = False,
+    temperature: float | None = None,
     journal: str | None = None,
 ) -> list[Trajectory]:
-    """Rollouts of all tasks of ``split``, resumed from the step's journal ``label``."""
+    """Rollouts of all tasks of ``split``, resumed from the step's journal ``label``.
+
+    Args:
+        temperature: in place of the experiment's; 0 is argmax.
+    """
     experiment = context.experiment
+    settings = experiment.rollout
+    if temperature is not None:
+        settings = settings.model_copy(update={"temperature": temperature})
     if isinstance(split.environment, Checked):
         split.environment.check()
     context.progress.start(label, len(split.tasks) * group_size)
@@ -155,13 +162,12 @@ def roll_out(
             model=model,
             environment=split.environment,
             verifier=split.verifier,
-            settings=experiment.rollout,
+            settings=settings,
             seed=seed,
             concurrency=experiment.runtime.concurrency,
             experience=experience,
             journal=context.build.journal(journal or label.replace(" ", "_")),
             on_done=lambda _: context.progress.advance(),
-            greedy=greedy,
         )
     finally:
         context.progress.finish()

@@ -1,5 +1,8 @@
 """Step ``scores``: held-out results, reported, and development results, for the gate (METHOD step 6).
 
+On held-out tasks: ``without`` and ``with`` experience in context, ``greedy``; of the policy that entered the first iteration
+``base`` and ``base_at_<temperature>``; of the policy that entered any iteration, with E(k) in context, ``ceiling``.
+
 Every condition draws from the same random numbers (``evaluation.seed``), so two policies on the same task differ by
 what they are, not by luck. Held-out tasks decide nothing.
 """
@@ -18,6 +21,8 @@ from evolve_dag.tasks.suites import Split, check_disjoint, load_split
 
 DEVELOPMENT = ("development_candidate", "development_champion")
 """Conditions that the gate compares."""
+BASE_AT = "base_at_"
+"""Begins the conditions of the base policy at another temperature than that of the rollouts; the temperature follows."""
 
 
 def run(context: StepContext) -> None:
@@ -34,7 +39,7 @@ def run(context: StepContext) -> None:
     scores: list[Score] = []
     summary: dict[str, object] = {}
 
-    def evaluate(model: object, condition: str, split: Split, **how: object) -> None:
+    def evaluate(model: object, condition: str, split: Split, temperature: float | None = None, **how: object) -> None:
         seed = stable_hash("evaluation", evaluation.seed)
         found = roll_out(
             context,
@@ -42,7 +47,8 @@ def run(context: StepContext) -> None:
             model,
             label=condition.replace("_", " "),
             seed=seed,
-            group_size=1 if condition == "greedy" else evaluation.rollouts,
+            group_size=1 if temperature == 0 else evaluation.rollouts,  # argmax says the same each time
+            temperature=temperature,
             **how,  # type: ignore[arg-type]
         )
         tasks = by_id(split.tasks)
@@ -53,6 +59,11 @@ def run(context: StepContext) -> None:
     with open_policy(context.store, context.entering.adapter, context.roles) as model:
         if context.iteration == 1:
             evaluate(model, "base", held_out)
+            for temperature in dict.fromkeys(evaluation.base_temperatures):
+                if temperature != experiment.rollout.temperature:
+                    evaluate(model, f"{BASE_AT}{temperature:g}", held_out, temperature=temperature)
+        if evaluation.ceiling and (source := experience_source(experiment, pool, context.roles)) is not None:
+            evaluate(model, "ceiling", held_out, experience=source)
         evaluate(model, "development_champion", development)
     with open_policy(context.store, context.inputs["adapter"].digest, context.roles) as model:
         source = experience_source(experiment, pool, context.roles)
@@ -61,7 +72,7 @@ def run(context: StepContext) -> None:
         if evaluation.with_experience and source is not None:
             evaluate(model, "with", held_out, experience=source)
         if evaluation.greedy:
-            evaluate(model, "greedy", held_out, greedy=True)
+            evaluate(model, "greedy", held_out, temperature=0.0)
     folder = context.build.path
     scores_to_frame(scores).write_parquet(folder / "scores.parquet")
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
