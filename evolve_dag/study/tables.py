@@ -18,10 +18,9 @@ from evolve_dag.study.published import SOURCE, compared, points
 from evolve_dag.study.statistics import Estimate
 
 METHOD = (
-    "Success is on held-out tasks, which decide nothing; actions are sampled. Every seed counts alike. The first interval is "
-    "over tasks (95%), which are resampled within each seed: it holds for these seeds. The second is over seeds, Student's t over "
-    "the seeds' own means: it holds for another seed as well, and is wide with three of them. Differences are paired by seed "
-    "and task."
+    "Success is on held-out tasks, which decide nothing; actions are sampled. Every seed counts alike. Intervals are 95%. "
+    "The first is over tasks, resampled within each seed: it holds for these seeds. The second is over seeds, Student's t over "
+    "their means: it holds for another seed as well, and is wide with three of them. Differences are paired by seed and task."
 )
 BEST = (
     "The best of several is chosen on one half of the tasks and measured on the other, both ways, and chosen anew in every "
