@@ -206,19 +206,28 @@ def _run(config: Path, *, seed: int | None, iterations: int | None, root: Path, 
                 _execute(root, session, instance, automation.settings_job.name, name, name)
             runs = 0
             for k in range(1, count + 1):
-                if not _is_up_to_date(experiment, k, store, instance):
+                if not is_up_to_date(experiment, k, store, instance):
                     _execute(root, session, instance, automation.iteration_job.name, partitions.loop_key(name, k), name)
                     runs += 1
     return RunResult(experiment, count, runs, session.recomputed)
 
 
-def _is_up_to_date(experiment: Experiment, iteration: int, store: Store, instance: dg.DagsterInstance) -> bool:
-    """Whether every artifact is there, is what the iteration refers to, and Dagster has it on record."""
+def is_up_to_date(
+    experiment: Experiment, iteration: int, store: Store, instance: dg.DagsterInstance, *, verify: bool = True
+) -> bool:
+    """Whether every artifact is there, is what the iteration refers to, and Dagster has it on record.
+
+    Args:
+        verify: read every byte; else a damaged file shows only where it is read next.
+
+    Raises:
+        StoreError: with ``verify``, when an artifact is damaged.
+    """
     key = partitions.loop_key(experiment.experiment, iteration)
     for name, expected in base.resolve_iteration(experiment, iteration, store).items():
         if expected.digest is None or not expected.exists:
             return False
-        store.open(name, expected.digest, verify=True)  # a damaged one must be told, not passed over
+        store.open(name, expected.digest, verify=verify)  # a damaged one must be told, not passed over
         ref = store.ref(experiment.experiment, iteration, name)
         if ref is None or ref.digest != expected.digest:
             return False

@@ -11,12 +11,15 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
+
+from pydantic import AfterValidator, BaseModel, FiniteFloat, NonNegativeInt, ValidationError
 
 from evolve_dag.errors import DataError
 from evolve_dag.experience.locality import trajectory_detail
 from evolve_dag.experience.phrases import MAX_WORDS
 from evolve_dag.records import ExperienceItem, Granularity, PoolEdit, PoolOperation
+from evolve_dag.store.jsonvalues import is_finite, mistakes, to_values
 
 _NUMBERED = re.compile(r"p(\d{4,})")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
@@ -184,15 +187,7 @@ class Pool:
 
     def to_json(self) -> str:
         """As JSON text; :meth:`from_json` gives an equal pool back."""
-        items = [
-            {
-                "id": i.id, "text": i.text, "granularity": i.granularity, "condition": dict(i.condition),
-                "evidence": dict(i.evidence), "trajectory_ids": list(i.trajectory_ids),
-                "created": i.created, "updated": i.updated, "graduated": i.graduated,
-            }
-            for i in self.items
-        ]  # fmt: skip
-        content = {"version": self.version, "next_number": self.next_number, "items": items}
+        content = {"version": self.version, "next_number": self.next_number, "items": [to_values(i) for i in self.items]}
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -208,40 +203,75 @@ class Pool:
         except ValueError as error:
             remedy = "mend the place above, or remake the pool by its extraction"
             raise DataError(f"{source}: not valid JSON: {error}", remedy) from None
-        mistakes: list[str] = []
         if not isinstance(content, dict) or not isinstance(content.get("items"), list):
             remedy = 'start with {"version": 0, "next_number": 1, "items": []}'
             raise DataError(f"{source}: must be an object with a list `items`", remedy)
-        for key in sorted(content.keys() - {"version", "next_number", "items"}):
-            mistakes.append(f"{key}: unknown field (known: version, next_number, items)")
-        version = _whole(content.get("version", 0), "version", mistakes)
-        next_number = _whole(content.get("next_number", 1), "next_number", mistakes)
+        wrong: list[str] = []
+        file = _checked(_File, content, "", wrong) or _File(items=content["items"])
         items: list[ExperienceItem] = []
         seen: dict[str, int] = {}
-        for place, raw in enumerate(content["items"], 1):
-            item = _read_item(raw, f"item {place}", mistakes)
+        for place, raw in enumerate(file.items, 1):
+            named = isinstance(raw, dict) and isinstance(raw.get("id"), str)
+            where = f"item {place} ({raw['id']})" if named else f"item {place}"
+            item = _checked(_Item, raw, f"{where}: ", wrong)
             if item is None:
                 continue
             if item.id in seen:
-                mistakes.append(f"item {place} ({item.id}): id: already used by item {seen[item.id]}")
+                wrong.append(f"{where}: id: already used by item {seen[item.id]}")
             seen.setdefault(item.id, place)
             match = _NUMBERED.fullmatch(item.id)
-            if match and "next_number" in content and int(match[1]) >= next_number:
-                mistakes.append(f"item {place} ({item.id}): id: not below next_number {next_number}: it would be given twice")
-            items.append(item)
-        if mistakes:
-            count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
-            raise DataError(f"{source}: {count}\n{_numbered(mistakes)}", "mend the fields above")
-        return cls(tuple(items), version, next_number)
+            if match and "next_number" in content and int(match[1]) >= file.next_number:
+                wrong.append(f"{where}: id: not below next_number {file.next_number}: it would be given twice")
+            items.append(item.record())
+        if wrong:
+            count = f"{len(wrong)} mistake{'s' if len(wrong) > 1 else ''}"
+            raise DataError(f"{source}: {count}\n{_numbered(wrong)}", "mend the fields above")
+        return cls(tuple(items), file.version, file.next_number)
+
+
+class _File(BaseModel, strict=True, extra="forbid"):
+    """A pool file; its items are judged one by one, so that one broken item does not hide the next."""
+
+    version: NonNegativeInt = 0
+    next_number: NonNegativeInt = 1
+    items: list[Any]
+
+
+class _Item(BaseModel, strict=True, extra="forbid"):
+    """An item as a hand may have written it."""
+
+    id: Annotated[str, AfterValidator(lambda id: id if _ID.fullmatch(id) else _refused("should be letters, digits, `_.-`"))]
+    text: Annotated[str, AfterValidator(lambda text: text if text.strip() else _refused("should be text"))]
+    granularity: Granularity
+    condition: dict[str, str] = {}
+    evidence: dict[str, FiniteFloat] = {}
+    trajectory_ids: list[str] = []
+    created: NonNegativeInt = 0
+    updated: NonNegativeInt | None = None
+
+    def record(self) -> ExperienceItem:
+        fields = self.model_dump() | {"trajectory_ids": tuple(self.trajectory_ids)}
+        return ExperienceItem(**fields | {"updated": self.created if self.updated is None else self.updated})
+
+
+Shape = TypeVar("Shape", bound=BaseModel)
+
+
+def _checked(shape: type[Shape], raw: Any, where: str, wrong: list[str]) -> Shape | None:
+    """``raw`` in its shape, or None; ``wrong`` gets what is wrong with it."""
+    try:
+        return shape.model_validate(raw)
+    except ValidationError as error:
+        wrong += [f"{where}{what}" for what in mistakes(error)]
+    return None
+
+
+def _refused(what: str) -> NoReturn:
+    raise ValueError(what)
 
 
 def _numbered(lines: Sequence[str]) -> str:
     return "\n".join(f"  {number}. {line}" for number, line in enumerate(lines, 1))
-
-
-def _finite(value: object) -> bool:
-    # compared, not converted: float() of a whole number with 400 digits raises
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def lift(item: ExperienceItem) -> float:
@@ -299,55 +329,9 @@ def _objection(proposal: Proposal, items: Mapping[str, ExperienceItem]) -> str |
         for other in items.values():
             if other.id != proposal.item_id and " ".join(other.text.split()).lower() == " ".join(text.split()).lower():
                 return f"the same text is in the pool as {other.id}"
-        if bad := [name for name, value in proposal.evidence.items() if not _finite(value)]:
+        if bad := [name for name, value in proposal.evidence.items() if not is_finite(value)]:
             return f"evidence is not a finite number: {', '.join(bad)}"
     return None
-
-
-_FIELDS: Mapping[str, str] = {
-    "id": "text", "text": "text", "granularity": "`principle` or `instance`", "condition": "an object of texts",
-    "evidence": "an object of finite numbers", "trajectory_ids": "a list of texts",
-    "created": "a whole number", "updated": "a whole number", "graduated": "a whole number",
-}  # fmt: skip
-
-
-def _whole(value: Any, where: str, mistakes: list[str]) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        mistakes.append(f"{where}: must be a whole number of at least 0, not {value!r}")
-        return 0
-    return value
-
-
-def _read_item(raw: Any, where: str, mistakes: list[str]) -> ExperienceItem | None:
-    if not isinstance(raw, dict):
-        mistakes.append(f"{where}: must be an object, not {type(raw).__name__}")
-        return None
-    if isinstance(raw.get("id"), str):
-        where = f"{where} ({raw['id']})"
-    count = len(mistakes)
-    mistakes += [f"{where}: {name}: unknown field (known: {', '.join(_FIELDS)})" for name in raw if name not in _FIELDS]
-    mistakes += [f"{where}: {name}: missing" for name in ("id", "text", "granularity") if name not in raw]
-    condition, evidence, ids = raw.get("condition", {}), raw.get("evidence", {}), raw.get("trajectory_ids", [])
-    checks = {
-        "id": isinstance(raw.get("id"), str) and _ID.fullmatch(raw["id"]) is not None,
-        "text": isinstance(raw.get("text"), str) and bool(raw["text"].strip()),
-        "granularity": raw.get("granularity") in ("principle", "instance"),
-        "condition": isinstance(condition, dict) and all(isinstance(v, str) for v in condition.values()),
-        "evidence": isinstance(evidence, dict) and all(_finite(v) for v in evidence.values()),
-        "trajectory_ids": isinstance(ids, list) and all(isinstance(v, str) for v in ids),
-    }
-    for name, fine in checks.items():
-        if not fine and (name in raw or name not in ("id", "text", "granularity")):
-            shown = "empty" if raw.get(name) in ("", None) else repr(raw.get(name))[:60]
-            mistakes.append(f"{where}: {name}: must be {_FIELDS[name]}, not {shown}")
-    created = _whole(raw.get("created", 0), f"{where}: created", mistakes)
-    updated = _whole(raw.get("updated", created), f"{where}: updated", mistakes)
-    graduated = _whole(raw.get("graduated", 0), f"{where}: graduated", mistakes)
-    if len(mistakes) > count:
-        return None
-    numbers = {name: float(value) for name, value in evidence.items()}
-    text, granularity = raw["text"], raw["granularity"]
-    return ExperienceItem(raw["id"], text, granularity, dict(condition), numbers, tuple(ids), created, updated, graduated)
 
 
 EDITED = {

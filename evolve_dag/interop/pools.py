@@ -22,6 +22,7 @@ from evolve_dag.experience.phrases import MAX_WORDS
 from evolve_dag.experience.pool import Pool, counted
 from evolve_dag.jsonlines import kind_of, read_objects, refuse
 from evolve_dag.records import ExperienceItem, Granularity, PoolEdit
+from evolve_dag.store.jsonvalues import is_finite
 
 if TYPE_CHECKING:
     from evolve_dag.store.artifacts import Store
@@ -150,7 +151,7 @@ def _pool(path: Path, entries: Sequence[_Entry]) -> ImportedPool:
             noted.add("with the text of another item", f"{id}, as {seen[folded]}")
         seen.setdefault(folded, id)
         extra = entry.value if isinstance(entry.value, dict) else {}
-        numbers = {k: float(v) for k, v in extra.items() if k != "id" and is_number(v)}
+        numbers = {k: float(v) for k, v in extra.items() if k != "id" and is_finite(v)}
         items.append(ExperienceItem(id, text, granularity, evidence=numbers))
     return ImportedPool(Pool(tuple(items), version=1), renamed, noted.lines("item"))
 
@@ -331,8 +332,3 @@ def _refuse(path: Path, mistakes: Iterable[str], remedy: str) -> NoReturn:
     found = list(mistakes)
     listing = "".join(f"\n  {one}" for one in found[:10]) + (f"\n  ... and {len(found) - 10} more" if len(found) > 10 else "")
     raise DataError(f"{path}: {len(found)} mistake{'s' if len(found) > 1 else ''}{listing}", remedy)
-
-
-def is_number(value: Any) -> bool:
-    """A finite number, and no truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300

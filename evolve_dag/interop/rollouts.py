@@ -27,7 +27,6 @@ from evolve_dag.interop.pools import (
     Notes,
     a_page,
     artifact_of,
-    is_number,
     is_page,
     pool_from_file,
     read_json,
@@ -38,6 +37,7 @@ from evolve_dag.jsonlines import Mistake, kind_of, read_objects, refuse
 from evolve_dag.plain import plain
 from evolve_dag.records import Granularity, Step, Task, ToolCall, Trajectory, TrajectoryStatus
 from evolve_dag.secrecy import describe_error
+from evolve_dag.store.jsonvalues import is_finite
 from evolve_dag.tasks.jsonl import question_id
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def _draft(line: int, row: Mapping[str, Any], noted: Notes) -> _Draft | None:
         _reference(row),
         Trajectory(
             id="", task_id="", rollout=0, seed=0, system=system, question=question, steps=tuple(steps), status=status,
-            answer=answer, reward=reward, error=told, seconds=float(seconds) if is_number(seconds) else 0.0,
+            answer=answer, reward=reward, error=told, seconds=float(seconds) if is_finite(seconds) else 0.0,
         ),
     )  # fmt: skip
 
@@ -334,7 +334,7 @@ def _reward(row: Mapping[str, Any]) -> float | None:
         return None
     if isinstance(reward, bool):
         return float(reward)
-    if not is_number(reward) or not 0 <= reward <= 1:
+    if not is_finite(reward) or not 0 <= reward <= 1:
         raise _RowError(f"the reward must be a number from 0 to 1, not {reward!r:.60}")
     return float(reward)
 

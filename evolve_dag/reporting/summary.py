@@ -351,6 +351,16 @@ def number_interval(interval: Interval | None) -> str:
     return "" if interval is None else f"{interval[0]:.2f}–{interval[1]:.2f}"
 
 
+def nats(value: float | None) -> str:
+    """A divergence per token."""
+    return "–" if value is None else f"{value:.4f}"
+
+
+def plain(value: Any) -> str:
+    """A fact of an artifact, whatever it is."""
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def duration(seconds: float) -> str:
     """``7.4 s``, ``3 min 05 s``, ``2 h 10 min``."""
     if seconds < 99.95:

@@ -9,11 +9,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
 from lineages import PRINCIPLES, audited, lineage
 
 from evolve_dag.errors import DataError, StoreError
 from evolve_dag.evaluation.gate import GateDecision
-from evolve_dag.reporting import markup, report
+from evolve_dag.reporting import pages, report
 from evolve_dag.reporting.summary import IterationRow, LineageSummary
 
 EVIL = "Evil: when </script><script>alert('x')</script> & <img src=x onerror=alert(1)>, {{figures}} \"quote\"."
@@ -216,9 +217,10 @@ def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytes
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_an_unfilled_or_unknown_blank_is_an_error() -> None:
-    assert markup.fill("{{a}} {{b}}", {"a": "{{b}}", "b": "2"}) == "{{b}} 2"
-    with pytest.raises(DataError, match="differ: b"):
-        markup.fill("{{a}} {{b}}", {"a": "1"})
-    with pytest.raises(DataError, match="differ: c"):
-        markup.fill("{{a}}", {"a": "1", "c": "3"})
+def test_what_a_template_was_not_given_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch)
+    monkeypatch.delitem(report._FUNCTIONS, "recipe")
+    with pytest.raises(UndefinedError, match="'recipe' is undefined"):
+        report.render([lineage()])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        pages.render("page.html.jinja", title="", sections={}, drawn=[{"data": [float("nan")]}])
