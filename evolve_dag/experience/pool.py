@@ -347,7 +347,7 @@ EDITED = {
 
 def counted(edits: Sequence[PoolEdit]) -> dict[str, int]:
     """``added``, ``updated``, ...: how many edits of each operation."""
-    operations = [edit.operation for edit in edits]
+    operations: list[str] = [edit.operation for edit in edits]
     return {name: operations.count(operation) for operation, name in EDITED.items()}
 
 
