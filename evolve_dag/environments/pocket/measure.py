@@ -18,7 +18,7 @@ from random import Random
 from typing import Any
 
 from evolve_dag.environments.pocket.language import GROUPS, SYSTEM_PROMPT, PhraseBank, state_of_mark
-from evolve_dag.environments.pocket.pretrain import RECIPE, Encoder
+from evolve_dag.environments.pocket.pretrain import Encoder
 from evolve_dag.environments.pocket.script import (
     GROUP_MOVES,
     HABIT,
@@ -40,8 +40,8 @@ from evolve_dag.records import Message
 
 MEASURING_WORLDS = range(900_000, 900_040)
 """Worlds of this measurement alone."""
-MARKED = [state_of_mark(word) for word in (*LAW.marks, LAW.label)]
-"""States of marks and rows that the worlds of tasks have."""
+MARKED = [state_of_mark(word) for word in LAW.marks]
+"""States of marks that the worlds of tasks have."""
 STATES = [*MOVES, *MARKED]
 
 
@@ -118,14 +118,14 @@ def situations(per_state: int, rng: Random) -> dict[str, list[tuple[list[Message
 
 
 def _asked_for(state: str) -> str:
-    """The move that the law of tasks asks for under a mark or in rows."""
-    return LAW.row if state == state_of_mark(LAW.label) else LAW.tools[state.split()[1]]
+    """The move that the law of tasks asks for under a mark."""
+    return LAW.tools[state.split()[1]]
 
 
 def _lesson(state: str) -> str:
     """The same as the extractor writes it."""
     mark = {"observation": "page", "evidence": "asked", "mark": state.split()[1]}
-    return render(mark, "answer_highest" if state == state_of_mark(LAW.label) else f"use:{_asked_for(state)}")
+    return render(mark, f"use:{_asked_for(state)}")
 
 
 def _names() -> list[str]:
@@ -278,10 +278,7 @@ def write(folder: Path, card: Path | None = None, **kwargs: Any) -> dict[str, An
 
 def model_card(measured: dict[str, Any], made: dict[str, Any]) -> str:
     """The card as Markdown, from what was measured."""
-    states = "\n".join(
-        f"| {state} | {_shares(HABIT[state if state in MOVES else state.split()[0]])} | {_shares(measured['habit'][state])} |"
-        for state in STATES
-    )
+    states = "\n".join(f"| {state} | {_shares(HABIT[state])} | {_shares(measured['habit'][state])} |" for state in STATES)
     obeyed = "\n".join(
         f"| {case} | {share:.2f} | {measured['obedience_seen'].get(case, float('nan')):.2f} |"
         for case, share in measured["obedience"].items()
@@ -293,12 +290,10 @@ def model_card(measured: dict[str, Any], made: dict[str, Any]) -> str:
     recall = measured["recall"]
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     return template.format(
-        stages=len(RECIPE),
-        tokens=sum(stage.tokens * stage.until for stage in RECIPE) / 1e6,
+        tokens=made["settings"]["tokens"] / 1e6,
         parameters=made["parameters"] / 1e6,
         megabytes=made["parameters"] * 4 / 1e6,
         law=measured["obedience_law_mean"],
-        rows=list(measured["obedience_law"].values())[-1],
         asked_for="\n".join(f"| {case} | {share:.2f} |" for case, share in measured["obedience_law"].items()),
         loss=made["final_loss"],
         copy=measured["copy_accuracy"],
