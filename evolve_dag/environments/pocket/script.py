@@ -12,7 +12,7 @@ The agent is told the truth by the world; it shares no code with the extractor o
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -367,6 +367,26 @@ def habitual(state: State, advice: Sequence[Advice], rng: Random) -> Move:
     return rng.choices(list(HABIT[state]), list(HABIT[state].values()))[0]
 
 
+def played_case(
+    world: World, question: Question, search: FastSearch, choose: Callable[[State], Move]
+) -> tuple[str, list[Advice]]:
+    """The case of ``question``, as an instance-level item tells it, and what it shows for other questions: how the search
+    began, and which tool was asked under each mark. ``choose`` decides these; the rest is played well."""
+    player = ScriptedAgent(world, question, search)
+    path: list[str] = []
+    shown: list[Advice] = []
+    while len(path) < MAX_STEPS and player.state != "asked":
+        state = player.state
+        move = SKILL.get(state, "answer")
+        if state == "start" or state not in MOVES:
+            move = choose(state)
+            shown.append(((state,), move))
+        _, tool, argument = player.act(move)
+        path.append(call_text(tool, argument, mark="" if state in MOVES else state.split()[1]))
+        player.observe(tool, argument)
+    return case_text(question.text, question.answer, path), shown
+
+
 class TranscriptWriter:
     """Writes pretraining transcripts of one world after another."""
 
@@ -418,21 +438,11 @@ class TranscriptWriter:
         return hints
 
     def _case(self, agent: ScriptedAgent, question: Question) -> tuple[str, list[Advice]]:
-        """The case of ``question`` as a player with luck would leave it, and what it shows for other questions: how it began
-        to search, and which tool it asked under each mark."""
-        player = ScriptedAgent(agent.world, question, agent.search)
-        path: list[str] = []
-        shown: list[Advice] = []
-        while len(path) < MAX_STEPS and player.state != "asked":
-            state = player.state
-            move = SKILL.get(state, "answer")
-            if state == "start" or state not in MOVES:
-                move = self.rng.choice([m for m in taught(state) if m != "answer"])
-                shown.append(((state,), move))
-            _, tool, argument = player.act(move)
-            path.append(call_text(tool, argument, mark="" if state in MOVES else state.split()[1]))
-            player.observe(tool, argument)
-        return case_text(question.text, question.answer, path), shown
+        """The case of ``question`` by a player who begins as it likes and asks any tool under a mark but the one that the
+        worlds of tasks ask for."""
+        return played_case(
+            agent.world, question, agent.search, lambda state: self.rng.choice([m for m in taught(state) if m != "answer"])
+        )
 
     def _other(self, agent: ScriptedAgent) -> Question:
         """What a case that stands there now is about: under a mark, mostly a question that meets the mark."""

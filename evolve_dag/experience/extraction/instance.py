@@ -52,6 +52,10 @@ def case_text(question: str, answer: str, path: Sequence[str] = ()) -> str:
     return f"Case: {plain} answer {' '.join(answer.split())}.{steps}"
 
 
+LONGEST_PATH = 12
+"""Most calls that a case tells: the last ones."""
+
+
 def _path(trajectory: Trajectory) -> list[str]:
     """The calls of a trajectory, each with the mark that it met."""
     tracker, path = Tracker(trajectory.question), []
@@ -60,7 +64,7 @@ def _path(trajectory: Trajectory) -> list[str]:
             mark = tracker.features()["mark"]
             path.append(call_text(step.call.name, " ".join(step.call.arguments.values()), "" if mark == "none" else mark))
         tracker.append(step)
-    return path
+    return path[-LONGEST_PATH:]
 
 
 def cases(trajectories: Sequence[Trajectory], *, seed: int) -> Cases:
