@@ -25,7 +25,6 @@ from evolve_dag.environments.pocket.script import (
     HABIT,
     MOVES,
     SKILL,
-    WORLD_DEPTHS,
     FastSearch,
     ScriptedAgent,
     Transcript,
@@ -41,6 +40,8 @@ from evolve_dag.records import Message
 
 MEASURING_WORLDS = range(900_000, 900_040)
 """Worlds of this measurement alone."""
+MEASURED_DEPTHS = (0.25, *(0.75 / len(LAW.marks),) * len(LAW.marks))
+"""Shares of depths among the facts of these worlds."""
 MARKED = [state_of_mark(word) for word in LAW.marks]
 """States of marks that the worlds of tasks have."""
 STATES = [*MOVES, *MARKED]
@@ -63,7 +64,7 @@ class Sampler:
         """One sampled action per conversation, control tokens included, end-of-turn removed."""
         import torch
 
-        prompts = [[*self.encode(Transcript(tuple(c), (False,) * len(c), "", False))[0], *self.opening] for c in conversations]
+        prompts = [[*self.encode(Transcript(tuple(c), (None,) * len(c), "", False))[0], *self.opening] for c in conversations]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         out = [""] * len(prompts)
         pad = self.tokenizer.pad_token_id
@@ -96,7 +97,7 @@ def situations(per_state: int, rng: Random) -> dict[str, list[tuple[list[Message
     advice = [((s,), m) for s in MOVES for m in MOVES[s]]
     skilled = [((s,), m) for s, m in SKILL.items()]
     for seed in itertools.cycle(MEASURING_WORLDS):
-        world = World(seed, depths=WORLD_DEPTHS)
+        world = World(seed, depths=MEASURED_DEPTHS)
         search = FastSearch(world, lenient=True)
         for n in range(40):
             question = world.question(rng, depth=len(MARKED) if n % 2 else None)

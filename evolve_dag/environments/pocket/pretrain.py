@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SLIP, CONTEXT, ACTION = 0, 1, 2
-"""Role of a token: a slip of the scripted agent, what the policy reads, what it writes."""
+"""Role of a token: what the scripted agent writes and the policy shall not learn, what the policy reads, what it writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,9 @@ class Phase:
 
 
 PHASES = (
-    Phase(0.15, SIMPLE_MODES, DWELL_ON_MARKS),
-    Phase(0.4, MODES),
-    Phase(1.0, {"none": 0.17, "step": 0.46, "global": 0.19, "case": 0.18}, DWELL_ON_MARKS),
+    Phase(0.12, SIMPLE_MODES, DWELL_ON_MARKS),
+    Phase(0.28, MODES),
+    Phase(1.0, {"none": 0.15, "step": 0.5, "global": 0.17, "case": 0.18}, DWELL_ON_MARKS),
 )
 """The tool grammar, copying and matching come first; then what every state may be told; last what the marks may be told."""
 
@@ -56,7 +56,7 @@ class PretrainSettings:
     """How the shipped weights were made."""
 
     seed: int = 0
-    tokens: int = 12_000_000
+    tokens: int = 9_000_000
     """Tokens seen, padding excluded, over all processes."""
     processes: int = 2
     phases: Sequence[Phase] = PHASES
@@ -120,8 +120,9 @@ class Encoder:
             roles += [CONTEXT] * len(header)
             if message.role == "assistant":
                 action = [*content, self._end]
+                unseen = len(action) if target is None else len(self._ids(message.content[:target]))
                 ids += [*action, *self._newline]
-                roles += [ACTION if target else SLIP] * len(action) + [CONTEXT] * len(self._newline)
+                roles += [SLIP] * unseen + [ACTION] * (len(action) - unseen) + [CONTEXT] * len(self._newline)
             else:
                 rest = content + self._footer[message.role]
                 ids += rest

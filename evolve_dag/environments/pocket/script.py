@@ -299,14 +299,14 @@ class Transcript:
     """One pretraining document."""
 
     messages: tuple[Message, ...]
-    targets: tuple[bool, ...]
-    """Per message: does the loss see it? True for actions that are no slip."""
+    targets: tuple[int | None, ...]
+    """Per message: the character from which on the loss sees it; None where it sees nothing, as of slips."""
     mode: str
     """What stood in the context: ``none``, ``step``, ``global`` or ``case``."""
     success: bool
 
 
-LENIENT_SHARE = 0.8
+LENIENT_SHARE = 0.9
 """Share of pretraining's worlds in which every tool shows what lies under a mark."""
 
 
@@ -322,15 +322,19 @@ class Curriculum:
     """Chance that an item about the very state stands there in mode ``step``, at marks."""
     one_hop: float = 0.0
     """Share of the questions that are drawn with one hop, so that the way to the first mark is short."""
+    depths: Mapping[int, float] = field(default_factory=lambda: {0: 0.3, 1: 0.1, 2: 0.1, 3: 0.1, 4: 0.1, 5: 0.3})
+    """Depth of a question -> share of the transcripts."""
 
 
-DWELL_ON_MARKS = Curriculum(skipped=0.85, layers=(0, 0, 0, 0, 3), told=0.85, one_hop=0.7)
+DWELL_ON_MARKS = Curriculum(skipped=0.87, layers=(0, 0, 0, 0, 3), told=0.85, one_hop=0.75, depths={0: 0.06, 4: 0.1, 10: 0.84})
 """Marks are met often, mostly with an item that says what to do."""
 
-WORLD_DEPTHS = (0.3, 0.14, 0.14, 0.14, 0.14, 0.14)
-"""Shares of depths among the facts of a pretraining world."""
-DEPTHS = (0.16, 0.06, 0.1, 0.14, 0.18, 0.36)
-"""Shares of depths in the questions of pretraining."""
+DEEPEST = 10
+"""Marks in a world of pretraining: twice as many as where tasks are, so that one transcript meets many."""
+WORLD_DEPTHS = (0.3, *(0.7 / DEEPEST,) * DEEPEST)
+"""Shares of depths among the facts of such a world."""
+CASE_DEPTH = 5
+"""Most marks that a case meets."""
 SKILL: Mapping[State, Move] = {
     **dict.fromkeys(("start", "empty", "part", "missing"), "search_short"),
     **dict.fromkeys(("one", "several", "wrong"), "visit_match"),
@@ -339,7 +343,7 @@ SKILL: Mapping[State, Move] = {
 """The moves of such a beginning."""
 CORPUS_SHARE = 0.1
 """Share of the transcripts over a corpus without entries: two tools, and facts without layers."""
-SIMPLE_MODES = {"none": 0.6, "case": 0.4}
+SIMPLE_MODES = {"none": 0.75, "case": 0.25}
 """The same at the start of training, when the tool grammar, copying and matching are learned."""
 MODES = {"none": 0.17, "step": 0.45, "global": 0.22, "case": 0.16}
 """What stands in the context of a pretraining transcript, and how often."""
@@ -351,6 +355,11 @@ def action_text(thought: str, tool: str, argument: str) -> str:
         return f"{thought}<answer>{argument}</answer>"
     key = "query" if tool == "search" else "page" if tool == "visit" else "entry"
     return f'{thought}\n<tool_call>\n{{"name": "{tool}", "arguments": {{"{key}": "{argument}"}}}}\n</tool_call>'
+
+
+def _decided(action: str, tool: str, argument: str) -> int:
+    """The character of a call from which on it says no more which move it is, but only copies."""
+    return action.index(" ") if tool == "search" else action.rindex(argument)
 
 
 def recalled(question: Question) -> str:
@@ -450,13 +459,13 @@ class TranscriptWriter:
         while True:
             if agent.state not in MOVES and self.rng.random() < self.curriculum.told:
                 least = world.law.marks.index(agent.state.split()[1]) + 1
-                other = world.question(self.rng, hops=1, depth=self.rng.randint(least, len(world.law.marks)))
+                other = world.question(self.rng, hops=1, depth=self.rng.randint(least, max(least, CASE_DEPTH)))
             elif self.rng.random() < NEAR_MISS:  # the same entity, another relation
                 page = world.resolve(asked.reference)
                 relation = self.rng.choice([a for a, _ in KINDS[page[0]]])
                 other = Question(asked.reference, (relation,), world.facts[page][relation][1])
             else:
-                other = world.question(self.rng)
+                other = world.question(self.rng, depth=self.rng.randint(0, CASE_DEPTH))
             if other.text != asked.text:
                 return other
 
@@ -472,9 +481,12 @@ class TranscriptWriter:
         rng = self.rng
         plain = rng.random() < CORPUS_SHARE
         hops = 1 if rng.random() < self.curriculum.one_hop else None
-        question = world.question(rng, hops, depth=0 if plain else rng.choices(range(len(DEPTHS)), DEPTHS)[0])
-        states = self._states(world.law)
         mode = rng.choices(list(self.modes), list(self.modes.values()))[0]
+        depth = rng.choices(list(self.curriculum.depths), list(self.curriculum.depths.values()))[0]
+        if mode == "case":
+            depth = min(depth, CASE_DEPTH)
+        question = world.question(rng, hops, depth=0 if plain else depth)
+        states = self._states(world.law)
         agent = ScriptedAgent(world, question, search)
         limit = rng.randint(1, 6) if rng.random() < 0.15 else MAX_STEPS
         notes: list[str] = []
@@ -488,7 +500,8 @@ class TranscriptWriter:
             found = self._cases(agent, rng.randint(1, 8), match=match)
             notes, standing = [t for t, _ in found], [a for _, shown in found for a in shown]
         system = (CORPUS_PROMPT if plain else SYSTEM_PROMPT) + ("\nnotes:\n" + "\n".join(notes) if notes else "")
-        messages, targets = [Message("system", system)], [False]
+        messages: list[Message] = [Message("system", system)]
+        targets: list[int | None] = [None]
         content, role = question.text, "user"
         success = False
         skipped = rng.choice(self.curriculum.layers) if rng.random() < self.curriculum.skipped else -1
@@ -506,7 +519,7 @@ class TranscriptWriter:
             if texts:
                 content = f"{content}\nhint:\n" + "\n".join(texts)
             messages.append(Message(role, content))  # type: ignore[arg-type]
-            targets.append(False)
+            targets.append(None)
             slip = False
             skip = agent.state in SKILL and skipped >= 0
             if agent.state.startswith("mark"):
@@ -517,15 +530,15 @@ class TranscriptWriter:
                 thought, argument = agent.best_guess()
                 tool = "answer"
             elif skip:
-                slip = True
                 thought, tool, argument = agent.act(SKILL.get(agent.state) or rng.choice(TOOLS))
             else:
                 skipped = -1
                 thought, tool, argument = agent.act(habitual(agent.state, advice, rng))
                 if tool != "answer" and rng.random() < SLIP:
                     (thought, argument), slip = self._misspell(thought, argument), True
-            messages.append(Message("assistant", action_text(thought, tool, argument)))
-            targets.append(not slip)
+            action = action_text(thought, tool, argument)
+            messages.append(Message("assistant", action))
+            targets.append(None if slip else _decided(action, tool, argument) if skip else 0)
             if tool == "answer":
                 success = argument == question.answer
                 break
@@ -543,14 +556,14 @@ def transcripts(
     rng: Random,
     world_seeds: Iterator[int],
     *,
-    per_world: int = 40,
+    per_world: int = 80,
     modes: Mapping[str, float] = MODES,
     curriculum: Curriculum | None = None,
 ) -> Iterator[Transcript]:
     """Endless transcripts, ``per_world`` from each world; paraphrases that are held out never occur."""
     writer = TranscriptWriter(rng, PhraseBank(held_out=False), modes, curriculum)
     for seed in world_seeds:
-        world = World(seed, law=other_law(Random(seed)), depths=WORLD_DEPTHS)
+        world = World(seed, law=other_law(Random(seed), DEEPEST), depths=WORLD_DEPTHS)
         search = FastSearch(world, lenient=rng.random() < LENIENT_SHARE)
         for _ in range(per_world):
             yield writer.write(world, search)

@@ -72,10 +72,10 @@ LAW = Law(dict(zip(MARKS[:5], TOOLS, strict=True)))
 """The law of every world that tasks are about."""
 
 
-def other_law(rng: Random) -> Law:
+def other_law(rng: Random, marks_count: int = len(LAW.marks)) -> Law:
     """A law for a world of pretraining: marks and tools drawn at random, without any pairing of :data:`LAW`."""
     while True:
-        marks = rng.sample(MARKS, len(LAW.marks))
+        marks = rng.sample(MARKS, marks_count)
         tools = {mark: rng.choice(TOOLS) for mark in marks}
         if not tools.items() & LAW.tools.items():
             return Law(tools)
