@@ -86,13 +86,13 @@ def _habit_at(mark: str) -> dict[Move, float]:
 
 
 HABIT: Mapping[State, Mapping[Move, float]] = {
-    "start": {"search_short": 0.55, "search_long": 0.45},
+    "start": {"search_short": 0.60, "search_long": 0.40},
     "empty": {"search_short": 0.50, "search_long": 0.20, "answer": 0.30},
-    "one": {"visit_match": 0.50, "snippet": 0.50},
+    "one": {"visit_match": 0.55, "snippet": 0.45},
     "several": {"visit_match": 0.40, "visit_first": 0.30, "snippet": 0.30},
-    "redirect": {"visit_link": 0.55, "answer": 0.30, "search_short": 0.15},
-    "part": {"search_short": 0.35, "search_long": 0.22, "answer": 0.43},
-    "asked": {"answer": 0.75, "search_short": 0.25},
+    "redirect": {"visit_link": 0.60, "answer": 0.25, "search_short": 0.15},
+    "part": {"search_short": 0.42, "search_long": 0.22, "answer": 0.36},
+    "asked": {"answer": 0.80, "search_short": 0.20},
     "wrong": {"visit_match": 0.50, "answer": 0.40, "search_short": 0.10},
     "missing": {"search_short": 0.50, "visit_match": 0.15, "answer": 0.35},
     **{state_of_mark(mark): _habit_at(mark) for mark in MARKS},
