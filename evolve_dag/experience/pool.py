@@ -248,6 +248,7 @@ class _Item(BaseModel, strict=True, extra="forbid"):
     trajectory_ids: list[str] = []
     created: NonNegativeInt = 0
     updated: NonNegativeInt | None = None
+    graduated: NonNegativeInt = 0
 
     def record(self) -> ExperienceItem:
         fields = self.model_dump() | {"trajectory_ids": tuple(self.trajectory_ids)}
@@ -305,12 +306,9 @@ def _objection(proposal: Proposal, items: Mapping[str, ExperienceItem]) -> str |
         if proposal.item_id not in items:
             return f"no item {proposal.item_id!r} in the pool"
         granularity = items[proposal.item_id].granularity
-        if operation in ("graduate", "recall") and bool(items[proposal.item_id].graduated) == (operation == "graduate"):
-            return (
-                f"{proposal.item_id} has graduated already"
-                if operation == "graduate"
-                else f"{proposal.item_id} has not graduated"
-            )
+        done = bool(items[proposal.item_id].graduated)
+        if (operation, done) in (("graduate", True), ("recall", False)):
+            return f"{proposal.item_id} has {'graduated already' if done else 'not graduated'}"
     elif proposal.item_id is not None:
         return f"an added item gets its id from the pool, not {proposal.item_id!r}"
     if operation == "merge":

@@ -46,7 +46,7 @@ def test_where_only_one_thing_was_done_there_is_nothing_to_choose():
 
 
 def test_the_call_that_is_announced_as_the_last_has_no_drill():
-    told = episode("a", [SHORT, None])
+    told = episode("e", [SHORT, None])
     last = Trajectory(
         "d#0", "d", 0, 0, "", QUESTION,
         (Step(0, "", (1,), (), LONG, observation="no results\nlast step: answer now"), Step(1, "", (1,), (), answer="x")),

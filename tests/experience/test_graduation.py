@@ -48,7 +48,7 @@ def test_the_interval_is_wilsons(steps, followed, low, high):
 
 
 def test_an_item_that_the_policy_follows_by_itself_graduates_and_stays_in_the_pool():
-    [proposal] = graduations(POOL, nights(40, 0), 0.4)
+    [proposal] = graduations(POOL, nights(40, 0), 0.35)
     assert (proposal.operation, proposal.item_id) == ("graduate", "p0001")
     after, edits, refused = POOL.apply([proposal], iteration=3)
     assert not refused
