@@ -54,10 +54,10 @@ def head(text: str, characters: int) -> str:
     return f"{cut}\n... (cut after {characters} characters)"
 
 
-def one_line(text: object, characters: int = 300) -> str:
-    """``text`` on one line, shortened."""
+def one_line(text: object, characters: int | None = 300) -> str:
+    """``text`` on one line, so that it cannot begin another one; shortened, unless ``characters`` is None."""
     line = " ".join(str(text).split())
-    return line if len(line) <= characters else line[: characters - 1].rstrip() + "…"
+    return line if characters is None or len(line) <= characters else line[: characters - 1].rstrip() + "…"
 
 
 def _poses(line: str) -> bool:

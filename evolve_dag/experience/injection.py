@@ -12,19 +12,14 @@ from dataclasses import replace
 from evolve_dag.errors import AlignmentError
 from evolve_dag.experience.pool import Pool
 from evolve_dag.experience.selection.base import Selector
-from evolve_dag.plain import GLOBAL_HEADING, STEP_HEADING
+from evolve_dag.plain import GLOBAL_HEADING, STEP_HEADING, one_line
 from evolve_dag.protocols import Injected
 from evolve_dag.records import InjectionPattern, Message, Trajectory
 
 
-def one_line(text: str) -> str:
-    """``text`` on one line: an item cannot forge a heading or a second item."""
-    return " ".join(text.split())
-
-
 def block(heading: str, texts: Sequence[str]) -> str:
-    """What is appended: heading and items, one a line; '' without items."""
-    lines = [line for text in texts if (line := one_line(text))]
+    """What is appended: heading and items, one a line, so that none forges a heading or a second item; '' without items."""
+    lines = [line for text in texts if (line := one_line(text, None))]
     return "".join(f"\n{line}" for line in [heading, *lines]) if lines else ""
 
 
@@ -117,7 +112,7 @@ def assert_clean(trajectory: Trajectory, texts: Iterable[str]) -> None:
     Raises:
         AlignmentError: one does; names the place and the item.
     """
-    lines = {one_line(text) for text in texts}
+    lines = {one_line(text, None) for text in texts}
     places = [("system message", trajectory.system), ("question", trajectory.question)]
     places += [(f"observation of step {s.index}", s.observation) for s in trajectory.steps if s.observation is not None]
     for where, content in places:
