@@ -11,6 +11,7 @@ from typing import Any
 from assets_helpers import FakeSteps
 from evolve_dag.assets import studies
 
+from evolve_dag.errors import DataError
 from evolve_dag.steps import base
 from evolve_dag.steps.body import StepContext
 
@@ -34,7 +35,7 @@ def two_of_three(job: studies.Job) -> studies.Done:
 
 def _fail(context: StepContext) -> None:
     if ".greedy-" in context.experiment.experiment:
-        raise MemoryError("no room for [this] arm")
+        raise DataError("no room for [this] arm", "make some")
     if ".lexical-" in context.experiment.experiment:
         os.kill(os.getpid(), signal.SIGKILL)
 
