@@ -111,6 +111,54 @@ def run(
 
 
 @app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Study file, e.g. configs/study.yaml")],
+    arm: Annotated[list[str] | None, typer.Option("--arm", metavar="NAME", help="Only this arm; may be repeated")] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option("--seed", min=0, max=MOST, metavar="N", help="In place of the file's seeds; may be repeated"),
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option(min=1, max=99, metavar="K", help="Iterations 1..K of every arm. Default: the file's")
+    ] = None,
+    held_out: Annotated[int | None, typer.Option("--held-out", min=1, metavar="N", help="Held-out tasks per seed")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, max=1024, metavar="N", help="Cells worked on at a time")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write Markdown, CSV, JSON and pictures there too")
+    ] = None,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing: report on what is there")] = False,
+    store: StoreOption = None,
+) -> None:
+    """Run a study: arms by seeds by iterations, side by side, and one report on all of them.
+
+    What arms have in common is made once. A study that was stopped or killed goes on where it was: give the same command again.
+    """
+    from evolve_dag.study.definition import Choice, load_study
+    from evolve_dag.study.findings import find
+    from evolve_dag.study.page import write_page
+    from evolve_dag.study.results import read
+    from evolve_dag.study.tables import print_findings, write
+
+    choice = Choice(tuple(arm or ()), tuple(seed or ()), iterations, held_out, processes)
+    asked, root, failed = load_study(file, choice), _root(store), dict[str, str]()
+    with _interruptible("run the same command to go on"):
+        if not report_only:
+            from evolve_dag.assets import studies
+
+            failed = studies.run(asked, root, _console(stderr=True)).failed
+        found = find(read(asked, _store(store)))
+        print_findings(found, _console())
+        print(f"report: {write_page(found, root / 'reports' / f'study-{asked.name}.html')}")
+        if out is not None:
+            write(found, out)
+            print(f"tables: {out}")
+    for name, why in failed.items():
+        print(f"failed: {name}: {why}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
 def plan(
     config: LineageArgument,
     iterations: Annotated[

@@ -17,16 +17,16 @@ DASHES = ("solid", "dash", "dot")
 
 def success(findings: Findings, arm: str) -> Figure:
     """One arm over iterations: without, with, and the ceiling; the reference arm behind it."""
-    reference = findings.results.study.reference
+    reference, last = findings.results.study.reference, findings.last(arm)
     lines = []
     if arm != reference:
-        lines.append(_curve(findings, reference, "without", reference, REFERENCE_SLOT))
+        lines.append(_curve(findings, reference, "without", reference, REFERENCE_SLOT, until=last))
     for slot, (condition, name, dash) in enumerate(
         (("without", arm, "solid"), ("with", f"{arm}, with experience", "dash"), ("ceiling", "ceiling of the night", "dot"))
     ):
         lines.append(_curve(findings, arm, condition, name, ARM_SLOT + slot, dash))
     drawn = [one for one in lines if one[-1]["x"]]
-    return over_iterations(drawn, findings.last(arm), range_=(0, 100), suffix="%")
+    return over_iterations(drawn, last, range_=(0, 100), suffix="%")
 
 
 def all_arms(findings: Findings, arms: Sequence[str]) -> Figure:
@@ -125,8 +125,11 @@ def _place(iteration: int, success: Estimate) -> Place:
     return iteration, 100 * success.value, 100 * low, 100 * high, f"seeds {seeds}; {success.n} tasks"
 
 
-def _curve(findings: Findings, arm: str, condition: str, name: str, slot: int, dash: str = "solid") -> list[dict[str, Any]]:
-    return line([_place(p.iteration, p.success) for p in _points(findings, arm, condition)], name, slot, dash=dash)
+def _curve(
+    findings: Findings, arm: str, condition: str, name: str, slot: int, dash: str = "solid", until: int | None = None
+) -> list[dict[str, Any]]:
+    points = [p for p in _points(findings, arm, condition) if until is None or p.iteration <= until]
+    return line([_place(p.iteration, p.success) for p in points], name, slot, dash=dash)
 
 
 def _whiskers(rows: Sequence[tuple[str, Estimate, str]], name: str, suffix: str = "%") -> Figure:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from evolve_dag.evaluation.metrics import MOST_VALUES, Metrics, metrics_from_json
+from evolve_dag.evaluation.metrics import ALIASES, MOST_VALUES, Metrics, metrics_from_json
 from evolve_dag.steps import base
 from evolve_dag.steps.promotion import next_policy
 from evolve_dag.steps.scores import BASE_AT
@@ -162,8 +162,8 @@ def breakdowns(results: Results) -> dict[str, list[str]]:
     values: dict[str, set[str]] = {}
     for told in results.facts.values():
         for name, value in told.items():
-            values.setdefault(name, set()).add(value)
-    return {name: sorted(found) for name, found in sorted(values.items()) if 1 < len(found) <= MOST_VALUES}
+            values.setdefault(name, set()).add(str(value))
+    return {name: sorted(found) for name, found in sorted(values.items()) if 1 < len(found) <= MOST_VALUES and name != ALIASES}
 
 
 def temperature_of(condition: str) -> str:

@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evolve_dag.reporting.summary import count, percent, percent_interval
 from evolve_dag.store.disk import write_atomic
@@ -16,6 +16,9 @@ from evolve_dag.study import figures
 from evolve_dag.study.findings import QUESTIONS, Contrast, Findings, Question
 from evolve_dag.study.published import SOURCE, compared, points
 from evolve_dag.study.statistics import Estimate
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 METHOD = (
     "Success is on held-out tasks, which decide nothing; actions are sampled. Every seed counts alike. Intervals are 95%. "
@@ -69,6 +72,29 @@ def _pictures(findings: Findings) -> dict[str, tuple[str, figures.Figure]]:
     }
 
 
+def print_findings(findings: Findings, console: Console) -> None:
+    """Success without experience, arm by arm, in the terminal."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    study = findings.results.study
+    last = max(map(findings.last, study.arms), default=0)
+    table = Table(title=f"study {study.name}: held-out success without experience", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("arm", no_wrap=True)
+    for heading in ("seeds", "base", *map(str, range(1, last + 1)), "last, over tasks"):
+        table.add_column(heading, justify="right")
+    for arm in study.arms:
+        points = [findings.point(arm, k) for k in range(last + 1)]
+        end = findings.point(arm, findings.last(arm))
+        cells = ["–" if point is None else f"{100 * point.success.value:.1f}" for point in points]
+        around = "–" if end is None else percent_interval(end.success.tasks)
+        table.add_row(Text(arm), str(end.seeds) if end else "0", *cells, around)
+    console.print(table)
+    if missing := findings.results.missing:
+        console.print(Text(f"not there yet: {sum(missing.values())} iterations ({_listed(missing)})", style="yellow"))
+
+
 # -- Markdown
 
 
@@ -87,7 +113,7 @@ def markdown(findings: Findings) -> str:
     lines += ["## Success over iterations", "", *_curves(findings)]
     lines += ["", "## Contrasts", "", BEST, ""]
     for question, told in QUESTIONS.items():
-        asked = _shown(findings, question)
+        asked = shown_contrasts(findings, question)
         if asked:
             lines += [f"### {_heading(told)}", "", *_contrasts(question, asked), ""]
     lines += ["## Tokens, pool and gate", "", *_costs(findings), ""]
@@ -134,7 +160,7 @@ def _curves(findings: Findings) -> list[str]:
     return _table(heads, rows)
 
 
-def _shown(findings: Findings, question: Question) -> list[Contrast]:
+def shown_contrasts(findings: Findings, question: Question) -> list[Contrast]:
     """Of questions that are asked at every iteration of every arm, some: all of the reference arm, the last of the others."""
     reference = findings.results.study.reference
     return [

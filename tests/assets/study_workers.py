@@ -11,6 +11,7 @@ from typing import Any
 from assets_helpers import FakeSteps
 from evolve_dag.assets import studies
 
+from evolve_dag.errors import DataError
 from evolve_dag.steps import base
 from evolve_dag.steps.body import StepContext
 
@@ -27,23 +28,15 @@ def slow(job: studies.Job) -> studies.Done:
     return _with(job, adapter=lambda context: time.sleep(0.6))
 
 
-def greedy_fails(job: studies.Job) -> studies.Done:
-    """An arm whose adapter cannot be made."""
+def two_of_three(job: studies.Job) -> studies.Done:
+    """An arm whose adapter cannot be made, and one that takes its process down."""
     return _with(job, adapter=_fail)
-
-
-def greedy_dies(job: studies.Job) -> studies.Done:
-    """An arm that takes its process down."""
-    return _with(job, adapter=_die)
 
 
 def _fail(context: StepContext) -> None:
     if ".greedy-" in context.experiment.experiment:
-        raise MemoryError("no room for [this] arm")
-
-
-def _die(context: StepContext) -> None:
-    if ".greedy-" in context.experiment.experiment:
+        raise DataError("no room for [this] arm", "make some")
+    if ".lexical-" in context.experiment.experiment:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
