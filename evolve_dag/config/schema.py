@@ -398,7 +398,7 @@ class DistillationSettings(Section):
     epochs: int = Field(2, ge=1, le=MOST)
     """Passes over the kept trajectories."""
     tokens_per_batch: int = Field(2048, ge=64, le=MOST)
-    """Padded tokens of one optimizer step."""
+    """Tokens of one optimizer step, those that several rows share counted in each."""
     warmup_steps: int = Field(5, ge=0, le=MOST)
     """Steps until the peak rate; then it falls linearly to a tenth."""
     gradient_clip: float = Field(1.0, gt=0)
@@ -410,6 +410,8 @@ class DistillationSettings(Section):
     retention: float = Field(0.6, ge=0, le=1)
     """Share of the steps with an item in context that are learned a second time *with* it, towards the same teacher, so that
     policy(k+1) still reads experience (docs/adr/0004-retention.md). 0 is the loss of the paper alone."""
+    retention_weight: float = Field(1.0, gt=0, le=1000)
+    """How many action tokens one of those counts for in the loss."""
     jsd_weight: float = Field(0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of ``divergence: jsd``."""
     refresh: int = Field(1, ge=1, le=MOST)

@@ -104,6 +104,7 @@ def _curve_schema() -> dict[str, Any]:
         "step": whole,
         "round": whole,
         "loss": real,
+        "retention_loss": real,
         "divergence": real,
         "learning_rate": real,
         "gradient_norm": real,

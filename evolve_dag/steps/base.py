@@ -70,7 +70,7 @@ SPECS: Mapping[str, StepSpec] = {
         ),
         StepSpec(
             "contexts",
-            "5",
+            "6",
             (
                 "seed",
                 *_INJECTION_KEYS,
@@ -84,7 +84,7 @@ SPECS: Mapping[str, StepSpec] = {
             ("policy", "trajectories", "experience"),
             iteration=True,
         ),
-        StepSpec("adapter", "3", ("seed", "regime", "distillation"), ("policy", "experience", "contexts"), iteration=True),
+        StepSpec("adapter", "4", ("seed", "regime", "distillation"), ("policy", "experience", "contexts"), iteration=True),
         StepSpec(
             "scores",
             "3",

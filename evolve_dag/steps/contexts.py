@@ -34,6 +34,7 @@ from evolve_dag.tasks.suites import load_split
 
 if TYPE_CHECKING:
     from evolve_dag.config.schema import Experiment
+    from evolve_dag.inference.recording import Recording
 
 
 RETENTION = "retention"
@@ -42,13 +43,18 @@ RETENTION = "retention"
 
 def run(context: StepContext) -> None:
     """Sample or take trajectories, keep what the regime keeps, align and score by the teacher."""
+    from evolve_dag.inference.transformers import TransformersModel
+
     experiment = context.experiment
     split = load_split(experiment, "train", context.roles)
     adapter = context.entering.adapter
     with ExitStack() as opened:
         model = opened.enter_context(open_policy(context.store, adapter, context.roles))
         source = experience_source(experiment, open_pool(context.inputs["experience"]), context.roles)
+        recording = None
         if experiment.regime.source == "teacher":
+            if isinstance(model, TransformersModel):
+                recording = opened.enter_context(model.recording(experiment.distillation.top_k))
             trajectories = roll_out(
                 context,
                 split,
@@ -64,7 +70,7 @@ def run(context: StepContext) -> None:
         if experiment.models.policy.backend != "transformers":
             opened.close()  # what samples gives its memory back before the weights are opened here
         with open_teacher(experiment, adapter_folder(context.store, adapter), model) as teacher:
-            rows, retention = score(experiment, selection.kept, teacher, context.progress)
+            rows, retention = score(experiment, selection.kept, teacher, context.progress, recording)
     folder = context.build.path
     save_trajectories(folder, trajectories)
     save_contexts(folder, rows)
@@ -84,9 +90,16 @@ def run(context: StepContext) -> None:
 
 
 def score(
-    experiment: Experiment, kept: Sequence[Trajectory], model: Any, progress: Any
+    experiment: Experiment,
+    kept: Sequence[Trajectory],
+    model: Any,
+    progress: Any,
+    recording: Recording | None = None,
 ) -> tuple[list[DistillationRow], list[DistillationRow]]:
     """Align ``kept`` and score every action token by the teacher (``model`` with experience in context).
+
+    Args:
+        recording: made while ``model`` sampled ``kept`` itself: those distributions are its scores.
 
     Returns:
         The student's clean rows, and the rows of ``distillation.retention``.
@@ -103,7 +116,7 @@ def score(
     scorer = TeacherScorer(model.model, top_k=experiment.distillation.top_k)
     progress.start("teacher scoring", len(aligned))
     try:
-        rows = make_rows(aligned, scorer.score([one.tree for one in aligned], progress.advance))
+        rows = make_rows(aligned, scorer.score([one.views for one in aligned], progress.advance, recording))
     finally:
         progress.finish()
     return rows, retention_rows(rows, aligned, experiment.distillation.retention, experiment.seed)
