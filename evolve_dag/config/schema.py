@@ -409,7 +409,7 @@ class DistillationSettings(Section):
     epochs: int = Field(2, ge=1, le=MOST)
     """Passes over the kept trajectories."""
     tokens_per_batch: int = Field(2048, ge=64, le=MOST)
-    """Padded tokens of one optimizer step."""
+    """Tokens of one optimizer step, those that several rows share counted in each."""
     warmup_steps: int = Field(5, ge=0, le=MOST)
     """Steps until the peak rate; then it falls linearly to a tenth."""
     gradient_clip: float = Field(1.0, gt=0)
@@ -424,6 +424,8 @@ class DistillationSettings(Section):
     drills: float = Field(0.0, ge=0, le=1)
     """Share of the steps that are learned once more under advice drawn at random, towards policy(k) reading the same, so that
     policy(k+1) goes on reading advice that it has not learned (docs/adr/0019-drills.md). 0: none."""
+    retention_weight: float = Field(1.0, gt=0, le=1000)
+    """How many action tokens one of those counts for in the loss."""
     jsd_weight: float = Field(0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of ``divergence: jsd``."""
     refresh: int = Field(1, ge=1, le=MOST)

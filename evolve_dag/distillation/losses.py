@@ -10,7 +10,7 @@ inequality), so the top-k value is a lower bound of the full one, and equals it 
     jsd             w KL(p || m) + (1 - w) KL(q || m),  m = w p + (1 - w) q
     cross_entropy   -log q(sampled token)                             plain fine-tuning; the control
 
-The number that training minimises is the mean over all action tokens of a batch: a long action counts by
+The number that training minimises is the (weighted) mean over all action tokens of a batch: a long action counts by
 its tokens, tokens outside actions do not count at all.
 """
 
@@ -298,11 +298,3 @@ def _class_losses(
     if sampled_N_1 is not None:
         sampled = (sampled_N_1 - log_z).squeeze(1)
     return _losses(kind, p, q, sampled, jsd_weight)
-
-
-def mean_over_tokens(values_N: Tensor, mask_N: Tensor | None = None) -> Tensor:
-    """Mean over the action tokens where ``mask_N`` is true; 0 (not NaN) when there is none."""
-    if mask_N is None:
-        return values_N.mean() if values_N.numel() else values_N.sum()
-    kept = torch.where(mask_N, values_N, torch.zeros_like(values_N))
-    return kept.sum() / mask_N.sum().clamp(min=1)

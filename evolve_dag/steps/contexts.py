@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evolve_dag.config.schema import Experiment
 from evolve_dag.distillation.alignment import (
@@ -46,6 +46,9 @@ from evolve_dag.store.artifacts import Artifact
 from evolve_dag.store.frames import STEPS, TRAJECTORIES, load_trajectories, save_trajectories, trajectories_from_frames
 from evolve_dag.tasks.suites import load_split
 
+if TYPE_CHECKING:
+    from evolve_dag.inference.recording import Recording
+
 RETENTION = "retention"
 """Folder, in the artifact, of the rows in which the student reads experience too."""
 DRILLS = "drills"
@@ -54,13 +57,18 @@ DRILLS = "drills"
 
 def run(context: StepContext) -> None:
     """Sample or take trajectories, keep what the regime keeps, align and score by the teacher."""
+    from evolve_dag.inference.transformers import TransformersModel
+
     experiment = context.experiment
     split = load_split(experiment, "train", context.roles)
     adapter = context.entering.adapter
     with ExitStack() as opened:
         model = opened.enter_context(open_policy(context.store, adapter, context.roles))
         source = experience_source(experiment, open_pool(context.inputs["experience"]), context.roles)
+        recording = None
         if experiment.regime.source == "teacher":
+            if isinstance(model, TransformersModel):
+                recording = opened.enter_context(model.recording(experiment.distillation.top_k))
             trajectories = roll_out(
                 context,
                 split,
@@ -76,7 +84,7 @@ def run(context: StepContext) -> None:
         if experiment.models.policy.backend != "transformers":
             opened.close()  # what samples gives its memory back before the weights are opened here
         with open_teacher(adapter_folder(context.store, adapter), context.roles, model) as teacher:
-            scored = score(experiment, selection.kept, teacher, context.progress)
+            scored = score(experiment, selection.kept, teacher, context.progress, recording)
     folder = context.build.path
     save_trajectories(folder, trajectories)
     save_contexts(folder, scored.rows)
@@ -113,8 +121,17 @@ class Scored:
         return [*self.rows, *self.retention, *self.drills]
 
 
-def score(experiment: Experiment, kept: Sequence[Trajectory], model: Any, progress: Any) -> Scored:
+def score(
+    experiment: Experiment,
+    kept: Sequence[Trajectory],
+    model: Any,
+    progress: Any,
+    recording: Recording | None = None,
+) -> Scored:
     """Align ``kept`` and score every action token by the teacher (``model`` with experience in context).
+
+    Args:
+        recording: made while ``model`` sampled ``kept`` itself: those distributions are its scores.
 
     Raises:
         AlignmentError: the two views do not share their action ids, or a student's view holds experience.
@@ -131,7 +148,7 @@ def score(experiment: Experiment, kept: Sequence[Trajectory], model: Any, progre
     scorer = TeacherScorer(model.model, top_k=experiment.distillation.top_k)
     progress.start("teacher scoring", len(aligned) + len(drilled))
     try:
-        targets = scorer.score([one.tree for one in (*aligned, *drilled)], progress.advance)
+        targets = scorer.score([one.views for one in (*aligned, *drilled)], progress.advance, recording)
     finally:
         progress.finish()
     rows = make_rows(aligned, targets[: len(aligned)])
@@ -212,7 +229,7 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
 SPEC = StepSpec(
     "contexts",
     "Step-aligned contexts: the student's clean view, the teacher's view with experience, the shared action tokens.",
-    version="7",
+    version="8",
     config=(
         "seed",
         *INJECTION_KEYS,

@@ -11,7 +11,6 @@ import evolve_dag.distillation.losses as losses_module
 from evolve_dag.distillation.losses import (
     Teacher,
     default_chunk,
-    mean_over_tokens,
     token_losses,
     token_losses_from_hidden,
 )
@@ -242,21 +241,6 @@ def test_half_precision_logits_are_widened() -> None:
     expected, _ = token_losses("forward_kl", half.double(), teacher=Teacher(p))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_mean_over_masked_tokens() -> None:
-    values = torch.tensor([1.0, 3.0, math.nan])
-    assert mean_over_tokens(values, torch.tensor([True, True, False])).item() == 2.0
-    assert mean_over_tokens(values, torch.zeros(3, dtype=torch.bool)).item() == 0.0
-    assert mean_over_tokens(torch.zeros(0)).item() == 0.0
-    assert mean_over_tokens(values[:2]).item() == 2.0
-
-
-def test_all_masked_has_a_zero_gradient() -> None:
-    values = torch.tensor([1.0, math.inf], requires_grad=True)
-    mean_over_tokens(values, torch.zeros(2, dtype=torch.bool)).backward()
-    assert values.grad is not None
-    assert values.grad.tolist() == [0.0, 0.0]
 
 
 def test_what_is_missing_is_said() -> None:

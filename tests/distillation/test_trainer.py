@@ -15,15 +15,9 @@ import evolve_dag.distillation.trainer as trainer_module
 from evolve_dag.config.schema import DistillationSettings, Regime
 from evolve_dag.distillation.adapter import load_adapter, merged_model
 from evolve_dag.distillation.alignment import align, no_injection, replay_injection
+from evolve_dag.distillation.batch import joined_teacher, step_divergences
 from evolve_dag.distillation.dataset import DistillationRow, make_rows
-from evolve_dag.distillation.trainer import (
-    CurvePoint,
-    DistillationResult,
-    collate,
-    distill,
-    learning_rate,
-    step_divergences,
-)
+from evolve_dag.distillation.trainer import CurvePoint, DistillationResult, distill, learning_rate
 from evolve_dag.errors import AlignmentError, ModelError, StoreError
 
 STEP_WISE = replay_injection("step_wise")
@@ -100,7 +94,7 @@ def test_the_loss_is_the_mean_over_action_tokens(trained: torch.nn.Module, rows:
 
 def test_padding_and_batching_do_not_change_divergences(trained: torch.nn.Module, rows: list[DistillationRow]) -> None:
     alone = [value for row in rows for value in step_divergences(trained, [row])[0]]
-    together = [value for steps in step_divergences(trained, rows, tokens_per_batch=1000) for value in steps]
+    together = [value for steps in step_divergences(trained, rows, tokens_per_pass=100) for value in steps]
     np.testing.assert_allclose(alone, together, atol=1e-5)
 
 
@@ -282,7 +276,7 @@ def test_rows_without_a_teacher_are_refused_where_one_is_needed(trained: torch.n
 def test_mixed_teachers_are_refused(trained: torch.nn.Module) -> None:
     mixed = [make_scored_rows(trained, [1], STEP_WISE, top_k=k)[0] for k in (4, 8)]
     with pytest.raises(AlignmentError, match="different kinds of teacher"):
-        collate(mixed)
+        joined_teacher(mixed)
 
 
 def test_full_vocabulary_and_wide_top_k_agree(trained: torch.nn.Module, tmp_path: Path) -> None:
