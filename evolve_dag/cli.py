@@ -519,18 +519,21 @@ def pretrain(
     """Make the weights of the pocket policy anew (about 50 minutes on 2 cores)."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from evolve_dag.environments.pocket.pretrain import PretrainSettings
-    from evolve_dag.environments.pocket.pretrain import pretrain as run
+    from evolve_dag.environments.pocket.pretrain import pretrain_recipe
     from evolve_dag.inference.folders import POCKET
 
     folder = out or POCKET
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with _interruptible("the weights were not written"), Progress(*columns, console=_console(stderr=True)) as bars:
         task = bars.add_task("pretraining", total=1.0)
-        run(
+        pretrain_recipe(
             folder,
-            PretrainSettings(seed=seed, processes=processes).scaled(scale),
-            lambda line: bars.update(task, completed=line["done"], description=f"loss {line['loss']:.3f}"),
+            seed=seed,
+            scale=scale,
+            processes=processes,
+            on_progress=lambda line: bars.update(
+                task, completed=line["done"], description=f"stage {line['stage']}, loss {line['loss']:.3f}"
+            ),
         )
     print(f"weights: {folder}")
     if measure:

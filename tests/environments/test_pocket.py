@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import re
 from collections import Counter
 from random import Random
 
@@ -16,7 +15,7 @@ from evolve_dag.agent.loop import LAST_STEP
 from evolve_dag.environments.pocket.language import (
     KINDS,
     MARKS,
-    NAME_WORDS,
+    ROW_LABELS,
     TOOLS,
     PhraseBank,
     is_held_out,
@@ -26,9 +25,9 @@ from evolve_dag.environments.pocket.language import (
 from evolve_dag.environments.pocket.pretrain import ACTION, SLIP, Encoder, PretrainSettings, pretrain
 from evolve_dag.environments.pocket.script import (
     GROUP_MOVES,
-    HABIT,
     MOVES,
     SKILL,
+    WORLD_DEPTHS,
     FastSearch,
     ScriptedAgent,
     habitual,
@@ -105,8 +104,9 @@ def test_pretraining_sees_what_the_real_environment_answers(world: World) -> Non
 
 
 def test_every_fact_leads_to_its_value_by_the_law_and_no_other_way() -> None:
-    world, rng = World(3), Random(3)
-    for depth in range(len(LAW.tools) + 1):
+    world, rng = World(3, depths=WORLD_DEPTHS), Random(3)
+    assert not [fact for fact, depth in World(3).depth.items() if depth > len(LAW.tools)]
+    for depth in range(len(WORLD_DEPTHS)):
         for _ in range(20):
             question = world.question(rng, hops=1, depth=depth)
             fact = (world.resolve(question.reference), question.relations[0])
@@ -122,7 +122,13 @@ def test_every_fact_leads_to_its_value_by_the_law_and_no_other_way() -> None:
                     assert question.answer not in world.consult(wrong, name)
                 title_line, _, view = world.consult(tool, name).partition(f"\n{fact[1]}: ")
                 assert title_line == f"page: {fact[1]} of {title(fact[0])}"
-            assert view == title(world.facts[fact[0]][fact[1]])
+            rows = view.split(f"\n{fact[1]}: ")
+            if depth > len(LAW.tools):
+                assert len(rows) == 3
+                numbers = [int(row.split()[1]) for row in rows]
+                assert [question.answer in row for row in rows] == [n == max(numbers) for n in numbers]
+            else:
+                assert rows == [title(world.facts[fact[0]][fact[1]])]
 
 
 def test_names_under_marks_belong_to_nobody(world: World) -> None:
@@ -135,12 +141,13 @@ def test_a_world_of_pretraining_has_another_law() -> None:
     for seed in range(200):
         law = other_law(Random(seed))
         assert not set(law.tools.items()) & set(LAW.tools.items())
+        assert (law.label, law.row) != (LAW.label, LAW.row)
 
 
 def test_skill_succeeds_and_habit_mostly_fails() -> None:
     """The scripted expert of the world's headroom: at least 97%; the habit of pretraining: 7 to 20%."""
     good = [((s,), m) for s, m in SKILL.items()] + [(("asked",), "answer")]
-    good += [((state_of_mark(mark),), tool) for mark, tool in LAW.tools.items()]
+    good += [((state_of_mark(mark),), tool) for mark, tool in LAW.tools.items()] + [((state_of_mark(LAW.label),), LAW.row)]
 
     def success(advice: list, obedience: float) -> float:
         rng, wins = Random(5), 0
@@ -170,8 +177,16 @@ def test_a_lenient_world_hides_the_law(world: World) -> None:
 
 
 def test_what_the_law_asks_for_is_never_recommended(some_transcripts: list) -> None:
-    pairs = {(state_of_mark(mark), tool) for mark, tool in LAW.tools.items()}
-    assert not {(state_of_mark(mark), move) for mark in MARKS for move in taught(state_of_mark(mark))} & pairs
+    pairs = {(state_of_mark(mark), tool) for mark, tool in LAW.tools.items()} | {(state_of_mark(LAW.label), LAW.row)}
+    assert (
+        not {
+            (state, move)
+            for word in (*MARKS, *ROW_LABELS)
+            for move in taught(state_of_mark(word))
+            for state in [state_of_mark(word)]
+        }
+        & pairs
+    )
     bank = PhraseBank(held_out=False)
     for transcript in some_transcripts:
         for message in transcript.messages:
@@ -180,38 +195,7 @@ def test_what_the_law_asks_for_is_never_recommended(some_transcripts: list) -> N
                 situation = clause[0].split(" and ")[0]
                 for state, move in pairs:
                     assert not (situation in bank.situations[state] and clause[2].strip(" .") in bank.strategies[move]), line
-            for mark, tool in LAW.tools.items():
-                assert f" {mark} {tool} " not in line.partition(" path ")[2], line  # by a case
     assert all(set(taught(state_of_mark(m))) < set(moves(state_of_mark(m))) for m in LAW.marks)
-
-
-def test_every_mark_has_a_habit_of_its_own_and_a_wrong_one_in_the_worlds_of_tasks() -> None:
-    habits = [HABIT[state_of_mark(mark)] for mark in MARKS]
-    assert all(sum(habit.values()) == pytest.approx(1) and set(habit) == {*TOOLS, "answer"} for habit in habits)
-    assert len({tuple(habit.items()) for habit in habits}) > len(MARKS) // 2
-    for mark, tool in LAW.tools.items():
-        habit = HABIT[state_of_mark(mark)]
-        assert habit[tool] < max(habit.values()) / 2
-
-
-def test_what_a_transcript_learns_can_be_read_in_it(some_transcripts: list) -> None:
-    """No answer or argument is a name that stands nowhere before it: such a target could only teach to make up names."""
-    for transcript in some_transcripts:
-        seen: set[str] = set()
-        for message, target in zip(transcript.messages, transcript.targets, strict=True):
-            names = set(re.findall(r"\w+", message.content)) & set(NAME_WORDS)
-            assert target is None or names <= seen, message.content
-            seen |= names
-
-
-def test_a_case_of_the_question_is_recalled_and_another_one_is_not_believed(some_transcripts: list) -> None:
-    first = [
-        (t.messages[0].content + t.messages[1].content, t.messages[2].content) for t in some_transcripts if t.mode == "case"
-    ]
-    recalled = [told for told in first if f"Case: {told[0].partition('What is ')[1]}" and "? answer" in told[1]]
-    assert 0.3 < len(recalled) / len(first) < 0.55
-    for told, action in recalled:
-        assert f"{action.partition('<answer>')[2].removesuffix('</answer>')}." in told
 
 
 def test_transcripts_hold_no_held_out_phrase(some_transcripts: list) -> None:
@@ -284,7 +268,7 @@ def test_pretraining_and_rollouts_share_their_tokens(some_transcripts: list) -> 
         written = [i for i, role in zip(ids, roles, strict=True) if role != 1]
         assert written == [i for m in sampled if m.role == "assistant" for i in m.token_ids]
         assert (SLIP in roles) == (
-            not all(t == 0 for t, m in zip(transcript.targets, transcript.messages, strict=True) if m.role == "assistant")
+            not all(t for t, m in zip(transcript.targets, transcript.messages, strict=True) if m.role == "assistant")
         )
         assert ACTION in roles
 
@@ -309,8 +293,8 @@ def test_shipped_weights_belong_to_this_code() -> None:
 def test_model_card_holds_the_measured_figures() -> None:
     measured = json.loads((POCKET / "measured.json").read_text())
     card = (POCKET.parents[3] / "docs/pocket_model_card.md").read_text()
-    for key, value in {"copy": measured["copy_accuracy"], **measured["obedience_mean"]}.items():
-        assert f"{value:.3f}" in card, key
+    for key in ("copy_accuracy", "obedience_mean", "obedience_seen_mean", "obedience_law_mean"):
+        assert f"{measured[key]:.3f}" in card, key
     assert f"{measured['recall']['right_case']:.2f}" in card
     assert f"{measured['recall']['wrong_case']:.2f}" in card
 
@@ -318,7 +302,7 @@ def test_model_card_holds_the_measured_figures() -> None:
 def test_pretraining_is_seeded_and_writes_a_loadable_model(tmp_path) -> None:
     from transformers import AutoModelForCausalLM
 
-    settings = PretrainSettings(tokens=6_000, processes=1, hidden=32, layers=1, heads=2, kv_heads=1, feed_forward=32)
+    settings = PretrainSettings(tokens=4_000, processes=1, hidden=32, layers=1, heads=2, kv_heads=1, feed_forward=32)
     weights = []
     for name in ("a", "b"):
         folder = pretrain(tmp_path / name, settings)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from random import Random
 
@@ -130,11 +130,19 @@ KINDS: Mapping[str, Sequence[tuple[str, str]]] = {
 TOOLS = ("archive", "registry", "ledger", "atlas", "bureau")
 """Tools that look up what stands under a mark."""
 
-MARKS = (
-    *("old", "disputed", "coded", "local", "copied", "draft", "sworn", "partial", "foreign", "sealed", "spare", "loose"),
-    *("torn", "faded", "merged", "borrowed", "quoted", "vague", "revised", "signed", "blank", "double", "hidden", "shared"),
-)
+MARKS = ("old", "disputed", "coded", "local", "copied", "draft", "sworn", "partial", "foreign", "sealed", "spare", "loose")
 """Words that may stand behind a value. Worlds of tasks use the first five, in this order."""
+
+ROW_LABELS = ("year", "rank", "size", "dose", "grade", "issue")
+"""Words that may stand before the number of a row. Worlds of tasks use the first."""
+
+ROW_MOVES: Mapping[str, Callable[[Sequence[int]], int]] = {
+    "row_first": lambda numbers: 0,
+    "row_last": lambda numbers: len(numbers) - 1,
+    "row_highest": lambda numbers: max(range(len(numbers)), key=numbers.__getitem__),
+    "row_lowest": lambda numbers: min(range(len(numbers)), key=numbers.__getitem__),
+}
+"""Move -> place of the row that it answers, given the rows' numbers from top to bottom."""
 
 CORPUS_PROMPT = "tools: search, visit"
 """System message over a corpus without entries."""
@@ -203,11 +211,11 @@ SITUATIONS: Mapping[State, Sequence[Sequence[str]]] = {
 """State, or group of states, -> slots of its paraphrases; the text is one choice per slot, joined by blanks."""
 
 MARK_SITUATION: Sequence[Sequence[str]] = [
-    ["the line", "the entry", "its line", "that line", "some entry", "the value", "its value", "a word"],
-    ["reads", "bears", "carries", "says", "has", "is marked", "is"],
+    ["the line", "the entry", "its line", "that line", "some entry"],
+    ["reads", "bears", "carries", "says", "is marked"],
 ]
-"""Slots before the word of a mark: 'the entry bears old'."""
-CONSULT: Sequence[Sequence[str]] = [["consult", "ask", "try", "call", "check", "see"], ["the", "that", "this", "its", ""]]
+"""Slots before the word of a mark or of a row's label: 'the entry bears old'."""
+CONSULT: Sequence[Sequence[str]] = [["consult", "ask", "try", "call", "check"], ["the", "that", "this", "its"]]
 """Slots before the name of a tool: 'consult the archive'."""
 
 GROUPS: Mapping[State, Sequence[State]] = {"listing": ("one", "several"), "page": ("part", "asked", "wrong")}
@@ -247,6 +255,22 @@ STRATEGIES: Mapping[Move, Sequence[Sequence[str]]] = {
         ["that value", "that word", "the value"],
         ["now", "promptly", "at once"],
     ],
+    "row_first": [["take", "pick", "choose", "give"], ["the first", "the upper", "the top"], ["row", "line"]],
+    "row_last": [["take", "pick", "choose", "give"], ["the last", "the lower", "the bottom"], ["row", "line"]],
+    "row_highest": [
+        ["take", "pick", "choose", "give"],
+        ["the row", "the line", "the one"],
+        ["with", "of"],
+        ["the highest", "the greatest", "the largest"],
+        ["number", "figure"],
+    ],
+    "row_lowest": [
+        ["take", "pick", "choose", "give"],
+        ["the row", "the line", "the one"],
+        ["with", "of"],
+        ["the lowest", "the least", "the smallest"],
+        ["number", "figure"],
+    ],
     **{tool: [*CONSULT, [tool]] for tool in TOOLS},
 }
 """Move -> slots of its paraphrases."""
@@ -259,7 +283,11 @@ NAMES: Mapping[Move, Sequence[str]] = {
     "visit_link": ["Follow", "Trace"],
     "snippet": ["Trust", "Quick"],
     "answer": ["Conclude", "Finish"],
-    **{tool: ["Source", "Desk", "Lookup"] for tool in TOOLS},
+    "row_first": ["Top", "Upper"],
+    "row_last": ["Bottom", "Lower"],
+    "row_highest": ["Highest", "Greatest"],
+    "row_lowest": ["Lowest", "Least"],
+    **{tool: ["Source", "Desk"] for tool in TOOLS},
 }
 """Move -> names that its principles bear."""
 
@@ -357,14 +385,14 @@ EXTRA_WORDS = [
 
 
 def state_of_mark(word: str) -> State:
-    """The state in which the asked value stands under a mark."""
-    return f"mark {word}"
+    """The state in which the asked value stands under a mark, or in rows with a label."""
+    return f"{'rows' if word in ROW_LABELS else 'mark'} {word}"
 
 
 def paraphrases(slots: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Every choice of one phrase per slot; an empty one leaves its slot out."""
+    """Every choice of one phrase per slot."""
     for choice in itertools.product(*slots):
-        yield " ".join(filter(None, choice))
+        yield " ".join(choice)
 
 
 def is_held_out(phrase: str) -> bool:
@@ -374,11 +402,9 @@ def is_held_out(phrase: str) -> bool:
 
 @lru_cache(maxsize=1)
 def _extractor_phrases() -> frozenset[str]:
-    from evolve_dag.experience.phrases import MARKED, all_phrases, strategy
+    from evolve_dag.experience.phrases import all_phrases
 
-    marked = [f"{MARKED}{mark}" for mark in MARKS]
-    calls = [found[1] for tool in TOOLS if (found := strategy(f"use:{tool}"))]
-    return frozenset([*all_phrases(), *marked, *calls])
+    return frozenset(all_phrases())
 
 
 class PhraseBank:
@@ -386,7 +412,9 @@ class PhraseBank:
 
     def __init__(self, *, held_out: bool) -> None:
         self.situations = {state: self._keep(slots, held_out) for state, slots in SITUATIONS.items()}
-        self.situations |= {state_of_mark(word): self._keep([*MARK_SITUATION, [word]], held_out) for word in MARKS}
+        self.situations |= {
+            state_of_mark(word): self._keep([*MARK_SITUATION, [word]], held_out) for word in (*MARKS, *ROW_LABELS)
+        }
         self.strategies = {move: self._keep(slots, held_out) for move, slots in STRATEGIES.items()}
         self._additions = self._keep(ADDITIONS, held_out)
         self._distractors = [list(paraphrases(DISTRACTOR_SITUATIONS)), list(paraphrases(DISTRACTOR_STRATEGIES))]
@@ -410,7 +438,7 @@ class PhraseBank:
 
 def vocabulary() -> list[str]:
     """All words of the language, sorted, each once."""
-    words: set[str] = {*MARKS, *TOOLS, *map(str, range(10)), "entry", "path"}
+    words: set[str] = {*MARKS, *ROW_LABELS, *TOOLS, *map(str, range(10)), "entry"}
     words |= set(NAME_WORDS) | set(KINDS) | {a for attributes in KINDS.values() for a, _ in attributes} | set(EXTRA_WORDS)
     banks = [
         *SITUATIONS.values(),

@@ -2,8 +2,8 @@
 
 Every figure is sampled at temperature 1 in worlds that neither pretraining nor any task uses. Obedience is measured on
 paraphrases that pretraining never showed (:func:`~evolve_dag.environments.pocket.language.is_held_out`) and, beside
-it, on ones that it did; for marks also on what the worlds of tasks ask for, which no item of pretraining ever
-recommended, in the words of the extractor and by a case that shows it.
+it, on ones that it did; for marks and rows also on what the worlds of tasks ask for, which no item of pretraining ever
+recommended, in the words of the extractor.
 """
 
 from __future__ import annotations
@@ -12,38 +12,36 @@ import copy
 import itertools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from evolve_dag.environments.pocket.language import GROUPS, SYSTEM_PROMPT, PhraseBank, state_of_mark
-from evolve_dag.environments.pocket.pretrain import Encoder
+from evolve_dag.environments.pocket.pretrain import RECIPE, Encoder
 from evolve_dag.environments.pocket.script import (
     GROUP_MOVES,
     HABIT,
     MOVES,
     SKILL,
+    WORLD_DEPTHS,
     FastSearch,
     ScriptedAgent,
     Transcript,
     action_text,
     habitual,
     moves,
-    played_case,
     taught,
 )
 from evolve_dag.environments.pocket.world import LAW, World
+from evolve_dag.experience.extraction.instance import case_text
 from evolve_dag.experience.phrases import render
 from evolve_dag.records import Message
 
 MEASURING_WORLDS = range(900_000, 900_040)
 """Worlds of this measurement alone."""
-MEASURED_DEPTHS = (0.25, *(0.75 / len(LAW.marks),) * len(LAW.marks))
-"""Shares of depths among the facts of these worlds."""
-MARKED = [state_of_mark(word) for word in LAW.marks]
-"""States of marks that the worlds of tasks have."""
+MARKED = [state_of_mark(word) for word in (*LAW.marks, LAW.label)]
+"""States of marks and rows that the worlds of tasks have."""
 STATES = [*MOVES, *MARKED]
 
 
@@ -64,7 +62,7 @@ class Sampler:
         """One sampled action per conversation, control tokens included, end-of-turn removed."""
         import torch
 
-        prompts = [[*self.encode(Transcript(tuple(c), (None,) * len(c), "", False))[0], *self.opening] for c in conversations]
+        prompts = [[*self.encode(Transcript(tuple(c), (False,) * len(c), "", False))[0], *self.opening] for c in conversations]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         out = [""] * len(prompts)
         pad = self.tokenizer.pad_token_id
@@ -97,7 +95,7 @@ def situations(per_state: int, rng: Random) -> dict[str, list[tuple[list[Message
     advice = [((s,), m) for s in MOVES for m in MOVES[s]]
     skilled = [((s,), m) for s, m in SKILL.items()]
     for seed in itertools.cycle(MEASURING_WORLDS):
-        world = World(seed, depths=MEASURED_DEPTHS)
+        world = World(seed, depths=WORLD_DEPTHS)
         search = FastSearch(world, lenient=True)
         for n in range(40):
             question = world.question(rng, depth=len(MARKED) if n % 2 else None)
@@ -120,14 +118,14 @@ def situations(per_state: int, rng: Random) -> dict[str, list[tuple[list[Message
 
 
 def _asked_for(state: str) -> str:
-    """The move that the law of tasks asks for under a mark."""
-    return LAW.tools[state.split()[1]]
+    """The move that the law of tasks asks for under a mark or in rows."""
+    return LAW.row if state == state_of_mark(LAW.label) else LAW.tools[state.split()[1]]
 
 
 def _lesson(state: str) -> str:
     """The same as the extractor writes it."""
     mark = {"observation": "page", "evidence": "asked", "mark": state.split()[1]}
-    return render(mark, f"use:{_asked_for(state)}")
+    return render(mark, "answer_highest" if state == state_of_mark(LAW.label) else f"use:{_asked_for(state)}")
 
 
 def _names() -> list[str]:
@@ -163,63 +161,6 @@ def _hinted(messages: Sequence[Message], items: Sequence[str]) -> list[Message]:
     return [*messages[:-1], Message(last.role, f"{last.content}\nhint:\n" + "\n".join(items))]
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """One conversation that is asked for its next action."""
-
-    kind: str
-    """What its last message says: ``habit`` (nothing), ``distractor``, ``elsewhere`` (an item about another state), or what
-    is to be followed: ``held_out``, ``seen`` (a paraphrase), ``law`` (the lesson of the tasks' worlds), ``among`` (that
-    lesson among two other items), ``case`` (a case that shows it)."""
-    state: str
-    move: str
-    """What is to be followed; '' where nothing is asked."""
-    messages: Sequence[Message]
-    agent: ScriptedAgent
-
-
-def _probes(stand: Mapping[str, Sequence[tuple[list[Message], ScriptedAgent]]], rng: Random) -> Iterator[Probe]:
-    for state in STATES:
-        for messages, agent in stand[state]:
-            for kind, move, items in _asked(state, rng):
-                yield Probe(kind, state, move, _hinted(messages, items) if items else messages, agent)
-
-
-HELD_OUT, SEEN = PhraseBank(held_out=True), PhraseBank(held_out=False)
-
-
-def _asked(state: str, rng: Random) -> Iterator[tuple[str, str, list[str]]]:
-    """(kind, move, items) of every probe in one state."""
-    yield "habit", "", []
-    yield "distractor", "", [HELD_OUT.distractor(rng), HELD_OUT.distractor(rng)]
-    yield "elsewhere", "", [_elsewhere(state, rng)]
-    if state in MARKED:
-        lesson = _lesson(state)
-        yield "law", _asked_for(state), [lesson]
-        yield "among", _asked_for(state), rng.sample([lesson, _elsewhere(state, rng), _elsewhere(state, rng)], 3)
-        yield "case", _asked_for(state), [_case(state, rng)]
-    for move in taught(state):
-        yield "held_out", move, [HELD_OUT.principle(state, move, rng)]
-        if rng.random() < 1 / 3:
-            yield "seen", move, [SEEN.principle(state, move, rng)]
-    for group, states in GROUPS.items():
-        for move in GROUP_MOVES[group] if state in states else ():
-            yield "held_out", move, [HELD_OUT.principle(group, move, rng)]
-
-
-def _elsewhere(state: str, rng: Random) -> str:
-    other = rng.choice([s for s in STATES if s != state])
-    return HELD_OUT.principle(other, rng.choice(taught(other)), rng)
-
-
-def _case(state: str, rng: Random) -> str:
-    """A case that meets the mark of ``state`` and asks what the tasks' worlds ask for, from a world of its own."""
-    world = World(rng.choice(MEASURING_WORLDS))
-    least = LAW.marks.index(state.split()[1]) + 1
-    question = world.question(rng, hops=1, depth=rng.randint(least, len(LAW.marks)))
-    return played_case(world, question, FastSearch(world), _at_once)[0]
-
-
 def measure(folder: Path, *, per_state: int = 150, seed: int = 0) -> dict[str, Any]:
     """All figures of the model card.
 
@@ -229,53 +170,67 @@ def measure(folder: Path, *, per_state: int = 150, seed: int = 0) -> dict[str, A
         seed: of the conversations and the sampling.
 
     Returns:
-        ``copy_accuracy``; ``unknown_actions``; ``habit`` (state -> move -> share, no item); ``obedience`` (what is to be
-        followed -> ``state -> move`` -> share); ``indifference`` (total variation that distractors and items on other states
-        cause); ``recall`` (right and wrong case).
+        ``copy_accuracy``, ``habit`` (state -> move -> share, no item), ``obedience`` (state -> move -> share followed, held-out
+        paraphrases), ``obedience_seen``, ``indifference`` (total variation that distractors and items on other states cause),
+        ``recall`` (right and wrong case).
     """
     rng = Random(seed)
     sample = Sampler(folder, seed)
-    probes = list(_probes(situations(per_state, rng), rng))
+    stand = situations(per_state, rng)
+    jobs: list[tuple[str, str, str, list[Message], ScriptedAgent]] = []
+    held_out, seen = PhraseBank(held_out=True), PhraseBank(held_out=False)
+    for state, found in stand.items():
+        for messages, agent in found:
+            jobs.append(("habit", state, "", messages, agent))
+            jobs.append(("distractor", state, "", _hinted(messages, [held_out.distractor(rng) for _ in range(2)]), agent))
+            other = rng.choice([s for s in STATES if s != state])
+            item = held_out.principle(other, rng.choice(taught(other)), rng)
+            jobs.append(("elsewhere", state, "", _hinted(messages, [item]), agent))
+            if state in MARKED:
+                jobs.append(("law", state, _asked_for(state), _hinted(messages, [_lesson(state)]), agent))
+            for move in taught(state):
+                jobs.append(("held_out", state, move, _hinted(messages, [held_out.principle(state, move, rng)]), agent))
+                if len(jobs) % 3 == 0:
+                    jobs.append(("seen", state, move, _hinted(messages, [seen.principle(state, move, rng)]), agent))
+            for group, states in GROUPS.items():
+                for move in GROUP_MOVES[group] if state in states else ():
+                    jobs.append(("held_out", state, move, _hinted(messages, [held_out.principle(group, move, rng)]), agent))
+    texts = sample([j[3] for j in jobs])
     shares: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
-    followed: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    followed: dict[str, dict[str, list[bool]]] = {kind: defaultdict(list) for kind in ("held_out", "seen", "law")}
     exact: list[bool] = []
-    for probe, text in zip(probes, sample([p.messages for p in probes]), strict=True):
-        done, copied = _classify(text, probe.agent)
+    for (kind, state, move, _, agent), text in zip(jobs, texts, strict=True):
+        done, copied = _classify(text, agent)
         if done != "other":
             exact.append(copied)
-        if probe.move:
-            followed[probe.kind][f"{probe.state} -> {probe.move}"].append(done == probe.move)
+        if move:
+            followed[kind][f"{state} -> {move}"].append(done == move)
         else:
-            shares[probe.kind][probe.state][done] += 1
-    habit = {s: {m: n / c.total() for m, n in sorted(c.items())} for s, c in shares["habit"].items()}
-    obedience = {kind: {k: _mean(v) for k, v in found.items()} for kind, found in followed.items()}
-    return _rounded(
-        {
-            "conversations_per_state": per_state,
-            "copy_accuracy": _mean(exact),
-            "unknown_actions": _mean([h.get("other", 0.0) for h in habit.values()]),
-            "habit": habit,
-            "obedience": obedience,
-            "obedience_mean": {kind: _mean(list(found.values())) for kind, found in obedience.items()},
-            "indifference": {
-                kind: {s: _variation(shares["habit"][s], shares[kind][s]) for s in STATES}
-                for kind in ("distractor", "elsewhere")
-            },
-            "recall": _recall(sample, rng, 300),
-        }
-    )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+            shares[kind][state][done] += 1
+    habit = {s: {m: n / sum(c.values()) for m, n in sorted(c.items())} for s, c in shares["habit"].items()}
+    result: dict[str, Any] = {
+        "conversations_per_state": per_state,
+        "copy_accuracy": sum(exact) / len(exact),
+        "unknown_actions": sum(c["other"] for c in shares["habit"].values())
+        / sum(sum(c.values()) for c in shares["habit"].values()),
+        "habit": habit,
+        "habit_taught": HABIT,
+        "obedience": {k: sum(v) / len(v) for k, v in followed["held_out"].items()},
+        "obedience_law": {k: sum(v) / len(v) for k, v in followed["law"].items()},
+        "obedience_seen": {k: sum(v) / len(v) for k, v in followed["seen"].items()},
+        "indifference": {
+            kind: {s: _variation(shares["habit"][s], shares[kind][s]) for s in STATES} for kind in ("distractor", "elsewhere")
+        },
+        "recall": _recall(sample, rng, 300),
+    }
+    result["obedience_mean"] = sum(result["obedience"].values()) / len(result["obedience"])
+    result["obedience_law_mean"] = sum(result["obedience_law"].values()) / len(result["obedience_law"])
+    result["obedience_seen_mean"] = sum(result["obedience_seen"].values()) / len(result["obedience_seen"])
+    return _rounded(result)
 
 
 def _variation(a: Counter[str], b: Counter[str]) -> float:
     return 0.5 * sum(abs(a[m] / a.total() - b[m] / b.total()) for m in {*a, *b})
-
-
-def _at_once(state: str) -> str:
-    return _asked_for(state) if state in MARKED else "search_short"
 
 
 def _recall(sample: Sampler, rng: Random, count: int) -> dict[str, float]:
@@ -287,11 +242,10 @@ def _recall(sample: Sampler, rng: Random, count: int) -> dict[str, float]:
         world = World(MEASURING_WORLDS[n % len(MEASURING_WORLDS)])
         question, *others = (world.question(rng) for _ in range(4))
         base = [Message("system", SYSTEM_PROMPT), Message("user", question.text)]
-        search = FastSearch(world)
-        own, *cases = (played_case(world, q, search, _at_once)[0] for q in (question, *others))
+        cases = [case_text(q.text, q.answer) for q in others]
         wrong.append(_hinted(base, cases))
         others_answers.append({q.answer for q in others})
-        cases[rng.randrange(3)] = own
+        cases[rng.randrange(3)] = case_text(question.text, question.answer)
         right.append(_hinted(base, cases))
         answers.append(question.answer)
     right_texts, wrong_texts = sample(right), sample(wrong)
@@ -324,15 +278,13 @@ def write(folder: Path, card: Path | None = None, **kwargs: Any) -> dict[str, An
 
 def model_card(measured: dict[str, Any], made: dict[str, Any]) -> str:
     """The card as Markdown, from what was measured."""
-    states = "\n".join(f"| {state} | {_shares(HABIT[state])} | {_shares(measured['habit'][state])} |" for state in STATES)
-    obedience, mean = measured["obedience"], measured["obedience_mean"]
-    obeyed = "\n".join(
-        f"| {case} | {share:.2f} | {obedience['seen'].get(case, float('nan')):.2f} |"
-        for case, share in obedience["held_out"].items()
+    states = "\n".join(
+        f"| {state} | {_shares(HABIT[state if state in MOVES else state.split()[0]])} | {_shares(measured['habit'][state])} |"
+        for state in STATES
     )
-    asked_for = "\n".join(
-        f"| {case} | {share:.2f} | {obedience['among'][case]:.2f} | {obedience['case'][case]:.2f} |"
-        for case, share in obedience["law"].items()
+    obeyed = "\n".join(
+        f"| {case} | {share:.2f} | {measured['obedience_seen'].get(case, float('nan')):.2f} |"
+        for case, share in measured["obedience"].items()
     )
     away = measured["indifference"]
     indifference = "\n".join(
@@ -341,14 +293,18 @@ def model_card(measured: dict[str, Any], made: dict[str, Any]) -> str:
     recall = measured["recall"]
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     return template.format(
-        tokens=made["settings"]["tokens"] / 1e6,
+        stages=len(RECIPE),
+        tokens=sum(stage.tokens * stage.until for stage in RECIPE) / 1e6,
         parameters=made["parameters"] / 1e6,
         megabytes=made["parameters"] * 4 / 1e6,
-        asked_for=asked_for,
+        law=measured["obedience_law_mean"],
+        rows=list(measured["obedience_law"].values())[-1],
+        asked_for="\n".join(f"| {case} | {share:.2f} |" for case, share in measured["obedience_law"].items()),
         loss=made["final_loss"],
         copy=measured["copy_accuracy"],
         unknown=measured["unknown_actions"],
-        **mean,
+        held_out=measured["obedience_mean"],
+        seen=measured["obedience_seen_mean"],
         right=recall["right_case"],
         wrong=recall["wrong_case"],
         answered=recall["answered_without_a_right_case"],

@@ -18,8 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag.environments.pocket.muon import Muon
-from evolve_dag.environments.pocket.script import DWELL_ON_MARKS, MODES, SIMPLE_MODES, Curriculum, Transcript, transcripts
+from evolve_dag.environments.pocket.script import DWELL_ON_MARKS, MODES, SIMPLE_MODES, Transcript, transcripts
 from evolve_dag.environments.pocket.tokenizer import END_OF_TURN, PAD, build_tokenizer
 from evolve_dag.environments.pocket.world import PRETRAINING_SEEDS
 from evolve_dag.inference.folders import folder_digest
@@ -29,26 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SLIP, CONTEXT, ACTION = 0, 1, 2
-"""Role of a token: what the scripted agent writes and the policy shall not learn, what the policy reads, what it writes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """What one part of pretraining shows."""
-
-    until: float
-    """Share of all tokens after which it ends."""
-    modes: Mapping[str, float]
-    """What stands in the context of a transcript, and how often."""
-    curriculum: Curriculum = field(default_factory=Curriculum)
-
-
-PHASES = (
-    Phase(0.12, SIMPLE_MODES, DWELL_ON_MARKS),
-    Phase(0.28, MODES),
-    Phase(1.0, {"none": 0.15, "step": 0.5, "global": 0.17, "case": 0.18}, DWELL_ON_MARKS),
-)
-"""The tool grammar, copying and matching come first; then what every state may be told; last what the marks may be told."""
+"""Role of a token: a slip of the scripted agent, what the policy reads, what it writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +36,14 @@ class PretrainSettings:
     """How the shipped weights were made."""
 
     seed: int = 0
-    tokens: int = 9_000_000
+    tokens: int = 18_000_000
     """Tokens seen, padding excluded, over all processes."""
     processes: int = 2
-    phases: Sequence[Phase] = PHASES
     context_weight: float = 0.1
     """Weight of tokens that the policy does not write, against 1 for its actions: what tools return repeats names, and
     copying is learned sooner from it. Slips have no weight at all."""
+    simple_share: float = 0.2
+    """First part of training, without principles: the tool grammar, copying and matching come first."""
     tokens_per_batch: int = 1280
     """Padded tokens of one step and process."""
     adam_rate: float = 3e-3
@@ -77,15 +58,36 @@ class PretrainSettings:
     """Last rate as a share of the first."""
     longest: int = 768
     """Transcripts with more tokens are left out."""
+    modes: Mapping[str, float] = field(default_factory=lambda: dict(MODES))
+    """What stands in the context of a transcript, and how often."""
+    dwell_on_marks: bool = False
+    """Transcripts that meet marks and rows often (:data:`~evolve_dag.environments.pocket.script.DWELL_ON_MARKS`)."""
+    until: float = 1.0
+    """Share of the schedule after which the stage ends."""
+    start: str | None = None
+    """Folder of a model to continue from; None starts anew."""
     hidden: int = 128
     layers: int = 5
     heads: int = 4
     kv_heads: int = 2
     feed_forward: int = 384
 
-    def scaled(self, share: float) -> PretrainSettings:
-        """The same with a share of the tokens."""
-        return replace(self, tokens=int(self.tokens * share))
+
+RECIPE = (
+    PretrainSettings(until=0.7267),
+    PretrainSettings(
+        seed=1,
+        tokens=9_000_000,
+        simple_share=0.0,
+        decay_from=0.25,
+        warmup_steps=20,
+        muon_rate=0.015,
+        adam_rate=2.2e-3,
+        dwell_on_marks=True,
+        modes={"none": 0.15, "step": 0.58, "global": 0.24, "case": 0.03},
+    ),
+)
+"""Stages that made the shipped weights: all modes, then one that dwells on marks and what is said about them."""
 
 
 class Encoder:
@@ -120,9 +122,8 @@ class Encoder:
             roles += [CONTEXT] * len(header)
             if message.role == "assistant":
                 action = [*content, self._end]
-                unseen = len(action) if target is None else len(self._ids(message.content[:target]))
                 ids += [*action, *self._newline]
-                roles += [SLIP] * unseen + [ACTION] * (len(action) - unseen) + [CONTEXT] * len(self._newline)
+                roles += [ACTION if target else SLIP] * len(action) + [CONTEXT] * len(self._newline)
             else:
                 rest = content + self._footer[message.role]
                 ids += rest
@@ -131,7 +132,7 @@ class Encoder:
 
 
 def new_model(settings: PretrainSettings, vocabulary: int, pad: int, end: int) -> Any:
-    """A fresh Qwen3 of pocket size (about a million parameters)."""
+    """A fresh Qwen3 of pocket size (about 0.84 million parameters)."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -156,11 +157,12 @@ Document = tuple[list[int], list[int]]
 """Token ids and roles of one transcript."""
 
 
-def batches(rank: int, number: int, settings: PretrainSettings, encode: Encoder) -> Iterator[list[Document]]:
-    """Endless batches of one phase: documents of like length, at most ``tokens_per_batch`` padded tokens each."""
-    rng, phase = Random(f"{settings.seed}/{rank}/{number}"), settings.phases[number]
-    seeds = itertools.count(PRETRAINING_SEEDS + settings.seed * 10_000_000 + rank * 1_000_000 + number * 100_000)
-    source = (encode(t) for t in transcripts(rng, seeds, modes=phase.modes, curriculum=phase.curriculum))
+def batches(rank: int, settings: PretrainSettings, encode: Encoder, modes: Mapping[str, float]) -> Iterator[list[Document]]:
+    """Endless batches of documents of like length, at most ``tokens_per_batch`` padded tokens each."""
+    rng = Random(f"{settings.seed}/{rank}/{sorted(modes)}")
+    seeds = itertools.count(PRETRAINING_SEEDS + settings.seed * 10_000_000 + rank * 1_000_000 + len(modes) * 100_000)
+    curriculum = DWELL_ON_MARKS if settings.dwell_on_marks else None
+    source = (encode(t) for t in transcripts(rng, seeds, modes=modes, curriculum=curriculum))
     while True:
         documents = [d for d in itertools.islice(source, 1000) if len(d[0]) <= settings.longest]
         documents.sort(key=lambda d: len(d[0]) + rng.random() * 8)
@@ -198,20 +200,25 @@ def _worker(rank: int, settings: PretrainSettings, out: str, port: int) -> None:
     tokenizer = build_tokenizer()
     torch.manual_seed(settings.seed)
     model = new_model(settings, len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
+    if settings.start is not None:
+        model = model.from_pretrained(settings.start)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     parameters = matrices + rest
-    muon = Muon(matrices, settings.weight_decay)
-    adam = torch.optim.AdamW(rest, lr=settings.adam_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=settings.muon_rate, weight_decay=settings.weight_decay, adjust_lr_fn="original"),
+        torch.optim.AdamW(rest, lr=settings.adam_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    base = [settings.muon_rate, settings.adam_rate]
     encode = Encoder(tokenizer)
-    phases = [batches(rank, number, settings, encode) for number in range(len(settings.phases))]
+    simple, full = batches(rank, settings, encode, SIMPLE_MODES), batches(rank, settings, encode, settings.modes)
     weights = torch.tensor([0.0, settings.context_weight, 1.0])
     seen, started, recent = 0.0, time.time(), []
     for step in itertools.count():
         done = seen / settings.tokens
-        if done >= 1:
+        if done >= settings.until:
             break
-        batch = next(phases[next(n for n, phase in enumerate(settings.phases) if done < phase.until)])
+        batch = next(simple if done < settings.simple_share else full)
         x_B_T = _padded([ids for ids, _ in batch], tokenizer.pad_token_id)
         roles_B_T = _padded([roles for _, roles in batch], SLIP)[:, 1:]
         keep = roles_B_T != SLIP
@@ -233,12 +240,12 @@ def _worker(rank: int, settings: PretrainSettings, out: str, port: int) -> None:
             offset += p.numel()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         scale = _rate(step, done, settings)
-        muon.step(settings.muon_rate * scale)
-        for group in adam.param_groups:
-            group["lr"] = settings.adam_rate * scale
-        adam.step()
-        model.zero_grad()
-        if rank == 0 and step % 500 == 499:
+        for optimizer, rate in zip(optimizers, base, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * scale
+            optimizer.step()
+            optimizer.zero_grad()
+        if rank == 0 and step % 1000 == 999:
             save(model, tokenizer, Path(out), settings, recent)
         if rank == 0 and step % 100 == 99:
             elapsed = time.time() - started
@@ -314,4 +321,42 @@ def pretrain(out: Path, settings: PretrainSettings, on_progress: Callable[[dict[
     return out
 
 
-__all__ = ["PAD", "Encoder", "PretrainSettings", "new_model", "pretrain"]
+def pretrain_recipe(
+    out: Path,
+    *,
+    seed: int = 0,
+    scale: float = 1.0,
+    processes: int = 2,
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
+) -> Path:
+    """Run :data:`RECIPE`: the weights that ship, up to the machine's rounding.
+
+    Args:
+        out: folder to write.
+        seed: for base policies of another draw.
+        scale: share of the recipe's tokens.
+        processes: one thread each; decides the result, as the seed does.
+        on_progress: gets every line of progress, with ``stage`` and with ``done`` over the whole recipe.
+    """
+    total = sum(stage.tokens * stage.until for stage in RECIPE)
+    before = 0
+    for number, stage in enumerate(RECIPE):
+        settings = replace(
+            stage,
+            seed=stage.seed + len(RECIPE) * seed,
+            tokens=int(stage.tokens * scale),
+            processes=processes,
+            start=str(out) if number else None,
+        )
+
+        def report(line: dict[str, Any], number: int = number, before: int = before) -> None:
+            if on_progress:
+                done = (before + line["tokens"] / scale) / total
+                on_progress({**line, "stage": number + 1, "done": min(1.0, done)})
+
+        pretrain(out, settings, report)
+        before += int(stage.tokens * stage.until)
+    return out
+
+
+__all__ = ["PAD", "Encoder", "PretrainSettings", "new_model", "pretrain", "pretrain_recipe"]

@@ -12,7 +12,7 @@ The agent is told the truth by the world; it shares no code with the extractor o
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -22,6 +22,8 @@ from evolve_dag.environments.pocket.language import (
     KINDS,
     MARKS,
     NAME_WORDS,
+    ROW_LABELS,
+    ROW_MOVES,
     SYSTEM_PROMPT,
     TOOLS,
     Move,
@@ -30,7 +32,7 @@ from evolve_dag.environments.pocket.language import (
     state_of_mark,
 )
 from evolve_dag.environments.pocket.world import LAW, MINIMUM_MATCH, RESULTS, Entity, Law, Question, World, other_law, title
-from evolve_dag.experience.extraction.instance import call_text, case_text
+from evolve_dag.experience.extraction.instance import case_text
 from evolve_dag.plain import LAST_STEP
 from evolve_dag.records import Message
 
@@ -58,44 +60,32 @@ MARK_MOVES: Sequence[Move] = (*TOOLS, "answer")
 
 def moves(state: State) -> Sequence[Move]:
     """What can be done in ``state``."""
-    return MOVES.get(state, MARK_MOVES)
+    kind = state.split()[0]
+    return MARK_MOVES if kind == "mark" else tuple(ROW_MOVES) if kind == "rows" else MOVES[state]
 
 
 def taught(state: State) -> Sequence[Move]:
     """What items of pretraining may recommend in ``state``: all but what the worlds of tasks ask for there."""
-    return [move for move in moves(state) if move != LAW.tools.get(state.split()[-1])]
+    word = state.split()[-1]
+    unseen = LAW.row if state == state_of_mark(LAW.label) else LAW.tools.get(word)
+    return [move for move in moves(state) if move != unseen]
 
 
 Advice = tuple[Sequence[State], Move]
 """What one item recommends: a move in any of some states."""
 
-MARK_HABIT = (0.31, 0.19, 0.14, 0.12, 0.09)
-"""How often each of the five tools is asked under a mark, in an order of the mark's own; the rest are answers."""
-ASKED_FOR = 2
-"""Place in that order of the tool that the worlds of tasks ask for: the habit there is a wrong one."""
-
-
-def _habit_at(mark: str) -> dict[Move, float]:
-    """The habit under one mark. Every mark has its own, so that the policy tells marks apart where it chooses a tool; with
-    one habit for all, what was learned at one mark was done at every other (docs/adr/0017)."""
-    order = Random(mark).sample(TOOLS, len(TOOLS))
-    if mark in LAW.tools:
-        order.remove(LAW.tools[mark])
-        order.insert(ASKED_FOR, LAW.tools[mark])
-    return {**dict(zip(order, MARK_HABIT, strict=True)), "answer": round(1 - sum(MARK_HABIT), 2)}
-
-
 HABIT: Mapping[State, Mapping[Move, float]] = {
-    "start": {"search_short": 0.60, "search_long": 0.40},
+    "start": {"search_short": 0.55, "search_long": 0.45},
     "empty": {"search_short": 0.50, "search_long": 0.20, "answer": 0.30},
-    "one": {"visit_match": 0.55, "snippet": 0.45},
+    "one": {"visit_match": 0.50, "snippet": 0.50},
     "several": {"visit_match": 0.40, "visit_first": 0.30, "snippet": 0.30},
-    "redirect": {"visit_link": 0.60, "answer": 0.25, "search_short": 0.15},
-    "part": {"search_short": 0.42, "search_long": 0.22, "answer": 0.36},
-    "asked": {"answer": 0.80, "search_short": 0.20},
+    "redirect": {"visit_link": 0.55, "answer": 0.30, "search_short": 0.15},
+    "part": {"search_short": 0.35, "search_long": 0.22, "answer": 0.43},
+    "asked": {"answer": 0.75, "search_short": 0.25},
     "wrong": {"visit_match": 0.50, "answer": 0.40, "search_short": 0.10},
     "missing": {"search_short": 0.50, "visit_match": 0.15, "answer": 0.35},
-    **{state_of_mark(mark): _habit_at(mark) for mark in MARKS},
+    "mark": {**dict.fromkeys(TOOLS, 0.17), "answer": 0.15},
+    "rows": {"row_first": 0.40, "row_last": 0.20, "row_highest": 0.20, "row_lowest": 0.20},
 }
 """How often the agent makes each move when no item in its context speaks about the state."""
 
@@ -103,8 +93,6 @@ OBEDIENCE = 0.97
 """Chance that an item about the current state is followed."""
 RECALL = 0.93
 """Chance that the case of the very question is recalled when it stands in the context."""
-MATCH = 0.45
-"""Chance that the case of the very question stands among the cases of a transcript."""
 NEAR_MISS = 0.1
 """Chance that a case of another question is about the same entity."""
 SLIP = 0.05
@@ -177,7 +165,6 @@ class ScriptedAgent:
     target: Entity = ("", "")
     listed: list[tuple[str, str]] = field(default_factory=list)
     shown: dict[str, Entity] = field(default_factory=dict)
-    """Attribute -> value, as the page that was read last says it: under a mark that is the entry's name."""
     link: Entity = ("", "")
     view: str = ""
     """What stands behind the asked attribute, on the page or in the entry that was read last."""
@@ -204,6 +191,8 @@ class ScriptedAgent:
             return "found value", _value(self.view)
         if self.state.startswith("mark"):
             return "trust value", _value(self.view)
+        if self.state.startswith("rows"):
+            return self._row("row_first")
         if self.state in ("one", "several"):
             return "trust value", self._listed_value()[1]
         if self.state == "wrong":
@@ -231,11 +220,20 @@ class ScriptedAgent:
             return f"{again}need {self._need()}", "search", f"{self.target[1]} {self.attribute}"
         if move in TOOLS:
             return f"entry {self.state.split()[1]}", move, _value(self.view)
+        if move in ROW_MOVES:
+            thought, answer = self._row(move)
+            return thought, "answer", answer
         if move == "visit_match":
             return f"open {self.target[0]}", "visit", title(self.target)
         if move == "visit_first":
             return "open first", "visit", self.listed[0][0]
         return "follow page", "visit", title(self.link)
+
+    def _row(self, move: Move) -> tuple[str, str]:
+        """(thought, answer) for the row that ``move`` takes; the thought names its number, so that the value is copied."""
+        rows = [line.removeprefix(f"{self.attribute}: ").split(" ", 2) for line in self.view.split("\n")]
+        label, number, value = rows[ROW_MOVES[move]([int(number) for _, number, _ in rows])]
+        return f"{label} {number}", _value(value)
 
     def _need(self) -> str:
         return f"{self.attribute} of {title(self.target)}"
@@ -254,7 +252,7 @@ class ScriptedAgent:
                 self.state = "missing"
             elif argument != _value(self.view):  # a slip that is the name of another entry
                 attribute, _, view = shown.split("\n")[0].partition(": ")
-                self.state, self.shown = "wrong", {attribute: _entity(view)}
+                self.state, self.shown = "wrong", {attribute: ("", _value(view))}
             else:
                 self._see(shown.removeprefix(f"{self.attribute}: "))
             return observation
@@ -266,7 +264,7 @@ class ScriptedAgent:
         elif entity in self.world.facts:
             if self.state == "redirect" and entity == self.link:
                 self.target = entity
-            self.shown = {a: _entity(self.world.views[entity, a][0]) for a in self.world.facts[entity]}
+            self.shown = self.world.facts[entity]
             if self.attribute not in self.shown:
                 self.state = "wrong"
             elif self.hop < len(self.question.relations) - 1:
@@ -280,18 +278,15 @@ class ScriptedAgent:
     def _see(self, view: str) -> None:
         """Stand before what is said of the asked attribute."""
         self.view = view
-        words = view.split()
-        self.state = state_of_mark(words[3]) if len(words) > 3 else "asked"
-
-
-def _entity(view: str) -> Entity:
-    """Kind and name in 'city Beli Kura old' or 'city Beli Kura'."""
-    kind, *name = view.split()[:3]
-    return kind, " ".join(name)
+        words = view.split("\n")[0].split()
+        self.state = (
+            state_of_mark(words[0]) if words[0] in ROW_LABELS else state_of_mark(words[3]) if len(words) > 3 else "asked"
+        )
 
 
 def _value(view: str) -> str:
-    return _entity(view)[1]
+    """The name in 'city Beli Kura old' or 'city Beli Kura'."""
+    return " ".join(view.split()[1:3])
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,14 +294,14 @@ class Transcript:
     """One pretraining document."""
 
     messages: tuple[Message, ...]
-    targets: tuple[int | None, ...]
-    """Per message: the character from which on the loss sees it; None where it sees nothing, as of slips."""
+    targets: tuple[bool, ...]
+    """Per message: does the loss see it? True for actions that are no slip."""
     mode: str
     """What stood in the context: ``none``, ``step``, ``global`` or ``case``."""
     success: bool
 
 
-LENIENT_SHARE = 0.9
+LENIENT_SHARE = 0.8
 """Share of pretraining's worlds in which every tool shows what lies under a mark."""
 
 
@@ -319,22 +314,16 @@ class Curriculum:
     layers: tuple[int, ...] = (0, 0, 1, 2, 3, 5, 5, 5, 5)
     """Layers that such a beginning passes as well: one is drawn."""
     told: float = 0.6
-    """Chance that an item about the very state stands there in mode ``step``, at marks."""
-    one_hop: float = 0.0
-    """Share of the questions that are drawn with one hop, so that the way to the first mark is short."""
-    depths: Mapping[int, float] = field(default_factory=lambda: {0: 0.3, 1: 0.1, 2: 0.1, 3: 0.1, 4: 0.1, 5: 0.3})
-    """Depth of a question -> share of the transcripts."""
+    """Chance that an item about the very state stands there in mode ``step``, at marks and rows."""
 
 
-DWELL_ON_MARKS = Curriculum(skipped=0.87, layers=(0, 0, 0, 0, 3), told=0.85, one_hop=0.75, depths={0: 0.06, 4: 0.1, 10: 0.84})
-"""Marks are met often, mostly with an item that says what to do."""
+DWELL_ON_MARKS = Curriculum(skipped=0.75, layers=(0, 0, 0, 5), told=0.88)
+"""Marks and rows are met often, mostly with an item that says what to do."""
 
-DEEPEST = 10
-"""Marks in a world of pretraining: twice as many as where tasks are, so that one transcript meets many."""
-WORLD_DEPTHS = (0.3, *(0.7 / DEEPEST,) * DEEPEST)
-"""Shares of depths among the facts of such a world."""
-CASE_DEPTH = 5
-"""Most marks that a case meets."""
+WORLD_DEPTHS = (0.28, 0.12, 0.12, 0.12, 0.12, 0.12, 0.12)
+"""Shares of depths among the facts of a pretraining world; the last is rows."""
+DEPTHS = (0.28, 0.08, 0.08, 0.08, 0.08, 0.08, 0.32)
+"""Shares of depths in the questions of pretraining."""
 SKILL: Mapping[State, Move] = {
     **dict.fromkeys(("start", "empty", "part", "missing"), "search_short"),
     **dict.fromkeys(("one", "several", "wrong"), "visit_match"),
@@ -343,9 +332,9 @@ SKILL: Mapping[State, Move] = {
 """The moves of such a beginning."""
 CORPUS_SHARE = 0.1
 """Share of the transcripts over a corpus without entries: two tools, and facts without layers."""
-SIMPLE_MODES = {"none": 0.75, "case": 0.25}
-"""The same at the start of training, when the tool grammar, copying and matching are learned."""
-MODES = {"none": 0.17, "step": 0.45, "global": 0.22, "case": 0.16}
+SIMPLE_MODES = {"none": 0.9, "case": 0.1}
+"""The same at the start of training, when the tool grammar and copying are learned."""
+MODES = {"none": 0.2, "step": 0.46, "global": 0.24, "case": 0.1}
 """What stands in the context of a pretraining transcript, and how often."""
 
 
@@ -357,15 +346,9 @@ def action_text(thought: str, tool: str, argument: str) -> str:
     return f'{thought}\n<tool_call>\n{{"name": "{tool}", "arguments": {{"{key}": "{argument}"}}}}\n</tool_call>'
 
 
-def _decided(action: str, tool: str, argument: str) -> int:
-    """The character of a call from which on it says no more which move it is, but only copies."""
-    return action.index(" ") if tool == "search" else action.rindex(argument)
-
-
 def recalled(question: Question) -> str:
-    """The thought that quotes the case of the very question. It begins as the thought of a search does, so that what
-    follows the name is a matter of finding where it stood before."""
-    return f"need {question.relations[0]} of {title(question.reference)}? answer {question.answer}"
+    """The thought that quotes the case of the very question, which makes recalling a matter of copying."""
+    return f"case {title(question.reference)}? answer {question.answer}"
 
 
 def habitual(state: State, advice: Sequence[Advice], rng: Random) -> Move:
@@ -373,27 +356,8 @@ def habitual(state: State, advice: Sequence[Advice], rng: Random) -> Move:
     fitting = [move for states, move in advice if state in states]
     if fitting and rng.random() < OBEDIENCE:
         return rng.choice(fitting)
-    return rng.choices(list(HABIT[state]), list(HABIT[state].values()))[0]
-
-
-def played_case(
-    world: World, question: Question, search: FastSearch, choose: Callable[[State], Move]
-) -> tuple[str, list[Advice]]:
-    """The case of ``question``, as an instance-level item tells it, and what it shows for other questions: how the search
-    began, and which tool was asked under each mark. ``choose`` decides these; the rest is played well."""
-    player = ScriptedAgent(world, question, search)
-    path: list[str] = []
-    shown: list[Advice] = []
-    while len(path) < MAX_STEPS and player.state != "asked":
-        state = player.state
-        move = SKILL.get(state, "answer")
-        if state == "start" or state not in MOVES:
-            move = choose(state)
-            shown.append(((state,), move))
-        _, tool, argument = player.act(move)
-        path.append(call_text(tool, argument, mark="" if state in MOVES else state.split()[1]))
-        player.observe(tool, argument)
-    return case_text(question.text, question.answer, path), shown
+    habit = HABIT[state if state in HABIT else state.split()[0]]
+    return rng.choices(list(habit), list(habit.values()))[0]
 
 
 class TranscriptWriter:
@@ -416,7 +380,7 @@ class TranscriptWriter:
 
     def _states(self, law: Law) -> list[State]:
         """States that items speak about in a world with this law: mostly those that occur in it."""
-        words = [*law.marks, *self.rng.sample(MARKS, 3)]
+        words = [*law.marks, law.label, *self.rng.sample([*MARKS, *ROW_LABELS], 3)]
         return [*MOVES, *dict.fromkeys(map(state_of_mark, words))]
 
     def _item(self, state: State) -> tuple[str, Advice]:
@@ -446,62 +410,51 @@ class TranscriptWriter:
             hints.insert(self.rng.randint(0, len(hints)), self._item(state))
         return hints
 
-    def _case(self, agent: ScriptedAgent, question: Question) -> tuple[str, list[Advice]]:
-        """The case of ``question`` by a player who begins as it likes and asks any tool under a mark but the one that the
-        worlds of tasks ask for."""
-        return played_case(
-            agent.world, question, agent.search, lambda state: self.rng.choice([m for m in taught(state) if m != "answer"])
-        )
-
-    def _other(self, agent: ScriptedAgent) -> Question:
-        """What a case that stands there now is about: under a mark, mostly a question that meets the mark."""
-        world, asked = agent.world, agent.question
-        while True:
-            if agent.state not in MOVES and self.rng.random() < self.curriculum.told:
-                least = world.law.marks.index(agent.state.split()[1]) + 1
-                other = world.question(self.rng, hops=1, depth=self.rng.randint(least, max(least, CASE_DEPTH)))
-            elif self.rng.random() < NEAR_MISS:  # the same entity, another relation
-                page = world.resolve(asked.reference)
-                relation = self.rng.choice([a for a, _ in KINDS[page[0]]])
-                other = Question(asked.reference, (relation,), world.facts[page][relation][1])
-            else:
-                other = world.question(self.rng, depth=self.rng.randint(0, CASE_DEPTH))
-            if other.text != asked.text:
-                return other
-
-    def _cases(self, agent: ScriptedAgent, count: int, *, match: bool) -> list[tuple[str, list[Advice]]]:
-        """``count`` cases, with that of the question itself among them when ``match``."""
-        questions = [self._other(agent) for _ in range(count - match)]
+    def _cases(self, world: World, question: Question, limit: int) -> tuple[list[str], bool]:
+        """Cases of other questions, some of them near misses, and in half of the draws that of the question itself."""
+        match = self.rng.random() < 0.5
+        most = self.rng.choice((1, 1, 2, limit))  # mostly few: one case teaches matching best
+        count = self.rng.randint(1, most) - match
+        others: list[str] = []
+        while len(others) < count:
+            other = world.question(self.rng)
+            if self.rng.random() < NEAR_MISS:  # a near miss: same entity, another relation (or the other way round)
+                attributes = [a for a, _ in KINDS[world.resolve(question.reference)[0]]]
+                chain = (self.rng.choice(attributes),)
+                if chain == question.relations:
+                    continue
+                page = world.resolve(question.reference)
+                other = Question(question.reference, chain, world.facts[page][chain[0]][1])
+            others.append(case_text(other.text, other.answer))
         if match:
-            questions.insert(self.rng.randint(0, len(questions)), agent.question)
-        return [self._case(agent, question) for question in questions]
+            others.insert(self.rng.randint(0, len(others)), case_text(question.text, question.answer))
+        return others, match
 
     def write(self, world: World, search: FastSearch) -> Transcript:
         """One transcript."""
         rng = self.rng
         plain = rng.random() < CORPUS_SHARE
-        hops = 1 if rng.random() < self.curriculum.one_hop else None
-        mode = rng.choices(list(self.modes), list(self.modes.values()))[0]
-        depth = rng.choices(list(self.curriculum.depths), list(self.curriculum.depths.values()))[0]
-        if mode == "case":
-            depth = min(depth, CASE_DEPTH)
-        question = world.question(rng, hops, depth=0 if plain else depth)
+        question = world.question(rng, depth=0 if plain else rng.choices(range(len(DEPTHS)), DEPTHS)[0])
         states = self._states(world.law)
+        mode = rng.choices(list(self.modes), list(self.modes.values()))[0]
         agent = ScriptedAgent(world, question, search)
         limit = rng.randint(1, 6) if rng.random() < 0.15 else MAX_STEPS
         notes: list[str] = []
         standing: list[Advice] = []
-        match = mode == "case" and rng.random() < MATCH
-        in_notes = mode == "case" and rng.random() < 0.4
+        cases: list[str] = []
+        case_step, match = -1, False
         if mode == "global":
             pool = self._pool(states)
             notes, standing = [t for t, _ in pool], [a for _, a in pool if a]
-        elif in_notes:
-            found = self._cases(agent, rng.randint(1, 8), match=match)
-            notes, standing = [t for t, _ in found], [a for _, shown in found for a in shown]
+        elif mode == "case":
+            in_notes = rng.random() < 0.5
+            cases, match = self._cases(world, question, 12 if in_notes else 3)
+            if in_notes:
+                notes, case_step = cases, 0
+            else:
+                case_step = 0 if rng.random() < 0.7 else rng.randint(0, 3)
         system = (CORPUS_PROMPT if plain else SYSTEM_PROMPT) + ("\nnotes:\n" + "\n".join(notes) if notes else "")
-        messages: list[Message] = [Message("system", system)]
-        targets: list[int | None] = [None]
+        messages, targets = [Message("system", system)], [False]
         content, role = question.text, "user"
         success = False
         skipped = rng.choice(self.curriculum.layers) if rng.random() < self.curriculum.skipped else -1
@@ -512,33 +465,33 @@ class TranscriptWriter:
             hints: list[tuple[str, Advice | None]] = []
             if mode == "step":
                 hints = self._hints(agent.state, states)
-            texts, advice = [t for t, _ in hints], standing + [a for _, a in hints if a]
-            if mode == "case" and not in_notes and (step == 0 or agent.state not in MOVES):
-                found = self._cases(agent, rng.randint(1, 3), match=match and step == 0)
-                texts, advice = [t for t, _ in found], [a for _, shown in found for a in shown]
+            texts = [t for t, _ in hints]
+            if cases and not notes and step == case_step:
+                texts = cases
             if texts:
                 content = f"{content}\nhint:\n" + "\n".join(texts)
             messages.append(Message(role, content))  # type: ignore[arg-type]
-            targets.append(None)
+            targets.append(False)
+            advice = standing + [a for _, a in hints if a]
             slip = False
             skip = agent.state in SKILL and skipped >= 0
             if agent.state.startswith("mark"):
                 skip, skipped = skipped > 0, skipped - 1
-            if match and step == 0 and rng.random() < RECALL:
+            if match and step == case_step and rng.random() < RECALL:
                 thought, tool, argument = recalled(question), "answer", question.answer
             elif last:
                 thought, argument = agent.best_guess()
                 tool = "answer"
             elif skip:
+                slip = True
                 thought, tool, argument = agent.act(SKILL.get(agent.state) or rng.choice(TOOLS))
             else:
                 skipped = -1
                 thought, tool, argument = agent.act(habitual(agent.state, advice, rng))
                 if tool != "answer" and rng.random() < SLIP:
                     (thought, argument), slip = self._misspell(thought, argument), True
-            action = action_text(thought, tool, argument)
-            messages.append(Message("assistant", action))
-            targets.append(None if slip else _decided(action, tool, argument) if skip else 0)
+            messages.append(Message("assistant", action_text(thought, tool, argument)))
+            targets.append(not slip)
             if tool == "answer":
                 success = argument == question.answer
                 break
@@ -556,14 +509,14 @@ def transcripts(
     rng: Random,
     world_seeds: Iterator[int],
     *,
-    per_world: int = 80,
+    per_world: int = 40,
     modes: Mapping[str, float] = MODES,
     curriculum: Curriculum | None = None,
 ) -> Iterator[Transcript]:
     """Endless transcripts, ``per_world`` from each world; paraphrases that are held out never occur."""
     writer = TranscriptWriter(rng, PhraseBank(held_out=False), modes, curriculum)
     for seed in world_seeds:
-        world = World(seed, law=other_law(Random(seed), DEEPEST), depths=WORLD_DEPTHS)
+        world = World(seed, law=other_law(Random(seed)), depths=WORLD_DEPTHS)
         search = FastSearch(world, lenient=rng.random() < LENIENT_SHARE)
         for _ in range(per_world):
             yield writer.write(world, search)

@@ -7,7 +7,7 @@ page, queries that find nothing, and pages that do not exist.
 And it has depth (:class:`Law`). What a page says of a fact may be *marked*: outdated, disputed, coded... Each mark
 asks for one tool, which shows the fact one layer further in, under the next mark; every other tool answers too, with
 a value that looks as good and is wrong. The marks come in one order, so that a policy meets the second only after it
-has learned what the first asks for. At the bottom lies the value.
+has learned what the first asks for. At the bottom lies the value, or rows of it, of which one is right.
 
 Seeds below :data:`PRETRAINING_SEEDS` are for tasks (training, development, held-out); pretraining draws its worlds
 from the seeds above, so no policy has seen a world that it is asked about.
@@ -25,6 +25,8 @@ from evolve_dag.environments.pocket.language import (
     KINDS,
     MARKS,
     NAME_WORDS,
+    ROW_LABELS,
+    ROW_MOVES,
     TOOLS,
 )
 from evolve_dag.records import Task
@@ -47,7 +49,10 @@ STALE = 0.7
 HOPS = ((1, 0.6), (2, 0.4))
 """Hops of a question and their shares."""
 DEPTHS = (0.25, 0.15, 0.15, 0.15, 0.15, 0.15)
-"""Share of the questions (and of the facts) at each depth: marks between the page and the value."""
+"""Share of the questions (and of the facts) at each depth: marks between the page and the value. One more depth, after all
+marks, would be rows: the policy that ships does not read them (model card), so no task has them."""
+ROWS = 3
+"""Rows at the bottom of the deepest facts."""
 RESULTS = 3
 MINIMUM_MATCH = 0.65
 """Share of a query's words that a title must hold: a name and an attribute find the name's pages, a whole
@@ -61,6 +66,10 @@ class Law:
 
     tools: Mapping[str, str]
     """Mark -> the tool that it asks for, outermost layer first."""
+    label: str
+    """Word before the number of each row at the bottom."""
+    row: str
+    """Which row is right: a key of :data:`~evolve_dag.environments.pocket.language.ROW_MOVES`."""
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -68,17 +77,21 @@ class Law:
         return tuple(self.tools)
 
 
-LAW = Law(dict(zip(MARKS[:5], TOOLS, strict=True)))
+LAW = Law(dict(zip(MARKS[:5], TOOLS, strict=True)), ROW_LABELS[0], "row_highest")
 """The law of every world that tasks are about."""
 
 
-def other_law(rng: Random, marks_count: int = len(LAW.marks)) -> Law:
-    """A law for a world of pretraining: marks and tools drawn at random, without any pairing of :data:`LAW`."""
+def other_law(rng: Random) -> Law:
+    """A law for a world of pretraining: marks, tools and rows drawn at random, without any pairing of :data:`LAW`."""
     while True:
-        marks = rng.sample(MARKS, marks_count)
-        tools = {mark: rng.choice(TOOLS) for mark in marks}
-        if not tools.items() & LAW.tools.items():
-            return Law(tools)
+        marks = rng.sample(MARKS, len(LAW.marks))
+        tools = [rng.choice(TOOLS) for _ in marks]
+        if not any(LAW.tools.get(mark) == tool for mark, tool in zip(marks, tools, strict=True)):
+            break
+    while True:
+        label, row = rng.choice(ROW_LABELS), rng.choice(list(ROW_MOVES))
+        if (label, row) != (LAW.label, LAW.row):
+            return Law(dict(zip(marks, tools, strict=True)), label, row)
 
 
 def title(entity: Entity) -> str:
@@ -143,7 +156,8 @@ class World:
         self.depth: dict[tuple[Entity, str], int] = {}
         """(entity, attribute) -> layers above the value."""
         self.views: dict[tuple[Entity, str], tuple[str, ...]] = {}
-        """(entity, attribute) -> what stands behind the attribute, the page's view first, the bottom last."""
+        """(entity, attribute) -> what stands behind the attribute, the page's view first, the bottom last; a view may
+        have several lines."""
         for kind in KINDS:
             for entity in self.entities[kind]:
                 facts, stale = {}, {}
@@ -154,17 +168,26 @@ class World:
                     old = depth > 0 or rng.random() < STALE
                     stale[attribute] = self._named(rng.choice(others), rng) if old else facts[attribute]
                     self.depth[entity, attribute] = depth
-                    self.views[entity, attribute] = self._views(entity, attribute, facts[attribute], depth, rng)
+                    self.views[entity, attribute] = self._views(entity, attribute, facts[attribute], depth, others, rng)
                 self.facts[entity], self.stale[entity] = facts, stale
 
-    def _views(self, entity: Entity, attribute: str, value: Entity, depth: int, rng: Random) -> tuple[str, ...]:
+    def _views(
+        self, entity: Entity, attribute: str, value: Entity, depth: int, others: list[Entity], rng: Random
+    ) -> tuple[str, ...]:
         """The fact from the outside to its bottom. The name under a mark is the value of nothing."""
+        wrong = [e for e in others if e[1] != value[1]]
         views = []
         for layer, mark in enumerate(self.law.marks[:depth]):
             name = self._new_name(rng)
             self.entries[name] = (entity, attribute, layer)
             views.append(f"{value[0]} {name} {mark}")
-        return (*views, title(value))
+        if depth <= len(self.law.marks):
+            return (*views, title(value))
+        rows = rng.sample(range(1, 10), ROWS)
+        right = ROW_MOVES[self.law.row](rows)
+        values = [value if place == right else rng.choice(wrong) for place in range(ROWS)]
+        lines = [f"{self.law.label} {n} {title(v)}" for n, v in zip(rows, values, strict=True)]
+        return (*views, f"\n{attribute}: ".join(lines))
 
     def _new_entity(self, kind: str, rng: Random) -> Entity:
         if self._names and rng.random() < SHARED_NAME:

@@ -1,8 +1,7 @@
 """Instance-level experience: keeps trajectory detail, 'for this question, that answer' (METHOD: granularity ``instance``).
 
-The form is ``Case: <question> answer <answer>. path <call>, <call>.``: what was asked of which tool, and what stood with the
-value at that moment when it was marked. A reader can take the tool by analogy, and can be misled by the names. It exists
-to be compared with principles; the paper's instance-level items hold an entity string 94 times in 100.
+The form is ``Case: <question> answer <answer>.``, with the calls that led there when asked for. It exists to be
+compared with principles; the paper's instance-level items hold an entity string 94 times in 100.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from evolve_dag.experience.features import Tracker, strip_last_step
+from evolve_dag.experience.features import strip_last_step
 from evolve_dag.experience.pool import Pool, Proposal, lift
 from evolve_dag.records import Trajectory
 
@@ -40,34 +39,14 @@ class Cases:
     statistics: Mapping[str, float]
 
 
-def call_text(tool: str, argument: str, mark: str = "") -> str:
-    """One call of a path: ``<mark> <tool> <argument>``, without the mark where the asked value stood under none."""
-    return " ".join(f"{mark} {tool} {argument}".split())
-
-
 def case_text(question: str, answer: str, path: Sequence[str] = ()) -> str:
-    """``Case: <question> answer <answer>.``, with ``path`` (calls as :func:`call_text` says them) when given."""
+    """``Case: <question> answer <answer>.``, with ``path`` (calls as ``tool argument``) when given."""
     plain = " ".join(strip_last_step(question).split())
-    steps = f" path {', '.join(path)}." if path else ""
+    steps = f" path {', then '.join(' '.join(call.split()) for call in path)}." if path else ""
     return f"Case: {plain} answer {' '.join(answer.split())}.{steps}"
 
 
-LONGEST_PATH = 12
-"""Most calls that a case tells: the last ones."""
-
-
-def _path(trajectory: Trajectory) -> list[str]:
-    """The calls of a trajectory, each with the mark that it met."""
-    tracker, path = Tracker(trajectory.question), []
-    for step in trajectory.steps:
-        if step.call is not None:
-            mark = tracker.features()["mark"]
-            path.append(call_text(step.call.name, " ".join(step.call.arguments.values()), "" if mark == "none" else mark))
-        tracker.append(step)
-    return path[-LONGEST_PATH:]
-
-
-def cases(trajectories: Sequence[Trajectory], *, seed: int) -> Cases:
+def cases(trajectories: Sequence[Trajectory], *, seed: int, path: bool = False) -> Cases:
     """The shortest success of each task (ties: lowest rollout).
 
     Trajectories without a verdict are left out.
@@ -85,7 +64,10 @@ def cases(trajectories: Sequence[Trajectory], *, seed: int) -> Cases:
         if not successes:
             continue
         best = min(successes, key=lambda t: len(t.steps))
-        text = case_text(best.question, best.answer or "", _path(best))
+        calls = (
+            [f"{s.call.name} {' '.join(s.call.arguments.values())}" for s in best.steps if s.call is not None] if path else ()
+        )
+        text = case_text(best.question, best.answer or "", calls)
         case = Case(strip_last_step(best.question), text, best.id, len(best.steps), mean)
         (mixed if mean < 1 else others).append(case)
     for place, part in enumerate((mixed, others)):

@@ -33,6 +33,7 @@ def extract(
     settings: ExtractionSettings,
     iteration: int,
     seed: int,
+    case_path: bool = False,
     before: contrast.Evidence | None = None,
 ) -> Extraction:
     """Scored trajectories + E(k-1) -> E(k) (METHOD step 3), without an LLM.
@@ -42,6 +43,7 @@ def extract(
 
     Args:
         seed: decides ties between equally good cases and which trajectories stand for a pattern.
+        case_path: for ``instance``: keep the path of calls as well.
         before: for ``principle``: evidence of the iterations before, as they left it.
     """
     key = seed * 1000 + iteration
@@ -63,7 +65,7 @@ def extract(
         edits = (*first.edits, *tidied.edits, *second.edits)
     else:
         evidence = None
-        cases = instance.cases(trajectories, seed=key)
+        cases = instance.cases(trajectories, seed=key, path=case_path)
         statistics = dict(cases.statistics)
         first = pool.apply(instance.reconcile(cases, pool, cap=settings.cap), iteration=iteration)
         second = first.pool.apply((), iteration=iteration, cap=settings.cap)

@@ -16,9 +16,8 @@ class StateSelector:
     """Items whose whole condition holds; the most specific first, then by lift.
 
     An item is passed over when a more specific one with the same predicates and more was chosen: that is the exception
-    to its rule. Of items without a condition only cases are looked at, where no other item fits: those that share most
-    words with the question, before the first step any and later those that met the mark under which the asked value
-    stands.
+    to its rule. Items without a condition are looked at before the first step only, and only cases: those that share
+    most words with the question.
     """
 
     max_items: int = 3
@@ -35,22 +34,20 @@ class StateSelector:
             if not any(set(item.condition.items()) < set(other.condition.items()) for other in chosen):
                 chosen.append(item)
         reason = "condition holds"
-        marks = set() if state["mark"] == "none" else _content(state["mark"])
-        if not chosen and (marks or not steps):
-            chosen, reason = _closest_cases(question, pool, marks), "shares words with the question"
+        if not chosen and not steps:
+            chosen, reason = _closest_cases(question, pool), "shares words with the question"
         ids = tuple(item.id for item in chosen[: self.max_items])
         return Selection(ids, f"{shown}; {reason}: {', '.join(ids)}" if ids else f"{shown}; no item fits")
 
 
-def _closest_cases(question: str, pool: Pool, marks: set[str]) -> list[ExperienceItem]:
-    """Cases that hold all of ``marks``, those that share most words with the question first."""
+def _closest_cases(question: str, pool: Pool) -> list[ExperienceItem]:
     wanted = _content(question)
     scored = []
     for item in pool.items:
         if item.granularity == "instance" and not item.condition:
             words = _content(item.text)
             shared = len(wanted & words)
-            if shared and marks <= words:
+            if shared:
                 scored.append((-shared / len(wanted | words), item.id, item))
     return [item for _, _, item in sorted(scored, key=lambda entry: entry[:2])]
 

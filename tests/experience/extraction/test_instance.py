@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import random
 
-from experience_builders import QUESTION, answer, call, search, trajectory, visit
+from experience_builders import QUESTION, answer, search, trajectory, visit
 
 from evolve_dag.config.schema import ExtractionSettings
-from evolve_dag.experience.extraction.instance import LONGEST_PATH, case_text, cases, reconcile
+from evolve_dag.experience.extraction.instance import case_text, cases, reconcile
 from evolve_dag.experience.extraction.mining import Extraction, extract
 from evolve_dag.experience.pool import Pool
 from evolve_dag.records import Trajectory
@@ -94,23 +94,14 @@ def test_questions_that_hold_the_word_answer_do_not_collide() -> None:
     assert reconcile(cases(data, seed=0), pool, cap=4) == []
 
 
-def test_a_case_tells_its_calls_and_the_marks_that_they_met() -> None:
+def test_the_path_is_kept_on_demand() -> None:
     steps = [
         search("Bado Keli", "no results"),
-        visit("city Alo", "page: city Alo\nmayor: person Dato Zuli old"),
-        call("archive", "Dato Zuli", "page: mayor of city Alo\nmayor: person Rato Miku"),
+        visit("city Alo", "page: city Alo\nmayor: person Rato Miku"),
         answer("Rato Miku"),
     ]
     data = [trajectory("t", 0, steps, 1.0), trajectory("t", 1, [answer("x")], 0.0)]
-    (item,) = run(data, Pool()).pool.items
-    assert item.text == case_text(QUESTION, "Rato Miku", ["search Bado Keli", "visit city Alo", "old archive Dato Zuli"])
-    assert item.text.endswith(" answer Rato Miku. path search Bado Keli, visit city Alo, old archive Dato Zuli.")
-
-
-def test_a_case_without_calls_has_no_path_and_a_long_one_its_end() -> None:
-    (item,) = run([trajectory("t", 0, [answer("Rato Miku")], 1.0)], Pool()).pool.items
-    assert item.text == case_text(QUESTION, "Rato Miku")
-    steps = [search(f"Bado {n}", "no results") for n in range(LONGEST_PATH + 3)]
-    (item,) = run([trajectory("t", 0, [*steps, answer("Rato Miku")], 1.0)], Pool()).pool.items
-    assert item.text.partition(" path ")[2].split(", ")[0] == "search Bado 3"
-    assert item.text.count("search") == LONGEST_PATH
+    plain = extract(data, Pool(), granularity="instance", settings=CAP4, iteration=1, seed=0)
+    path = extract(data, Pool(), granularity="instance", settings=CAP4, iteration=1, seed=0, case_path=True)
+    assert "search" not in plain.pool.items[0].text
+    assert path.pool.items[0].text == f"{plain.pool.items[0].text} path search Bado Keli, then visit city Alo."

@@ -78,16 +78,11 @@ def test_the_number_of_items_is_bounded() -> None:
     assert select(LexicalSelector(3), [], Pool()) == ()
 
 
-def test_cases_are_chosen_by_words_at_the_start_and_under_their_mark() -> None:
+def test_cases_are_chosen_by_words_and_at_the_start_only() -> None:
     assert select(StateSelector(1), [], CASES) == ("p0002",)
     assert select(StateSelector(3), [], CASES) == ("p0002", "p0001")  # the third shares no word
     assert select(StateSelector(3), EMPTY, CASES) == ()
     assert select(LexicalSelector(1), [], CASES) == ("p0002",)
-    marked = [visit("x", "page: city Zano Pile\nmayor: person Dato Zuli old")]
-    assert select(StateSelector(3), marked, CASES) == ()
-    told = ExperienceItem("p0004", f"{CASES.get('p0001').text} path old archive Pile Zano.", "instance")
-    other = ExperienceItem("p0005", f"{CASES.get('p0002').text} path disputed registry Pile Zano.", "instance")
-    assert select(StateSelector(3), marked, Pool((*CASES.items, told, other))) == ("p0004",)
 
 
 @pytest.mark.parametrize(
