@@ -13,9 +13,14 @@ from dataclasses import dataclass
 from evolve_dag.experience.pool import _URL
 from evolve_dag.records import ExperienceItem, Task
 
-_NAME = re.compile(r"[A-Z][\w'’-]*(?:\s+[A-Z][\w'’-]*)+")
+_NAME = re.compile(r"([A-Z][\w'’-]*+(?:\s++[A-Z][\w'’-]*+)++)|[A-Z][\w'’-]*+")
+"""A name of several words; or one word, which is passed over whole: the capitals in it begin no name either."""
 _SINGLE_NAME = re.compile(r"(?<=[a-z,] )[A-Z][\w'’-]++(?!\s+[A-Z])")
-_STRATEGY = re.compile(r"\b(?:when|whenever|if|before|after|once|unless)\b[^,\n]+,\s*\w+", re.IGNORECASE)
+_STRATEGY = re.compile(
+    # From comma to comma, so that no stretch is looked at twice however many conditions stand in it.
+    r"(?:(?<=[,\n])|\A)(?=[^,\n]*?\b(?:when|whenever|if|before|after|once|unless)\b[^,\n])[^,\n]*+,\s*+\w",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +39,19 @@ class Locality:
     """Share with a strategy statement: 'when ..., ...'."""
 
 
+def names_in(text: str) -> list[str]:
+    """The capitalised names of several words, as they stand."""
+    return [name for name in _NAME.findall(text) if name]
+
+
 def task_names(tasks: Iterable[Task]) -> frozenset[str]:
     """Entity strings of the tasks: every answer with a letter in it, and the capitalised names inside the questions."""
     names: set[str] = set()
     for task in tasks:
         if re.search(r"[^\W\d_]", task.answer):
             names.add(" ".join(task.answer.split()))
-        names.update(" ".join(match.split()) for match in _NAME.findall(task.question))
-        names.update(_SINGLE_NAME.findall(_NAME.sub(" ", task.question)))
+        names.update(" ".join(name.split()) for name in names_in(task.question))
+        names.update(_SINGLE_NAME.findall(_NAME.sub(lambda found: " " if found[1] else found[0], task.question)))
     return frozenset(names)
 
 
@@ -60,6 +70,6 @@ def locality(items: Sequence[ExperienceItem], tasks: Iterable[Task] = ()) -> Loc
         items=len(items),
         url=share(sum(_URL.search(text) is not None for text in texts)),
         number=share(sum(re.search(r"\d", text) is not None for text in texts)),
-        entity=share(sum(bool(_NAME.search(text) or (pattern and pattern.search(text))) for text in texts)),
+        entity=share(sum(bool(names_in(text) or (pattern and pattern.search(text))) for text in texts)),
         strategy=share(sum(_STRATEGY.search(text) is not None for text in texts)),
     )

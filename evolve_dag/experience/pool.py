@@ -19,7 +19,7 @@ from evolve_dag.records import ExperienceItem, Granularity, PoolEdit, PoolOperat
 
 _NUMBERED = re.compile(r"p(\d{4,})")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
-_URL = re.compile(r"https?://|www\.|\b[\w-]+\.(?:com|org|net|edu|gov|io|ai|cn|de|uk|info)\b", re.IGNORECASE)
+_URL = re.compile(r"https?://|www\.|(?<![\w-])-*+\w[\w-]*+\.(?:com|org|net|edu|gov|io|ai|cn|de|uk|info)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)

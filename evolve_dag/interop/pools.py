@@ -33,7 +33,7 @@ _REMEDY = 'a pool reads {"<id>": "<text>", ...}, ["<text>", ...] or [{"id": "...
 _WRAPPERS = ("experiences", "new_experiences", "experience", "items", "pool", "data")
 _TEXTS = ("text", "content", "experience", "full_text", "principle")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
-_MARKUP = re.compile(r"<(?:/?[a-zA-Z][^<>]*|!--.*?--)>")
+_MARKUP = re.compile(r"<(?:/?[a-zA-Z][^<>]*+|!--(?:(?!-->|<!--(?!>)).)*+--)>")
 _PAGE = re.compile(r"\s*<(?:!doctype|html|head|body|\?xml)\b", re.IGNORECASE)
 LISTED = re.compile(r"^\[([^\]\s]+)\]\.? ", re.M)
 """An item in a prompt of the released code: ``[G0]. Prioritize ...``."""

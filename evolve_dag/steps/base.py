@@ -63,7 +63,7 @@ SPECS: Mapping[str, StepSpec] = {
         StepSpec("trajectories", "4", ("seed", "tasks.train", *_TASK_KEYS), ("policy",), iteration=True),
         StepSpec(
             "experience",
-            "4",
+            "5",
             ("seed", "granularity", "extraction", "models.extractor"),
             ("policy", "trajectories"),
             iteration=True,

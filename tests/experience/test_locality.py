@@ -1,8 +1,12 @@
 from __future__ import annotations
 
-import pytest
+import re
 
-from evolve_dag.experience.locality import Locality, locality, task_names
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evolve_dag.experience.locality import Locality, locality, names_in, task_names
 from evolve_dag.experience.phrases import SITUATIONS, STRATEGIES, render
 from evolve_dag.records import ExperienceItem, Task
 
@@ -47,3 +51,16 @@ def test_rendered_principles_are_not_local() -> None:
 
 def test_names_of_tasks() -> None:
     assert task_names(TASKS) == {"Bado Keli", "Rato Miku", "Paris", "seine"}
+
+
+words = st.lists(st.sampled_from(["A", "b", "Bc", "aB", "if", " ", "  ", "\n", "-", "'", "1", ".", ", "]), max_size=14).map(
+    "".join
+)
+
+
+@given(words)
+def test_names_and_strategies_are_what_the_plain_patterns_find(text: str) -> None:
+    names = re.compile(r"[A-Z][\w'’-]*(?:\s+[A-Z][\w'’-]*)+")  # quadratic time on one long word
+    strategy = re.compile(r"\b(?:when|whenever|if|before|after|once|unless)\b[^,\n]+,\s*\w+", re.IGNORECASE)
+    assert names_in(text) == names.findall(text)
+    assert locality([item(text)]).strategy == float(strategy.search(text) is not None)
