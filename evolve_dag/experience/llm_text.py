@@ -14,7 +14,7 @@ from evolve_dag.experience.pool import Pool
 from evolve_dag.plain import one_line
 from evolve_dag.records import Step, Trajectory
 
-_MARKUP = re.compile(r"<(?=\s*/?\s*data\b|\s*\|)", re.IGNORECASE)
+_MARKUP = re.compile(r"<(?=\s*+(?:\||(?:/\s*+)?data\b))", re.IGNORECASE)
 _LEAST = 120
 """Characters of one part below which shortening every part says nothing any more."""
 

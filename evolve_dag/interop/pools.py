@@ -37,7 +37,7 @@ _WRAPPERS = ("experiences", "new_experiences", "experience", "items", "pool", "d
 _TEXTS = ("text", "content", "experience", "full_text", "principle")
 _GRANULARITIES = get_args(Granularity)
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
-_MARKUP = re.compile(r"<(?:/?[a-zA-Z][^<>]*|!--.*?--)>")
+_MARKUP = re.compile(r"<(?:/?[a-zA-Z][^<>]*+|!--(?:(?!-->|<!--(?!>)).)*+--)>")
 _PAGE = re.compile(r"\s*<(?:!doctype|html|head|body|\?xml)\b", re.IGNORECASE)
 LISTED = re.compile(r"^\[([^\]\s]+)\]\.? ", re.M)
 """An item in a prompt of the released code: ``[G0]. Prioritize ...``."""

@@ -122,7 +122,7 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
 SPEC = StepSpec(
     "experience",
     "The experience pool E(k), every pool edit, and which trajectories taught what.",
-    version="5",
+    version="6",
     config=("seed", "granularity", "extraction", "models.extractor"),
     inputs=("policy", "trajectories"),
     run=run,
