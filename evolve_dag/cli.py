@@ -169,15 +169,22 @@ def plan(
     json: JsonOption = False,
     store: StoreOption = None,
 ) -> None:
-    """Say what `evolve run` would recompute, and why; runs and writes nothing."""
+    """Say what `evolve run` would recompute, and why; runs and writes nothing. Exits with 1 where a run would stop."""
     from evolve_dag.lineage import planning
+    from evolve_dag.tasks.streams import of_iteration
+    from evolve_dag.tasks.suites import check_files
 
     opened = _store(store)
-    planned = planning.plan(_experiment(config, seed, opened), opened, iterations)
+    experiment = _experiment(config, seed, opened)
+    planned = planning.plan(experiment, opened, iterations)
     if json:
         _print_json(planned.to_dict())
     else:
         _console().print(planning.render(planned, reuse=every), highlight=False)
+    if any(step.iteration == 1 and step.action == "recompute" for step in planned.steps):
+        check_files(of_iteration(experiment, 1))
+    if planned.of("stop"):
+        raise typer.Exit(FAILED)
 
 
 @app.command()

@@ -174,6 +174,16 @@ def test_doctor_holds_the_weights_against_their_recorded_digest(tmp_path: Path, 
     assert changed.state == "broken"
 
 
+def test_doctor_names_damaged_databases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    for name in ("dagster/history/runs.db", "mlflow/mlflow.db", "cache/memory.sqlite"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"\x07" * 9000)
+    found = list(doctor._databases(tmp_path))
+    assert [finding.text.partition(":")[0].rpartition("/")[2] for finding in found] == ["runs.db", "mlflow.db", "memory.sqlite"]
+    assert {finding.state for finding in found} == {"broken"}
+
+
 def test_doctor_exits_1_when_something_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "examine", lambda root: iter([doctor.Finding("broken", "store", "not writable [here]")]))
     result = CliRunner().invoke(cli.app, ["doctor", "--store", str(tmp_path)])

@@ -22,6 +22,7 @@ from evolve_dag.experience.phrases import MAX_WORDS
 from evolve_dag.experience.pool import Pool, counted
 from evolve_dag.jsonlines import kind_of, read_objects, refuse
 from evolve_dag.records import ExperienceItem, Granularity, PoolEdit
+from evolve_dag.store.disk import read_bytes
 from evolve_dag.store.jsonvalues import is_finite
 
 if TYPE_CHECKING:
@@ -275,7 +276,7 @@ def read_text(path: Path) -> str:
         DataError: missing, unreadable, not UTF-8 or empty.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file", "check the path") from None
     except OSError as error:
@@ -313,6 +314,8 @@ def read_json(path: Path, text: str) -> Any:
         ) from None
     except RecursionError:
         raise DataError(f"{path}: not valid JSON: nested too deeply", _REMEDY) from None
+    except ValueError:
+        raise DataError(f"{path}: a number has too many digits", _REMEDY) from None
     if repeated:
         _refuse(path, repeated, "give each its own id: of two with one id only the last would be read")
     return content

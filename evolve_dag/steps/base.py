@@ -61,7 +61,8 @@ def settings(name: str, experiment: Experiment) -> dict[str, Any]:
     values = experiment.slice(*SPECS[name].config)
     for split in ("tasks.train", "tasks.development", "tasks.held_out"):
         values.get(split, {}).pop("stream", None)  # which tasks it came to is said by the world, or by the rows' hash
-    for key, found in data_digests(experiment).items():
+    files = data_digests(experiment) if "environment" in values else {}  # every step that reads tasks reads that too
+    for key, found in files.items():
         holder, _, last = key.rpartition(".")
         if holder in values:
             values[holder][last] = found
@@ -194,7 +195,7 @@ def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store
     if isinstance(entering, str):
         return Resolved(name, iteration, None, False, missing=entering)
     try:
-        config = settings(name, of_iteration(experiment, iteration))
+        config = settings(name, _seen_by(name, experiment, iteration))
     except OrderError as error:  # a stream that holds no tasks for this iteration yet
         return Resolved(name, iteration, None, False, missing=error.what)
     inputs: dict[str, str] = {}
@@ -213,6 +214,11 @@ def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store
         config |= {"iteration": iteration}
     digest = Store.digest_of(name, spec.version, config, inputs)
     return Resolved(name, iteration, digest, store.exists(name, digest), inputs, config, missing)
+
+
+def _seen_by(name: str, experiment: Experiment, iteration: int) -> Experiment:
+    """What a step reads: the iteration's own tasks, but for the policy, which must be there before the next tasks are."""
+    return experiment if name == "policy" else of_iteration(experiment, iteration)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +273,7 @@ def run_step(
     entering = _entering(experiment, iteration, store)
     expected = resolve_from(name, experiment, iteration, store, entering)
     here = f"{name}[{partition(experiment, iteration)}]"
-    settings(name, of_iteration(experiment, iteration))  # no tasks in the stream: says so
+    settings(name, _seen_by(name, experiment, iteration))  # no tasks in the stream: says so
     if expected.missing is not None or expected.digest is None or isinstance(entering, str):
         what = "is not promoted yet" if name == "policy" else "cannot be made yet"
         raise OrderError(
@@ -275,7 +281,7 @@ def run_step(
         )
     recomputed = not expected.exists
     if recomputed:
-        _make(expected, of_iteration(experiment, iteration), entering, store, progress or Silent())
+        _make(expected, _seen_by(name, experiment, iteration), entering, store, progress or Silent())
     artifact = store.open(name, expected.digest)
     seconds = time.monotonic() - started
     remembered = {"recomputed": recomputed, "seconds": round(seconds, 3), **(facts or {})}

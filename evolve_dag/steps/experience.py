@@ -59,8 +59,10 @@ def _evidence(context: StepContext) -> Evidence | None:
     entering = context.entering.experience
     if not entering or not context.store.exists("experience", entering):
         return None
-    path = context.store.open("experience", entering).path / EVIDENCE
-    return Evidence.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    artifact = context.store.open("experience", entering)
+    if EVIDENCE not in artifact.manifest.files:
+        return None
+    return Evidence.from_json(artifact.file(EVIDENCE).read_text(encoding="utf-8"))
 
 
 def _extract(context: StepContext, trajectories: Sequence[Trajectory], tasks: Sequence[Task], pool: Pool) -> Extraction:

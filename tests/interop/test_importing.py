@@ -160,6 +160,7 @@ def test_numbers_of_an_item_are_its_evidence(tmp_path: Path) -> None:
         ('{"a": "", "b": null, "c": 3}', r"3 mistakes\n  item 'a': empty\n  item 'b': no text[^\n]*\n  item 'c': no text"),
         ('[{"text": "x", "granularity": "global"}]', "item 1: granularity: must be `principle` or `instance`, not 'global'"),
         ("[" * 100_000, "nested too deeply"),
+        (f'{{"p1": {"9" * 5000}}}', "too many digits"),
     ],
 )
 def test_bad_pools_are_refused_with_file_and_place(tmp_path: Path, text: str, what: str) -> None:
