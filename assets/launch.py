@@ -3,7 +3,7 @@
 import os
 import sqlite3
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,32 +227,34 @@ def _run(config: Path, *, seed: int | None, iterations: int | None, root: Path, 
                 _execute(root, session, instance, automation.settings_job.name, name, name)
             runs = 0
             for k in range(1, count + 1):
-                if not is_up_to_date(experiment, k, store, instance):
+                if not is_up_to_date(name, base.resolve_iteration(experiment, k, store), store, instance):
                     _execute(root, session, instance, automation.iteration_job.name, partitions.loop_key(name, k), name)
                     runs += 1
     return RunResult(experiment, count, runs, session.recomputed)
 
 
 def is_up_to_date(
-    experiment: Experiment, iteration: int, store: Store, instance: dg.DagsterInstance, *, verify: bool = True
+    name: str, iteration: Mapping[str, base.Resolved], store: Store, instance: dg.DagsterInstance, *, verify: bool = True
 ) -> bool:
-    """Whether every artifact is there, is what the iteration refers to, and Dagster has it on record.
+    """Whether every artifact of an iteration is there, is what the lineage refers to, and Dagster has it on record.
 
     Args:
+        name: of the experiment.
+        iteration: step -> what is expected of it.
         verify: read every byte; else a damaged file shows only where it is read next.
 
     Raises:
         StoreError: with ``verify``, when an artifact is damaged.
     """
-    key = partitions.loop_key(experiment.experiment, iteration)
-    for name, expected in base.resolve_iteration(experiment, iteration, store).items():
+    for step, expected in iteration.items():
         if expected.digest is None or not expected.exists:
             return False
-        store.open(name, expected.digest, verify=verify)  # a damaged one must be told, not passed over
-        ref = store.ref(experiment.experiment, iteration, name)
+        store.open(step, expected.digest, verify=verify)  # a damaged one must be told, not passed over
+        ref = store.ref(name, expected.iteration, step)
         if ref is None or ref.digest != expected.digest:
             return False
-        if automation.recorded_version(instance, dg.AssetKey(name), key) != expected.digest:
+        key = partitions.loop_key(name, expected.iteration)
+        if automation.recorded_version(instance, dg.AssetKey(step), key) != expected.digest:
             return False
     return True
 

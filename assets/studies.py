@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import takewhile
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple
@@ -93,10 +94,9 @@ def _up_to_date(study: Study, root: Path, store: Store) -> Iterator[tuple[str, i
     with warnings.catch_warnings(), launch.open_instance(root) as instance:
         warnings.simplefilter("ignore")  # Dagster's notes to developers
         for cell in study.cells:
-            done = 0
-            while done < cell.iterations and launch.is_up_to_date(cell.experiment, done + 1, store, instance, verify=False):
-                done += 1
-            yield cell.name, done
+            lineage = base.resolve_lineage(cell.experiment, cell.iterations, store)
+            current = (launch.is_up_to_date(cell.name, iteration, store, instance, verify=False) for iteration in lineage)
+            yield cell.name, sum(1 for _ in takewhile(bool, current))
 
 
 def _remember(agenda: Agenda, study: Study, store: Store) -> None:

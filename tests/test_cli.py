@@ -78,6 +78,32 @@ def test_a_wrong_config_lists_its_mistakes_and_exits_2(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "bad.yaml"], "nothing was made"
 
 
+def test_a_study_with_an_invalid_arm_runs_nothing_and_exits_2(tmp_path: Path) -> None:
+    (tmp_path / "arm.yaml").write_text("sede: 1\n")
+    (tmp_path / "grid.yaml").write_text("seeds: [1, 1]\niterations: 1\narms: {a: arm.yaml, b: gone.yaml}\n")
+    done = evolve("study", "grid.yaml", folder=tmp_path)
+    assert done.returncode == 2
+    for expected in ("3 mistakes", "1 stands twice", "arms.a: arm.yaml: sede", "gone.yaml: no such file"):
+        assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["arm.yaml", "grid.yaml"], "nothing was made"
+
+
+def test_a_failed_cell_is_told_at_the_end_with_a_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evolve_dag.assets import studies
+
+    (tmp_path / "grid.yaml").write_text("seeds: [1]\niterations: 1\narms: {a: arm.yaml}\n")
+    (tmp_path / "arm.yaml").write_text("iterations: 1\n")
+    failed = studies.Finished(0, 0, {"grid.a-s1": "no room\n  remedy: make some"})
+    monkeypatch.setattr(studies, "run", lambda *_: failed)
+    command = ["study", str(tmp_path / "grid.yaml"), "--store", str(tmp_path / "s"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 1
+    assert "failed: grid.a-s1: no room" in result.stderr
+    assert (tmp_path / "s/reports/study-grid.html").is_file()
+    assert "Not finished" in (tmp_path / "out/study.md").read_text()
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = evolve("status", "absent.yaml", folder=tmp_path, EVOLVE_DEBUG="1")
     assert done.returncode != 0

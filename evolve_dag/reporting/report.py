@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from html import escape
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,15 +98,6 @@ def render(summaries: Sequence[LineageSummary], audits: Mapping[str, str] | None
         )
     from plotly.offline import get_plotlyjs
 
-    drawn: list[figures.Figure] = []
-
-    def draw(figure: figures.Figure) -> int:
-        # plotly reads a little markup in texts (<b>, <a href>): names from artifacts must not be read so
-        for trace in figure["data"]:
-            trace.update({key: escape(trace[key], quote=False) for key in ("name", "legendgroup") if key in trace})
-        drawn.append(figure)
-        return len(drawn) - 1
-
     return pages.render(
         "report.html.jinja",
         title=f"Self-evolution of {names[0]}" if len(names) == 1 else "Self-evolution, side by side",
@@ -120,8 +110,6 @@ def render(summaries: Sequence[LineageSummary], audits: Mapping[str, str] | None
         seeds={name: members for name, members in _by_experiment(summaries).items() if len(members) > 1},
         commands=_commands(summaries),
         versions=versions(),
-        drawn=drawn,
-        draw=draw,
         **_FUNCTIONS,
     )
 

@@ -15,7 +15,7 @@ the next iteration untouched.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,20 @@ def resolve_iteration(experiment: Experiment, iteration: int, store: Store) -> d
     """All seven steps of one iteration, in order."""
     entering = _entering(experiment, iteration, store)
     return {name: resolve_from(name, experiment, iteration, store, entering) for name in STEP_ORDER}
+
+
+def resolve_lineage(experiment: Experiment, iterations: int, store: Store) -> Iterator[dict[str, Resolved]]:
+    """All seven steps of iterations 1, 2, ...; the last one is the first that is not promoted, or number ``iterations``."""
+    from evolve_dag.steps.promotion import next_policy
+
+    entering = first_policy(experiment)
+    for k in range(1, iterations + 1):
+        resolved = {name: resolve_from(name, experiment, k, store, entering) for name in STEP_ORDER}
+        yield resolved
+        promotion = resolved["promotion"]
+        if promotion.digest is None or not promotion.exists:
+            return
+        entering = next_policy(store.open("promotion", promotion.digest), k + 1)
 
 
 def entering_policy(experiment: Experiment, iteration: int | None, store: Store) -> PolicyRef:

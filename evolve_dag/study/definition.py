@@ -89,10 +89,10 @@ def load_study(path: Path | str, choice: Choice | None = None) -> Study:
     path = Path(path)
     content, mistakes = read_mapping(path)
     mistakes = [f"{path}: {mistake}" for mistake in mistakes]
-    if isinstance(content, dict):
-        content = {"study": path.stem, **content}
+    if "arms" not in content:
+        raise ConfigError(f"{path}: is no study: it has no `arms`", f"run an experiment with: evolve run {path}")
     try:
-        settings = StudySettings.model_validate(content)
+        settings = StudySettings.model_validate({"study": path.stem, **content})
     except ValidationError as error:
         mistakes += [f"{path}: {described(item, StudySettings)}" for item in error.errors()]
         raise _refused(path, mistakes) from None

@@ -35,7 +35,9 @@ def all_arms(findings: Findings, arms: Sequence[str]) -> Figure:
         [trace for trace in _curve(findings, arm, "without", arm, *_style(n)) if trace["meta"]["paint"] == "line"]
         for n, arm in enumerate(arms)
     ]
-    return over_iterations(lines, max(map(findings.last, arms), default=0), range_=(0, 100), suffix="%")
+    figure = over_iterations(lines, max(map(findings.last, arms), default=0), range_=(0, 100), suffix="%")
+    figure["layout"]["height"] = 460  # two dozen names take room
+    return figure
 
 
 def at_the_end(findings: Findings) -> Figure:

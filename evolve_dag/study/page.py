@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
 from pathlib import Path
 
 from evolve_dag.evaluation.intervals import Interval
 from evolve_dag.reporting import pages
-from evolve_dag.reporting.drawing import Figure
 from evolve_dag.reporting.report import versions
 from evolve_dag.store.disk import write_atomic
 from evolve_dag.store.faults import disk_error
@@ -50,15 +48,6 @@ def render(findings: Findings) -> str:
     """The report as one HTML text that loads nothing from anywhere."""
     from plotly.offline import get_plotlyjs
 
-    drawn: list[Figure] = []
-
-    def draw(figure: Figure) -> int:
-        # plotly reads a little markup in texts (<b>, <a href>): names must not be read so
-        for trace in figure["data"]:
-            trace.update({key: escape(trace[key], quote=False) for key in ("name", "legendgroup") if key in trace})
-        drawn.append(figure)
-        return len(drawn) - 1
-
     def part(arm: str, fact: str, value: str) -> Estimate | None:
         last = findings.last(arm)
         wanted = (arm, last, fact, value)
@@ -77,8 +66,6 @@ def render(findings: Findings) -> str:
         part=part,
         shown=lambda question: shown_contrasts(findings, question),
         published=compared(findings),
-        drawn=drawn,
-        draw=draw,
         share=share,
         signed=signed,
         bounds=bounds,

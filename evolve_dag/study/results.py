@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from evolve_dag.evaluation.metrics import ALIASES, MOST_VALUES, Metrics, metrics_from_json
 from evolve_dag.steps import base
-from evolve_dag.steps.promotion import next_policy
 from evolve_dag.steps.scores import BASE_AT
 from evolve_dag.store.artifacts import Artifact, Store
 from evolve_dag.study.definition import Cell, Study
@@ -105,15 +104,10 @@ def read(study: Study, store: Store) -> Results:
 
 
 def _cell(cell: Cell, store: Store, facts: dict[str, Mapping[str, str]]) -> Iterator[Result]:
-    entering = base.first_policy(cell.experiment)
-    for k in range(1, cell.iterations + 1):
-        promoted = base.resolve_from("promotion", cell.experiment, k, store, entering)
-        if promoted.digest is None or not promoted.exists:
+    for k, resolved in enumerate(base.resolve_lineage(cell.experiment, cell.iterations, store), 1):
+        if not all(step.digest and step.exists for step in resolved.values()):
             return
-        promotion = store.open("promotion", promoted.digest)
-        made = {kind: store.open(kind, digest) for kind, digest in promotion.inputs.items()}
-        made["contexts"] = store.open("contexts", made["adapter"].inputs["contexts"])
-        made["trajectories"] = store.open("trajectories", made["contexts"].inputs["trajectories"])
+        made = {name: store.open(name, str(step.digest)) for name, step in resolved.items()}
         rewards = _rewards(made["scores"], facts)
         metrics = {name: metrics_from_json(content) for name, content in made["scores"].json("summary.json").items()}
         if k == 1:
@@ -129,12 +123,11 @@ def _cell(cell: Cell, store: Store, facts: dict[str, Mapping[str, str]]) -> Iter
             {name: rewards[name] for name in HELD_OUT if name in rewards},
             {name: metrics[name] for name in HELD_OUT if name in metrics},
             items=int(made["experience"].summary.get("items") or 0),
-            decision=str(promotion.json("decision.json")["decision"]),
+            decision=str(made["promotion"].json("decision.json")["decision"]),
             sampled=sum(_sampled(made[kind]) for kind in ("trajectories", "experience", "contexts", "adapter")),
             trained=int(made["adapter"].summary.get("tokens_trained") or 0),
-            seconds=sum(artifact.manifest.seconds for artifact in (*made.values(), promotion)),
+            seconds=sum(artifact.manifest.seconds for artifact in made.values()),
         )
-        entering = next_policy(promotion, k + 1)
 
 
 def _sampled(artifact: Artifact) -> int:

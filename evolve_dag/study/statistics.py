@@ -8,7 +8,7 @@ Student's t over the seeds' own means (task noise is in them). A bootstrap over 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -63,8 +63,10 @@ def mean(column: Column) -> Estimate | None:
         return None
     flat = np.concatenate(list(values.values()))
     if len(flat) < SMALL or flat.min() == flat.max():
-        return _estimate(values, wilson(_mean(values), len(flat), confidence=CONFIDENCE))
-    return _estimate(values, _percentiles(np.mean([_resampled(v, seed) for seed, v in values.items()], axis=0)))
+        found = _estimate(values, wilson(_mean(values), len(flat), confidence=CONFIDENCE))
+    else:
+        found = _estimate(values, _percentiles(np.mean([_resampled(v, seed) for seed, v in values.items()], axis=0)))
+    return found if found.seeds is None else replace(found, seeds=(max(0.0, found.seeds[0]), min(1.0, found.seeds[1])))
 
 
 def difference(a: Column, b: Column) -> Estimate | None:

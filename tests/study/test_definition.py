@@ -107,6 +107,13 @@ def test_wrong_keys_are_named(tmp_path: Path, changes: dict, expected: str) -> N
     assert expected in mistakes(write(tmp_path, **changes))
 
 
+def test_an_experiment_is_no_study(tmp_path: Path) -> None:
+    write(tmp_path)
+    with pytest.raises(ConfigError, match=r"arm\.yaml: is no study") as caught:
+        load_study(tmp_path / "arm.yaml")
+    assert "evolve run" in caught.value.remedy
+
+
 def test_what_the_command_line_asks_for_must_be_there(tmp_path: Path) -> None:
     told = mistakes(write(tmp_path), Choice(arms=("nobody",), seeds=(1, 1)))
     assert "--arm nobody: no such arm: plain, greedy" in told

@@ -34,6 +34,7 @@ def test_the_interval_over_seeds_is_students() -> None:
     assert found is not None
     low, high = ttest_1samp(list(found.by_seed.values()), 0).confidence_interval(0.95)
     assert found.seeds == pytest.approx((low, high))
+    assert mean(drawn(rng, 0.05, 0.5)).seeds == (0, 1), "a share stays one"
     assert mean(drawn(rng, 0.4)).seeds is None, "one seed says nothing of others"
     [one] = drawn(rng, 0.4).values()
     agreeing = mean(dict.fromkeys((1, 2, 3), one))
