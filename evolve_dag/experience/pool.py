@@ -1,8 +1,8 @@
 """The experience pool: capped, versioned, with ids that never change.
 
 A pool is a value. :meth:`Pool.apply` takes proposals (from a miner, an LLM or a hand) and gives back a new pool, the
-edits that led there and the proposals it refused, with the reason. Nothing is lost silently: :func:`replay` of all
-edits rebuilds the pool's ids, texts and provenance.
+edits that led there and the proposals it refused, with the reason. Nothing is lost silently: the edits of a lineage, done again
+in order, rebuild the pool's ids, texts and provenance (a test does).
 """
 
 from __future__ import annotations
@@ -61,16 +61,6 @@ class Applied(NamedTuple):
     refused: list[Refusal]
 
 
-class Outline(NamedTuple):
-    """What the edits know of an item."""
-
-    id: str
-    text: str
-    created: int
-    updated: int
-    trajectory_ids: tuple[str, ...]
-
-
 @dataclass(frozen=True, slots=True)
 class Pool:
     """An ordered, immutable set of experience items."""
@@ -116,10 +106,6 @@ class Pool:
             if item.id == item_id:
                 return item
         raise DataError(f"pool version {self.version}: no item {item_id!r}", f"ids here: {', '.join(self.ids) or 'none'}")
-
-    def outline(self) -> tuple[Outline, ...]:
-        """What :func:`replay` must reproduce."""
-        return tuple(Outline(i.id, i.text, i.created, i.updated, i.trajectory_ids) for i in self.items)
 
     def apply(self, proposals: Iterable[Proposal], *, iteration: int, cap: int | None = None, strict: bool = False) -> Applied:
         """Carry out ``proposals`` in order, then enforce ``cap`` by deleting the items of lowest lift (of equals the
@@ -347,38 +333,3 @@ def counted(edits: Sequence[PoolEdit]) -> dict[str, int]:
     """``added``, ``updated``, ...: how many edits of each operation."""
     operations: list[str] = [edit.operation for edit in edits]
     return {name: operations.count(operation) for operation, name in EDITED.items()}
-
-
-_REPLAY = "replay all edits of the lineage, oldest first"
-
-
-def replay(edits: Iterable[PoolEdit]) -> tuple[Outline, ...]:
-    """Rebuild ids, texts and provenance of a pool from all its edits, oldest first.
-
-    Raises:
-        DataError: the edits contradict each other (an id given twice, a change of an unknown item, a wrong ``before``).
-    """
-    items: dict[str, Outline] = {}
-    ever: set[str] = set()
-    for place, edit in enumerate(edits, 1):
-        where = f"edit {place} ({edit.operation} {edit.item_id})"
-        if edit.operation == "add":
-            if edit.item_id in ever or edit.after is None:
-                raise DataError(f"{where}: the id was given before, or there is no text", "the edits are not of one lineage")
-            ever.add(edit.item_id)
-            items[edit.item_id] = Outline(edit.item_id, edit.after, edit.iteration, edit.iteration, edit.trajectory_ids)
-            continue
-        item = items.get(edit.item_id)
-        if item is None or item.text != edit.before:
-            raise DataError(f"{where}: the item is unknown here or reads otherwise", _REPLAY)
-        if edit.operation in ("graduate", "recall"):
-            continue
-        if edit.operation == "update":
-            if edit.after is None:
-                raise DataError(f"{where}: no text after the update", "the edits are damaged: open them from the store again")
-            items[edit.item_id] = item._replace(text=edit.after, updated=edit.iteration, trajectory_ids=edit.trajectory_ids)
-            continue
-        if edit.operation == "merge" and (edit.into is None or edit.into not in items or edit.into == edit.item_id):
-            raise DataError(f"{where}: merged into {edit.into!r}, which is not there", _REPLAY)
-        del items[edit.item_id]
-    return tuple(items.values())

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from pool_replay import outline, replay
 
 from evolve_dag.experience.graduation import LEAST_STEPS, Habit, graduations, habits
-from evolve_dag.experience.pool import Pool, Proposal, replay
+from evolve_dag.experience.pool import Pool, Proposal
 from evolve_dag.records import ExperienceItem, Step, ToolCall, Trajectory
 
 ITEM = ExperienceItem(
@@ -102,4 +103,4 @@ def test_replay_knows_graduation():
     pool, added, _ = Pool().apply([Proposal("add", text=ITEM.text, condition=ITEM.condition)], iteration=1)
     pool, moved, _ = pool.apply([Proposal("graduate", item_id="p0001"), Proposal("recall", item_id="p0001")], iteration=2)
     assert [edit.operation for edit in moved] == ["graduate", "recall"]
-    assert replay([*added, *moved]) == pool.outline()
+    assert replay([*added, *moved]) == outline(pool)

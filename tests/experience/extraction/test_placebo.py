@@ -8,12 +8,13 @@ import pytest
 from experience_builders import answer, search, trajectory, visit
 from hypothesis import given
 from hypothesis import strategies as st
+from pool_replay import replay
 
 from evolve_dag.errors import DataError
 from evolve_dag.experience.extraction.placebo import placebo
 from evolve_dag.experience.features import walk
 from evolve_dag.experience.phrases import action_of, render, split
-from evolve_dag.experience.pool import Pool, Proposal, principle_problems, replay
+from evolve_dag.experience.pool import Pool, Proposal, principle_problems
 
 LISTING = "2 results\n1. river Bado Keli: mouth: city Zano Pile\n2. person Bado Keli: home: city Zano Pile"
 PAGE = "page: person Bado Keli\nhome: city Zano Pile"
