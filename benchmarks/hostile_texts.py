@@ -20,7 +20,7 @@ from evolve_dag.experience.features import parse_observation, strip_last_step
 from evolve_dag.experience.llm_text import fence, shorten
 from evolve_dag.experience.locality import locality, names_in
 from evolve_dag.experience.phrases import split
-from evolve_dag.experience.pool import check_principle_form
+from evolve_dag.experience.pool import principle_problems
 from evolve_dag.experience.selection.lexical import _NAMED
 from evolve_dag.inference.openai import _said, _wants_other_limit
 from evolve_dag.inference.outgoing import cut_middle, neutral
@@ -131,7 +131,7 @@ CASES = (
     Hostile("names in a question", lambda text: _NAMED.sub(" ", text), [*_repeated("a", "Aa ", "A"), ("A", " ", "a")]),
     Hostile(
         "an item",
-        check_principle_form,
+        principle_problems,
         [*_repeated("a-", "org-", "-", "a.", "Aa"), ("Verify: when ", "a, ", "\n."), ("Aa: when ", ", ", "")],
     ),
     Hostile("a principle", split, [("Verify: when ", "a, ", "."), ("Verify: when ", ", ", "x"), *_repeated("A", "A-")]),
