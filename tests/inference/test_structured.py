@@ -25,8 +25,8 @@ SCHEMA = {
 }
 ASK = (Message("system", "You choose."), Message("user", "Choose, in JSON."))
 
-texts = st.text(max_size=20).filter(lambda text: "think>" not in text)
-"""Behind prose such a tag ends the reasoning, in a string of the answer too."""
+texts = st.text(max_size=20).filter(lambda text: "think>" not in text and "```" not in text)
+"""Behind prose such a tag ends the reasoning, and such a fence opens code, in a string of the answer too."""
 keys = texts.filter(bool).map(lambda text: text[:8])
 scalars = st.none() | st.booleans() | st.integers(-(10**9), 10**9) | texts
 inner = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(keys, v, max_size=3), max_leaves=12)
