@@ -57,8 +57,12 @@ def extract_json(text: str) -> Any | None:
     element of a list that was cut off is not the answer. A list of bare numbers, as in "see [1]", is taken only where
     there is nothing else.
     """
-    found = _candidates(text)
-    return next((value for value in found if not _is_marker(value)), found[0] if found else None)
+    marker = None
+    for value in _candidates(text):
+        if not _is_marker(value):
+            return value
+        marker = value if marker is None else marker
+    return marker
 
 
 async def ask_json(
@@ -140,12 +144,12 @@ def _place(path: Sequence[str | int]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or "the answer"
 
 
-def _candidates(text: str) -> list[Any]:
+def _candidates(text: str) -> Iterator[Any]:
     """Outermost JSON objects and arrays in order, those in code fences first."""
     body = text.strip()
     if not body.startswith(("{", "[", "`")):  # else such a tag stands inside of the answer
         body = body.rpartition("</think>")[2].partition("<think>")[0]  # the second: reasoning that never came to an end
-    return [value for part in (*_fenced(body), body) for value in _values(part)]
+    return (value for part in (*_fenced(body), body) for value in _values(part))
 
 
 def _fenced(text: str) -> list[str]:
