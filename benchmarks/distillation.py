@@ -35,6 +35,7 @@ from evolve_dag.distillation.losses import token_losses
 from evolve_dag.distillation.teacher import TeacherScorer, TeacherTargets
 from evolve_dag.distillation.trainer import BETAS, distill, learning_rate
 from evolve_dag.inference.prefix_tree import GrowingTree
+from evolve_dag.inference.recording import distribution
 
 ACTION, OBSERVATION, SYSTEM, HINT, HEADER = (16, 30), (20, 60), (90, 90), (20, 50), 3
 """Tokens: ranges as measured on pocket transcripts."""
@@ -56,7 +57,7 @@ def synthetic(seed: int, name: str, vocabulary: int, injection: str, steps: tupl
         hint = some(HINT) if injection == "step_wise" else []
         action = some(ACTION)
         context = [*system, *notes, *clean, *hint, *header]
-        views.append(TeacherView(name, step, (*context, *action), len(context)))
+        views.append(TeacherView(name, step, (*context, *action), len(context), injected="item" if hint or notes else ""))
         start = len(system) + len(clean) + HEADER
         spans.append((start, start + len(action)))
         clean += [*header, *action]
@@ -92,14 +93,26 @@ def plain_loop(
     return losses
 
 
-def view_by_view(model: torch.nn.Module, aligned: Sequence[Aligned]) -> list[TeacherTargets]:
-    """One sequence per step, in length-sorted batches of the same budget, and joined per trajectory."""
-    scored = iter(TeacherScorer(model, share=False).score([[view] for one in aligned for view in one.views]))
-    joined = []
-    for one in aligned:
-        parts = [next(scored) for _ in one.views]
-        joined.append(TeacherTargets(np.concatenate([part.logprobs for part in parts])))
-    return joined
+def view_by_view(model: torch.nn.Module, aligned: Sequence[Aligned], top_k: int = 64) -> list[TeacherTargets]:
+    """One prefill per step, in batches of like length and of the same budget; logits on action tokens only here too."""
+    views = [(owner, view) for owner, one in enumerate(aligned) for view in one.views]
+    order = sorted(range(len(views)), key=lambda index: -len(views[index][1].ids))
+    parts: list[tuple[np.ndarray, ...]] = [()] * len(views)
+    with torch.inference_mode():
+        while order:
+            rows = max(1, 4096 // len(views[order[0]][1].ids))
+            chosen, order = order[:rows], order[rows:]
+            ids = [torch.tensor(views[index][1].ids) for index in chosen]
+            padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+            states = model.model(input_ids=padded, use_cache=False).last_hidden_state
+            for row, index in enumerate(chosen):
+                view = views[index][1]
+                logits = model.lm_head(states[row, view.start - 1 : len(view.ids) - 1])
+                parts[index] = tuple(one.numpy() for one in distribution(logits, top_k))
+    found: list[list[tuple[np.ndarray, ...]]] = [[] for _ in aligned]
+    for (owner, _), part in zip(views, parts, strict=True):
+        found[owner].append(part)
+    return [TeacherTargets(*(np.concatenate(column) for column in zip(*own, strict=True))) for own in found]
 
 
 def distinct_tokens(aligned: Sequence[Aligned]) -> int:

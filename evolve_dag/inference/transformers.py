@@ -52,7 +52,7 @@ class Counters:
     prompt_tokens: int = 0
     """Tokens of all contexts."""
     computed_tokens: int = 0
-    """Prompt tokens that went through the model; the others were reused."""
+    """Tokens of contexts that went through the model, padding left out; the others were reused."""
     sampled_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -346,7 +346,7 @@ class TransformersModel:
         order = sorted(range(len(calls)), key=lambda i: held[i][0])
         rows = [calls[i] for i in order]
         slots, starts = [held[i][0] for i in order], [held[i][1] for i in order]
-        logits = self._prefill(model, rows, slots, starts)
+        logits = self._prefill_distinct(model, rows, slots, starts)
         filled = time.perf_counter()
         tokens, logprobs, columns = self._decode(model, rows, slots, logits)
         self.counters.prefill_seconds += filled - begun
@@ -370,7 +370,6 @@ class TransformersModel:
             return ModelError(f"the answer cannot be held to its schema: {call.guide.problem}", "ask with a simpler schema")
         self.counters.calls += 1
         self.counters.prompt_tokens += len(call.ids)
-        self.counters.computed_tokens += len(call.ids) - cached
         self.counters.sampled_tokens += len(ids)
         finish: Literal["stop", "length"] = "stop" if ids[-1] in self.chat.stop_ids else "length"
         return Completion(self.chat.decode_action(ids), tuple(ids), tuple(logprobs), finish, len(call.ids), cached)
@@ -391,6 +390,22 @@ class TransformersModel:
             return
         slot, start = self._pool.acquire(fresh[0].session, first[:shared])
         self._forward_prompts(model, [first[:shared]], [slot], [start])
+
+    def _prefill_distinct(
+        self, model: PreTrainedModel, calls: Sequence[_Call], slots: list[int], starts: list[int]
+    ) -> torch.Tensor:
+        """:meth:`_prefill`, where rollouts of a task that have not parted yet are one: computed once, then copied."""
+        first: dict[bytes, int] = {}
+        owners = [first.setdefault(call.ids.tobytes(), row) for row, call in enumerate(calls)]
+        rows = list(first.values())
+        logits = self._prefill(model, *([column[row] for row in rows] for column in (calls, slots, starts)))
+        if len(rows) == len(calls):
+            return logits
+        for row, owner in enumerate(owners):
+            if row != owner:
+                self._pool.copy(slots[owner], slots[row], starts[row], calls[row].ids)
+        place = {row: at for at, row in enumerate(rows)}
+        return logits[torch.tensor([place[owner] for owner in owners], device=logits.device)]
 
     def _prefill(self, model: PreTrainedModel, calls: Sequence[_Call], slots: list[int], starts: list[int]) -> torch.Tensor:
         """Compute what the slots lack; logits [rows, vocabulary] after the last token of each prompt."""
@@ -420,6 +435,7 @@ class TransformersModel:
         for row, (ids, start) in enumerate(zip(prompts, starts, strict=True)):
             tokens[row, width - len(ids) + start :] = ids[start:]
             columns[row, width - len(ids) + start :] = np.arange(start, len(ids))
+        self.counters.computed_tokens += sum(len(ids) - start for ids, start in zip(prompts, starts, strict=True))
         cache = RoundCache(self._pool, slots, length, self._device)
         logits = self._forward(model, torch.from_numpy(tokens), torch.from_numpy(columns), length, cache)
         for ids, slot, start in zip(prompts, slots, starts, strict=True):

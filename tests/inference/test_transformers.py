@@ -166,6 +166,25 @@ def test_recorded_distributions_are_those_of_a_forward_pass(qwen3: PreTrainedMod
     assert len(recording) == len(requests)  # nothing is kept behind the end
 
 
+def test_rollouts_that_have_not_parted_are_computed_once(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    model = load(qwen3, chat)
+    group = [replace(question(3, seed=seed, max_tokens=12), session=f"g{seed}") for seed in range(5)]
+    requests = [*group, question(5), question(6)]
+    completions = ask(model, requests)
+    lengths = [len(chat.encode(request.messages)) for request in requests[4:]]
+    assert model.counters.computed_tokens <= sum(lengths)
+    assert model.counters.prompt_tokens == sum(lengths) + 4 * lengths[0]
+    assert len({completion.token_ids for completion in completions[:5]}) > 1
+    for request, completion in zip(requests, completions, strict=True):
+        check(qwen3, chat, request, completion)
+    followed = [
+        replace(request, messages=(*request.messages, Message("assistant", c.text, c.token_ids), Message("tool", "no results")))
+        for request, c in zip(requests, completions, strict=True)
+    ]
+    for request, completion in zip(followed, ask(model, followed), strict=True):
+        check(qwen3, chat, request, completion)
+
+
 def test_finished_rows_leave_and_the_rest_goes_on(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
     """Row lengths from 1 to 40: the round is compacted several times, in and outside the slab."""
     model = load(qwen3, chat)
