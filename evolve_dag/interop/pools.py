@@ -131,6 +131,7 @@ def _pool(path: Path, entries: Sequence[_Entry]) -> ImportedPool:
     if mistakes := _mistakes(entries, texts):
         _refuse(path, mistakes, _REMEDY)
     kept = [entry.id if entry.id is not None and _ID.fullmatch(entry.id) else None for entry in entries]
+    # Past every id like ours in the file: an id is never given twice, and a pool that was exported comes back under its own.
     number = Pool(tuple(ExperienceItem(id, "", "instance") for id in kept if id)).next_number
     items: list[ExperienceItem] = []
     renamed: dict[str, str] = {}

@@ -33,7 +33,7 @@ INTERNALIZED: tuple[tuple[str, Callable[[audit.Internalized], float | None]], ..
 """Bars of an item: the policy that entered the iteration, its candidate, the policy that the lineage holds now."""
 
 NEUTRAL = ("#2f7ed8", "#d9731a", "#1f9d72", "#a45cc4", "#b58a14", "#d14d7a", "#3a9bb5", "#7d8590")
-"""Mid tones that can be read on white and on near-black; the SVG stands on pages that we do not paint."""
+"""Mid tones that can be read on white and on near-black: MLflow shows the figures on a page that we do not paint."""
 
 
 def success(summaries: Sequence[LineageSummary], conditions: Sequence[Condition]) -> Figure:
@@ -157,7 +157,7 @@ def internalized(summary: LineageSummary) -> Figure:
                     "name": name,
                     "customdata": texts,
                     "hovertemplate": "%{y:.4f} nats, %{customdata}<extra>%{fullData.name}</extra>",
-                    "meta": {"slot": (7, 0, 2)[slot], "paint": "bar"},
+                    "meta": {"slot": (7, 0, 2)[slot], "paint": "bar"},  # grey for what was there before
                 }
             )
     layout = _layout("nats per token", from_zero=True)
@@ -208,7 +208,7 @@ def inside(summaries: Sequence[LineageSummary]) -> Figure:
         points = [_inside_point(one) for one in rows if one.share is not None]
         lines.append(_line(points, summary.experiment, slot))
     figure = _over_iterations([line for line in lines if line[-1]["x"]], summaries, suffix="%", from_zero=True)
-    figure["layout"]["xaxis"]["range"][0] = 0.5
+    figure["layout"]["xaxis"]["range"][0] = 0.5  # the base policy has taken nothing over yet
     return figure
 
 
@@ -397,7 +397,7 @@ def _bars(
     if range_ is not None:
         layout["yaxis"]["range"] = list(range_)
     layout["xaxis"] |= {"type": "category", "title": _title("iteration")}
-    layout |= {"barmode": "relative", "bargap": 0.35}
+    layout |= {"barmode": "relative", "bargap": 0.35}  # stacked, what is negative downwards
     return {"data": [trace for trace in data if any(trace["y"])], "layout": layout}
 
 

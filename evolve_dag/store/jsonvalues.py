@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from evolve_dag.errors import DataError
 
@@ -18,7 +18,7 @@ _WORDS = {"missing": "missing", "extra_forbidden": "unknown field", "model_type"
 """Kind of mistake -> what is said of it, where pydantic speaks of Python."""
 
 
-def to_values(record: object) -> dict[str, Any]:
+def to_values(record: Any) -> dict[str, Any]:
     """The fields of a record (a dataclass) as what JSON knows: objects, lists, numbers, text, null."""
     values: dict[str, Any] = _adapter(type(record)).dump_python(record, mode="json")
     return values
@@ -36,7 +36,7 @@ def from_values(kind: type[Record], values: object, what: str, remedy: str) -> R
     from pydantic import ValidationError
 
     try:
-        record: Record = _adapter(kind).validate_python(values)
+        record: Record = _adapter(cast("Hashable", kind)).validate_python(values)
     except ValidationError as error:
         raise DataError(f"{what}: {'; '.join(mistakes(error))}", remedy) from error
     return record
@@ -63,7 +63,7 @@ def is_finite(value: object) -> bool:
 
 
 @cache
-def _adapter(kind: type) -> TypeAdapter[Any]:
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
