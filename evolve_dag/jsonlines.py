@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,14 +73,18 @@ def text_mistakes(value: Mapping[str, Any], key: str) -> list[str]:
     return []
 
 
-def refuse(path: str | Path, mistakes: list[Mistake], remedy: str) -> NoReturn:
-    """Raise one DataError that lists ``mistakes`` by line, the first :data:`SHOWN` in full."""
-    ordered = sorted(mistakes)
-    lines = [f"  line {number}: {what}" for number, what in ordered[:SHOWN]]
-    if len(ordered) > SHOWN:
-        lines.append(f"  ... and {len(ordered) - SHOWN} more")
-    listing = "\n".join(lines)
-    raise DataError(f"{path}: {len(ordered)} mistake{'s' if len(ordered) > 1 else ''}\n{listing}", remedy)
+def refuse(path: str | Path, mistakes: Iterable[Mistake], remedy: str) -> NoReturn:
+    """Raise one DataError that lists ``mistakes`` by line."""
+    refuse_all(path, [f"line {number}: {what}" for number, what in sorted(mistakes)], remedy)
+
+
+def refuse_all(path: str | Path, mistakes: Sequence[str], remedy: str) -> NoReturn:
+    """Raise one DataError that lists ``mistakes``, the first :data:`SHOWN` in full."""
+    lines = list(mistakes[:SHOWN])
+    if len(mistakes) > SHOWN:
+        lines.append(f"... and {len(mistakes) - SHOWN} more")
+    listing = "".join(f"\n  {line}" for line in lines)
+    raise DataError(f"{path}: {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}{listing}", remedy)
 
 
 def kind_of(value: Any) -> str:

@@ -119,6 +119,7 @@ def _is_title(heading: str) -> bool:
 
 def _name_in(text: str) -> str | None:
     for run, opens in _capitalised(_PLACEHOLDER.sub("x", text)):
+        # One capitalised word at the start is how English begins a sentence; two are a name.
         if not (opens and len(run) == 1) and _NOT_NAMES.isdisjoint(word.lower() for word in run):
             return " ".join(run)
     return None
@@ -131,7 +132,7 @@ def _capitalised(text: str) -> Iterator[tuple[list[str], bool]]:
     for raw in re.split(r"[\s/]+", text):
         word = raw.strip(_OPENING + _CLOSING + ".!?:;…")
         begins = starts or raw[:1] in _OPENING
-        if run and (begins or not _is_name(word)):
+        if run and (begins or not _is_name(word)):  # `... Results. Visit ...` are two runs, `Bado Keli` is one
             yield run, opens
             run = []
         if _is_name(word):

@@ -22,7 +22,7 @@ from evolve_dag.records import ExperienceItem, Granularity, PoolEdit, PoolOperat
 from evolve_dag.store.jsonvalues import is_finite, mistakes, to_values
 
 _NUMBERED = re.compile(r"p(\d{4,})")
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
+ITEM_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 LEAST_WORDS = 3
 """Fewest words of a new principle: 'Verify before answering.'"""
 
@@ -226,7 +226,7 @@ class _File(BaseModel, strict=True, extra="forbid"):
 class _Item(BaseModel, strict=True, extra="forbid"):
     """An item as a hand may have written it."""
 
-    id: Annotated[str, AfterValidator(lambda id: id if _ID.fullmatch(id) else _refused("should be letters, digits, `_.-`"))]
+    id: Annotated[str, AfterValidator(lambda id: id if ITEM_ID.fullmatch(id) else _refused("should be letters, digits, `_.-`"))]
     text: Annotated[str, AfterValidator(lambda text: text if text.strip() else _refused("should be text"))]
     granularity: Granularity
     condition: dict[str, str] = {}

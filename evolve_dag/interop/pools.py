@@ -11,16 +11,16 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from evolve_dag.errors import DataError
 from evolve_dag.experience.locality import trajectory_detail
 from evolve_dag.experience.phrases import MAX_WORDS
-from evolve_dag.experience.pool import Pool, counted
-from evolve_dag.jsonlines import kind_of, read_objects, refuse
+from evolve_dag.experience.pool import ITEM_ID, Pool, counted
+from evolve_dag.jsonlines import kind_of, read_objects, refuse, refuse_all
 from evolve_dag.records import ExperienceItem, Granularity, PoolEdit
 from evolve_dag.store.disk import read_bytes
 from evolve_dag.store.jsonvalues import is_finite
@@ -37,7 +37,6 @@ _REMEDY = 'a pool reads {"<id>": "<text>", ...}, ["<text>", ...] or [{"id": "...
 _WRAPPERS = ("experiences", "new_experiences", "experience", "items", "pool", "data")
 _TEXTS = ("text", "content", "experience", "full_text", "principle")
 _GRANULARITIES = get_args(Granularity)
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 _MARKUP = re.compile(r"<(?:/?[a-zA-Z][^<>]*+|!--(?:(?!-->|<!--(?!>)).)*+--)>")
 _PAGE = re.compile(r"\s*<(?:!doctype|html|head|body|\?xml)\b", re.IGNORECASE)
 LISTED = re.compile(r"^\[([^\]\s]+)\]\.? ", re.M)
@@ -130,8 +129,9 @@ def _said(value: Any, of_file: Any) -> Any:
 def _pool(path: Path, entries: Sequence[_Entry]) -> ImportedPool:
     texts = [_item_text(entry) for entry in entries]
     if mistakes := _mistakes(entries, texts):
-        _refuse(path, mistakes, _REMEDY)
-    kept = [entry.id if entry.id is not None and _ID.fullmatch(entry.id) else None for entry in entries]
+        refuse_all(path, mistakes, _REMEDY)
+    kept = [entry.id if entry.id is not None and ITEM_ID.fullmatch(entry.id) else None for entry in entries]
+    # Past every id like ours in the file: an id is never given twice, and a pool that was exported comes back under its own.
     number = Pool(tuple(ExperienceItem(id, "", "instance") for id in kept if id)).next_number
     items: list[ExperienceItem] = []
     renamed: dict[str, str] = {}
@@ -317,7 +317,7 @@ def read_json(path: Path, text: str) -> Any:
     except ValueError:
         raise DataError(f"{path}: a number has too many digits", _REMEDY) from None
     if repeated:
-        _refuse(path, repeated, "give each its own id: of two with one id only the last would be read")
+        refuse_all(path, repeated, "give each its own id: of two with one id only the last would be read")
     return content
 
 
@@ -329,9 +329,3 @@ def is_page(text: str) -> bool:
 def a_page(path: Path) -> DataError:
     """What to say of a file that is a web page."""
     return DataError(f"{path}: a web page, not JSON", "download the file itself, not the page that shows it")
-
-
-def _refuse(path: Path, mistakes: Iterable[str], remedy: str) -> NoReturn:
-    found = list(mistakes)
-    listing = "".join(f"\n  {one}" for one in found[:10]) + (f"\n  ... and {len(found) - 10} more" if len(found) > 10 else "")
-    raise DataError(f"{path}: {len(found)} mistake{'s' if len(found) > 1 else ''}{listing}", remedy)

@@ -141,6 +141,7 @@ def artifact_of_rollouts(found: ImportedRollouts, store: Store, path: str | Path
 
     path = Path(path)
     with path.open("rb") as stream:
+        # The name alone: with the folder, the same file would be another artifact on another machine.
         config = {"imported": path.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
     version = f"imported/{VERSION}"
     digest = store.digest_of("trajectories", version, config, {})
@@ -200,6 +201,7 @@ def _draft(line: int, row: Mapping[str, Any], noted: Notes) -> _Draft | None:
     if answer is not None and steps and steps[-1].call is None:
         steps[-1] = replace(steps[-1], answer=answer, problem=None)
     reward = _reward(row)
+    # Their code scores an error with 0. Taken for wrong, a broken endpoint would make a group of right answers a mixed one.
     if failed and reward is not None:
         noted.add("that failed and had a reward, not judged here", f"line {line}")
         reward = None
@@ -229,6 +231,7 @@ def _task_ids(drafts: Sequence[_Draft], noted: Notes) -> dict[str, str]:
             given.setdefault(draft.key, draft.given)
     borne = Counter(given.values())
     for key, id in given.items():
+        # Their extraction numbers tasks anew in every file: in files that were put together one id stands for two questions.
         if borne[id] > 1:
             noted.add("of a task whose id is also another's: named by the hash of its question", f"{id} is {key}")
     return {d.key: given[d.key] if d.key in given and borne[given[d.key]] == 1 else d.key for d in drafts}
@@ -253,12 +256,14 @@ def _steps(
             if not steps:
                 if role == "tool":
                     raise _RowError(f"message {number}: a tool's result before any action")
-                if text.strip() != question:  # a prompt around the question
+                # Nothing of the prompt around the question may enter the clean history: a student would learn it as its own.
+                if text.strip() != question:
                     added += text.replace(question, "", 1)
                 continue
             match = _RESPONSE.fullmatch(text)
             seen = plain(match[1] if match else text)
             before = steps[-1].observation
+            # Several calls in one action have a result each; a step of ours has one observation.
             steps[-1] = replace(steps[-1], observation=seen if before is None else f"{before}\n\n{seen}")
         else:
             raise _RowError(f"message {number} has the role {role!r}")
@@ -301,7 +306,7 @@ def _action(index: int, text: str, message: Mapping[str, Any], line: int, noted:
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
-            except ValueError:
+            except ValueError:  # what a model wrote is kept as it is: it is what the policy did
                 arguments = {"arguments": arguments}
         if not isinstance(arguments, Mapping):
             arguments = {"arguments": arguments}
@@ -529,6 +534,7 @@ def import_file(
 
 def _refer(store: Store, lineage: str, kind: str, digest: str) -> None:
     """A reference of its own for every import; the same file again gets none."""
+    # Imports have no iterations of their own; the number only keeps their references apart.
     present = [ref for ref in store.refs(lineage) if ref.kind == kind]
     if not any(ref.digest == digest for ref in present):
         store.set_ref(lineage, max((ref.iteration for ref in present), default=0) + 1, kind, digest)

@@ -149,7 +149,7 @@ def internalized(summary: LineageSummary) -> Figure:
                     "name": name,
                     "customdata": texts,
                     "hovertemplate": "%{y:.4f} nats, %{customdata}<extra>%{fullData.name}</extra>",
-                    "meta": {"slot": (7, 0, 2)[slot], "paint": "bar"},
+                    "meta": {"slot": (7, 0, 2)[slot], "paint": "bar"},  # grey for what was there before
                 }
             )
     layout = axes("nats per token", from_zero=True)
@@ -200,7 +200,7 @@ def inside(summaries: Sequence[LineageSummary]) -> Figure:
         points = [_inside_point(one) for one in rows if one.share is not None]
         lines.append(line(points, summary.experiment, slot))
     figure = over_iterations([one for one in lines if one[-1]["x"]], _last(summaries), suffix="%", from_zero=True)
-    figure["layout"]["xaxis"]["range"][0] = 0.5
+    figure["layout"]["xaxis"]["range"][0] = 0.5  # the base policy has taken nothing over yet
     return figure
 
 

@@ -212,6 +212,7 @@ class _Seen:
 
     def contrast(self, iteration: int, where: str, rolled: Sequence[Shown]) -> None:
         """Success of episodes with and without each item, and the states in which each was chosen."""
+        # `with/<task>#<rollout>`: intervals are over tasks, rollouts of one task are no independent evidence
         tasks = [one.id.rsplit("/", 1)[-1].rpartition("#")[0] for one in rolled]
         rewards = [one.reward for one in rolled]
         held = [set(one.items) for one in rolled]
@@ -266,6 +267,7 @@ class _Seen:
             State(feature, value, count / self.steps[name], self.all_states[feature, value] / self.all_steps)
             for (feature, value), count in own.items()
         ]
+        # A value that is as common everywhere tells nothing of the item, and a rare one is not why it was chosen.
         telling = [state for state in states if state.share >= 0.25 and state.share > 1.1 * state.all]
         return tuple(sorted(telling, key=lambda state: (-(state.share - state.all), state.feature, state.value))[:STATES])
 

@@ -186,6 +186,7 @@ def summarize(
     outdated: list[int] = []
     for iteration, found in sorted(by_iteration.items()):
         artifacts = {kind: artifact for kind, (_, artifact) in found.items()}
+        # Under a changed config the first iterations may be new and the later ones old: one curve must not show both.
         if outdated or not _follows(artifacts, by_iteration.get(iteration - 1, {})):
             outdated.append(iteration)
             continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from evolve_dag.errors import DataError
@@ -14,13 +13,14 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 Record = TypeVar("Record")
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
 _WORDS = {"missing": "missing", "extra_forbidden": "unknown field", "model_type": "should be an object"}
 """Kind of mistake -> what is said of it, where pydantic speaks of Python."""
 
 
-def to_values(record: object) -> dict[str, Any]:
+def to_values(record: Any) -> dict[str, Any]:
     """The fields of a record (a dataclass) as what JSON knows: objects, lists, numbers, text, null."""
-    values: dict[str, Any] = _adapter(type(record)).dump_python(record, mode="json")  # type: ignore[arg-type]  # mypy takes a class for unhashable
+    values: dict[str, Any] = _adapter(type(record)).dump_python(record, mode="json")
     return values
 
 
@@ -36,7 +36,7 @@ def from_values(kind: type[Record], values: object, what: str, remedy: str) -> R
     from pydantic import ValidationError
 
     try:
-        record: Record = _adapter(kind).validate_python(values)  # type: ignore[arg-type]
+        record: Record = _adapter(kind).validate_python(values)
     except ValidationError as error:
         raise DataError(f"{what}: {'; '.join(mistakes(error))}", remedy) from error
     return record
@@ -62,8 +62,9 @@ def is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
-@cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def _adapter(kind: type[Record]) -> TypeAdapter[Record]:
     from pydantic import TypeAdapter
 
-    return TypeAdapter(kind)
+    if kind not in _ADAPTERS:  # made once: it takes as long as reading thousands of records
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from small_lineage import SMALL, copy_of, small
 
-from evolve_dag.config.schema import Experiment
 from evolve_dag.distillation.dataset import load_contexts
 from evolve_dag.errors import DataError, OrderError, StoreError
 from evolve_dag.experience.pool import Pool
@@ -29,38 +28,16 @@ from evolve_dag.steps.policies import open_pool
 from evolve_dag.store.artifacts import Store
 from evolve_dag.store.frames import load_trajectories, scores_from_frame
 
-SMALL = {
-    "experiment": "small",
-    "seed": 4,
-    "tasks": {
-        "train": {"count": 12, "world": 13},
-        "development": {"count": 6, "world": 22},
-        "held_out": {"count": 6, "world": 32},
-    },
-    "extraction": {"min_support": 3, "confidence": 0.6},
-    "distillation": {"epochs": 1},
-    "evaluation": {"bootstrap": 200, "base_temperatures": [0, 0.5, 1.0, 0.5], "ceiling": True},
-    "runtime": {"threads": 1, "concurrency": 64},
-}  # fmt: skip
-
-
-def small(**changes: object) -> Experiment:
-    return Experiment.model_validate(SMALL | changes)
-
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def made(small_lineage: Store, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store that holds one iteration of ``small``."""
-    store = Store(tmp_path_factory.mktemp("made"))
-    for step in STEP_ORDER:
-        assert run_step(step, small(), 1, store).recomputed
-    return store
+    return copy_of(small_lineage, tmp_path_factory.mktemp("made") / "store")
 
 
 @pytest.fixture
 def copied(made: Store, tmp_path: Path) -> Store:
-    shutil.copytree(made.root, tmp_path / "store")
-    return Store(tmp_path / "store")
+    return copy_of(made, tmp_path / "store")
 
 
 def test_a_second_run_makes_nothing(made: Store) -> None:
