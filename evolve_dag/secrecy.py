@@ -66,9 +66,10 @@ def masker() -> Mask:
 
 
 def without_keys(text: str) -> str:
-    """``text`` without the keys that were given out, whole or cut off by its end; all else as it is.
+    """``text`` without the keys that were given out, whole or cut off; all else as it is.
 
-    For what is kept as content: there a word that only looks like a secret is a word.
+    For what is kept as content: there a word that only looks like a secret is a word, and so is a short beginning of a key
+    that stands in the middle of the text with nothing that says it was cut.
     """
     return _masker(frozenset(_keys), pieces=False)(text)
 
@@ -99,7 +100,7 @@ def _kept(match: re.Match[str]) -> str:
 
 @lru_cache(maxsize=16)
 def _masker(secrets: frozenset[str], *, pieces: bool) -> Mask:
-    """Masks ``secrets``, then their beginnings: with ``pieces`` wherever one stands alone, else where the text ends with it."""
+    """Masks ``secrets``, then their beginnings: with ``pieces`` wherever one stands alone, else where it is cut off or long."""
     spelled = {form for secret in secrets if len(secret) > _SHOWN for form in _spellings(secret)}
     whole = sorted(spelled, key=len, reverse=True)
     beginnings: dict[str, list[str]] = {}
@@ -131,8 +132,14 @@ def _is_common(secret: str) -> bool:
 
 def _beginning(secrets: Sequence[str], anywhere: bool) -> re.Pattern[str]:
     """The first characters of one of ``secrets``, as many as stand there, where no letter or digit goes on."""
+    alone = r"(?![^\W_])"
+    if anywhere:
+        return re.compile(f"{_first(secrets, _SHOWN + 1)}(?:{_ELIDED}|{alone})")
+    return re.compile(f"{_first(secrets, _LEAST)}{alone}|{_first(secrets, _SHOWN + 1)}(?:{_ELIDED}|\\Z)")
+
+
+def _first(secrets: Sequence[str], least: int) -> str:
+    """A pattern for at least ``least`` first characters, the longest before the shorter."""
     long = [f"{re.escape(secret[:_TOLD_APART])}[\\w+/=~.-]*" for secret in secrets if len(secret) > _TOLD_APART]
-    short = {secret[:end] for secret in secrets for end in range(_SHOWN + 1, min(len(secret), _TOLD_APART) + 1)}
-    some = "|".join([*long, *map(re.escape, sorted(short, key=len, reverse=True))])
-    ends = rf"(?:{_ELIDED}|(?![^\W_]))" if anywhere else r"\Z"
-    return re.compile(f"(?:{some}){ends}")
+    short = {secret[:end] for secret in secrets for end in range(least, min(len(secret), _TOLD_APART) + 1)}
+    return f"(?:{'|'.join([*long, *map(re.escape, sorted(short, key=len, reverse=True))])})"

@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("EVOLVE_TRACKING", "off")  # no process in the background that sends to MLflow
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("long", settings.get_profile("shared"), max_examples=10_000)  # --hypothesis-profile long
 settings.load_profile("shared")
 os.environ.pop("EVOLVE_MIRROR", None)  # a developer's own object storage gets no test artifacts
 

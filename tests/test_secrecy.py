@@ -84,7 +84,11 @@ def test_whatever_stands_around_it(text: str, place: int, which: int) -> None:
 def test_what_is_kept_as_content_loses_keys_and_nothing_else() -> None:
     said = f"password: swordfish, sk-abcdefghijkl, Bearer of news, {KEY[:6]} of {KEY}"
     assert without_keys(said) == f"password: swordfish, sk-abcdefghijkl, Bearer of news, {KEY[:6]} of ***"
-    assert without_keys(f"it ends within {KEY[:9]}") == "it ends within ***"
+    assert without_keys(f"it ends within {KEY[:4]}") == "it ends within ***"
+    assert (
+        without_keys(f"{KEY[:4]}… or {KEY[:4]}*** or {KEY[:8]}, {LONG[:40]}; {KEY[:8]}X")
+        == f"*** or *** or ***, ***; {KEY[:8]}X"
+    )
     assert json.loads(without_keys(json.dumps({"a": ODD, "b": [KEY]}))) == {"a": "***", "b": ["***"]}
 
 

@@ -8,21 +8,25 @@ from urllib.parse import urlsplit
 from evolve_dag.errors import ModelError
 
 
-def host_of(address: str, key: str) -> str:
-    """The host of an http(s) address.
-
-    Args:
-        key: of the experiment file, for the message.
-
-    Raises:
-        ModelError: it is no such address.
-    """
+def http_host(address: str) -> str | None:
+    """The host of an http(s) address; None where it is no such address."""
     try:
         parts = urlsplit(address)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            return parts.hostname
+        usable = parts.scheme in ("http", "https") and parts.port != 0
     except ValueError:  # a bracket that is not closed, a port that is no number
-        pass
+        return None
+    return parts.hostname or None if usable else None
+
+
+def host_of(address: str, key: str) -> str:
+    """:func:`http_host` of an address that stands under ``key`` in the experiment file.
+
+    Raises:
+        ModelError: it is no http(s) address.
+    """
+    host = http_host(address)
+    if host is not None:
+        return host
     shown = address.rpartition("@")[2].partition("?")[0]  # without what may be a password or a key
     raise ModelError(f"{key}: {shown} is no http address", "write e.g. http://127.0.0.1:8000/v1")
 

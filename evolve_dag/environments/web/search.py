@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from evolve_dag.environments.web.services import Service
 from evolve_dag.errors import ConfigError, ModelError
+from evolve_dag.inference.addresses import http_host
 from evolve_dag.plain import one_line
 from evolve_dag.protocols import ToolError
 from evolve_dag.secrecy import read_key
@@ -58,7 +58,7 @@ class Searcher:
                 f"environment.search: serper needs a key, and {SERPER_KEY} is not set",
                 f"export {SERPER_KEY}=..., or set environment.search: searxng and environment.searxng to your instance",
             )
-        if self.provider == "searxng" and not _is_address(self.base):
+        if self.provider == "searxng" and http_host(self.base) is None:
             raise ConfigError(
                 f"environment.searxng: {self.base!r} is not the address of an instance",
                 "write e.g. searxng: http://127.0.0.1:8080; the instance must allow format=json",
@@ -98,14 +98,6 @@ class Searcher:
             refused=refused,
         )
         return read_searxng(answer)
-
-
-def _is_address(base: str) -> bool:
-    try:
-        parts = urlsplit(base)
-    except ValueError:
-        return False
-    return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
 def listing(results: list[Result]) -> str:
