@@ -74,7 +74,8 @@ def prefix_tree(sequences: Sequence[Sequence[int]]) -> PrefixTree:
 
 def hosts(sequences: Sequence[Sequence[int]]) -> list[int]:
     """For each of ``sequences`` the index of one that begins with it: its own where no other does."""
-    growing, owners = GrowingTree(), {}
+    growing = GrowingTree()
+    owners: dict[int, int] = {}
     found = [0] * len(sequences)
     for index in sorted(range(len(sequences)), key=lambda index: -len(sequences[index])):
         *_, (start, _) = growing.add(sequences[index])

@@ -392,7 +392,7 @@ class TransformersModel:
         first: dict[bytes, int] = {}
         owners = [first.setdefault(call.ids.tobytes(), row) for row, call in enumerate(calls)]
         rows = list(first.values())
-        logits = self._prefill(model, *([column[row] for row in rows] for column in (calls, slots, starts)))
+        logits = self._prefill(model, [calls[row] for row in rows], [slots[row] for row in rows], [starts[row] for row in rows])
         if len(rows) == len(calls):
             return logits
         for row, owner in enumerate(owners):
