@@ -136,6 +136,8 @@ def distill(
     """
     import torch
 
+    from evolve_dag.distillation.lora import fuse
+
     require_teachers(rows, regime.divergence)
     if settings.refresh > 1 and resample is None and rows:
         raise ModelError(
@@ -152,6 +154,7 @@ def distill(
     try:
         # Dropout of the base would make the student another policy than the one that acts: none of it.
         wrapped.eval()
+        fuse(wrapped)
         run = _Run(wrapped, settings, regime, seed, iteration, threads)
         curve = run.train(rows, resample, on_step) if rows else []
         save_adapter(wrapped, out, base=base)
