@@ -84,7 +84,7 @@ def run(study: Study, root: Path, console: Console, work: Callable[[Job], Done] 
         before = agenda.done
         with ExitStack() as stack:
             show = stack.enter_context(_progress(study, agenda, console))
-            crew = stack.enter_context(_crew(min(study.settings.processes, len(study.cells)), study, work or do))
+            crew = stack.enter_context(_crew(min(study.settings.processes, agenda.unfinished), study, work or do))
             _work_off(study, agenda, crew, root, show)
     return Finished(agenda.done, agenda.done - before, dict(agenda.failed))
 
