@@ -268,11 +268,15 @@ class Show:
 
 
 def left(agenda: Agenda, processes: int) -> str:
-    """``about 1 h 20 min left``: at the pace of what was made so far."""
+    """``about 80 min left``: at the pace of what was made so far."""
     seconds = agenda.seconds_left(processes)
     if seconds is None:
         return "time left not known yet"
-    return f"about {duration(60 * round(seconds / 60)) if seconds > 90 else duration(seconds)} left"
+    minutes = round(seconds / 60)
+    told = (
+        f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+    )
+    return f"about {told} left"
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def test_every_cell_is_an_experiment_in_dagster_and_nothing_is_made_twice(study:
     assert keys == {f"tiny.{arm}-s4|0{k}" for arm in ARMS for k in (1, 2)}
     assert registry.load(ROOT, "tiny.greedy-s4") == study.cells[2].experiment, "the interface finds it by its name"
     assert "tiny.plain-s4 2/2" in printed
-    assert "6 of 6, about 0.0 s left" in printed
+    assert "6 of 6, about 0 s left" in printed
     again, printed = run(study)
     assert (again.iterations, again.made, printed) == (6, 0, "")
 
