@@ -268,15 +268,14 @@ class Show:
 
 
 def left(agenda: Agenda, processes: int) -> str:
-    """``about 80 min left``: at the pace of what was made so far."""
+    """``about 1 h 20 min left``: at the pace of what was made so far."""
     seconds = agenda.seconds_left(processes)
     if seconds is None:
         return "time left not known yet"
-    minutes = round(seconds / 60)
-    told = (
-        f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-    )
-    return f"about {told} left"
+    if seconds < 90:
+        return f"about {seconds:.0f} s left"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"about {hours} h {minutes} min left" if hours else f"about {minutes} min left"
 
 
 @contextmanager

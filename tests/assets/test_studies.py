@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import dagster as dg
 import pytest
@@ -133,6 +134,14 @@ def _wait_until_workers_are_gone() -> None:
             except ConcurrencyError:
                 assert time.monotonic() < deadline, "a worker outlives its parent"
                 time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(None, "not known yet"), (0.2, "0 s"), (89, "89 s"), (91, "2 min"), (3570, "1 h 0 min"), (45_000, "12 h 30 min")],
+)
+def test_the_time_left_is_told_in_what_can_be_known(seconds: float | None, told: str) -> None:
+    assert told in studies.left(SimpleNamespace(seconds_left=lambda processes: seconds), 2)
 
 
 def test_a_study_is_run_once_at_a_time(study: Study) -> None:
