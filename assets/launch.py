@@ -1,6 +1,7 @@
 """Driving Dagster from the command line: the same assets, in this process, recorded in the instance that the UI shows."""
 
 import os
+import sqlite3
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,8 +23,9 @@ from evolve_dag.config import registry
 from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import ConfigError, EvolveError, StoreError
 from evolve_dag.steps import base
+from evolve_dag.steps.preflight import preflight
 from evolve_dag.store.artifacts import Store
-from evolve_dag.store.faults import explained
+from evolve_dag.store.faults import chain, damaged_databases, explained, is_disk_error
 from evolve_dag.store.mirror import open_store
 
 LINEAGE_TAG = "evolve/experiment"
@@ -102,10 +104,31 @@ def _is_ours(target: Path, content: dict[str, Any]) -> bool:
 
 @contextmanager
 def open_instance(root: Path) -> Iterator[dg.DagsterInstance]:
-    """The Dagster instance of a store."""
+    """The Dagster instance of a store.
+
+    Raises:
+        StoreError: a database of it is damaged, or is none; names the files.
+    """
     home = prepare_home(root)
-    with dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(home), overrides=NO_COMPUTE_LOGS)) as instance:
-        yield instance
+    try:
+        with dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(home), overrides=NO_COMPUTE_LOGS)) as instance:
+            yield instance
+    except Exception as error:
+        behind = list(chain(error))
+        broken = next((one for one in behind if isinstance(one, sqlite3.Error)), None)
+        if broken is None or any(isinstance(one, EvolveError) or is_disk_error(one) or "locked" in str(one) for one in behind):
+            raise
+        raise _broken_database(home, broken) from error
+
+
+def _broken_database(home: Path, error: sqlite3.Error) -> StoreError:
+    found = damaged_databases(home) or [home / "history", home / "schedules"]
+    names = " and ".join(map(str, found))
+    return StoreError(
+        f"Dagster's database cannot be used: {error} ({names})",
+        f"move {names} away: the history of runs and which schedules are on go with it; `evolve run` puts on record anew what "
+        "the store holds",
+    )
 
 
 class ConsoleSession(Session):
@@ -187,12 +210,9 @@ def _run(config: Path, *, seed: int | None, iterations: int | None, root: Path, 
     experiment = registry.load_seeded(config, seed)
     store = open_store(root)
     # Mistakes in the user's files and missing weights show here, before anything is written.
-    base.resolve_iteration(experiment, 1, store)
-    if experiment.environment.kind != "pocket":
-        from evolve_dag.tasks.streams import of_iteration
-        from evolve_dag.tasks.suites import check_disjoint
-
-        check_disjoint(of_iteration(experiment, 1))
+    first = base.resolve_iteration(experiment, 1, store)
+    if not all(step.exists for step in first.values()):
+        preflight(experiment, 1)
     count = iterations or experiment.iterations
     name = experiment.experiment
     session = ConsoleSession(experiment, count, console)
@@ -201,6 +221,7 @@ def _run(config: Path, *, seed: int | None, iterations: int | None, root: Path, 
         registry.register(root, config, seed)
         with open_instance(root) as instance:
             _end_dead_runs(instance, name)
+            recovery.clear_locks(instance, root)
             partitions.add_partitions(instance, [name], count)
             if any(True for _ in automation.settings_events(instance, experiment)):
                 _execute(root, session, instance, automation.settings_job.name, name, name)

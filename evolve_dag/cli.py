@@ -14,6 +14,7 @@ import typer
 from evolve_dag.errors import ConfigError, EvolveError
 from evolve_dag.records import LARGEST_SEED as MOST
 from evolve_dag.records import Granularity
+from evolve_dag.secrecy import masker
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,7 +62,7 @@ def main() -> None:
     except EvolveError as error:
         if os.environ.get("EVOLVE_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {masker()(str(error))}", file=sys.stderr)
         sys.exit(USAGE if isinstance(error, ConfigError) else FAILED)
     except BrokenPipeError:  # `evolve ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -71,7 +72,7 @@ def main() -> None:
             raise
         from evolve_dag.store.faults import explained
 
-        print(f"error: {explained(error)}", file=sys.stderr)
+        print(f"error: {masker()(str(explained(error)))}", file=sys.stderr)
         sys.exit(FAILED)
 
 
@@ -168,15 +169,22 @@ def plan(
     json: JsonOption = False,
     store: StoreOption = None,
 ) -> None:
-    """Say what `evolve run` would recompute, and why; runs and writes nothing."""
+    """Say what `evolve run` would recompute, and why; runs and writes nothing. Exits with 1 where a run would stop."""
     from evolve_dag.lineage import planning
+    from evolve_dag.tasks.streams import of_iteration
+    from evolve_dag.tasks.suites import check_files
 
     opened = _store(store)
-    planned = planning.plan(_experiment(config, seed, opened), opened, iterations)
+    experiment = _experiment(config, seed, opened)
+    planned = planning.plan(experiment, opened, iterations)
     if json:
         _print_json(planned.to_dict())
     else:
         _console().print(planning.render(planned, reuse=every), highlight=False)
+    if any(step.iteration == 1 and step.action == "recompute" for step in planned.steps):
+        check_files(of_iteration(experiment, 1))
+    if planned.of("stop"):
+        raise typer.Exit(FAILED)
 
 
 @app.command()

@@ -26,6 +26,8 @@ def read_objects(path: str | Path) -> tuple[list[tuple[int, dict[str, Any]]], li
         DataError: the file is missing, unreadable or holds no line at all.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe would wait for ever, a device never end
+        raise DataError(f"{path}: not a file", "the path must name a readable JSONL file")
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -48,6 +50,8 @@ def read_objects(path: str | Path) -> tuple[list[tuple[int, dict[str, Any]]], li
             mistakes.append((number, f"key {error.args[0]!r} stands twice"))
         except RecursionError:
             mistakes.append((number, "not valid JSON: nested too deeply"))
+        except ValueError:
+            mistakes.append((number, "a number has too many digits"))
         else:
             if isinstance(value, dict):
                 objects.append((number, value))

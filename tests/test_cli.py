@@ -200,6 +200,16 @@ def test_doctor_holds_the_weights_against_their_recorded_digest(tmp_path: Path, 
     assert changed.state == "broken"
 
 
+def test_doctor_names_damaged_databases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    for name in ("dagster/history/runs.db", "mlflow/mlflow.db", "cache/memory.sqlite"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"\x07" * 9000)
+    found = list(doctor._databases(tmp_path))
+    assert [finding.text.partition(":")[0].rpartition("/")[2] for finding in found] == ["runs.db", "mlflow.db", "memory.sqlite"]
+    assert {finding.state for finding in found} == {"broken"}
+
+
 def test_doctor_exits_1_when_something_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "examine", lambda root: iter([doctor.Finding("broken", "store", "not writable [here]")]))
     result = CliRunner().invoke(cli.app, ["doctor", "--store", str(tmp_path)])
@@ -231,3 +241,25 @@ def test_two_files_of_one_name_the_first_keeps_it(tmp_path: Path) -> None:
     found, mistakes = registry.scan(tmp_path)
     assert [entry.config.name for entry in found] == ["a.yaml"]
     assert ["'same' is taken by a.yaml" in mistake.what for mistake in mistakes] == [True]
+
+
+@pytest.mark.parametrize(
+    "error", [StoreError("at https://me:hunter22@host", "say Zq9vK2xWb7LmT4Yp"), RuntimeError("Zq9vK2xWb7LmT4Yp")]
+)
+def test_no_message_on_the_terminal_holds_a_secret(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "Zq9vK2xWb7LmT4Yp")
+    monkeypatch.delenv("EVOLVE_DEBUG", raising=False)
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert "***" in said
+    assert "Zq9v" not in said
+    assert "hunter22" not in said

@@ -254,7 +254,8 @@ class ToolsEnvironment(Section):
     page_bytes: int = Field(5_000_000, ge=10_000, le=MOST)
     """Larger bodies are refused."""
     blocked: Strings = ("huggingface.co", "hf-mirror.com", "hf.co")
-    """Hosts, with all below them, that no tool may open: mirrors of the benchmarks."""
+    """Hosts, with all below them, that no tool may ask: mirrors of the benchmarks. A page elsewhere that holds the same is not
+    known to it: name translators and archives here too (``translate.goog``, ``web.archive.org``) where that matters."""
     files: str = ""
     """Folder that the ``file`` tool may read; relative to the file that names it."""
     cache: Literal["day", "none"] = "day"
@@ -355,6 +356,9 @@ class ExtractionSettings(Section):
     """``contrast``: what evidence of the iteration before still counts, of two before its square, and so on; 0: none."""
     placebo: bool = False
     """``contrast``, a control: every mined principle stands in the pool with another action than the one that was mined."""
+    graduation: float = Field(0.0, ge=0, lt=1)
+    """``contrast``: an item leaves the context once the policy, without experience, clearly does what it says in this share of
+    the steps in its situation, and comes back when it clearly does so less often. 0: items stay."""
     domain: Literal["web", "mathematics"] = "web"
     """Wording of the prompts of ``llm``."""
     batch_tasks: int = Field(4, ge=1, le=MOST)
@@ -405,7 +409,7 @@ class DistillationSettings(Section):
     epochs: int = Field(2, ge=1, le=MOST)
     """Passes over the kept trajectories."""
     tokens_per_batch: int = Field(2048, ge=64, le=MOST)
-    """Padded tokens of one optimizer step."""
+    """Tokens of one optimizer step, those that several rows share counted in each."""
     warmup_steps: int = Field(5, ge=0, le=MOST)
     """Steps until the peak rate; then it falls linearly to a tenth."""
     gradient_clip: float = Field(1.0, gt=0)
@@ -417,6 +421,11 @@ class DistillationSettings(Section):
     retention: float = Field(0.6, ge=0, le=1)
     """Share of the steps with an item in context that are learned a second time *with* it, towards the same teacher, so that
     policy(k+1) still reads experience (docs/adr/0004-retention.md). 0 is the loss of the paper alone."""
+    drills: float = Field(0.0, ge=0, le=1)
+    """Share of the steps that are learned once more under advice drawn at random, towards policy(k) reading the same, so that
+    policy(k+1) goes on reading advice that it has not learned (docs/adr/0019-drills.md). 0: none."""
+    retention_weight: float = Field(1.0, gt=0, le=1000)
+    """How many action tokens one of those counts for in the loss."""
     jsd_weight: float = Field(0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of ``divergence: jsd``."""
     refresh: int = Field(1, ge=1, le=MOST)

@@ -1,7 +1,8 @@
 """What a policy did on a set of tasks: success, and the ways of going wrong.
 
 Every share is over all episodes (``n``) except success, which is over the judged ones (``judged``): an answer that
-could not be judged is not a wrong answer.
+could not be judged is not a wrong answer. ``success_all`` stands beside it, so that no policy looks better for what was
+not judged.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class Metrics:
     """Episodes with a reward; what ``success`` is the mean of."""
     success: float | None = None
     """Mean reward of the judged episodes, 0..1; None when none was judged."""
+    success_all: float | None = None
+    """Mean reward of all episodes, with 0 for those that were not judged: what success is at least."""
     premature: float | None = None
     """Share of episodes that answered freely before any tool result held the answer, see :func:`is_premature`."""
     no_tool: float | None = None
@@ -210,6 +213,7 @@ def measure(
     premature = [float(is_premature(t, _references(task))) for t, task in zip(trajectories, references, strict=True)]
     shares: dict[str, Sequence[float | None]] = {
         "success": rewards,
+        "success_all": [reward or 0.0 for reward in rewards],
         "premature": premature,
         "no_tool": [float(answered_without_tool(t)) for t in trajectories],
         **{status: [float(t.status == status) for t in trajectories] for status in ("forced", "unanswered", "failed")},
@@ -285,7 +289,7 @@ def evaluate_summary(
 def metrics_to_json(metrics: Metrics) -> dict[str, Any]:
     """Plain JSON values; the shape is::
 
-        {"n": 256, "tasks": 256, "judged": 256, "success": 0.61, "premature": 0.1, ..., "problems": 0.02,
+        {"n": 256, "tasks": 256, "judged": 256, "success": 0.61, "success_all": 0.61, ..., "problems": 0.02,
          "intervals": {"success": [0.55, 0.67], "premature": [...], ..., "turns": [...]},
          "by": {"hops": {"1": {"n": 90, "judged": 90, "success": 0.8, "interval": [0.71, 0.88], "premature": 0.05}}}}
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 from evolve_dag.records import ExperienceItem, Task
 
-_URL = re.compile(r"https?://|www\.|\b[\w-]+\.(?:com|org|net|edu|gov|io|ai|cn|de|uk|info)\b", re.IGNORECASE)
+_URL = re.compile(r"https?://|www\.|(?<![\w-])-*+\w[\w-]*+\.(?:com|org|net|edu|gov|io|ai|cn|de|uk|info)\b", re.IGNORECASE)
 _NUMBER = re.compile(r"\d\S*")
-NAME = re.compile(r"[A-Z][\w'’-]*(?:\s+[A-Z][\w'’-]*)+")
-"""A capitalised name of several words, wherever it stands."""
+_NAME = re.compile(r"([A-Z][\w'’-]*+(?:\s++[A-Z][\w'’-]*+)++)|[A-Z][\w'’-]*+")
+"""A name of several words; or one word, which is passed over whole: the capitals in it begin no name either."""
 _SINGLE_NAME = re.compile(r"(?<=[a-z,] )[A-Z][\w'’-]++(?!\s+[A-Z])")
 _ORDINARY_ANSWERS = frozenset({"true", "false", "none", "unknown", "neither", "both"})
 _SHORTEST_ANSWER = 4
@@ -43,7 +43,11 @@ _NOT_NAMES = frozenset(
 """Capitalised words that name an agent's tools and sources or a language, not what a task is about. Acronyms (PDF) and
 identifiers (WebSearch) are told by their spelling."""
 
-_CONDITION = re.compile(r"\b(?:when|whenever|if|before|after|once|unless)\b[^,\n]+,\s*\w+", re.IGNORECASE)
+_CONDITION = re.compile(
+    # From comma to comma, so that no stretch is looked at twice however many conditions stand in it.
+    r"(?:(?<=[,\n])|\A)(?=[^,\n]*?\b(?:when|whenever|if|before|after|once|unless)\b[^,\n])[^,\n]*+,\s*+\w",
+    re.IGNORECASE,
+)
 _ADVICE = frozenset(
     """
     abandon access aggregate always analyze anchor answer apply ask avoid balance begin break build check choose cite
@@ -148,6 +152,11 @@ def _is_name(word: str) -> bool:
     return not re.search(r"[a-z][A-Z]|_", word) or word.startswith(("Mc", "Mac"))
 
 
+def names_in(text: str) -> list[str]:
+    """The capitalised names of several words, as they stand."""
+    return [name for name in _NAME.findall(text) if name]
+
+
 def task_names(tasks: Iterable[Task]) -> frozenset[str]:
     """Entity strings of the tasks: the answers, unless they are ordinary words, short or without a letter, and the capitalised
     names inside the questions."""
@@ -156,8 +165,8 @@ def task_names(tasks: Iterable[Task]) -> frozenset[str]:
         answer = " ".join(task.answer.split())
         if re.search(r"[^\W\d_]", answer) and not _is_ordinary(answer):
             names.add(answer)
-        names.update(" ".join(match.split()) for match in NAME.findall(task.question))
-        names.update(_SINGLE_NAME.findall(NAME.sub(" ", task.question)))
+        names.update(" ".join(name.split()) for name in names_in(task.question))
+        names.update(_SINGLE_NAME.findall(_NAME.sub(lambda found: " " if found[1] else found[0], task.question)))
     return frozenset(names)
 
 

@@ -1,8 +1,8 @@
 """The experience pool: capped, versioned, with ids that never change.
 
 A pool is a value. :meth:`Pool.apply` takes proposals (from a miner, an LLM or a hand) and gives back a new pool, the
-edits that led there and the proposals it refused, with the reason. Nothing is lost silently: :func:`replay` of all
-edits rebuilds the pool's ids, texts and provenance.
+edits that led there and the proposals it refused, with the reason. Nothing is lost silently: the edits of a lineage, done again
+in order, rebuild the pool's ids, texts and provenance (a test does).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LEAST_WORDS = 3
 @dataclass(frozen=True, slots=True)
 class Proposal:
     """A change that somebody wants. What it needs depends on the operation: ``add``: text and granularity; ``update``:
-    item_id and text; ``delete``: item_id alone; ``merge``: item_id and into."""
+    item_id and text; ``delete``, ``graduate`` and ``recall``: item_id alone; ``merge``: item_id and into."""
 
     operation: PoolOperation
     item_id: str | None = None
@@ -61,16 +61,6 @@ class Applied(NamedTuple):
     refused: list[Refusal]
 
 
-class Outline(NamedTuple):
-    """What the edits know of an item."""
-
-    id: str
-    text: str
-    created: int
-    updated: int
-    trajectory_ids: tuple[str, ...]
-
-
 @dataclass(frozen=True, slots=True)
 class Pool:
     """An ordered, immutable set of experience items."""
@@ -98,6 +88,11 @@ class Pool:
         return len(self.items)
 
     @property
+    def active(self) -> Pool:
+        """What may stand in a context: the pool without the items that have graduated."""
+        return replace(self, items=tuple(item for item in self.items if not item.graduated))
+
+    @property
     def ids(self) -> tuple[str, ...]:
         return tuple(item.id for item in self.items)
 
@@ -112,13 +107,9 @@ class Pool:
                 return item
         raise DataError(f"pool version {self.version}: no item {item_id!r}", f"ids here: {', '.join(self.ids) or 'none'}")
 
-    def outline(self) -> tuple[Outline, ...]:
-        """What :func:`replay` must reproduce."""
-        return tuple(Outline(i.id, i.text, i.created, i.updated, i.trajectory_ids) for i in self.items)
-
     def apply(self, proposals: Iterable[Proposal], *, iteration: int, cap: int | None = None, strict: bool = False) -> Applied:
         """Carry out ``proposals`` in order, then enforce ``cap`` by deleting the items of lowest lift (of equals the
-        newest).
+        newest). Items that have graduated do not count for the cap.
 
         An update keeps the id, the granularity and the condition; its trajectories replace the item's (trajectory ids
         are unique within one iteration only, and ``updated`` names it; the earlier ones stay in the edits).
@@ -147,6 +138,10 @@ class Pool:
                 edits.append(PoolEdit("add", item.id, iteration, None, text, proposal.reason, item.trajectory_ids))
                 continue
             before = items[proposal.item_id or ""]
+            if operation in ("graduate", "recall"):
+                items[before.id] = replace(before, graduated=iteration if operation == "graduate" else 0)
+                edits.append(PoolEdit(operation, before.id, iteration, before.text, before.text, proposal.reason))
+                continue
             if operation == "update":
                 after = replace(
                     before, text=text, evidence=dict(proposal.evidence) or before.evidence,
@@ -166,9 +161,10 @@ class Pool:
             lines = _numbered([f"{r.proposal.operation} {r.proposal.item_id or 'new item'}: {r.why}" for r in refused])
             raise DataError(f"pool: {len(refused)} proposals refused\n{lines}", "mend them; the pool is unchanged")
         if cap is not None:
-            surplus = max(0, len(items) - cap)
+            active = [item for item in items.values() if not item.graduated]
+            surplus = max(0, len(active) - cap)
             place = {item_id: n for n, item_id in enumerate(items)}
-            for item in sorted(items.values(), key=lambda i: (lift(i), -place[i.id]))[:surplus]:
+            for item in sorted(active, key=lambda i: (lift(i), -place[i.id]))[:surplus]:
                 del items[item.id]
                 reason = f"over the cap of {cap}: lowest lift ({lift(item):+.2f})"
                 edits.append(PoolEdit("delete", item.id, iteration, item.text, None, reason))
@@ -238,6 +234,7 @@ class _Item(BaseModel, strict=True, extra="forbid"):
     trajectory_ids: list[str] = []
     created: NonNegativeInt = 0
     updated: NonNegativeInt | None = None
+    graduated: NonNegativeInt = 0
 
     def record(self) -> ExperienceItem:
         fields = self.model_dump() | {"trajectory_ids": tuple(self.trajectory_ids)}
@@ -286,8 +283,8 @@ def principle_problems(text: str) -> list[str]:
 def _objection(proposal: Proposal, items: Mapping[str, ExperienceItem]) -> str | None:
     """Why a proposal cannot be carried out, or None."""
     operation = proposal.operation
-    if operation not in ("add", "update", "delete", "merge"):
-        return f"unknown operation {operation!r}: one of add, update, delete, merge"
+    if operation not in EDITED:
+        return f"unknown operation {operation!r}: one of {', '.join(EDITED)}"
     granularity = proposal.granularity
     if operation != "add":
         if not proposal.item_id:
@@ -295,6 +292,9 @@ def _objection(proposal: Proposal, items: Mapping[str, ExperienceItem]) -> str |
         if proposal.item_id not in items:
             return f"no item {proposal.item_id!r} in the pool"
         granularity = items[proposal.item_id].granularity
+        done = bool(items[proposal.item_id].graduated)
+        if (operation, done) in (("graduate", True), ("recall", False)):
+            return f"{proposal.item_id} has {'graduated already' if done else 'not graduated'}"
     elif proposal.item_id is not None:
         return f"an added item gets its id from the pool, not {proposal.item_id!r}"
     if operation == "merge":
@@ -318,34 +318,18 @@ def _objection(proposal: Proposal, items: Mapping[str, ExperienceItem]) -> str |
     return None
 
 
-_REPLAY = "replay all edits of the lineage, oldest first"
+EDITED = {
+    "add": "added",
+    "update": "updated",
+    "delete": "deleted",
+    "merge": "merged",
+    "graduate": "graduated",
+    "recall": "recalled",
+}
+"""Operation -> what was done to the item, as counts of edits are named."""
 
 
-def replay(edits: Iterable[PoolEdit]) -> tuple[Outline, ...]:
-    """Rebuild ids, texts and provenance of a pool from all its edits, oldest first.
-
-    Raises:
-        DataError: the edits contradict each other (an id given twice, a change of an unknown item, a wrong ``before``).
-    """
-    items: dict[str, Outline] = {}
-    ever: set[str] = set()
-    for place, edit in enumerate(edits, 1):
-        where = f"edit {place} ({edit.operation} {edit.item_id})"
-        if edit.operation == "add":
-            if edit.item_id in ever or edit.after is None:
-                raise DataError(f"{where}: the id was given before, or there is no text", "the edits are not of one lineage")
-            ever.add(edit.item_id)
-            items[edit.item_id] = Outline(edit.item_id, edit.after, edit.iteration, edit.iteration, edit.trajectory_ids)
-            continue
-        item = items.get(edit.item_id)
-        if item is None or item.text != edit.before:
-            raise DataError(f"{where}: the item is unknown here or reads otherwise", _REPLAY)
-        if edit.operation == "update":
-            if edit.after is None:
-                raise DataError(f"{where}: no text after the update", "the edits are damaged: open them from the store again")
-            items[edit.item_id] = item._replace(text=edit.after, updated=edit.iteration, trajectory_ids=edit.trajectory_ids)
-            continue
-        if edit.operation == "merge" and (edit.into is None or edit.into not in items or edit.into == edit.item_id):
-            raise DataError(f"{where}: merged into {edit.into!r}, which is not there", _REPLAY)
-        del items[edit.item_id]
-    return tuple(items.values())
+def counted(edits: Sequence[PoolEdit]) -> dict[str, int]:
+    """``added``, ``updated``, ...: how many edits of each operation."""
+    operations: list[str] = [edit.operation for edit in edits]
+    return {name: operations.count(operation) for operation, name in EDITED.items()}

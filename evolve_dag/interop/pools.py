@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 from evolve_dag.errors import DataError
 from evolve_dag.experience.locality import trajectory_detail
 from evolve_dag.experience.phrases import MAX_WORDS
-from evolve_dag.experience.pool import Pool
+from evolve_dag.experience.pool import Pool, counted
 from evolve_dag.jsonlines import kind_of, read_objects, refuse
 from evolve_dag.records import ExperienceItem, Granularity, PoolEdit
+from evolve_dag.store.disk import read_bytes
 from evolve_dag.store.jsonvalues import is_finite
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _WRAPPERS = ("experiences", "new_experiences", "experience", "items", "pool", "d
 _TEXTS = ("text", "content", "experience", "full_text", "principle")
 _GRANULARITIES = get_args(Granularity)
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
-_MARKUP = re.compile(r"<(?:/?[a-zA-Z][^<>]*|!--.*?--)>")
+_MARKUP = re.compile(r"<(?:/?[a-zA-Z][^<>]*+|!--(?:(?!-->|<!--(?!>)).)*+--)>")
 _PAGE = re.compile(r"\s*<(?:!doctype|html|head|body|\?xml)\b", re.IGNORECASE)
 LISTED = re.compile(r"^\[([^\]\s]+)\]\.? ", re.M)
 """An item in a prompt of the released code: ``[G0]. Prioritize ...``."""
@@ -237,7 +238,7 @@ def artifact_of(pool: Pool, store: Store, source: str, *, renamed: Mapping[str, 
             (build.path / "pool.json").write_text(pool.to_json(), encoding="utf-8")
             items_to_frame(pool.items).write_parquet(build.path / "items.parquet")
             edits_to_frame(edits).write_parquet(build.path / "edits.parquet")
-            build.note(imported=source, items=len(pool), added=len(pool), updated=0, deleted=0, merged=0,
+            build.note(imported=source, items=len(pool), **counted(edits),
                        locality=asdict(locality(pool.items)), statistics={}, renamed=dict(names))  # fmt: skip
     return digest
 
@@ -275,7 +276,7 @@ def read_text(path: Path) -> str:
         DataError: missing, unreadable, not UTF-8 or empty.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file", "check the path") from None
     except OSError as error:
@@ -313,6 +314,8 @@ def read_json(path: Path, text: str) -> Any:
         ) from None
     except RecursionError:
         raise DataError(f"{path}: not valid JSON: nested too deeply", _REMEDY) from None
+    except ValueError:
+        raise DataError(f"{path}: a number has too many digits", _REMEDY) from None
     if repeated:
         _refuse(path, repeated, "give each its own id: of two with one id only the last would be read")
     return content

@@ -52,7 +52,9 @@ VERSION = "1"
 _REMEDY = "a rollout a line, with its question, its messages and its answer"
 _TASK_ID = re.compile(r"[^\s#]{1,200}")
 _RESPONSE = re.compile(r"\s*<tool_response>\n?(.*?)\n?(?:</tool_response>\s*)?", re.S)
-_GLOBAL = re.compile(r"\n*(?:Solve the input problem by leveraging[^\n]*\n+)?\*\*ACCUMULATED EXPERIENCES:\*\*")
+_GLOBAL = "**ACCUMULATED EXPERIENCES:**"
+_GLOBAL_LEAD = "Solve the input problem by leveraging"
+"""Begins the line that may stand above it."""
 _ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool", "developer": "system"}
 _FORCED = "token limit reached"
 
@@ -245,8 +247,7 @@ def _steps(
         if role == "assistant":
             steps.append(_action(len(steps), text, message, line, noted))
         elif role == "system":
-            marker = _GLOBAL.search(text)
-            system = text if marker is None else text[: marker.start()]
+            system = _before_experience(text)
             added += text[len(system) :]
         elif role in ("user", "tool"):
             if not steps:
@@ -264,6 +265,19 @@ def _steps(
     selected = LISTED.findall(added)
     steps = [replace(s, injected=added, selected=tuple(selected)) for s in steps] if added else steps
     return system, added, _with_selections(steps, row.get("exp_selections"))
+
+
+def _before_experience(text: str) -> str:
+    """A system message up to the pool that was glued to it."""
+    marker = text.find(_GLOBAL)
+    if marker < 0:
+        return text
+    before = text[:marker].rstrip("\n")
+    if len(before) < marker:
+        lead = before.find(_GLOBAL_LEAD, before.rfind("\n") + 1)
+        if lead >= 0:
+            before = before[:lead].rstrip("\n")
+    return before
 
 
 def _action(index: int, text: str, message: Mapping[str, Any], line: int, noted: Notes) -> Step:

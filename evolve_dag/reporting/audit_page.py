@@ -73,7 +73,7 @@ class Links:
         self.teaches: dict[tuple[int, str], list[str]] = {}
         for one in facts.principles:
             for edit in one.edits:
-                for name in edit.trajectories:
+                for name in edit.trajectory_ids:
                     if one.item.id not in self.teaches.setdefault((edit.iteration, name), []):
                         self.teaches[edit.iteration, name].append(one.item.id)
 

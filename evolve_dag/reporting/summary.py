@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from evolve_dag.lineage.audit import Internalized
     from evolve_dag.store.artifacts import Artifact, Ref, Store
 
-EDITS = ("added", "updated", "deleted", "merged")
+EDITS = ("added", "updated", "deleted", "merged", "graduated", "recalled")
 """Counts of pool edits, as the experience artifact's summary names them."""
 
 
@@ -331,6 +331,14 @@ def percent(value: float | None) -> str:
 def percent_interval(interval: Interval | None) -> str:
     """``(0.551, 0.67)`` -> ``55.1–67.0``; '' when there is none."""
     return "" if interval is None else f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}"
+
+
+def judged_of(metrics: Metrics) -> str:
+    """``256 of 256``, or ``200 of 256 (17.8% of all right)``: what is not judged must not make a policy look better."""
+    shares = f"{metrics.judged} of {metrics.n}"
+    if metrics.judged == metrics.n or metrics.success_all is None:
+        return shares
+    return f"{shares} ({percent(metrics.success_all)} of all right)"
 
 
 def number(value: float | None) -> str:

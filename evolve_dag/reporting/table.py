@@ -12,6 +12,7 @@ from evolve_dag.reporting.summary import (
     StepRow,
     count,
     duration,
+    judged_of,
     number,
     number_interval,
     percent,
@@ -157,5 +158,5 @@ def _notes(summary: LineageSummary) -> list[str]:
         for condition, metrics in (("without", row.without), ("with", row.with_experience)):
             if metrics is not None and metrics.judged < metrics.n:
                 name = "base" if row.iteration == 0 else f"iteration {row.iteration}"
-                notes.append(f"* {name}, {condition}: {metrics.judged} of {metrics.n} episodes were judged")
+                notes.append(f"* {name}, {condition}: episodes judged: {judged_of(metrics)}")
     return notes

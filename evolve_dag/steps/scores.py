@@ -10,13 +10,28 @@ what they are, not by luck. Held-out tasks decide nothing.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
+from evolve_dag.config.schema import Experiment
+from evolve_dag.evaluation.gate import LEAST_JUDGED
 from evolve_dag.evaluation.metrics import counts, evaluate_summary, score_trajectories
 from evolve_dag.records import Score, Trajectory
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import StepContext
-from evolve_dag.steps.policies import by_id, experience_source, open_policy, open_pool, roll_out, selector_statistics
-from evolve_dag.store.frames import save_trajectories, scores_to_frame
+from evolve_dag.steps.policies import (
+    INJECTION_KEYS,
+    TASK_KEYS,
+    by_id,
+    experience_source,
+    judged,
+    open_policy,
+    open_pool,
+    roll_out,
+    selector_statistics,
+)
+from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
+from evolve_dag.store.artifacts import Artifact
+from evolve_dag.store.frames import SCORES, save_trajectories, scores_to_frame
 from evolve_dag.tasks.suites import Split, check_disjoint, load_split
 
 DEVELOPMENT = ("development_candidate", "development_champion")
@@ -74,7 +89,7 @@ def run(context: StepContext) -> None:
         if evaluation.greedy:
             evaluate(model, "greedy", held_out, temperature=0.0)
     folder = context.build.path
-    scores_to_frame(scores).write_parquet(folder / "scores.parquet")
+    scores_to_frame(scores).write_parquet(folder / SCORES)
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     save_trajectories(folder, _distinct(trajectories, scores))
     note = counts(trajectories)
@@ -93,3 +108,28 @@ def _distinct(trajectories: list[Trajectory], scores: list[Score]) -> list[Traje
     from dataclasses import replace
 
     return [replace(t, id=f"{s.condition}/{t.id}") for t, s in zip(trajectories, scores, strict=True)]
+
+
+def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
+    """Whether enough could be judged."""
+    yield judged(artifact, SCORES)
+
+
+SPEC = StepSpec(
+    "scores",
+    "Held-out results of the candidate, without experience (internalized) and with it (in context), with intervals.",
+    version="6",
+    config=("evaluation", *INJECTION_KEYS, "tasks.development", "tasks.held_out", *TASK_KEYS),
+    inputs=("policy", "experience", "adapter"),
+    run=run,
+    kinds=frozenset({"parquet", "polars"}),
+    checks=(Check("judged", f"At least {LEAST_JUDGED:.0%} of the episodes could be judged."),),
+    examine=examine,
+    tables=(
+        Table(
+            SCORES,
+            ("task_id", "condition", "reward", "premature", "status", "turns", "answer"),
+            meanings={"condition": "`without` or `with` experience in context, `greedy`; `development_*` decide in the gate."},
+        ),
+    ),
+)

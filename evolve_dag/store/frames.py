@@ -84,6 +84,7 @@ def schemas() -> dict[str, pl.Schema]:
                 "trajectory_ids": names,
                 "created": number,
                 "updated": number,
+                "graduated": number,
             }
         ),
         EDITS: pl.Schema(

@@ -20,7 +20,7 @@ _WORDS = {"missing": "missing", "extra_forbidden": "unknown field", "model_type"
 
 def to_values(record: object) -> dict[str, Any]:
     """The fields of a record (a dataclass) as what JSON knows: objects, lists, numbers, text, null."""
-    values: dict[str, Any] = _adapter(type(record)).dump_python(record, mode="json")
+    values: dict[str, Any] = _adapter(type(record)).dump_python(record, mode="json")  # type: ignore[arg-type]  # mypy takes a class for unhashable
     return values
 
 
@@ -36,7 +36,7 @@ def from_values(kind: type[Record], values: object, what: str, remedy: str) -> R
     from pydantic import ValidationError
 
     try:
-        record: Record = _adapter(kind).validate_python(values)
+        record: Record = _adapter(kind).validate_python(values)  # type: ignore[arg-type]
     except ValidationError as error:
         raise DataError(f"{what}: {'; '.join(mistakes(error))}", remedy) from error
     return record
@@ -63,7 +63,7 @@ def is_finite(value: object) -> bool:
 
 
 @cache
-def _adapter(kind: type) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)

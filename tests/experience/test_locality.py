@@ -1,8 +1,12 @@
 from __future__ import annotations
 
-import pytest
+import re
 
-from evolve_dag.experience.locality import Locality, entity_in, locality, task_names, trajectory_detail
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evolve_dag.experience.locality import _CONDITION, Locality, entity_in, locality, names_in, task_names, trajectory_detail
 from evolve_dag.experience.phrases import SITUATIONS, STRATEGIES, render
 from evolve_dag.records import ExperienceItem, Task
 
@@ -143,3 +147,16 @@ def test_answers_that_are_ordinary_words_or_labels_name_nothing() -> None:
     answers = ("A", "yes", "True", "both", "42", "1,024", "UK")
     assert task_names([Task(str(n), "which one?", answer) for n, answer in enumerate(answers)]) == frozenset()
     assert task_names([Task("1", "谁?", "张三")]) == {"张三"}
+
+
+words = st.lists(st.sampled_from(["A", "b", "Bc", "aB", "if", " ", "  ", "\n", "-", "'", "1", ".", ", "]), max_size=14).map(
+    "".join
+)
+
+
+@given(words)
+def test_names_and_conditions_are_what_the_plain_patterns_find(text: str) -> None:
+    names = re.compile(r"[A-Z][\w'’-]*(?:\s+[A-Z][\w'’-]*)+")  # quadratic time on one long word
+    condition = re.compile(r"\b(?:when|whenever|if|before|after|once|unless)\b[^,\n]+,\s*\w+", re.IGNORECASE)
+    assert names_in(text) == names.findall(text)
+    assert bool(_CONDITION.search(text)) == bool(condition.search(text))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pool_replay import outline, replay
 from typer.testing import CliRunner
 
 from evolve_dag import cli
@@ -16,7 +17,7 @@ from evolve_dag.config.schema import ExtractionSettings
 from evolve_dag.errors import DataError
 from evolve_dag.experience.extraction.mining import extract
 from evolve_dag.experience.injection import assert_clean
-from evolve_dag.experience.pool import Pool, replay
+from evolve_dag.experience.pool import Pool
 from evolve_dag.interop.pools import artifact_of, pool_digest, pool_from_file, read_pool
 from evolve_dag.interop.rollouts import detect, import_file, read_rollouts, rollouts_from_file
 from evolve_dag.lineage import garbage
@@ -160,6 +161,7 @@ def test_numbers_of_an_item_are_its_evidence(tmp_path: Path) -> None:
         ('{"a": "", "b": null, "c": 3}', r"3 mistakes\n  item 'a': empty\n  item 'b': no text[^\n]*\n  item 'c': no text"),
         ('[{"text": "x", "granularity": "global"}]', "item 1: granularity: must be `principle` or `instance`, not 'global'"),
         ("[" * 100_000, "nested too deeply"),
+        (f'{{"p1": {"9" * 5000}}}', "too many digits"),
     ],
 )
 def test_bad_pools_are_refused_with_file_and_place(tmp_path: Path, text: str, what: str) -> None:
@@ -205,7 +207,7 @@ def test_an_imported_pool_is_an_experience_artifact(tmp_path: Path) -> None:
     artifact = store.open("experience", done.digest)
     assert open_pool(artifact) == pool_from_file(path)
     edits = edits_from_frame(artifact.frame("edits.parquet"))
-    assert replay(edits) == open_pool(artifact).outline()
+    assert replay(edits) == outline(open_pool(artifact))
     assert {edit.reason for edit in edits} == {"imported from experiences.json"}
     rows = run_sql(store, "select id, granularity, experiment from items order by id").rows()
     assert rows == [("G0", "principle", "web-imported"), ("G1", "principle", "web-imported")]

@@ -20,6 +20,7 @@ from evolve_dag.distillation.dataset import DistillationRow, StepView, load_cont
 from evolve_dag.errors import ConfigError, OrderError
 from evolve_dag.lineage import audit
 from evolve_dag.lineage.audit import ALL, NONE, Internalized, Measurement, Sums, sums
+from evolve_dag.records import PoolEdit
 from evolve_dag.reporting import audit_page, principles, report
 from evolve_dag.reporting.summary import status_json, summarize
 from evolve_dag.steps.base import STEP_ORDER, run_step
@@ -270,7 +271,7 @@ def test_what_an_item_did_is_counted_from_the_rows(made: Store, measured: audit.
             one.item.condition[state.feature] for state in one.states if state.feature in one.item.condition
         ], "the state selector chooses where the condition holds"
         assert one.internalized == tuple(found for found in measured.items if found.item == one.item.id)
-    taught = {name for one in facts.principles for edit in one.edits for name in edit.trajectories[: principles.TAUGHT]}
+    taught = {name for one in facts.principles for edit in one.edits for name in edit.trajectory_ids[: principles.TAUGHT]}
     assert set(chain.taught) == taught
 
 
@@ -301,7 +302,7 @@ def test_text_of_artifacts_stays_text(made: Store, measured: audit.Audit) -> Non
     [chain] = facts.chains
     step = principles.ShownStep(0, evil, evil, (evil,))
     shown = principles.Shown(evil, evil, evil, 1.0, evil, (step,))
-    edit = principles.Edit("merge", 1, evil, evil, evil, evil, (evil,))
+    edit = PoolEdit("merge", evil, 1, evil, evil, evil, (evil,), into=evil)
     item = replace(facts.principles[0].item, id=evil, text=evil, evidence={evil: 1.0}, granularity=evil)  # type: ignore[arg-type]
     state = principles.State(evil, evil, 1.0, 0.1)
     one = replace(facts.principles[0], item=item, edits=(edit,), states=(state,))

@@ -69,7 +69,7 @@ def test_unjudged_episodes_are_told() -> None:
     summary = LineageSummary("pocket", (IterationRow(1, without=metrics(0.5, 0.1, 4.0, 0.0, judged=500)),))
     text = shown(summary)
     assert "50.0%*" in text
-    assert "* iteration 1, without: 500 of 512 episodes were judged" in text
+    assert "* iteration 1, without: episodes judged: 500 of 512 (48.8% of all right)" in text
     assert "steps recomputed" not in text
 
 

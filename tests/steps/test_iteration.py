@@ -235,7 +235,7 @@ def test_a_placebo_pool_is_injected_and_mining_goes_on_from_the_mined_one(copied
     build = SimpleNamespace(path=tmp_path / "two", note=lambda **_: None)
     entering = replace(entering_policy(disguised, 1, copied), experience=artifact.digest, next_item=pool.next_number)
     inputs = {"trajectories": copied.open("trajectories", resolve("trajectories", disguised, 1, copied).digest)}
-    experience.run(StepContext(disguised, 2, copied, inputs, build, Silent(), entering, None, None))
+    experience.run(StepContext(disguised, 2, copied, inputs, build, Silent(), entering, None))
     again, kept = (Pool.from_json((tmp_path / "two" / name).read_text()) for name in (MINED, "pool.json"))
     common = set(again.ids) & set(mined.ids)
     assert common

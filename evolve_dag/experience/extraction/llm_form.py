@@ -17,10 +17,11 @@ from evolve_dag.experience.extraction import llm_plans as plans
 from evolve_dag.experience.extraction.llm_calls import Asker
 from evolve_dag.experience.extraction.llm_guides import ExtractionGuides
 from evolve_dag.experience.features import _STOP_WORDS
-from evolve_dag.experience.llm_text import fence, one_line, shorten
-from evolve_dag.experience.locality import NAME, task_names
+from evolve_dag.experience.llm_text import fence, shorten
+from evolve_dag.experience.locality import names_in, task_names
 from evolve_dag.experience.phrases import MAX_WORDS
 from evolve_dag.experience.pool import principle_problems
+from evolve_dag.plain import one_line
 from evolve_dag.records import Granularity, Task, Trajectory
 
 INSTANCE_WORDS = 120
@@ -40,7 +41,7 @@ def tidy(text: str, granularity: Granularity = "principle") -> str:
         line = line[1:-1].strip()
     if granularity == "instance":
         return line
-    match = re.fullmatch(r"([^\W\d][\w-]*(?: [\w-]+)?)\s*[:：]\s*(when\b.*?)[.!;\s]*", line, re.IGNORECASE)
+    match = re.fullmatch(r"([^\W\d][\w-]*(?: [\w-]+)?)\s*[:：]\s*(when\b.*)", line.rstrip(".!; "), re.IGNORECASE)
     if match is None:
         return line
     name, rest = match.groups()
@@ -138,7 +139,7 @@ def entities(task: Task | None, trajectories: Iterable[Trajectory]) -> frozenset
             tokens = _WORD.findall(line)
             ordinary.update((word,) for word in tokens if word[0].islower())
             ordinary.update((a, b) for a, b in pairwise(tokens) if a[0].islower() and b[0].islower())
-            seen.update(NAME.findall(line))
+            seen.update(names_in(line))
     found: set[str] = set()
     for name in known | seen:
         words = _words(name)

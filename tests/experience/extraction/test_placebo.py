@@ -8,12 +8,13 @@ import pytest
 from experience_builders import answer, search, trajectory, visit
 from hypothesis import given
 from hypothesis import strategies as st
+from pool_replay import replay
 
 from evolve_dag.errors import DataError
 from evolve_dag.experience.extraction.placebo import placebo
 from evolve_dag.experience.features import walk
 from evolve_dag.experience.phrases import action_of, render, split
-from evolve_dag.experience.pool import Pool, Proposal, check_principle_form, replay
+from evolve_dag.experience.pool import Pool, Proposal, principle_problems
 
 LISTING = "2 results\n1. river Bado Keli: mouth: city Zano Pile\n2. person Bado Keli: home: city Zano Pile"
 PAGE = "page: person Bado Keli\nhome: city Zano Pile"
@@ -40,7 +41,7 @@ def test_the_situation_stays_and_the_action_is_another_one_that_was_taken_there(
     taken = {action for t in SEEN for state, action in walk(t) if state["observation"] == "listing"}
     assert action_of(item.text) in taken - {"open_fitting"}
     assert (item.id, item.condition, found.pool.next_number) == ("p0001", LISTED, pool.next_number)
-    assert not check_principle_form(item.text)
+    assert not principle_problems(item.text)
 
 
 @given(st.integers(0, 10_000))
