@@ -84,7 +84,7 @@ def run(study: Study, root: Path, console: Console, work: Callable[[Job], Done] 
         before = agenda.done
         with ExitStack() as stack:
             show = stack.enter_context(_progress(study, agenda, console))
-            crew = stack.enter_context(_crew(min(study.settings.processes, len(study.cells)), study, work or do))
+            crew = stack.enter_context(_crew(min(study.settings.processes, agenda.unfinished), study, work or do))
             _work_off(study, agenda, crew, root, show)
     return Finished(agenda.done, agenda.done - before, dict(agenda.failed))
 
@@ -272,7 +272,10 @@ def left(agenda: Agenda, processes: int) -> str:
     seconds = agenda.seconds_left(processes)
     if seconds is None:
         return "time left not known yet"
-    return f"about {duration(60 * round(seconds / 60)) if seconds > 90 else duration(seconds)} left"
+    if seconds < 90:
+        return f"about {seconds:.0f} s left"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"about {hours} h {minutes} min left" if hours else f"about {minutes} min left"
 
 
 @contextmanager

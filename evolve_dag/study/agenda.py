@@ -69,6 +69,11 @@ class Agenda:
         """Iterations that are up to date."""
         return sum(min(self._next[cell.name] - 1, cell.iterations) for cell in self._cells)
 
+    @property
+    def unfinished(self) -> int:
+        """Cells that have something left."""
+        return sum(self._next[cell.name] <= cell.iterations for cell in self._cells)
+
     def take(self) -> Unit | None:
         """The unit to begin now; None while every cell that has something left is being worked on.
 

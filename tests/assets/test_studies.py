@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import dagster as dg
 import pytest
@@ -68,7 +69,7 @@ def test_every_cell_is_an_experiment_in_dagster_and_nothing_is_made_twice(study:
     assert keys == {f"tiny.{arm}-s4|0{k}" for arm in ARMS for k in (1, 2)}
     assert registry.load(ROOT, "tiny.greedy-s4") == study.cells[2].experiment, "the interface finds it by its name"
     assert "tiny.plain-s4 2/2" in printed
-    assert "6 of 6, about 0.0 s left" in printed
+    assert "6 of 6, about 0 s left" in printed
     again, printed = run(study)
     assert (again.iterations, again.made, printed) == (6, 0, "")
 
@@ -133,6 +134,14 @@ def _wait_until_workers_are_gone() -> None:
             except ConcurrencyError:
                 assert time.monotonic() < deadline, "a worker outlives its parent"
                 time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(None, "not known yet"), (0.2, "0 s"), (89, "89 s"), (91, "2 min"), (3570, "1 h 0 min"), (45_000, "12 h 30 min")],
+)
+def test_the_time_left_is_told_in_what_can_be_known(seconds: float | None, told: str) -> None:
+    assert told in studies.left(SimpleNamespace(seconds_left=lambda processes: seconds), 2)
 
 
 def test_a_study_is_run_once_at_a_time(study: Study) -> None:
