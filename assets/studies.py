@@ -143,6 +143,7 @@ class Worker:
 
     def __init__(self, work: Callable[[Job], Done]) -> None:
         self._work = work
+        self._busy = False
         self._start()
 
     def _start(self) -> None:
@@ -156,11 +157,12 @@ class Worker:
         """Hand over a job."""
         if not self.process.is_alive():
             self._start()
-        self._log = job.log
+        self._log, self._busy = job.log, True
         self.connection.send(job)
 
     def outcome(self) -> Done:
         """What became of the job that it had."""
+        self._busy = False
         try:
             done: Done = self.connection.recv()
         except EOFError:
@@ -172,8 +174,10 @@ class Worker:
         return done
 
     def end(self) -> None:
-        """Kill it: what it was doing is resumed by the next command."""
-        self.process.kill()
+        """An idle one leaves by itself and cleans up; one at work is killed: the next command resumes what it was doing."""
+        self.connection.close()
+        if self._busy:
+            self.process.kill()
         self.process.join()
 
 
