@@ -37,8 +37,8 @@ TABLES = (
     "experiments", "runs", "params", "metrics", "tags", "datasets", "inputs", "trace_info", "trace_tags", "spans",
     "assessments", "registered_models", "model_versions", "registered_model_aliases",
 )  # fmt: skip
-TRACES = 2 * 6
-"""train, teacher, base, without, with, greedy."""
+TRACES = 2 * 9
+"""train, teacher, base at three temperatures, ceiling, without, with, greedy."""
 PICTURES = mlflow_sync._Sender.pictures
 
 
