@@ -42,7 +42,8 @@ def test_the_tail_is_one_class() -> None:
 def test_only_steps_with_experience_and_only_clean_rows_change() -> None:
     given = targets(top_k=3)
     clean, retained = sharpened([row(given), row(given, retention=True)], 0.5)
-    assert clean.teacher is not None and retained.teacher is given
+    assert clean.teacher is not None
+    assert retained.teacher is given
     np.testing.assert_array_equal(clean.teacher.logprobs[:2], given.logprobs[:2])
     assert (clean.teacher.logprobs[2:, 0] > given.logprobs[2:, 0]).all()
 
