@@ -424,6 +424,9 @@ class DistillationSettings(Section):
     drills: float = Field(0.0, ge=0, le=1)
     """Share of the steps that are learned once more under advice drawn at random, towards policy(k) reading the same, so that
     policy(k+1) goes on reading advice that it has not learned (docs/adr/0019-drills.md). 0: none."""
+    teacher_temperature: float = Field(1.0, gt=0, le=10)
+    """Of the teacher's distribution at the steps where it reads experience. Below 1 it is surer of what it prefers, so that a
+    lesson handed on every night does not wear away (docs/adr/0019-drills.md). 1 is the loss of the paper."""
     retention_weight: float = Field(1.0, gt=0, le=1000)
     """How many action tokens one of those counts for in the loss."""
     jsd_weight: float = Field(0.5, gt=0, lt=1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from evolve_dag.agent.rollouts import gather_rollouts
 from evolve_dag.config.schema import Experiment
 from evolve_dag.distillation.alignment import select_rows
-from evolve_dag.distillation.dataset import DistillationRow, load_contexts
+from evolve_dag.distillation.dataset import DistillationRow, load_contexts, sharpened
 from evolve_dag.distillation.trainer import CurvePoint, distill, load_model
 from evolve_dag.inference.folders import model_folder
 from evolve_dag.seeds import stable_hash
@@ -39,6 +39,7 @@ def run(context: StepContext) -> None:
     contexts = context.inputs["contexts"].path
     rows = load_contexts(contexts)
     nothing_taught = not any(c.injected for row in rows for c in row.contexts)
+    rows = sharpened(rows, experiment.distillation.teacher_temperature)
     rows += load_contexts(contexts / RETENTION) + load_contexts(contexts / DRILLS)
     if nothing_taught and experiment.regime.divergence != "cross_entropy":
         rows = []  # teacher and student are one: Adam would turn rounding noise into full steps
@@ -159,7 +160,8 @@ class _Resample:
             if experiment.models.policy.backend != "transformers":
                 opened.close()
             with open_teacher(adapter_folder(context.store, adapter), context.roles, policy) as teacher:
-                return score(experiment, kept, teacher, Silent()).all
+                found = score(experiment, kept, teacher, Silent()).all
+        return sharpened(found, experiment.distillation.teacher_temperature)
 
 
 def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
@@ -179,7 +181,7 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
 SPEC = StepSpec(
     "adapter",
     "LoRA weights that make the student without experience act like the teacher with it, and the training curve.",
-    version="5",
+    version="6",
     config=("seed", "regime", "distillation"),
     inputs=("policy", "experience", "contexts"),
     run=run,
