@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from evolve_dag.config.parts import Chosen, chosen
 from evolve_dag.config.schema import Experiment, contradictions
+from evolve_dag.config.section import PATH, S, Section, marked
 from evolve_dag.config.yamlfile import read_mapping
 from evolve_dag.errors import ConfigError
 
@@ -31,6 +33,7 @@ def load_experiment(path: str | Path) -> Experiment:
     except ValidationError as error:
         mistakes += [_describe(item, merged, origin, path) for item in error.errors()]
     else:
+        experiment = _absolute(experiment, "", lambda key: _origin(origin, key, path), mistakes)
         mistakes += [f"{_origin(origin, key, path)}: {key}: {what}" for key, what in contradictions(experiment)]
         if not mistakes:
             return experiment
@@ -39,15 +42,6 @@ def load_experiment(path: str | Path) -> Experiment:
         f"{path}: {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}\n{lines}",
         "mend the keys above; docs/configuration.md lists every key",
     )
-
-
-_PATH_KEYS = (
-    "start_pool",
-    "environment.pages",
-    "environment.files",
-    *(f"tasks.{split}.path" for split in ("train", "development", "held_out")),
-    *(f"models.{role}.path" for role in ("policy", "extractor", "selector", "judge", "embedding")),
-)
 
 
 def _merge_chain(path: Path, seen: tuple[Path, ...], mistakes: list[str]) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -63,9 +57,6 @@ def _merge_chain(path: Path, seen: tuple[Path, ...], mistakes: list[str]) -> tup
     content, wrong_here = read_mapping(path)
     mistakes += [f"{path}: {wrong}" for wrong in wrong_here]
     parent = content.pop("extends", None)
-    for dotted in _PATH_KEYS:
-        if wrong := _make_absolute(content, dotted, path):
-            mistakes.append(f"{path}: {dotted}: {wrong}")
     if parent is None:
         base: dict[str, Any] = {}
         origin: dict[str, Path] = {}
@@ -79,18 +70,19 @@ def _merge_chain(path: Path, seen: tuple[Path, ...], mistakes: list[str]) -> tup
     return base, origin
 
 
-def _make_absolute(content: dict[str, Any], dotted: str, path: Path) -> str | None:
-    """Resolve one path against the file that states it; returns what is wrong with it."""
-    *parents, last = dotted.split(".")
-    node: Any = content
-    for part in parents:
-        node = node.get(part) if isinstance(node, dict) else None
-    if isinstance(node, dict) and isinstance(node.get(last), str) and node[last] != "pocket":
-        try:
-            node[last] = str((path.parent / node[last]).resolve())
-        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a zero byte
-            return f"no file can be there: {error}"
-    return None
+def _absolute(section: S, prefix: str, base: Callable[[str], Path], mistakes: list[str]) -> S:
+    """The section with its paths resolved against the file that states each (``base``); adds to ``mistakes``."""
+    changes: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        key, value = f"{prefix}{name}", getattr(section, name)
+        if isinstance(value, Section):
+            changes[name] = _absolute(value, f"{key}.", base, mistakes)
+        elif marked(field, PATH) and value and value != "pocket":
+            try:
+                changes[name] = str((base(key).parent / value).resolve())
+            except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a zero byte
+                mistakes.append(f"{base(key)}: {key}: no file can be there: {error}")
+    return section.model_copy(update=changes)
 
 
 def _overlay(base: dict[str, Any], over: Mapping[str, Any], prefix: str, path: Path, origin: dict[str, Path]) -> None:
@@ -102,15 +94,43 @@ def _overlay(base: dict[str, Any], over: Mapping[str, Any], prefix: str, path: P
             current, value = _as_regime(current), _as_regime(value)
             if isinstance(value, dict) and "preset" in value:
                 current = None
-        replaces_kind = key == "environment" and isinstance(value, dict) and "kind" in value
-        if isinstance(value, dict) and isinstance(current, dict) and not replaces_kind:
-            merged = dict(current)
+        if isinstance(value, dict) and isinstance(current, dict):
+            merged = _inherited(dotted, current, value)
             _overlay(merged, value, f"{dotted}.", path, origin)
             base[key] = merged
         else:
             base[key] = value
             for inner in _keys(value, dotted):
                 origin[inner] = path
+
+
+def _inherited(dotted: str, current: dict[str, Any], value: dict[str, Any]) -> dict[str, Any]:
+    """What a section keeps of the one it is laid over: where it names another part, only the keys that this part has too.
+
+    An environment that names its kind starts anew, whatever stood there.
+    """
+    chooser = _chooser(dotted)
+    if chooser is None or chooser.key not in value:
+        return dict(current)
+    if dotted == "environment":
+        return {}
+    settings = chooser.settings(value)
+    if settings is None or chooser.name(value) == chooser.name(current):
+        return dict(current)
+    return {key: inner for key, inner in current.items() if key in settings.model_fields}
+
+
+def _chooser(dotted: str) -> Chosen | None:
+    """What decides the class of the section at a dotted key; None where it is the same for all."""
+    holder: Any = Experiment
+    *parents, last = dotted.split(".")
+    for name in parents:
+        field = holder.model_fields.get(name)
+        holder = field.annotation if field is not None else None
+        if not (isinstance(holder, type) and issubclass(holder, Section)):
+            return None
+    field = holder.model_fields.get(last)
+    return chosen(field) if field is not None else None
 
 
 def _as_regime(value: Any) -> Any:
@@ -134,16 +154,9 @@ def _origin(origin: Mapping[str, Path], key: str, default: Path) -> Path:
 
 def _describe(error: Any, merged: Mapping[str, Any], origin: Mapping[str, Path], path: Path) -> str:
     location = [str(part) for part in error["loc"]]
-    for depth, tag in ((1, "kind"), (2, "backend")):  # pydantic names a union's branch; the reader's key has no such part
-        node: Any = merged
-        for part in location[:depth]:
-            node = node.get(part) if isinstance(node, dict) else None
-        branch = node if isinstance(node, str) else node.get(tag, "transformers") if isinstance(node, dict) else None
-        if len(location) > depth and location[0] == ("environment", "models")[depth - 1] and location[depth] == branch:
-            del location[depth]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        what = f"unknown key{_did_you_mean(location)}"
+        what = f"unknown key{_did_you_mean(location, merged)}"
     elif error["type"] == "missing":
         what = "missing"
     else:
@@ -154,14 +167,25 @@ def _describe(error: Any, merged: Mapping[str, Any], origin: Mapping[str, Path],
     return f"{_origin(origin, key, path)}: {key or 'file'}: {what}"
 
 
-def _did_you_mean(location: list[str]) -> str:
+def _did_you_mean(location: list[str], merged: Mapping[str, Any]) -> str:
+    """What an unknown key may be: one of another part, or one that reads alike."""
     import difflib
 
-    node: Any = Experiment
-    for part in location[:-1]:
-        field = node.model_fields.get(part) if isinstance(node, type) and issubclass(node, BaseModel) else None
-        node = field.annotation if field is not None else None
-    if not (isinstance(node, type) and issubclass(node, BaseModel)):
+    *parents, last = location
+    section: Any = Experiment
+    content: Any = merged
+    for depth, name in enumerate(parents, 1):
+        content = content.get(name) if isinstance(content, dict) else None
+        chooser = _chooser(".".join(parents[:depth]))
+        if chooser is not None and isinstance(content, dict):
+            section, mine = chooser.settings(content), chooser.name(content)
+            others = [other for other in chooser.names if last in chooser.fields(other)]
+            if others and depth == len(parents):
+                return f": it belongs to `{chooser.key}: {' or '.join(others)}`, and this is `{chooser.key}: {mine}`"
+        else:
+            field = section.model_fields.get(name) if isinstance(section, type) and issubclass(section, Section) else None
+            section = field.annotation if field is not None else None
+    if not (isinstance(section, type) and issubclass(section, Section)):
         return ""
-    close = difflib.get_close_matches(location[-1], list(node.model_fields), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else f"; known here: {', '.join(node.model_fields)}"
+    close = difflib.get_close_matches(last, list(section.model_fields), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else f"; known here: {', '.join(section.model_fields)}"

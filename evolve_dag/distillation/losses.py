@@ -5,10 +5,7 @@ size. All values are in nats. A top-k teacher is compared on K + 1 classes: its 
 everything else together (the tail). Merging classes can only lower a KL divergence (data processing
 inequality), so the top-k value is a lower bound of the full one, and equals it for K = V.
 
-    forward_kl      KL(p || q) = sum_v p (log p - log q)              mass-covering; the off-policy preset
-    reverse_kl      KL(q || p) = sum_v q (log q - log p)              mode-seeking; the on-policy preset
-    jsd             w KL(p || m) + (1 - w) KL(q || m),  m = w p + (1 - w) q
-    cross_entropy   -log q(sampled token)                             plain fine-tuning; the control
+The divergences themselves are rows of divergences.py.
 
 The number that training minimises is the mean over all action tokens of a batch: a long action counts by
 its tokens, tokens outside actions do not count at all.
@@ -24,11 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from evolve_dag.records import Divergence
-
-LOG_FLOOR = -30.0
-"""Least teacher log-probability that reverse KL sees. A token that the teacher calls impossible (-inf) would
-make the loss infinite for any student; e^-30 is far below what float32 probabilities resolve."""
+from evolve_dag.config.parts import part
+from evolve_dag.distillation.divergences import Divergence, forward_kl
 
 CHUNK_ELEMENTS = 1 << 25
 """Logits held at once (128 MB in float32); more are computed in chunks and recomputed in the backward pass."""
@@ -79,51 +73,27 @@ def student_classes(logits_N_V: Tensor, teacher: Teacher) -> Tensor:
     return torch.cat([kept, torch.logsumexp(others, dim=-1, keepdim=True) - log_z], dim=1)
 
 
-def _expectation(log_weight: Tensor, difference: Tensor) -> Tensor:
-    """sum of exp(log_weight) * difference over the last axis, where weight 0 times infinity is 0."""
-    weight = log_weight.exp()
-    return (weight * torch.where(weight > 0, difference, torch.zeros_like(difference))).sum(-1)
-
-
-def forward_kl(p_N_K: Tensor, q_N_K: Tensor) -> Tensor:
-    """KL(p || q) per token, ``(N,)``, from log-probabilities of teacher p and student q."""
-    return _expectation(p_N_K, p_N_K - q_N_K)
-
-
-def reverse_kl(p_N_K: Tensor, q_N_K: Tensor) -> Tensor:
-    """KL(q || p) per token, ``(N,)``; the teacher's log-probabilities are floored at :data:`LOG_FLOOR`."""
-    return _expectation(q_N_K, q_N_K - p_N_K.clamp(min=LOG_FLOOR))
-
-
-def jsd(p_N_K: Tensor, q_N_K: Tensor, weight: float) -> Tensor:
-    """Generalised Jensen-Shannon divergence per token, ``(N,)``; at most the entropy of ``weight``.
-
-    Args:
-        weight: share of the teacher in the mixture, between 0 and 1 (both excluded).
-    """
-    mixture = torch.logaddexp(p_N_K + math.log(weight), q_N_K + math.log1p(-weight))
-    return weight * _expectation(p_N_K, p_N_K - mixture) + (1 - weight) * _expectation(q_N_K, q_N_K - mixture)
-
-
 def cross_entropy(logits_N_V: Tensor, sampled_N: Tensor) -> Tensor:
     """-log q of the sampled ids per token, ``(N,)``."""
     return -torch.log_softmax(logits_N_V, dim=-1).gather(1, sampled_N[:, None]).squeeze(1)
 
 
 def token_losses(
-    kind: Divergence,
+    kind: str,
     logits_N_V: Tensor,
     *,
     teacher: Teacher | None = None,
     sampled_N: Tensor | None = None,
-    jsd_weight: float = 0.5,
+    **options: float,
 ) -> tuple[Tensor, Tensor]:
     """Loss and divergence of every action token.
 
     Args:
         logits_N_V: student logits; half-precision is widened to float32 first.
+        kind: name of a divergence, as in the experiment file.
         teacher: needed by every kind but ``cross_entropy``.
         sampled_N: sampled ids, needed by ``cross_entropy``.
+        options: the divergence's own keys, e.g. ``jsd_weight``.
 
     Returns:
         ``(N,)`` what is minimised, and ``(N,)`` the forward KL without gradient (NaN without a teacher): the
@@ -137,35 +107,30 @@ def token_losses(
     if teacher is not None:
         p = teacher_classes(teacher, logits.shape[-1]).to(logits.dtype)
         q = student_classes(logits, teacher)
-    if kind == "cross_entropy":
+    divergence: Divergence = part("divergence", kind)
+    if divergence.loss is None:
         if sampled_N is None:
-            raise ValueError("cross_entropy needs the sampled ids")
+            raise ValueError(f"{kind} needs the sampled ids")
         loss = cross_entropy(logits, sampled_N)
     elif p is None or q is None:
         raise ValueError(f"{kind} needs the teacher's log-probabilities")
-    elif kind == "forward_kl":
-        loss = forward_kl(p, q)
-    elif kind == "reverse_kl":
-        loss = reverse_kl(p, q)
-    elif kind == "jsd":
-        loss = jsd(p, q, jsd_weight)
     else:
-        raise ValueError(f"unknown divergence {kind!r}: one of forward_kl, reverse_kl, jsd, cross_entropy")
+        loss = divergence.loss(p, q, **options)
     if p is None or q is None:
         return loss, torch.full_like(loss, math.nan).detach()
     return loss, forward_kl(p, q.detach()).detach()
 
 
 def token_losses_from_hidden(
-    kind: Divergence,
+    kind: str,
     hidden_N_H: Tensor,
     head: Callable[[Tensor], Tensor],
     *,
     teacher: Teacher | None = None,
     sampled_N: Tensor | None = None,
-    jsd_weight: float = 0.5,
     chunk: int | None = None,
     vocabulary: int | None = None,
+    **options: float,
 ) -> tuple[Tensor, Tensor]:
     """:func:`token_losses` on hidden states of the action positions, so that logits exist only there.
 
@@ -184,7 +149,7 @@ def token_losses_from_hidden(
             head(hidden),
             teacher=None if teacher is None else teacher[rows],
             sampled_N=None if sampled_N is None else sampled_N[rows],
-            jsd_weight=jsd_weight,
+            **options,
         )
 
     if n <= chunk:

@@ -16,6 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evolve_dag.config.parts import part
 from evolve_dag.config.schema import DistillationSettings, Regime
 from evolve_dag.distillation.adapter import attach, detach, merge, save_adapter
 from evolve_dag.distillation.dataset import DistillationRow, batches
@@ -180,7 +181,7 @@ def learning_rate(settings: DistillationSettings, step: int, total: int, iterati
 
 
 def step_divergences(
-    model: nn.Module, rows: Sequence[DistillationRow], *, tokens_per_batch: int = 8192, jsd_weight: float = 0.5
+    model: nn.Module, rows: Sequence[DistillationRow], *, tokens_per_batch: int = 8192
 ) -> list[tuple[float, ...]]:
     """Mean forward KL per action token at every step, nats: how much of the teacher is not in ``model`` yet.
 
@@ -293,7 +294,7 @@ def load_model(path: Path | str, dtype: str = "float32") -> nn.Module:
 
 
 def _require_teachers(rows: Sequence[DistillationRow], regime: Regime) -> None:
-    if regime.divergence == "cross_entropy":
+    if part("divergence", regime.divergence).loss is None:
         return
     for row in rows:
         if row.teacher is None:
@@ -399,8 +400,8 @@ class _Run:
             self.head,
             teacher=batch.teacher,
             sampled_N=batch.sampled,
-            jsd_weight=self.settings.jsd_weight,
             vocabulary=self.head.weight.shape[0],
+            **{key: getattr(self.settings, key) for key in part("divergence", self.regime.divergence).keys},
         )
         loss = mean_over_tokens(loss_N)
         self.optimizer.zero_grad(set_to_none=True)

@@ -9,6 +9,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.agent.rollouts import gather_rollouts
+from evolve_dag.config.parts import CHOICES, part
 from evolve_dag.config.schema import Experiment
 from evolve_dag.distillation.alignment import select_rows
 from evolve_dag.distillation.dataset import DistillationRow, load_contexts
@@ -94,8 +95,8 @@ def run(context: StepContext) -> None:
 
 
 def _learns_distributions(experiment: Experiment) -> bool:
-    """Cross-entropy learns sampled tokens; a retention row would have no anchor there (docs/adr/0004-retention.md)."""
-    return experiment.regime.divergence != "cross_entropy"
+    """What learns sampled tokens has no anchor in a retention row (docs/adr/0004-retention.md)."""
+    return part("divergence", experiment.regime.divergence).loss is not None
 
 
 def _mean(values: list[float]) -> float | None:
@@ -181,15 +182,23 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
     yield Verdict("finite_loss", not bad and not broken and skipped <= MAX_SKIPPED * curve.height, evidence)
 
 
+def _unread(experiment: Experiment) -> tuple[str, ...]:
+    """What decided the contexts alone, and the keys of other divergences."""
+    own = part("divergence", experiment.regime.divergence).keys
+    others = {key for name in CHOICES["divergence"].rows for key in part("divergence", name).keys if key not in own}
+    return tuple(f"distillation.{key}" for key in ("top_k", "retention", *others))
+
+
 SPEC = StepSpec(
     "adapter",
     "LoRA weights that make the student without experience act like the teacher with it, and the training curve.",
-    version="3",
-    config=("seed", "regime", "distillation"),
+    version="4",
+    config=("seed", "regime.divergence", "distillation"),
     inputs=("policy", "experience", "contexts"),
     run=run,
     kinds=frozenset({"pytorch", "huggingface"}),
     iteration=True,
+    unread=_unread,
     checks=(Check("finite_loss", "Every loss of the training curve is a number.", blocking=True),),
     examine=examine,
     tables=(

@@ -30,6 +30,7 @@ from evolve_dag.steps.policies import (
     open_teacher,
     roll_out,
     selector_statistics,
+    without_choice,
 )
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
@@ -98,7 +99,7 @@ def score(
     # A student's own malformed action is what the teacher's distribution corrects; a teacher's is nothing to learn from.
     keep_step = None if experiment.regime.source == "student" else without_problems
     aligned = align_all(kept, model.chat, inject, keep_step)
-    if experiment.regime.divergence == "cross_entropy" and experiment.injection == "none":
+    if experiment.injection == "none":  # then nothing is compared with a teacher (config/schema.py: contradictions)
         return make_rows(aligned, None), []
     scorer = TeacherScorer(model.model, top_k=experiment.distillation.top_k)
     progress.start("teacher scoring", len(aligned))
@@ -162,10 +163,15 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
     yield Verdict("same_actions", not other_ids, evidence)
 
 
+def _unread(experiment: Experiment) -> tuple[str, ...]:
+    unscored = ("distillation.top_k", "distillation.retention") if experiment.injection == "none" else ()
+    return (*without_choice(experiment), *unscored)
+
+
 SPEC = StepSpec(
     "contexts",
     "Step-aligned contexts: the student's clean view, the teacher's view with experience, the shared action tokens.",
-    version="5",
+    version="6",
     config=(
         "seed",
         *INJECTION_KEYS,
@@ -180,6 +186,7 @@ SPEC = StepSpec(
     run=run,
     kinds=frozenset({"parquet", "polars"}),
     iteration=True,
+    unread=_unread,
     checks=(
         Check("clean", "No clean row of the student holds experience.", blocking=True),
         Check(

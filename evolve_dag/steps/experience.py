@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from typing import Any
 
+from evolve_dag.config.parts import part_of
 from evolve_dag.config.schema import Experiment
+from evolve_dag.experience.extraction.base import Extraction, ExtractorPart, Material
 from evolve_dag.experience.extraction.contrast import Evidence
-from evolve_dag.experience.extraction.mining import Extraction, extract
 from evolve_dag.experience.locality import locality
 from evolve_dag.experience.pool import Pool, check_principle_form
 from evolve_dag.records import Task, Trajectory
@@ -60,46 +62,26 @@ def _evidence(context: StepContext) -> Evidence | None:
 
 
 def _extract(context: StepContext, trajectories: Sequence[Trajectory], tasks: Sequence[Task], pool: Pool) -> Extraction:
-    experiment, settings = context.experiment, context.experiment.extraction
-    if settings.extractor == "contrast":
-        context.progress.start("extraction", 1)
-        found = extract(
-            trajectories,
-            pool,
-            granularity=experiment.granularity,
-            settings=settings,
-            iteration=context.iteration,
-            seed=experiment.seed,
-            before=_evidence(context),
-        )
-        context.progress.advance()
-        context.progress.finish()
-        return found
-    from evolve_dag.experience.extraction.llm import extract_with_llm
-
-    roles = context.roles
+    experiment, roles = context.experiment, context.roles
+    row: ExtractorPart[Any] = part_of("extractor", experiment.extraction)
     with ExitStack() as opened:
-        if experiment.models.extractor == "policy":
+        if any(getattr(experiment.models, role) == "policy" for role in row.roles(experiment.extraction)):
             opened.enter_context(open_policy(context.store, context.entering.adapter, roles))
         context.progress.start("extraction", len({t.task_id for t in trajectories}))
         try:
-            return roles.run(
-                extract_with_llm(
-                    trajectories,
-                    tasks,
-                    pool,
-                    model=roles.model("extractor"),
-                    identity=roles.identity("extractor"),
-                    granularity=experiment.granularity,
-                    settings=settings,
-                    iteration=context.iteration,
-                    seed=experiment.seed,
-                    memory=roles.memory,
-                    concurrency=experiment.runtime.concurrency,
-                    characters=settings.max_characters,
-                    on_progress=lambda: context.progress.advance(),
-                )
+            material = Material(
+                trajectories,
+                tasks,
+                pool,
+                experiment.granularity,
+                context.iteration,
+                experiment.seed,
+                before=_evidence(context),
+                roles=roles,
+                concurrency=experiment.runtime.concurrency,
+                on_progress=context.progress.advance,
             )
+            return roles.run(row.make(experiment.extraction, material))
         finally:
             context.progress.finish()
 
@@ -115,15 +97,22 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
     yield Verdict("form", not wrong, {"items": len(items), "wrong": wrong})
 
 
+def _unread(experiment: Experiment) -> tuple[str, ...]:
+    """One successful case a task (``granularity: instance``) is no pattern that must show often enough."""
+    mined = experiment.extraction.extractor == "contrast" and experiment.granularity == "principle"
+    return () if mined else tuple(f"extraction.{key}" for key in ("min_support", "min_lift", "confidence", "memory"))
+
+
 SPEC = StepSpec(
     "experience",
     "The experience pool E(k), every pool edit, and which trajectories taught what.",
-    version="4",
-    config=("seed", "granularity", "extraction", "models.extractor"),
+    version="5",
+    config=("seed", "granularity", "extraction"),
     inputs=("policy", "trajectories"),
     run=run,
     kinds=frozenset({"parquet", "polars"}),
     iteration=True,
+    unread=_unread,
     checks=(
         Check("within_cap", "The pool holds at most `extraction.cap` items, with distinct ids.", blocking=True),
         Check("form", "Every principle reads `Name: when <situation>, <strategy>.`"),

@@ -102,6 +102,7 @@ def test_a_step_needs_what_stands_before_it(tmp_path: Path) -> None:
         ({"injection": "global"}, {"contexts", "scores"}),
         ({"extraction": {"cap": 5}}, {"experience"}),
         ({"granularity": "instance"}, {"experience"}),
+        ({"evaluation": {"bootstrap": 500}}, {"scores"}),
         ({"rollout": {"max_steps": 9}}, {"trajectories", "contexts", "scores"}),
         ({"seed": 5}, {"trajectories", "experience", "contexts", "adapter", "promotion"}),
         ({"models": {"policy": {"dtype": "bfloat16"}}}, {"policy"}),
@@ -164,6 +165,23 @@ def test_scores_say_under_which_condition_and_hold_every_task(made: Store) -> No
     for condition in ("base", "without", "greedy", "development_candidate", "development_champion"):
         assert len({s.task_id for s in scores if s.condition == condition}) == 6
     assert set(artifact.json("summary.json")) == {s.condition for s in scores}
+
+
+def test_other_intervals_need_no_other_episodes(copied: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = copied.open("scores", resolve("scores", small(), 1, copied).digest)
+    finer = small(evaluation={"bootstrap": 300})
+    monkeypatch.setattr("evolve_dag.steps.scores.roll_out", None)
+    after = run_step("scores", finer, 1, copied).artifact
+    assert after.digest != before.digest
+    assert load_trajectories(after) == load_trajectories(before)
+    assert after.frame("scores.parquet").equals(before.frame("scores.parquet"))
+    assert after.json("summary.json") != before.json("summary.json")
+    assert {**after.summary} == {**before.summary}
+    monkeypatch.undo()
+    (copied.folder("scores", before.digest) / "steps.parquet").write_bytes(b"?")
+    copied.quarantine("scores", after.digest)
+    again = run_step("scores", finer, 1, copied).artifact  # a damaged twin is none: the episodes are sampled anew
+    assert again.frame("scores.parquet").drop("seconds", strict=False).height == after.frame("scores.parquet").height
 
 
 def test_a_broken_adapter_is_declined_and_the_champion_stays(copied: Store) -> None:

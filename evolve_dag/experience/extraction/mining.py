@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Literal
 
-from evolve_dag.config.schema import ExtractionSettings
+from pydantic import Field
+
+from evolve_dag.config.parts import ExtractionSettings
+from evolve_dag.config.section import MOST
 from evolve_dag.experience.extraction import contrast, instance
+from evolve_dag.experience.extraction.base import Extraction, ExtractorPart, Material
 from evolve_dag.experience.pool import Pool
-from evolve_dag.records import Granularity, PoolEdit, Trajectory
+from evolve_dag.records import Granularity, Trajectory
 
 
-@dataclass(frozen=True, slots=True)
-class Extraction:
-    """What ``steps/experience`` stores."""
+class ContrastExtraction(ExtractionSettings):
+    """Mines state -> action patterns that separate success from failure; needs no LLM."""
 
-    pool: Pool
-    edits: tuple[PoolEdit, ...]
-    """Of this iteration only, in order."""
-    statistics: Mapping[str, float]
-    """Counts: trajectories, judged, not_judged, groups, mixed_groups, ..., added, updated, deleted, merged, refused, items."""
-    evidence: contrast.Evidence | None = None
-    """For ``principle``: what the next extraction adds its own to."""
+    extractor: Literal["contrast"] = "contrast"
+    """Contrast mining (``granularity: principle``), or one successful case per task (``instance``)."""
+    min_support: int = Field(10, ge=1, le=MOST)
+    """Trajectories that must show a pattern."""
+    min_lift: float = Field(0.05, ge=0.0)
+    """Least gain in group-centred success of the action over the others in the same state."""
+    confidence: float = Field(0.95, gt=0.5, lt=1.0)
+    """Level at which the lower end of the lift's interval must be above zero."""
+    memory: float = Field(0.8, ge=0, le=1)
+    """What evidence of the iteration before still counts, of two before its square, and so on; 0: none."""
 
 
 def extract(
@@ -29,7 +35,7 @@ def extract(
     pool: Pool,
     *,
     granularity: Granularity,
-    settings: ExtractionSettings,
+    settings: ContrastExtraction,
     iteration: int,
     seed: int,
     case_path: bool = False,
@@ -72,3 +78,18 @@ def extract(
     statistics["refused"] = float(len(first.refused) + len(second.refused))
     statistics["items"] = float(len(after))
     return Extraction(after, edits, statistics, evidence)
+
+
+async def _extract(settings: ContrastExtraction, material: Material) -> Extraction:
+    return extract(
+        material.trajectories,
+        material.pool,
+        granularity=material.granularity,
+        settings=settings,
+        iteration=material.iteration,
+        seed=material.seed,
+        before=material.before,
+    )
+
+
+CONTRAST = ExtractorPart(settings=ContrastExtraction, make=_extract)

@@ -1,0 +1,64 @@
+"""What a user's file holds, as a hash: digests do not depend on where a file lies, only on what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+from evolve_dag.config.schema import TaskSplit
+from evolve_dag.errors import DataError
+from evolve_dag.tasks.formats import load_suite
+
+
+def path_digest(path: str, key: str) -> str:
+    """Hash of a file's content, or of the names and contents of all files below a folder.
+
+    Args:
+        key: of the experiment file that names it, for the remedy.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    place = Path(path)
+    if not place.is_dir():
+        return _file_digest(place, key)
+    listed = sorted(inner for inner in place.rglob("*") if inner.is_file())
+    return _text_digest("\n".join(f"{one.relative_to(place).as_posix()}\0{_file_digest(one, key)}" for one in listed))
+
+
+def rows_digest(split: TaskSplit, key: str) -> str:
+    """Hash of the tasks that one iteration of a stream takes, whatever else the file holds.
+
+    Raises:
+        DataError: there is no such file, or a row is broken.
+        OrderError: the file holds no tasks for this iteration yet.
+    """
+    path = Path(split.path or "")
+    _file_digest(path, key)
+    stat = path.stat()
+    return _tasks_digest(split.model_dump_json(), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _tasks_digest(split: str, size: int, modified: int) -> str:
+    tasks = load_suite(TaskSplit.model_validate_json(split), suite="stream")
+    return _text_digest("\n".join(f"{t.id}\0{t.question}\0{t.answer}\0{sorted(t.metadata.items())}" for t in tasks))
+
+
+def _text_digest(text: str) -> str:
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+
+def _file_digest(path: Path, key: str) -> str:
+    try:
+        stat = path.stat()
+    except OSError:
+        raise DataError(f"{path}: no such file", f"correct {key} in the experiment file") from None
+    return _hash(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _hash(path: str, size: int, modified: int) -> str:
+    with Path(path).open("rb") as handle:
+        return f"sha256:{hashlib.file_digest(handle, 'sha256').hexdigest()[:32]}"
