@@ -126,6 +126,8 @@ class Part(Generic[S]):
     """Models (``models.<role>``) that it asks under these settings. They are in the digest; no other can be asked."""
     prompts: Callable[[S, Any], Sequence[str]] = _nothing
     """(settings, experiment) -> names of the prompts it uses. They are in the digest; no other can be loaded."""
+    unread: Callable[[S, Any], Sequence[str]] = _nothing
+    """(settings, experiment) -> keys of its own that it does not read under this experiment."""
     mistakes: Callable[[S, Any], Iterable[tuple[str, str]]] = _nothing
     """(settings, experiment) -> what cannot work: (dotted key, what is wrong)."""
     libraries: Mapping[str, str] = field(default_factory=dict)

@@ -237,8 +237,8 @@ def _make(expected: Resolved, experiment: Experiment, entering: PolicyRef, store
         ledger = Ledger(build.ledger_path)
         memory = Memory(store.root / "cache" / "memory.sqlite")
         shown, names = visible(sources(name), experiment)
+        twin = _twin(expected, store)
         with Roles(shown, ledger=ledger, memory=memory) as roles, prompts.only(names), no_slice_error():
-            twin = _twin(expected, store)
             _body(name)(StepContext(shown, expected.iteration, store, inputs, build, progress, entering, roles, twin))
         if totals := ledger.totals():
             build.note(calls=totals)

@@ -97,12 +97,6 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
     yield Verdict("form", not wrong, {"items": len(items), "wrong": wrong})
 
 
-def _unread(experiment: Experiment) -> tuple[str, ...]:
-    """One successful case a task (``granularity: instance``) is no pattern that must show often enough."""
-    mined = experiment.extraction.extractor == "contrast" and experiment.granularity == "principle"
-    return () if mined else tuple(f"extraction.{key}" for key in ("min_support", "min_lift", "confidence", "memory"))
-
-
 SPEC = StepSpec(
     "experience",
     "The experience pool E(k), every pool edit, and which trajectories taught what.",
@@ -112,7 +106,6 @@ SPEC = StepSpec(
     run=run,
     kinds=frozenset({"parquet", "polars"}),
     iteration=True,
-    unread=_unread,
     checks=(
         Check("within_cap", "The pool holds at most `extraction.cap` items, with distinct ids.", blocking=True),
         Check("form", "Every principle reads `Name: when <situation>, <strategy>.`"),

@@ -44,7 +44,7 @@ class Slice:
 
 def slice_of(spec: StepSpec, experiment: Experiment) -> Slice:
     """What the step reads: its keys, the models that the parts in them ask, and their prompts."""
-    without = frozenset(spec.unread(experiment))
+    without = set(spec.unread(experiment))
     keys = [key for key in spec.config if key not in without]
     used: dict[str, tuple[str, ...]] = {}
     for choice, place in CHOICES.items():
@@ -52,8 +52,9 @@ def slice_of(spec: StepSpec, experiment: Experiment) -> Slice:
             settings = getattr(experiment, place.section)
             row = part_of(choice, settings)
             keys += [f"models.{role}" for role in row.roles(settings)]
+            without |= {f"{place.section}.{key}" for key in row.unread(settings, experiment)}
             used[place.section] = tuple(row.prompts(settings, experiment))
-    return Slice(tuple(dict.fromkeys(keys)), without, used)
+    return Slice(tuple(dict.fromkeys(keys)), frozenset(without), used)
 
 
 def decisive(spec: StepSpec, experiment: Experiment) -> dict[str, Any]:

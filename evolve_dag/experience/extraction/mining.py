@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from evolve_dag.config.parts import ExtractionSettings
+from evolve_dag.config.schema import Experiment
 from evolve_dag.config.section import MOST
 from evolve_dag.experience.extraction import contrast, instance
 from evolve_dag.experience.extraction.base import Extraction, ExtractorPart, Material
@@ -92,4 +93,10 @@ async def _extract(settings: ContrastExtraction, material: Material) -> Extracti
     )
 
 
-CONTRAST = ExtractorPart(settings=ContrastExtraction, make=_extract)
+def _unread(settings: ContrastExtraction, experiment: Experiment) -> tuple[str, ...]:
+    """One successful case a task (``granularity: instance``) is no pattern that must show often enough."""
+    mined = experiment.granularity == "principle"
+    return () if mined else ("min_support", "min_lift", "confidence", "memory")
+
+
+CONTRAST = ExtractorPart(settings=ContrastExtraction, make=_extract, unread=_unread)
