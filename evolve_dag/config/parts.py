@@ -208,8 +208,10 @@ class Known:
     choice: str
 
     def __call__(self, name: str) -> str:
-        if name not in CHOICES[self.choice].rows:
-            raise ValueError(f"should be {either(CHOICES[self.choice].rows)}")
+        try:
+            part(self.choice, name)
+        except ValueError:
+            raise ValueError(f"should be {either(CHOICES[self.choice].rows)}") from None
         return name
 
 
