@@ -34,6 +34,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "condition": "Feature and value under which the item applies.",
     "evidence": "What the extractor measured: support, lift, interval.",
     "created": "Iteration that added it.",
+    "graduated": "Iteration that took it out of the context; 0: it stands there.",
     "updated": "Iteration that last changed it.",
     # contexts
     "step": "0-based position in the trajectory.",

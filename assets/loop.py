@@ -23,6 +23,7 @@ from evolve_dag.assets.settings import CONFIGURED_STEPS, OWNERS, settings_key
 
 from evolve_dag.errors import OrderError
 from evolve_dag.steps import base
+from evolve_dag.steps.preflight import preflight
 from evolve_dag.steps.spec import StepSpec
 from evolve_dag.store.artifacts import Store
 from evolve_dag.tracking import mlflow_sync
@@ -68,6 +69,8 @@ def _materialize(context: dg.AssetExecutionContext, store: StoreResource, sessio
         experiment = session.experiment(opened.root, name)
         with session.lock(opened, name):
             with session.step(step, iteration) as progress:
+                if step == "policy":
+                    preflight(experiment, iteration)
                 try:
                     outcome = base.run_step(step, experiment, iteration, opened, progress, {"dagster_run_id": context.run_id})
                 except OrderError:

@@ -22,7 +22,7 @@ DECISION, SUMMARY = "decision.json", "summary.json"
 
 PLOTTED = ("success", "premature", "unanswered", "turns")
 """Metrics that become numbers of their own; those of development tasks are the promotion's evidence."""
-CONDITIONS = ("base", "without", "with", "greedy")
+CONDITIONS = ("base", "without", "with", "greedy", "ceiling")
 """Their order in the table of results; those of development tasks follow."""
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,53 @@ def load_experiment(path: str | Path) -> Experiment:
     Raises:
         ConfigError: lists every mistake with its file and key.
     """
+    experiment, mistakes = read_experiment(path)
+    if experiment is None:
+        raise ConfigError(f"{path}: {numbered(mistakes)}", "mend the keys above; docs/configuration.md lists every key")
+    return experiment
+
+
+def read_experiment(
+    path: str | Path, over: Sequence[Mapping[str, Any]] = (), stated_in: Path | None = None
+) -> tuple[Experiment | None, list[str]]:
+    """The experiment of a file with further keys laid over it; None where something is wrong, and every mistake.
+
+    Args:
+        over: mappings as in an experiment file, laid over it one after the other; not changed.
+        stated_in: the file that states them: named in mistakes, and what their paths are relative to.
+
+    Raises:
+        ConfigError: a file is missing or cannot be read at all.
+    """
     path = Path(path)
     mistakes: list[str] = []
     merged, origin = _merge_chain(path, (), mistakes)
+    if "arms" in merged:
+        raise ConfigError(f"{path}: is a study, not an experiment", f"run it as one: evolve study {path}")
     merged.setdefault("experiment", path.stem)
+    for part in over:
+        _overlay(merged, deepcopy(dict(part)), "", stated_in or path, origin)
     try:
         experiment = Experiment.model_validate(merged)
     except ValidationError as error:
-        mistakes += [_describe(item, merged, origin, path) for item in error.errors()]
-    else:
-        experiment = _absolute(experiment, "", lambda key: _origin(origin, key, path), mistakes)
-        mistakes += [f"{_origin(origin, key, path)}: {key}: {what}" for key, what in contradictions(experiment)]
-        if not mistakes:
-            return experiment
-    lines = "\n".join(f"  {n}. {m}" for n, m in enumerate(mistakes, 1))
-    raise ConfigError(
-        f"{path}: {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}\n{lines}",
-        "mend the keys above; docs/configuration.md lists every key",
-    )
+        return None, mistakes + [_describe(item, merged, origin, path) for item in error.errors()]
+    experiment = _absolute(experiment, "", lambda key: _origin(origin, key, path), mistakes)
+    mistakes += [f"{_origin(origin, key, path)}: {key}: {what}" for key, what in contradictions(experiment)]
+    return (None if mistakes else experiment), mistakes
+
+
+def is_study(path: Path) -> bool:
+    """Whether a file describes a study (``evolve study``), which stands beside the experiments that it is made of."""
+    try:
+        return "arms" in read_mapping(path)[0]
+    except ConfigError:
+        return False
+
+
+def numbered(mistakes: Sequence[str]) -> str:
+    """``2 mistakes`` and a line for each."""
+    lines = "".join(f"\n  {n}. {m}" for n, m in enumerate(mistakes, 1))
+    return f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}{lines}"
 
 
 def _merge_chain(path: Path, seen: tuple[Path, ...], mistakes: list[str]) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -120,9 +150,9 @@ def _inherited(dotted: str, current: dict[str, Any], value: dict[str, Any]) -> d
     return {key: inner for key, inner in current.items() if key in settings.model_fields}
 
 
-def _chooser(dotted: str) -> Chosen | None:
-    """What decides the class of the section at a dotted key; None where it is the same for all."""
-    holder: Any = Experiment
+def _chooser(dotted: str, model: type[Section] = Experiment) -> Chosen | None:
+    """What decides the class of the section at a dotted key of ``model``; None where it is the same for all."""
+    holder: Any = model
     *parents, last = dotted.split(".")
     for name in parents:
         field = holder.model_fields.get(name)
@@ -154,9 +184,15 @@ def _origin(origin: Mapping[str, Path], key: str, default: Path) -> Path:
 
 def _describe(error: Any, merged: Mapping[str, Any], origin: Mapping[str, Path], path: Path) -> str:
     location = [str(part) for part in error["loc"]]
+    return f"{_origin(origin, '.'.join(location), path)}: {described(error, Experiment, merged)}"
+
+
+def described(error: Any, model: type[Section], content: Mapping[str, Any]) -> str:
+    """One mistake that pydantic found in ``content``, as ``key: what is wrong``."""
+    location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        what = f"unknown key{_did_you_mean(location, merged)}"
+        what = f"unknown key{_did_you_mean(location, model, content)}"
     elif error["type"] == "missing":
         what = "missing"
     else:
@@ -164,19 +200,19 @@ def _describe(error: Any, merged: Mapping[str, Any], origin: Mapping[str, Path],
         hidden = isinstance(error["input"], (dict, list)) or location[-1] in ("key", "webhook")
         shown = "" if hidden else f", not {error['input']!r}"
         what = re.sub(r"^(Input|Value error,) ?", "", error["msg"]) + shown
-    return f"{_origin(origin, key, path)}: {key or 'file'}: {what}"
+    return f"{key or 'file'}: {what}"
 
 
-def _did_you_mean(location: list[str], merged: Mapping[str, Any]) -> str:
+def _did_you_mean(location: list[str], model: type[Section], whole: Mapping[str, Any]) -> str:
     """What an unknown key may be: one of another part, or one that reads alike."""
     import difflib
 
     *parents, last = location
-    section: Any = Experiment
-    content: Any = merged
+    section: Any = model
+    content: Any = whole
     for depth, name in enumerate(parents, 1):
         content = content.get(name) if isinstance(content, dict) else None
-        chooser = _chooser(".".join(parents[:depth]))
+        chooser = _chooser(".".join(parents[:depth]), model)
         if chooser is not None and isinstance(content, dict):
             section, mine = chooser.settings(content), chooser.name(content)
             others = [other for other in chooser.names if last in chooser.fields(other)]

@@ -8,11 +8,11 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic_core import PydanticUndefined
 
 from evolve_dag.config.parts import CHOICES, Chosen, chosen, known
 from evolve_dag.config.schema import Experiment, Models
 from evolve_dag.config.section import Section
+from evolve_dag.config.study import ArmSettings, StudySettings
 
 INTRODUCTION = """# Every key of an experiment file
 
@@ -42,7 +42,13 @@ def reference() -> str:
             parts += _sections(chooser, f"{name}.")
     policy = chosen(Models.model_fields["extractor"])
     assert policy is not None
-    return "".join((*parts, *_sections(policy, "")))
+    parts += _sections(policy, "")
+    for title, section in (
+        ("A study file, for `evolve study`", StudySettings),
+        ("An arm of a study: an experiment file, or a mapping", ArmSettings),
+    ):
+        parts.append(f"\n## {title}\n\n{HEAD}{_table(_rows(section, ''))}")
+    return "".join(parts)
 
 
 def _sections(chooser: Chosen, prefix: str) -> Iterator[str]:
@@ -79,7 +85,7 @@ def _rows(section: type[Section], prefix: str, skip: str = "") -> Iterator[tuple
         elif isinstance(inner, type) and issubclass(inner, Section):
             yield from _rows(inner, f"{key}.")
         else:
-            default = "required" if field.default is PydanticUndefined else _text(field.default)
+            default = "required" if field.is_required() else "none" if field.default_factory else _text(field.default)
             yield key, _type(inner) + _bounds(field.metadata), default, says
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SerializeAsAny, Strict, field_validator, model_validator
 
 from evolve_dag.config.parts import (
     CHOICES,
@@ -35,7 +35,7 @@ REGIME_PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 class Regime(Section):
-    """Internalization regime: three choices that the paper confounds, kept apart (METHOD: regime)."""
+    """Internalization regime: choices that the paper confounds, kept apart (METHOD: regime)."""
 
     source: Source = "teacher"
     """Who samples the trajectories that are learned from: the experience-aware teacher or the student."""
@@ -43,18 +43,23 @@ class Regime(Section):
     """What is minimised between teacher p and student q on every action token."""
     rejection: bool = True
     """Keep only successful trajectories."""
+    refused: bool = False
+    """Learn at actions that the environment refused (malformed, unknown tool) as well. Unset, as ``source`` suggests: true for
+    ``student``, whose own slip is what the teacher's distribution corrects; false for ``teacher``, whose slip is nothing to
+    learn from."""
 
     @model_validator(mode="before")
     @classmethod
     def _expand_preset(cls, value: Any) -> Any:
         if isinstance(value, str):
             value = {"preset": value}
-        if isinstance(value, dict) and "preset" in value:
-            preset = value["preset"]
-            if preset not in REGIME_PRESETS:
-                raise ValueError(f"unknown preset {preset!r}: one of {', '.join(REGIME_PRESETS)}")
-            return {**REGIME_PRESETS[preset], **{k: v for k, v in value.items() if k != "preset"}}
-        return value
+        if not isinstance(value, dict):
+            return value
+        preset = value.get("preset", "")
+        if "preset" in value and not (isinstance(preset, str) and preset in REGIME_PRESETS):
+            raise ValueError(f"unknown preset {preset!r}: one of {', '.join(REGIME_PRESETS)}")
+        stated = {**REGIME_PRESETS.get(preset, {}), **{k: v for k, v in value.items() if k != "preset"}}
+        return {"refused": stated.get("source") == "student", **stated}
 
 
 class ModelSettings(Section):
@@ -240,7 +245,7 @@ class DistillationSettings(Section):
     epochs: int = Field(2, ge=1, le=MOST)
     """Passes over the kept trajectories."""
     tokens_per_batch: int = Field(2048, ge=64, le=MOST)
-    """Padded tokens of one optimizer step."""
+    """Tokens of one optimizer step, those that several rows share counted in each."""
     warmup_steps: int = Field(5, ge=0, le=MOST)
     """Steps until the peak rate; then it falls linearly to a tenth."""
     gradient_clip: float = Field(1.0, gt=0)
@@ -252,6 +257,11 @@ class DistillationSettings(Section):
     retention: float = Field(0.6, ge=0, le=1)
     """Share of the steps with an item in context that are learned a second time *with* it, towards the same teacher, so that
     policy(k+1) still reads experience (docs/adr/0004-retention.md). 0 is the loss of the paper alone."""
+    drills: float = Field(0.0, ge=0, le=1)
+    """Share of the steps that are learned once more under advice drawn at random, towards policy(k) reading the same, so that
+    policy(k+1) goes on reading advice that it has not learned (docs/adr/0019-drills.md). 0: none."""
+    retention_weight: float = Field(1.0, gt=0, le=1000)
+    """How many action tokens one of those counts for in the loss."""
     jsd_weight: float = Field(0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of ``divergence: jsd``."""
     refresh: int = Field(1, ge=1, le=MOST)
@@ -269,6 +279,11 @@ class EvaluationSettings(Section):
     """Evaluate with experience in context as well."""
     greedy: bool = True
     """Evaluate argmax, without experience, as well."""
+    base_temperatures: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Strict(False)] = (0.0,)
+    """Temperatures at which iteration 1 scores the base policy, beside that of the rollouts; 0 is argmax."""
+    ceiling: bool = False
+    """Score the policy that *enters* an iteration with E(k) in context as well: what that night's experience is worth before
+    anything is learned, so what distillation can reach."""
     bootstrap: int = Field(2000, ge=100, le=MOST)
     """Resamples of an interval."""
 

@@ -29,6 +29,10 @@ class Place:
 S = TypeVar("S", bound=EnvironmentSettings)
 
 
+def _no_file(settings: Any) -> None:
+    return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvironmentPart(Part[S]):
     """The row of an environment."""
@@ -39,6 +43,8 @@ class EnvironmentPart(Part[S]):
     """(split, its name) -> tasks that the environment makes itself, other ones for every split; None: they are in files."""
     fresh: Callable[[TaskSplit, int], Mapping[str, Any]] | None = None
     """(split, iteration) -> what of the split of a stream of such tasks is another in that iteration."""
+    check: Callable[[S], object] = _no_file
+    """Reads the files that it names as a run will, so that their mistakes show before one begins. Raises DataError."""
 
 
 def file_tasks(experiment: Experiment) -> list[tuple[str, str]]:

@@ -572,4 +572,9 @@ def _make(settings: CorpusEnvironment, place: Place) -> CorpusSearch:
     )
 
 
-CORPUS = EnvironmentPart(settings=CorpusEnvironment, make=_make, mistakes=lambda settings, experiment: file_tasks(experiment))
+CORPUS = EnvironmentPart(
+    settings=CorpusEnvironment,
+    make=_make,
+    mistakes=lambda settings, experiment: file_tasks(experiment),
+    check=lambda settings: load_pages(settings.pages),
+)

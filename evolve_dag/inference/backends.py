@@ -16,6 +16,7 @@ from evolve_dag.config.schema import (
     TransformersModelSettings,
     VllmModelSettings,
 )
+from evolve_dag.errors import ModelError
 from evolve_dag.inference.folders import base_identity, model_folder
 from evolve_dag.inference.ledger import Ledger, metered
 from evolve_dag.protocols import LanguageModel
@@ -84,6 +85,25 @@ def open_transformers(settings: PolicySettings, *, runtime: RuntimeSettings, ada
         threads=runtime.threads,
         max_batch=runtime.concurrency,
     )
+
+
+def check_device(device: str) -> None:
+    """Whether torch can compute on ``device`` here.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except Exception as error:  # every kind of device has errors of its own
+        raise ModelError(
+            f"runtime.device: {device} cannot be used here: {error}",
+            "correct runtime.device, or install the torch build of this machine (README, Installing)",
+        ) from None
 
 
 def _openai(settings: OpenAIModelSettings, opening: Opening) -> LanguageModel:

@@ -17,7 +17,7 @@ from evolve_dag.distillation.trainer import CurvePoint, distill, load_model
 from evolve_dag.inference.folders import model_folder
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import Silent, StepContext
-from evolve_dag.steps.contexts import RETENTION, score, with_teacher_views
+from evolve_dag.steps.contexts import DRILLS, RETENTION, score, with_teacher_views
 from evolve_dag.steps.policies import adapter_folder, closing, experience_source, open_policy, open_pool, open_teacher
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
@@ -40,9 +40,9 @@ def run(context: StepContext) -> None:
     contexts = context.inputs["contexts"].path
     rows = load_contexts(contexts)
     nothing_taught = not any(c.injected for row in rows for c in row.contexts)
-    if _learns_distributions(experiment):
-        # Without an item in any context teacher and student are one: Adam would turn rounding noise into full steps.
-        rows = [] if nothing_taught else rows + load_contexts(contexts / RETENTION)
+    rows += load_contexts(contexts / RETENTION) + load_contexts(contexts / DRILLS)
+    if nothing_taught and part("divergence", experiment.regime.divergence).loss is not None:
+        rows = []  # teacher and student are one: Adam would turn rounding noise into full steps
     settings = experiment.models.policy
     started = False
 
@@ -94,11 +94,6 @@ def run(context: StepContext) -> None:
     )
 
 
-def _learns_distributions(experiment: Experiment) -> bool:
-    """What learns sampled tokens has no anchor in a retention row (docs/adr/0004-retention.md)."""
-    return part("divergence", experiment.regime.divergence).loss is not None
-
-
 def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
@@ -111,6 +106,7 @@ def _curve_schema() -> dict[str, Any]:
         "step": whole,
         "round": whole,
         "loss": real,
+        "retention_loss": real,
         "divergence": real,
         "learning_rate": real,
         "gradient_norm": real,
@@ -164,8 +160,7 @@ class _Resample:
             if experiment.models.policy.backend != "transformers":
                 opened.close()
             with open_teacher(adapter_folder(context.store, adapter), context.roles, policy) as teacher:
-                clean, retention = score(experiment, kept, teacher, Silent())
-        return clean + retention if _learns_distributions(experiment) else clean
+                return score(experiment, kept, teacher, Silent()).all
 
 
 def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
@@ -183,16 +178,19 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
 
 
 def _unread(experiment: Experiment) -> tuple[str, ...]:
-    """What decided the contexts alone, and the keys of other divergences."""
+    """What decided the contexts alone, the keys of other divergences, and the weight of rows that there are none of."""
+    settings = experiment.distillation
     own = part("divergence", experiment.regime.divergence).keys
     others = {key for name in CHOICES["divergence"].rows for key in part("divergence", name).keys if key not in own}
-    return tuple(f"distillation.{key}" for key in ("top_k", "retention", *others))
+    alone = experiment.injection == "none" or not (settings.retention or settings.drills)
+    weight = ("retention_weight",) if alone else ()
+    return tuple(f"distillation.{key}" for key in ("top_k", "retention", "drills", *weight, *others))
 
 
 SPEC = StepSpec(
     "adapter",
     "LoRA weights that make the student without experience act like the teacher with it, and the training curve.",
-    version="4",
+    version="6",
     config=("seed", "regime.divergence", "distillation"),
     inputs=("policy", "experience", "contexts"),
     run=run,
@@ -209,7 +207,8 @@ SPEC = StepSpec(
                 "step": "Optimizer step.",
                 "round": "Number of the resampling round.",
                 "loss": "Nats per action token.",
-                "divergence": "Teacher to student, nats per action token.",
+                "retention_loss": "What of the loss stands on rows in which the student reads experience or a drill.",
+                "divergence": "Teacher to student without experience, nats per action token.",
                 "learning_rate": "At this step.",
                 "gradient_norm": "Before clipping.",
                 "tokens": "Tokens that went through the model.",

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -108,6 +108,18 @@ def resolve_iteration(experiment: Experiment, iteration: int, store: Store) -> d
     return {name: resolve_from(name, experiment, iteration, store, entering) for name in STEP_ORDER}
 
 
+def resolve_lineage(experiment: Experiment, iterations: int, store: Store) -> Iterator[dict[str, Resolved]]:
+    """All seven steps of iterations 1, 2, ...; the last one is the first that is not promoted, or number ``iterations``."""
+    entering = first_policy(experiment)
+    for k in range(1, iterations + 1):
+        resolved = {name: resolve_from(name, experiment, k, store, entering) for name in STEP_ORDER}
+        yield resolved
+        decided = resolved["promotion"]
+        if decided.digest is None or not decided.exists:
+            return
+        entering = promotion.next_policy(store.open("promotion", decided.digest), k + 1)
+
+
 def entering_policy(experiment: Experiment, iteration: int | None, store: Store) -> PolicyRef:
     """policy(k) by value; for ``iteration`` None the newest that the store holds.
 
@@ -162,7 +174,7 @@ def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store
     if isinstance(entering, str):
         return Resolved(name, iteration, None, False, missing=entering)
     try:
-        config = settings(name, of_iteration(experiment, iteration))
+        config = settings(name, _seen_by(name, experiment, iteration))
     except OrderError as error:  # a stream that holds no tasks for this iteration yet
         return Resolved(name, iteration, None, False, missing=error.what)
     inputs: dict[str, str] = {}
@@ -181,6 +193,11 @@ def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store
         config |= {"iteration": iteration}
     digest = Store.digest_of(name, spec.version, config, inputs)
     return Resolved(name, iteration, digest, store.exists(name, digest), inputs, config, missing)
+
+
+def _seen_by(name: str, experiment: Experiment, iteration: int) -> Experiment:
+    """What a step reads: the iteration's own tasks, but for the policy, which must be there before the next tasks are."""
+    return experiment if name == "policy" else of_iteration(experiment, iteration)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +283,7 @@ def run_step(
     entering = _entering(experiment, iteration, store)
     expected = resolve_from(name, experiment, iteration, store, entering)
     here = f"{name}[{partition(experiment, iteration)}]"
-    settings(name, of_iteration(experiment, iteration))  # no tasks in the stream: says so
+    settings(name, _seen_by(name, experiment, iteration))  # no tasks in the stream: says so
     if expected.missing is not None or expected.digest is None or isinstance(entering, str):
         what = "is not promoted yet" if name == "policy" else "cannot be made yet"
         raise OrderError(
@@ -274,7 +291,7 @@ def run_step(
         )
     recomputed = not expected.exists
     if recomputed:
-        _make(expected, of_iteration(experiment, iteration), entering, store, progress or Silent())
+        _make(expected, _seen_by(name, experiment, iteration), entering, store, progress or Silent())
     artifact = store.open(name, expected.digest)
     seconds = time.monotonic() - started
     remembered = {"recomputed": recomputed, "seconds": round(seconds, 3), **(facts or {})}

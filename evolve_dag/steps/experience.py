@@ -11,8 +11,8 @@ from evolve_dag.config.parts import part_of
 from evolve_dag.config.schema import Experiment
 from evolve_dag.experience.extraction.base import Extraction, ExtractorPart, Material
 from evolve_dag.experience.extraction.contrast import Evidence
-from evolve_dag.experience.locality import locality
-from evolve_dag.experience.pool import Pool, check_principle_form
+from evolve_dag.experience.locality import locality, trajectory_detail
+from evolve_dag.experience.pool import Pool, counted
 from evolve_dag.records import Task, Trajectory
 from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import open_policy, open_pool
@@ -23,30 +23,31 @@ from evolve_dag.tasks.suites import load_tasks_of
 
 EVIDENCE = "evidence.json"
 """Beside the pool: the sums that extraction rests on, see :class:`~evolve_dag.experience.extraction.contrast.Evidence`."""
+MINED = "mined.json"
+"""Beside the pool of a placebo: the one that was mined, from which the next iteration goes on mining."""
 
 
 def run(context: StepContext) -> None:
     """Extract from the groups of this iteration into the pool that entered it."""
     experiment = context.experiment
     trajectories = load_trajectories(context.inputs["trajectories"])
-    entering = context.entering.experience
-    pool = open_pool(context.store.open("experience", entering) if entering else None)
+    entering = context.store.open("experience", context.entering.experience) if context.entering.experience else None
+    pool = open_pool(entering, MINED) if entering and MINED in entering.manifest.files else open_pool(entering)
     pool = replace(pool, next_number=max(pool.next_number, context.entering.next_item))
     tasks = load_tasks_of(experiment, "train")
-    found = _extract(context, trajectories, tasks, pool)
+    found = _extract(context, trajectories, tasks, pool, open_pool(entering))
     folder = context.build.path
+    if found.mined is not None:
+        (folder / MINED).write_text(found.mined.to_json(), encoding="utf-8")
     if found.evidence is not None:
         (folder / EVIDENCE).write_text(found.evidence.to_json(), encoding="utf-8")
     (folder / "pool.json").write_text(found.pool.to_json(), encoding="utf-8")
     items_to_frame(found.pool.items).write_parquet(folder / ITEMS)
     edits_to_frame(found.edits).write_parquet(folder / EDITS)
-    operations = [edit.operation for edit in found.edits]
     context.build.note(
         items=len(found.pool.items),
-        added=operations.count("add"),
-        updated=operations.count("update"),
-        deleted=operations.count("delete"),
-        merged=operations.count("merge"),
+        active=len(found.pool.active),
+        **counted(found.edits),
         locality=asdict(locality(found.pool.items, tasks)),
         statistics=dict(found.statistics),
     )
@@ -57,11 +58,15 @@ def _evidence(context: StepContext) -> Evidence | None:
     entering = context.entering.experience
     if not entering or not context.store.exists("experience", entering):
         return None
-    path = context.store.open("experience", entering).path / EVIDENCE
-    return Evidence.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    artifact = context.store.open("experience", entering)
+    if EVIDENCE not in artifact.manifest.files:
+        return None
+    return Evidence.from_json(artifact.file(EVIDENCE).read_text(encoding="utf-8"))
 
 
-def _extract(context: StepContext, trajectories: Sequence[Trajectory], tasks: Sequence[Task], pool: Pool) -> Extraction:
+def _extract(
+    context: StepContext, trajectories: Sequence[Trajectory], tasks: Sequence[Task], pool: Pool, shown: Pool
+) -> Extraction:
     experiment, roles = context.experiment, context.roles
     row: ExtractorPart[Any] = part_of("extractor", experiment.extraction)
     with ExitStack() as opened:
@@ -73,6 +78,7 @@ def _extract(context: StepContext, trajectories: Sequence[Trajectory], tasks: Se
                 trajectories,
                 tasks,
                 pool,
+                shown,
                 experiment.granularity,
                 context.iteration,
                 experiment.seed,
@@ -87,20 +93,20 @@ def _extract(context: StepContext, trajectories: Sequence[Trajectory], tasks: Se
 
 
 def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
-    """The cap of the pool, and the form of its principles."""
+    """The cap of the pool, and what its principles keep of trajectories."""
     items = items_from_frame(artifact.frame(ITEMS))
     cap, distinct = experiment.extraction.cap, len({item.id for item in items})
     evidence = {"items": len(items), "distinct_ids": distinct, "cap": cap}
     yield Verdict("within_cap", len(items) <= cap and distinct == len(items), evidence)
-    objections = {item.id: check_principle_form(item.text) for item in items if item.granularity == "principle"}
+    objections = {item.id: trajectory_detail(item.text) for item in items if item.granularity == "principle"}
     wrong = {item_id: mistakes for item_id, mistakes in objections.items() if mistakes}
-    yield Verdict("form", not wrong, {"items": len(items), "wrong": wrong})
+    yield Verdict("detail", not wrong, {"items": len(items), "wrong": wrong})
 
 
 SPEC = StepSpec(
     "experience",
     "The experience pool E(k), every pool edit, and which trajectories taught what.",
-    version="5",
+    version="7",
     config=("seed", "granularity", "extraction"),
     inputs=("policy", "trajectories"),
     run=run,
@@ -108,7 +114,7 @@ SPEC = StepSpec(
     iteration=True,
     checks=(
         Check("within_cap", "The pool holds at most `extraction.cap` items, with distinct ids.", blocking=True),
-        Check("form", "Every principle reads `Name: when <situation>, <strategy>.`"),
+        Check("detail", "No principle holds trajectory detail: no address, no number, no entity."),
     ),
     examine=examine,
     tables=(

@@ -96,13 +96,13 @@ def adapter_folder(store: Store, digest: str | None) -> Path | None:
     return artifact.path
 
 
-def open_pool(artifact: Artifact | None) -> Pool:
+def open_pool(artifact: Artifact | None, name: str = "pool.json") -> Pool:
     """The pool of an experience artifact, or an empty one."""
     from evolve_dag.experience.pool import Pool
 
     if artifact is None:
         return Pool()
-    path = artifact.file("pool.json")
+    path = artifact.file(name)
     return Pool.from_json(path.read_text(encoding="utf-8"), str(path))
 
 
@@ -114,6 +114,7 @@ def experience_source(experiment: Experiment, pool: Pool, roles: Roles) -> Exper
     """
     from evolve_dag.experience.injection import Injector
 
+    pool = pool.active
     if experiment.injection == "none" or not pool.items:
         return None
     if experiment.injection != "step_wise":
@@ -142,11 +143,18 @@ def roll_out(
     seed: int,
     group_size: int,
     experience: ExperienceSource | None = None,
-    greedy: bool = False,
+    temperature: float | None = None,
     journal: str | None = None,
 ) -> list[Trajectory]:
-    """Rollouts of all tasks of ``split``, resumed from the step's journal ``label``."""
+    """Rollouts of all tasks of ``split``, resumed from the step's journal ``label``.
+
+    Args:
+        temperature: in place of the experiment's; 0 is argmax.
+    """
     experiment = context.experiment
+    settings = experiment.rollout
+    if temperature is not None:
+        settings = settings.model_copy(update={"temperature": temperature})
     if isinstance(split.environment, Checked):
         split.environment.check()
     context.progress.start(label, len(split.tasks) * group_size)
@@ -158,13 +166,12 @@ def roll_out(
                 model=model,
                 environment=split.environment,
                 verifier=split.verifier,
-                settings=experiment.rollout,
+                settings=settings,
                 seed=seed,
                 concurrency=experiment.runtime.concurrency,
                 experience=experience,
                 journal=context.build.journal(journal or label.replace(" ", "_")),
                 on_done=lambda _: context.progress.advance(),
-                greedy=greedy,
             )
         )
     finally:

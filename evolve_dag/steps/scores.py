@@ -1,5 +1,8 @@
 """Step ``scores``: held-out results, reported, and development results, for the gate (METHOD step 6).
 
+On held-out tasks: ``without`` and ``with`` experience in context, ``greedy``; of the policy that entered the first iteration
+``base`` and ``base_at_<temperature>``; of the policy that entered any iteration, with E(k) in context, ``ceiling``.
+
 Every condition draws from the same random numbers (``evaluation.seed``), so two policies on the same task differ by
 what they are, not by luck. Held-out tasks decide nothing.
 """
@@ -36,6 +39,8 @@ from evolve_dag.tasks.suites import Split, check_disjoint, load_split
 
 DEVELOPMENT = ("development_candidate", "development_champion")
 """Conditions that the gate compares."""
+BASE_AT = "base_at_"
+"""Begins the conditions of the base policy at another temperature than that of the rollouts; the temperature follows."""
 
 
 def run(context: StepContext) -> None:
@@ -75,32 +80,38 @@ Episodes = dict[str, list[Trajectory]]
 def _evaluate(context: StepContext, splits: Mapping[str, Split]) -> tuple[Episodes, dict[str, Any]]:
     """Roll out under every condition; also what the selector counted."""
     experiment, evaluation = context.experiment, context.experiment.evaluation
+    pool = open_pool(context.inputs["experience"])
     episodes: Episodes = {}
 
-    def evaluate(model: object, condition: str, split: str, **how: Any) -> None:
+    def evaluate(model: object, condition: str, split: str, temperature: float | None = None, **how: Any) -> None:
         episodes[condition] = roll_out(
             context,
             splits[split],
             model,
             label=condition.replace("_", " "),
             seed=stable_hash("evaluation", evaluation.seed),
-            group_size=1 if condition == "greedy" else evaluation.rollouts,
+            group_size=1 if temperature == 0 else evaluation.rollouts,  # argmax says the same each time
+            temperature=temperature,
             **how,
         )
 
     with open_policy(context.store, context.entering.adapter, context.roles) as model:
         if context.iteration == 1:
             evaluate(model, "base", "held_out")
+            for temperature in dict.fromkeys(evaluation.base_temperatures):
+                if temperature != experiment.rollout.temperature:
+                    evaluate(model, f"{BASE_AT}{temperature:g}", "held_out", temperature=temperature)
+        if evaluation.ceiling and (reached := experience_source(experiment, pool, context.roles)) is not None:
+            evaluate(model, "ceiling", "held_out", experience=reached)
         evaluate(model, "development_champion", "development")
     with open_policy(context.store, context.inputs["adapter"].digest, context.roles) as model:
-        pool = open_pool(context.inputs["experience"])
         source = experience_source(experiment, pool, context.roles) if evaluation.with_experience else None
         evaluate(model, "development_candidate", "development")
         evaluate(model, "without", "held_out")
         if source is not None:
             evaluate(model, "with", "held_out", experience=source)
         if evaluation.greedy:
-            evaluate(model, "greedy", "held_out", greedy=True)
+            evaluate(model, "greedy", "held_out", temperature=0.0)
     return episodes, selector_statistics(source)
 
 
@@ -125,14 +136,15 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
 
 def _unread(experiment: Experiment) -> tuple[str, ...]:
     """``evaluation.rollouts`` stands in place of the group's size; without experience in context nobody injects any."""
-    injection = without_choice(experiment) if experiment.evaluation.with_experience else INJECTION_KEYS
+    injected = experiment.evaluation.with_experience or experiment.evaluation.ceiling
+    injection = without_choice(experiment) if injected else INJECTION_KEYS
     return ("rollout.group_size", *injection)
 
 
 SPEC = StepSpec(
     "scores",
     "Held-out results of the candidate, without experience (internalized) and with it (in context), with intervals.",
-    version="4",
+    version="7",
     config=("evaluation", *INJECTION_KEYS, "tasks.development", "tasks.held_out", *TASK_KEYS),
     inputs=("policy", "experience", "adapter"),
     run=run,

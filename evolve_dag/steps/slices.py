@@ -12,12 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic.fields import FieldInfo
+
 from evolve_dag import prompts
 from evolve_dag.config.parts import CHOICES, part_of
 from evolve_dag.config.schema import Experiment, PolicySettings, TaskSplit
-from evolve_dag.config.section import PATH, RUNTIME, Section, marked, only
+from evolve_dag.config.section import FOLDER, PATH, RUNTIME, Section, marked, only
 from evolve_dag.inference.folders import base_identity
-from evolve_dag.tasks.contents import path_digest, rows_digest
+from evolve_dag.tasks.contents import file_digest, folder_digest, rows_digest
 
 if TYPE_CHECKING:
     from evolve_dag.steps.spec import StepSpec
@@ -106,15 +108,15 @@ def _values(section: Section, prefix: str, part: Slice) -> Iterator[tuple[str, A
         if isinstance(value, Section):
             yield name, dict(_values(value, key, part))
         else:
-            yield name, _content(section, value, key) if marked(field, PATH) and value else _plain(value)
+            yield name, _content(section, field, value, key) if marked(field, PATH) and value else _plain(value)
 
 
-def _content(section: Section, path: str, key: str) -> str:
+def _content(section: Section, field: FieldInfo, path: str, key: str) -> str:
     if isinstance(section, PolicySettings):
         return base_identity(section)
     if isinstance(section, TaskSplit) and section.stream:
         return rows_digest(section, key)
-    return path_digest(path, key)
+    return folder_digest(path, key) if marked(field, FOLDER) else file_digest(path, key)
 
 
 def _plain(value: Any) -> Any:

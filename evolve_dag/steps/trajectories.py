@@ -41,7 +41,7 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
 SPEC = StepSpec(
     "trajectories",
     "A group of rollouts per training task, without experience, verified; a reward may be null: not judged.",
-    version="4",
+    version="6",
     config=("seed", "tasks.train", *TASK_KEYS),
     inputs=("policy",),
     run=run,

@@ -8,21 +8,31 @@ from pathlib import Path
 
 from evolve_dag.config.schema import TaskSplit
 from evolve_dag.errors import DataError
+from evolve_dag.store.disk import regular
 from evolve_dag.tasks.formats import load_suite
 
 
-def path_digest(path: str, key: str) -> str:
-    """Hash of a file's content, or of the names and contents of all files below a folder.
+def file_digest(path: str, key: str) -> str:
+    """Hash of a file's content.
 
     Args:
         key: of the experiment file that names it, for the remedy.
 
     Raises:
-        DataError: there is no such file.
+        DataError: there is no such file, or it cannot be read.
+    """
+    return _file_digest(Path(path), key)
+
+
+def folder_digest(path: str, key: str) -> str:
+    """Hash of the names and contents of all files below a folder.
+
+    Raises:
+        DataError: there is no such folder, or a file in it cannot be read.
     """
     place = Path(path)
     if not place.is_dir():
-        return _file_digest(place, key)
+        raise DataError(f"{path}: no such folder", f"correct {key} in the experiment file")
     listed = sorted(inner for inner in place.rglob("*") if inner.is_file())
     return _text_digest("\n".join(f"{one.relative_to(place).as_posix()}\0{_file_digest(one, key)}" for one in listed))
 
@@ -52,9 +62,11 @@ def _text_digest(text: str) -> str:
 
 def _file_digest(path: Path, key: str) -> str:
     try:
-        stat = path.stat()
-    except OSError:
+        stat = regular(path)
+    except FileNotFoundError:
         raise DataError(f"{path}: no such file", f"correct {key} in the experiment file") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}", f"correct {key} in the experiment file") from None
     return _hash(str(path), stat.st_size, stat.st_mtime_ns)
 
 

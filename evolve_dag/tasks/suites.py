@@ -58,6 +58,17 @@ def load_tasks_of(experiment: Experiment, name: SplitName) -> tuple[Task, ...]:
     return tuple(load_suite(split, suite=f"{experiment.experiment}/{name}"))
 
 
+def check_files(experiment: Experiment) -> None:
+    """Read the files of tasks and of the environment as a run will, so that their mistakes show before anything is made.
+
+    Raises:
+        DataError: a file is wrong, or two splits share a question.
+    """
+    row: EnvironmentPart[Any] = part_of("environment", experiment.environment)
+    row.check(experiment.environment)
+    check_disjoint(experiment)
+
+
 def check_disjoint(experiment: Experiment) -> None:
     """Held-out and development tasks must not be trained on.
 

@@ -19,12 +19,13 @@ from pydantic import Field, Strict
 from evolve_dag import prompts
 from evolve_dag.config.parts import EnvironmentSettings
 from evolve_dag.config.schema import Experiment
-from evolve_dag.config.section import MOST, PATH, Strings
+from evolve_dag.config.section import FOLDER, MOST, Strings
 from evolve_dag.environments.base import EnvironmentPart, Place, file_tasks
 from evolve_dag.environments.corpus import argument, tool_prompt
 from evolve_dag.environments.web.files import FileReader
 from evolve_dag.environments.web.guard import Guard
 from evolve_dag.environments.web.reader import (
+    JINA_KEY,
     PROMPT,
     JinaReader,
     LocalReader,
@@ -39,6 +40,7 @@ from evolve_dag.errors import ConfigError, EvolveError, ModelError
 from evolve_dag.plain import head, plain
 from evolve_dag.protocols import ToolError, ToolSpec
 from evolve_dag.records import ToolCall
+from evolve_dag.secrecy import read_key
 from evolve_dag.store.memory import Memory
 
 if TYPE_CHECKING:
@@ -111,8 +113,9 @@ class ToolsEnvironment(EnvironmentSettings):
     page_bytes: int = Field(5_000_000, ge=10_000, le=MOST)
     """Larger bodies are refused."""
     blocked: Strings = ("huggingface.co", "hf-mirror.com", "hf.co")
-    """Hosts, with all below them, that no tool may open: mirrors of the benchmarks."""
-    files: str = Field("", json_schema_extra=PATH)
+    """Hosts, with all below them, that no tool may ask: mirrors of the benchmarks. A page elsewhere that holds the same is not
+    known to it: name translators and archives here too (``translate.goog``, ``web.archive.org``) where that matters."""
+    files: str = Field("", json_schema_extra=FOLDER)
     """Folder that the ``file`` tool may read; relative to the file that names it."""
     cache: Literal["day", "none"] = "day"
     """``day``: an address fetched today is not fetched again today."""
@@ -235,6 +238,8 @@ class ToolsWorld:
             attempt(self._searcher.check)
         if "visit" in tools:
             attempt(lambda: need("httpx"))
+            if self.settings.reader == "jina":
+                attempt(lambda: read_key(JINA_KEY))
             if self.settings.reader == "local":
                 attempt(lambda: need("trafilatura"))
                 attempt(lambda: need("markitdown"))

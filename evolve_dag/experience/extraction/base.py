@@ -22,7 +22,9 @@ class Material:
     tasks: Sequence[Task]
     """That they were rolled out on."""
     pool: Pool
-    """E(k-1)."""
+    """E(k-1); after a placebo as it was mined."""
+    shown: Pool
+    """E(k-1) as it stood in contexts; another than ``pool`` only after a placebo."""
     granularity: Granularity
     iteration: int
     seed: int
@@ -46,6 +48,8 @@ class Extraction:
     """Counts: trajectories, judged, not_judged, groups, mixed_groups, ..., added, updated, deleted, merged, refused, items."""
     evidence: Evidence | None = None
     """For ``principle``: what the next extraction adds its own to."""
+    mined: Pool | None = None
+    """For a placebo: the pool as it was mined, from which the next extraction goes on."""
 
 
 S = TypeVar("S", bound=ExtractionSettings)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -12,7 +13,9 @@ from evolve_dag.config.schema import Experiment
 from evolve_dag.config.section import MOST
 from evolve_dag.experience.extraction import contrast, instance
 from evolve_dag.experience.extraction.base import Extraction, ExtractorPart, Material
-from evolve_dag.experience.pool import Pool
+from evolve_dag.experience.extraction.placebo import placebo
+from evolve_dag.experience.graduation import graduations
+from evolve_dag.experience.pool import Pool, counted
 from evolve_dag.records import Granularity, Trajectory
 
 
@@ -29,6 +32,11 @@ class ContrastExtraction(ExtractionSettings):
     """Level at which the lower end of the lift's interval must be above zero."""
     memory: float = Field(0.8, ge=0, le=1)
     """What evidence of the iteration before still counts, of two before its square, and so on; 0: none."""
+    placebo: bool = False
+    """A control: every mined principle stands in the pool with another action than the one that was mined."""
+    graduation: float = Field(0.0, ge=0, lt=1)
+    """An item leaves the context once the policy, without experience, clearly does what it says in this share of the steps in
+    its situation, and comes back when it clearly does so less often. 0: items stay."""
 
 
 def extract(
@@ -65,24 +73,26 @@ def extract(
         evidence = mined.evidence
         statistics = dict(mined.statistics)
         first = pool.apply(contrast.reconcile(mined, pool), iteration=iteration)
-        second = first.pool.apply(contrast.subsumed(first.pool), iteration=iteration, cap=settings.cap)
+        tidied = first.pool.apply(contrast.subsumed(first.pool), iteration=iteration)
+        leaving = graduations(tidied.pool, trajectories, settings.graduation)
+        second = tidied.pool.apply(leaving, iteration=iteration, cap=settings.cap)
+        edits = (*first.edits, *tidied.edits, *second.edits)
     else:
         evidence = None
         cases = instance.cases(trajectories, seed=key, path=case_path)
         statistics = dict(cases.statistics)
         first = pool.apply(instance.reconcile(cases, pool, cap=settings.cap), iteration=iteration)
         second = first.pool.apply((), iteration=iteration, cap=settings.cap)
-    edits = (*first.edits, *second.edits)
+        edits = (*first.edits, *second.edits)
     after = Pool(second.pool.items, pool.version + bool(edits), second.pool.next_number)  # one extraction, one version
-    for operation, name in (("add", "added"), ("update", "updated"), ("delete", "deleted"), ("merge", "merged")):
-        statistics[name] = float(sum(edit.operation == operation for edit in edits))
+    statistics |= {name: float(count) for name, count in counted(edits).items()}
     statistics["refused"] = float(len(first.refused) + len(second.refused))
     statistics["items"] = float(len(after))
     return Extraction(after, edits, statistics, evidence)
 
 
 async def _extract(settings: ContrastExtraction, material: Material) -> Extraction:
-    return extract(
+    found = extract(
         material.trajectories,
         material.pool,
         granularity=material.granularity,
@@ -91,12 +101,21 @@ async def _extract(settings: ContrastExtraction, material: Material) -> Extracti
         seed=material.seed,
         before=material.before,
     )
+    if not settings.placebo:
+        return found
+    disguised = placebo(found.pool, found.edits, material.trajectories, before=material.shown, seed=material.seed)
+    return replace(found, pool=disguised.pool, edits=disguised.edits, mined=found.pool)
 
 
 def _unread(settings: ContrastExtraction, experiment: Experiment) -> tuple[str, ...]:
-    """One successful case a task (``granularity: instance``) is no pattern that must show often enough."""
+    """One successful case a task (``granularity: instance``) is no pattern that must show often enough, nor a habit."""
     mined = experiment.granularity == "principle"
-    return () if mined else ("min_support", "min_lift", "confidence", "memory")
+    return () if mined else ("min_support", "min_lift", "confidence", "memory", "graduation")
 
 
-CONTRAST = ExtractorPart(settings=ContrastExtraction, make=_extract, unread=_unread)
+def _mistakes(settings: ContrastExtraction, experiment: Experiment) -> Iterator[tuple[str, str]]:
+    if settings.placebo and (experiment.granularity != "principle" or experiment.start_pool):
+        yield "extraction.placebo", "only mined principles have one: no instances, no start_pool"
+
+
+CONTRAST = ExtractorPart(settings=ContrastExtraction, make=_extract, unread=_unread, mistakes=_mistakes)
