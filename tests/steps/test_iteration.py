@@ -18,6 +18,7 @@ from small_lineage import SMALL, copy_of, small
 from evolve_dag.distillation.dataset import load_contexts
 from evolve_dag.errors import DataError, OrderError, StoreError
 from evolve_dag.experience.pool import Pool
+from evolve_dag.inference.roles import Roles
 from evolve_dag.plain import STEP_HEADING
 from evolve_dag.steps import experience
 from evolve_dag.steps.base import STEP_ORDER, entering_policy, resolve, resolve_iteration, run_step, settings_digest
@@ -173,7 +174,7 @@ def test_the_base_policy_is_read_at_every_temperature(made: Store) -> None:
 
 def test_other_intervals_need_no_other_episodes(copied: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     before = copied.open("scores", resolve("scores", small(), 1, copied).digest)
-    finer = small(evaluation={"bootstrap": 300})
+    finer = small(evaluation=SMALL["evaluation"] | {"bootstrap": 300})
     monkeypatch.setattr("evolve_dag.steps.scores.roll_out", None)
     after = run_step("scores", finer, 1, copied).artifact
     assert after.digest != before.digest
@@ -230,7 +231,8 @@ def test_a_placebo_pool_is_injected_and_mining_goes_on_from_the_mined_one(copied
     build = SimpleNamespace(path=tmp_path / "two", note=lambda **_: None)
     entering = replace(entering_policy(disguised, 1, copied), experience=artifact.digest, next_item=pool.next_number)
     inputs = {"trajectories": copied.open("trajectories", resolve("trajectories", disguised, 1, copied).digest)}
-    experience.run(StepContext(disguised, 2, copied, inputs, build, Silent(), entering, None))
+    with Roles(disguised) as roles:
+        experience.run(StepContext(disguised, 2, copied, inputs, build, Silent(), entering, roles))
     again, kept = (Pool.from_json((tmp_path / "two" / name).read_text()) for name in (MINED, "pool.json"))
     common = set(again.ids) & set(mined.ids)
     assert common
