@@ -40,6 +40,7 @@ from evolve_dag.steps.policies import (
     open_teacher,
     roll_out,
     selector_statistics,
+    without_choice,
 )
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
@@ -139,7 +140,7 @@ def score(
     inject = no_injection if experiment.injection == "none" else replay_injection(experiment.injection)
     keep_step = None if experiment.regime.refused else without_problems
     aligned = align_all(kept, model.chat, inject, keep_step)
-    if experiment.regime.divergence == "cross_entropy" and experiment.injection == "none":
+    if experiment.injection == "none":  # then nothing is compared with a teacher (config/schema.py: contradictions)
         return Scored(make_rows(aligned, None), [], [])
     texts = drills(kept, experiment.distillation.drills, experiment.seed)
     drilled = align_all(
@@ -226,10 +227,15 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
     yield Verdict("same_actions", not other_ids, evidence)
 
 
+def _unread(experiment: Experiment) -> tuple[str, ...]:
+    scored = ("distillation.top_k", "distillation.retention", "distillation.drills")
+    return (*without_choice(experiment), *(scored if experiment.injection == "none" else ()))
+
+
 SPEC = StepSpec(
     "contexts",
     "Step-aligned contexts: the student's clean view, the teacher's view with experience, the shared action tokens.",
-    version="8",
+    version="9",
     config=(
         "seed",
         *INJECTION_KEYS,
@@ -246,6 +252,7 @@ SPEC = StepSpec(
     run=run,
     kinds=frozenset({"parquet", "polars"}),
     iteration=True,
+    unread=_unread,
     checks=(
         Check("clean", "No clean row of the student holds experience.", blocking=True),
         Check(

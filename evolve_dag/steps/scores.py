@@ -10,7 +10,9 @@ what they are, not by luck. Held-out tasks decide nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 from evolve_dag.config.schema import Experiment
 from evolve_dag.evaluation.gate import LEAST_JUDGED
@@ -28,10 +30,11 @@ from evolve_dag.steps.policies import (
     open_pool,
     roll_out,
     selector_statistics,
+    without_choice,
 )
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
-from evolve_dag.store.frames import SCORES, save_trajectories, scores_to_frame
+from evolve_dag.store.frames import SCORES, load_trajectories, save_trajectories, scores_to_frame
 from evolve_dag.tasks.suites import Split, check_disjoint, load_split
 
 DEVELOPMENT = ("development_candidate", "development_champion")
@@ -43,51 +46,18 @@ BASE_AT = "base_at_"
 def run(context: StepContext) -> None:
     """Evaluate the candidate (adapter(k), E(k)), and on development tasks the champion too."""
     experiment = context.experiment
-    check_disjoint(experiment)
-    evaluation = experiment.evaluation
-    held_out, development = (
-        load_split(experiment, "held_out", context.roles),
-        load_split(experiment, "development", context.roles),
-    )
-    pool = open_pool(context.inputs["experience"])
-    trajectories: list[Trajectory] = []
+    splits = {name: load_split(experiment, name, context.roles) for name in ("development", "held_out")}
+    if context.twin is None:
+        episodes, statistics = _evaluate(context, splits)
+    else:
+        episodes, statistics = _evaluated(context.twin)
     scores: list[Score] = []
     summary: dict[str, object] = {}
-
-    def evaluate(model: object, condition: str, split: Split, temperature: float | None = None, **how: object) -> None:
-        seed = stable_hash("evaluation", evaluation.seed)
-        found = roll_out(
-            context,
-            split,
-            model,
-            label=condition.replace("_", " "),
-            seed=seed,
-            group_size=1 if temperature == 0 else evaluation.rollouts,  # argmax says the same each time
-            temperature=temperature,
-            **how,  # type: ignore[arg-type]
-        )
-        tasks = by_id(split.tasks)
+    for condition, found in episodes.items():
+        tasks = by_id(splits["development" if condition in DEVELOPMENT else "held_out"].tasks)
         scores.extend(score_trajectories(found, tasks, condition))
-        summary[condition] = evaluate_summary(found, tasks, evaluation)
-        trajectories.extend(found)
-
-    with open_policy(context.store, context.entering.adapter, context.roles) as model:
-        if context.iteration == 1:
-            evaluate(model, "base", held_out)
-            for temperature in dict.fromkeys(evaluation.base_temperatures):
-                if temperature != experiment.rollout.temperature:
-                    evaluate(model, f"{BASE_AT}{temperature:g}", held_out, temperature=temperature)
-        if evaluation.ceiling and (source := experience_source(experiment, pool, context.roles)) is not None:
-            evaluate(model, "ceiling", held_out, experience=source)
-        evaluate(model, "development_champion", development)
-    with open_policy(context.store, context.inputs["adapter"].digest, context.roles) as model:
-        source = experience_source(experiment, pool, context.roles)
-        evaluate(model, "development_candidate", development)
-        evaluate(model, "without", held_out)
-        if evaluation.with_experience and source is not None:
-            evaluate(model, "with", held_out, experience=source)
-        if evaluation.greedy:
-            evaluate(model, "greedy", held_out, temperature=0.0)
+        summary[condition] = evaluate_summary(found, tasks, experiment.evaluation)
+    trajectories = [trajectory for found in episodes.values() for trajectory in found]
     folder = context.build.path
     scores_to_frame(scores).write_parquet(folder / SCORES)
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -99,14 +69,63 @@ def run(context: StepContext) -> None:
         judged=note["judged"],
         failed=note["failed"],
         conditions=list(summary),
-        **selector_statistics(source),
+        **statistics,
     )
+
+
+Episodes = dict[str, list[Trajectory]]
+"""Condition -> its rollouts."""
+
+
+def _evaluate(context: StepContext, splits: Mapping[str, Split]) -> tuple[Episodes, dict[str, Any]]:
+    """Roll out under every condition; also what the selector counted."""
+    experiment, evaluation = context.experiment, context.experiment.evaluation
+    pool = open_pool(context.inputs["experience"])
+    episodes: Episodes = {}
+
+    def evaluate(model: object, condition: str, split: str, temperature: float | None = None, **how: Any) -> None:
+        episodes[condition] = roll_out(
+            context,
+            splits[split],
+            model,
+            label=condition.replace("_", " "),
+            seed=stable_hash("evaluation", evaluation.seed),
+            group_size=1 if temperature == 0 else evaluation.rollouts,  # argmax says the same each time
+            temperature=temperature,
+            **how,
+        )
+
+    with open_policy(context.store, context.entering.adapter, context.roles) as model:
+        if context.iteration == 1:
+            evaluate(model, "base", "held_out")
+            for temperature in dict.fromkeys(evaluation.base_temperatures):
+                if temperature != experiment.rollout.temperature:
+                    evaluate(model, f"{BASE_AT}{temperature:g}", "held_out", temperature=temperature)
+        if evaluation.ceiling and (reached := experience_source(experiment, pool, context.roles)) is not None:
+            evaluate(model, "ceiling", "held_out", experience=reached)
+        evaluate(model, "development_champion", "development")
+    with open_policy(context.store, context.inputs["adapter"].digest, context.roles) as model:
+        source = experience_source(experiment, pool, context.roles) if evaluation.with_experience else None
+        evaluate(model, "development_candidate", "development")
+        evaluate(model, "without", "held_out")
+        if source is not None:
+            evaluate(model, "with", "held_out", experience=source)
+        if evaluation.greedy:
+            evaluate(model, "greedy", "held_out", temperature=0.0)
+    return episodes, selector_statistics(source)
+
+
+def _evaluated(twin: Artifact) -> tuple[Episodes, dict[str, Any]]:
+    """The episodes of an artifact that was evaluated alike; nothing is rolled out again for another interval."""
+    episodes: Episodes = {}
+    for trajectory in load_trajectories(twin):
+        condition, _, own = trajectory.id.partition("/")
+        episodes.setdefault(condition, []).append(replace(trajectory, id=own))
+    return episodes, {key: value for key, value in twin.summary.items() if key == "selector"}
 
 
 def _distinct(trajectories: list[Trajectory], scores: list[Score]) -> list[Trajectory]:
     """The same trajectories with their condition in the id: one task is rolled out under several."""
-    from dataclasses import replace
-
     return [replace(t, id=f"{s.condition}/{t.id}") for t, s in zip(trajectories, scores, strict=True)]
 
 
@@ -115,14 +134,24 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
     yield judged(artifact, SCORES)
 
 
+def _unread(experiment: Experiment) -> tuple[str, ...]:
+    """``evaluation.rollouts`` stands in place of the group's size; without experience in context nobody injects any."""
+    injected = experiment.evaluation.with_experience or experiment.evaluation.ceiling
+    injection = without_choice(experiment) if injected else INJECTION_KEYS
+    return ("rollout.group_size", *injection)
+
+
 SPEC = StepSpec(
     "scores",
     "Held-out results of the candidate, without experience (internalized) and with it (in context), with intervals.",
-    version="6",
+    version="7",
     config=("evaluation", *INJECTION_KEYS, "tasks.development", "tasks.held_out", *TASK_KEYS),
     inputs=("policy", "experience", "adapter"),
     run=run,
     kinds=frozenset({"parquet", "polars"}),
+    unread=_unread,
+    derived=("evaluation.bootstrap",),
+    guard=check_disjoint,
     checks=(Check("judged", f"At least {LEAST_JUDGED:.0%} of the episodes could be judged."),),
     examine=examine,
     tables=(

@@ -68,7 +68,7 @@ def test_all_mistakes_come_in_one_message_with_file_and_key(tmp_path: Path) -> N
         ("distillation: {refresh: 3}\n", "distillation.refresh"),
         ("regime: sideways\n", "regime"),
         ("regime: {preset: off_policy, sorce: student}\n", "regime.sorce"),
-        ("environment: {kind: moon}\n", "environment"),
+        ("environment: {kind: moon}\n", "environment.kind"),
         ("experiment: Not A Name\n", "experiment"),
         ("rollout: {temperature: .nan}\n", "rollout.temperature"),
     ],
