@@ -589,6 +589,13 @@ def contradictions(e: Experiment) -> list[tuple[str, str]]:
         )
     if e.distillation.refresh > 1 and e.regime.source != "student":
         found.append(("distillation.refresh", "only source: student samples anew while training: set it to 1"))
+    if e.distillation.drills and e.regime.divergence == "cross_entropy":
+        found.append(
+            (
+                "distillation.drills",
+                "drills are learned from the teacher's distribution, which cross_entropy has not: set it to 0",
+            )
+        )
     if e.verification.kind == "judge" and e.models.judge is None:
         found.append(("models.judge", "missing: verification.kind is judge, so name the model that judges"))
     if e.environment.kind == "tools":
