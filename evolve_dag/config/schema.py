@@ -421,6 +421,9 @@ def contradictions(e: Experiment) -> list[tuple[str, str]]:
         )
     if e.distillation.refresh > 1 and e.regime.source != "student":
         found.append(("distillation.refresh", "only source: student samples anew while training: set it to 1"))
+    if e.distillation.drills and part("divergence", e.regime.divergence).loss is None:
+        what = f"drills are learned from the teacher's distribution, which {e.regime.divergence} has not: set it to 0"
+        found.append(("distillation.drills", what))
     for wrong_here, wrong in (("cron", check_cron(e.schedule.cron)), ("timezone", check_timezone(e.schedule.timezone))):
         if wrong is not None:
             found.append((f"schedule.{wrong_here}", wrong))

@@ -40,8 +40,8 @@ def run(context: StepContext) -> None:
     contexts = context.inputs["contexts"].path
     rows = load_contexts(contexts)
     nothing_taught = not any(c.injected for row in rows for c in row.contexts)
-    rows = sharpened(rows, experiment.distillation.teacher_temperature)
-    rows += load_contexts(contexts / RETENTION) + load_contexts(contexts / DRILLS)
+    rows = sharpened(rows + load_contexts(contexts / RETENTION), experiment.distillation.teacher_temperature)
+    rows += load_contexts(contexts / DRILLS)
     if nothing_taught and part("divergence", experiment.regime.divergence).loss is not None:
         rows = []  # teacher and student are one: Adam would turn rounding noise into full steps
     settings = experiment.models.policy
@@ -161,8 +161,8 @@ class _Resample:
             if experiment.models.policy.backend != "transformers":
                 opened.close()
             with open_teacher(adapter_folder(context.store, adapter), context.roles, policy) as teacher:
-                found = score(experiment, kept, teacher, Silent()).all
-        return sharpened(found, experiment.distillation.teacher_temperature)
+                scored = score(experiment, kept, teacher, Silent())
+        return sharpened(scored.rows + scored.retention, experiment.distillation.teacher_temperature) + scored.drills
 
 
 def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
@@ -193,7 +193,7 @@ def _unread(experiment: Experiment) -> tuple[str, ...]:
 SPEC = StepSpec(
     "adapter",
     "LoRA weights that make the student without experience act like the teacher with it, and the training curve.",
-    version="7",
+    version="8",
     config=("seed", "regime.divergence", "distillation"),
     inputs=("policy", "experience", "contexts"),
     run=run,

@@ -117,10 +117,6 @@ class Scored:
     drills: list[DistillationRow]
     """With advice drawn at random in it (``distillation.drills``)."""
 
-    @property
-    def all(self) -> list[DistillationRow]:
-        return [*self.rows, *self.retention, *self.drills]
-
 
 def score(
     experiment: Experiment,

@@ -35,7 +35,7 @@ def test_every_cell_of_the_grid_is_there_once() -> None:
     for path in sorted(EXPERIMENTS):
         e = load_experiment(path)
         for name, preset in REGIME_PRESETS.items():
-            plain = e.selection.selector == "state" and e.environment.kind == "pocket" and e.distillation.retention > 0
+            plain = e.selection.selector == "state" and e.environment.kind == "pocket" and e.distillation.drills > 0
             if e.regime == Regime.model_validate(preset) and plain and not e.extraction.placebo:
                 cells.append((e.granularity, e.injection, name))
     wanted = [
