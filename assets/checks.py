@@ -32,7 +32,9 @@ SPECS: Mapping[str, Mapping[str, tuple[str, bool]]] = {
     },
     "adapter": {"finite_loss": ("Every loss of the training curve is a number.", True)},
     "scores": {"judged": (f"At least {LEAST_JUDGED:.0%} of the episodes could be judged.", False)},
-    "promotion": {"gate": ("The candidate passed the gate; otherwise the champion stays.", False)},
+    "promotion": {
+        "gate": ("The candidate passed the gate; otherwise the champion stays, or the best one so far comes back.", False)
+    },
 }
 """Step -> check -> (what it says, whether it blocks)."""
 
@@ -172,7 +174,7 @@ def _promotion(artifact: Artifact, experiment: Experiment) -> Iterator[dg.AssetC
     yield dg.AssetCheckResult(
         check_name="gate",
         passed=gate.decision == "promote",
-        severity=dg.AssetCheckSeverity.WARN,
+        severity=dg.AssetCheckSeverity.ERROR if gate.decision == "restore" else dg.AssetCheckSeverity.WARN,
         description="; ".join(gate.reasons),
         metadata={name: float(f"{value:.4g}") for name, value in gate.evidence.items() if value is not None},
     )

@@ -97,7 +97,8 @@ def scores(context: dg.AssetExecutionContext, store: StoreResource, session: Ses
 
 @dg.asset(**_options("promotion"))
 def promotion(context: dg.AssetExecutionContext, store: StoreResource, session: SessionParam) -> dg.MaterializeResult:
-    """The gate's decision with its reasons; on `keep` the champion stays. Commits the policy of the next iteration."""
+    """The gate's decision with its reasons: `promote`, `keep` (the champion stays) or `restore` (the best champion so far comes
+    back). Commits the policy of the next iteration."""
     return _materialize(context, store, session, "promotion")
 
 

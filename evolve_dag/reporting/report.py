@@ -22,6 +22,7 @@ from evolve_dag.lineage import audit
 from evolve_dag.records import ExperienceItem
 from evolve_dag.reporting import figures, markup
 from evolve_dag.reporting.summary import (
+    STAYS,
     IterationRow,
     LineageSummary,
     StepRow,
@@ -33,6 +34,7 @@ from evolve_dag.reporting.summary import (
     number_interval,
     percent,
     percent_interval,
+    standing_note,
     step_names,
 )
 from evolve_dag.store.disk import write_atomic
@@ -217,7 +219,7 @@ class _Page:
             row = next((row for row in reversed(summary.rows) if row.items), None)
             if row is None:
                 continue
-            kept = " (of a declined candidate)" if row.gate is not None and row.gate.decision == "keep" else ""
+            kept = " (of a declined candidate)" if row.gate is not None and row.gate.decision in STAYS else ""
             note = markup.note(f"The pool after iteration {row.iteration}{kept}: {len(row.items)} items.")
             out += [self._heading(summary), note, _items(row.items)]
         return "".join(out)
@@ -289,7 +291,12 @@ class _Page:
         return "".join(out)
 
     def gate(self) -> str:
-        out = [markup.note("Candidate and champion on the same development tasks, paired. On keep the champion stays.")]
+        out = [
+            markup.note(
+                "Candidate and best champion so far on the same development tasks under the same draws, paired. On keep the "
+                "champion stays; on restore the best one comes back, because the candidates since have lost against it."
+            )
+        ]
         for summary in self.summaries:
             body = [
                 [str(row.iteration), _mark(row), _reasons(row.gate.reasons), _evidence(row.gate.evidence)]
@@ -300,10 +307,8 @@ class _Page:
             if not body:
                 out.append(markup.note("No decision yet."))
                 continue
-            champion = summary.champion
-            holds = "the base policy" if champion == 0 else f"the candidate of iteration {champion}"
             out.append(markup.table(["iteration", "decision", "reasons", "numbers"], body, text=[2]))
-            out.append(markup.note(f"The champion is {holds}."))
+            out.append(markup.note(standing_note(summary)))
         return "".join(out)
 
     def cost(self) -> str:

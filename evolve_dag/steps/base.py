@@ -28,7 +28,7 @@ from evolve_dag.inference.folders import base_identity
 from evolve_dag.inference.ledger import Ledger
 from evolve_dag.inference.roles import Roles
 from evolve_dag.prompts import digest
-from evolve_dag.records import PolicyRef
+from evolve_dag.records import PolicyRef, Standing
 from evolve_dag.steps.body import Body, Progress, Silent, StepContext
 from evolve_dag.store.artifacts import Artifact, Store
 from evolve_dag.store.frames import CALLS, calls_to_frame
@@ -90,8 +90,9 @@ SPECS: Mapping[str, StepSpec] = {
             "4",
             ("evaluation", *_INJECTION_KEYS, "tasks.development", "tasks.held_out", *_TASK_KEYS),
             ("policy", "experience", "adapter"),
+            iteration=True,
         ),
-        StepSpec("promotion", "2", ("gate", "seed"), ("policy", "experience", "adapter", "scores")),
+        StepSpec("promotion", "3", ("gate", "seed"), ("policy", "experience", "adapter", "scores")),
     )
 }
 SETTINGS: Mapping[str, tuple[str, ...]] = {name: spec.config for name, spec in SPECS.items()}
@@ -220,7 +221,8 @@ def first_policy(experiment: Experiment) -> PolicyRef:
 
     path = Path(experiment.start_pool)
     pool = pool_from_file(path)
-    return replace(ref, experience=pool_digest(pool, path.name), next_item=pool.next_number)
+    digest = pool_digest(pool, path.name)
+    return replace(ref, experience=digest, next_item=pool.next_number, standing=Standing(experience=digest))
 
 
 def _entering(experiment: Experiment, iteration: int, store: Store) -> PolicyRef | str:
@@ -248,7 +250,7 @@ def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store
     inputs: dict[str, str] = {}
     missing = None
     if name == "policy":
-        config |= {"policy": asdict(entering)}
+        config |= {"policy": entering.content}
     else:
         for upstream in spec.inputs:
             found = resolve_from(upstream, experiment, iteration, store, entering)
@@ -259,6 +261,10 @@ def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store
                 missing = found.missing or f"{upstream}[{partition(experiment, iteration)}]"
     if spec.iteration:
         config |= {"iteration": iteration}
+    if name == "scores":  # who is the best champion decides whom it scores; how sure that is does not
+        config |= {"standing": {"adapter": entering.standing.adapter}}
+    elif name == "promotion":
+        config |= {"standing": asdict(entering.standing)}
     digest = Store.digest_of(name, spec.version, config, inputs)
     return Resolved(name, iteration, digest, store.exists(name, digest), inputs, config, missing)
 

@@ -161,7 +161,7 @@ def test_retention_rows_hold_the_experience_and_the_same_actions(made: Store) ->
 def test_scores_say_under_which_condition_and_hold_every_task(made: Store) -> None:
     artifact = made.open("scores", made.ref("small", 1, "scores").digest)
     scores = scores_from_frame(artifact.frame("scores.parquet"))
-    for condition in ("base", "without", "greedy", "development_candidate", "development_champion"):
+    for condition in ("base", "without", "greedy", "development_candidate", "development_best"):
         assert len({s.task_id for s in scores if s.condition == condition}) == 6
     assert set(artifact.json("summary.json")) == {s.condition for s in scores}
 
