@@ -5,9 +5,9 @@
 
 Prints CPU seconds (best of --repeats, arms interleaved, so a busy machine disturbs little), tokens and ratios:
 
-- scoring: all teacher views of a trajectory as one packed tree, against one sequence per step;
-- training: the output layer on action tokens only, no mask, against a plain peft loop that computes logits
-  everywhere with a padding mask. Batches, optimizer and loss are the same.
+- scoring: the teacher views of all rollouts of a task packed, every distinct beginning once, against one sequence per step;
+- training: rows packed likewise, the output layer on action tokens only, against a plain peft loop that pads rows of a batch
+  and computes logits everywhere. Batches, optimizer and loss are the same.
 """
 
 from __future__ import annotations
@@ -28,32 +28,36 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from evolve_dag.config.schema import DistillationSettings, Regime
 from evolve_dag.distillation.adapter import attach, detach
-from evolve_dag.distillation.alignment import Aligned, StudentRow, TeacherView, teacher_tree
-from evolve_dag.distillation.dataset import DistillationRow, batches, make_rows
-from evolve_dag.distillation.losses import Teacher, token_losses
+from evolve_dag.distillation.alignment import Aligned, StudentRow, TeacherView
+from evolve_dag.distillation.batch import joined_teacher
+from evolve_dag.distillation.dataset import DistillationRow, batches, make_rows, retention_rows
+from evolve_dag.distillation.losses import token_losses
 from evolve_dag.distillation.teacher import TeacherScorer, TeacherTargets
-from evolve_dag.distillation.trainer import BETAS, collate, distill, learning_rate
+from evolve_dag.distillation.trainer import BETAS, distill, learning_rate
+from evolve_dag.inference.prefix_tree import GrowingTree
+from evolve_dag.inference.recording import distribution
 
 ACTION, OBSERVATION, SYSTEM, HINT, HEADER = (16, 30), (20, 60), (90, 90), (20, 50), 3
 """Tokens: ranges as measured on pocket transcripts."""
 
 
-def synthetic(order: random.Random, name: str, vocabulary: int, injection: str) -> Aligned:
-    """A trajectory of 2 to 9 steps with the token counts of the pocket world and random ids."""
+def synthetic(seed: int, name: str, vocabulary: int, injection: str, steps: tuple[int, int] = (2, 9)) -> Aligned:
+    """A trajectory of random ids with the token counts of the pocket world; rollouts of one ``seed`` share their question."""
+    shared, order = random.Random(f"task {seed}"), random.Random(f"{seed} {name}")
 
-    def some(bounds: tuple[int, int]) -> list[int]:
+    def some(bounds: tuple[int, int], order: random.Random = order) -> list[int]:
         return [order.randrange(8, vocabulary) for _ in range(order.randint(*bounds))]
 
     header = [1, 2, 3]
-    system, clean = some(SYSTEM), some(OBSERVATION)
-    notes = some(HINT) if injection == "global" else []
+    system, clean = some(SYSTEM, random.Random("system")), some(OBSERVATION, shared)
+    notes = some(HINT, random.Random("pool")) if injection == "global" else []
     spans: list[tuple[int, int]] = []
     views: list[TeacherView] = []
-    for step in range(order.randint(2, 9)):
+    for step in range(order.randint(*steps)):
         hint = some(HINT) if injection == "step_wise" else []
         action = some(ACTION)
         context = [*system, *notes, *clean, *hint, *header]
-        views.append(TeacherView(name, step, (*context, *action), len(context)))
+        views.append(TeacherView(name, step, (*context, *action), len(context), injected="item" if hint or notes else ""))
         start = len(system) + len(clean) + HEADER
         spans.append((start, start + len(action)))
         clean += [*header, *action]
@@ -69,18 +73,17 @@ def plain_loop(
     wrapped = attach(model, rank=settings.rank, alpha=settings.alpha, seed=0)
     parameters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay)
-    order = batches([row.tokens for row in rows], settings.tokens_per_batch, 0, 0)
+    order = batches(rows, settings.tokens_per_batch, 0, 0)
     losses = []
     for step, chosen in enumerate(order):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step, len(order))
-        batch = collate([rows[index] for index in chosen])
-        lengths = torch.tensor([rows[index].tokens for index in chosen])
-        mask = torch.arange(batch.ids.shape[1])[None] < lengths[:, None]
-        logits = wrapped(input_ids=batch.ids, attention_mask=mask.long(), use_cache=False).logits.float()
-        picked = logits.flatten(0, 1)[batch.predictors]
-        teacher: Teacher | None = batch.teacher
-        loss = token_losses(regime.divergence, picked, teacher=teacher, sampled_N=batch.sampled)[0].mean()
+        part = [rows[index] for index in chosen]
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.row.ids) for row in part], batch_first=True)
+        mask = torch.arange(ids.shape[1])[None] < torch.tensor([row.tokens for row in part])[:, None]
+        logits = wrapped(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits.float()
+        picked = torch.cat([logits[b, torch.tensor(row.row.positions) - 1] for b, row in enumerate(part)])
+        loss = token_losses(regime.divergence, picked, teacher=joined_teacher(part))[0].mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
@@ -90,14 +93,35 @@ def plain_loop(
     return losses
 
 
-def view_by_view(model: torch.nn.Module, aligned: Sequence[Aligned]) -> list[TeacherTargets]:
-    """One sequence per step, in length-sorted batches of the same budget, and joined per trajectory."""
-    scored = iter(TeacherScorer(model).score([teacher_tree([view]) for one in aligned for view in one.views]))
-    joined = []
+def view_by_view(model: torch.nn.Module, aligned: Sequence[Aligned], top_k: int = 64) -> list[TeacherTargets]:
+    """One prefill per step, in batches of like length and of the same budget; logits on action tokens only here too."""
+    views = [(owner, view) for owner, one in enumerate(aligned) for view in one.views]
+    order = sorted(range(len(views)), key=lambda index: -len(views[index][1].ids))
+    parts: list[tuple[np.ndarray, ...]] = [()] * len(views)
+    with torch.inference_mode():
+        while order:
+            rows = max(1, 4096 // len(views[order[0]][1].ids))
+            chosen, order = order[:rows], order[rows:]
+            ids = [torch.tensor(views[index][1].ids) for index in chosen]
+            padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+            states = model.model(input_ids=padded, use_cache=False).last_hidden_state
+            for row, index in enumerate(chosen):
+                view = views[index][1]
+                logits = model.lm_head(states[row, view.start - 1 : len(view.ids) - 1])
+                parts[index] = tuple(one.numpy() for one in distribution(logits, top_k))
+    found: list[list[tuple[np.ndarray, ...]]] = [[] for _ in aligned]
+    for (owner, _), part in zip(views, parts, strict=True):
+        found[owner].append(part)
+    return [TeacherTargets(*(np.concatenate(column) for column in zip(*own, strict=True))) for own in found]
+
+
+def distinct_tokens(aligned: Sequence[Aligned]) -> int:
+    """Tokens of all teacher views, those that several share counted once."""
+    tree = GrowingTree()
     for one in aligned:
-        parts = [next(scored) for _ in one.views]
-        joined.append(TeacherTargets(np.concatenate([part.logprobs for part in parts])))
-    return joined
+        for view in reversed(one.views):
+            tree.add(view.ids)
+    return tree.tokens
 
 
 def best_of(repeats: int, arms: dict[str, Callable[[], Any]]) -> tuple[dict[str, float], dict[str, Any]]:
@@ -118,7 +142,9 @@ def largest_difference(a: Sequence[TeacherTargets], b: Sequence[TeacherTargets])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--trajectories", type=int, default=64)
+    parser.add_argument("--trajectories", type=int, default=48)
+    parser.add_argument("--group", type=int, default=6, help="trajectories of one task")
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=128)
@@ -139,28 +165,31 @@ def main() -> None:
         "tie_word_embeddings": True,
     }
     model = Qwen3ForCausalLM(Qwen3Config(**shape)).eval()
-    order = random.Random(0)
     results: dict[str, Any] = {"settings": vars(given)}
     for injection in ("step_wise", "global"):
-        aligned = [synthetic(order, f"t{index}#0", given.vocabulary, injection) for index in range(given.trajectories)]
-        trees = [one.tree for one in aligned]
+        names = [
+            (index // given.group, f"t{index // given.group}#{index % given.group}") for index in range(given.trajectories)
+        ]
+        aligned = [synthetic(task, name, given.vocabulary, injection, (given.steps, given.steps)) for task, name in names]
+        views = [one.views for one in aligned]
         seconds, values = best_of(
             given.repeats,
             {
-                "tree": partial(TeacherScorer(model).score, trees),
+                "packed": partial(TeacherScorer(model).score, views),
                 "per_step": partial(view_by_view, model, aligned),
             },
         )
         results[f"scoring {injection}"] = {
-            "tokens_tree": sum(tree.tokens for tree in trees),
-            "tokens_per_step": sum(tree.unpacked_tokens for tree in trees),
-            "seconds_tree": seconds["tree"],
+            "tokens_distinct": distinct_tokens(aligned),
+            "tokens_per_step": sum(len(view.ids) for own in views for view in own),
+            "seconds_packed": seconds["packed"],
             "seconds_per_step": seconds["per_step"],
-            "ratio": seconds["per_step"] / seconds["tree"],
-            "largest_difference": largest_difference(values["tree"], values["per_step"]),
+            "ratio": seconds["per_step"] / seconds["packed"],
+            "largest_difference": largest_difference(values["packed"], values["per_step"]),
         }
         if injection == "step_wise":
-            rows = make_rows(aligned, values["tree"])
+            rows = make_rows(aligned, values["packed"])
+            rows += retention_rows(rows, aligned, DistillationSettings().retention, 0)
     settings, regime = DistillationSettings(epochs=1), Regime()
     with tempfile.TemporaryDirectory() as folder:
         seconds, values = best_of(

@@ -3,7 +3,7 @@
 The student sees the clean history, the teacher the same with experience added to one message of a copy.
 The sampled action ids stand in both views, so an action token is found by its offset in the span and
 never by searching. The clean history only grows: a whole trajectory is one :class:`StudentRow` with the
-loss on its action spans, and the teacher's views branch off a common trunk (:class:`TeacherTree`).
+loss on its action spans, and the teacher's views share most of their tokens with it and with each other.
 
 Everything that can go wrong here would corrupt training silently, so all of it is checked, and an
 ``AlignmentError`` names trajectory and step.
@@ -104,55 +104,12 @@ class TeacherView:
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherBranch:
-    """One teacher view as a branch off the trunk: ``trunk[:shared] + ids``."""
-
-    step: int
-    shared: int
-    """How many leading tokens are the trunk's."""
-    ids: tuple[int, ...]
-    """What follows them (experience, rest of the context, action); empty when the view is a part of the trunk."""
-    start: int
-    """Where the action begins in ``trunk[:shared] + ids``."""
-    end: int
-    """Where it ends."""
-
-
-@dataclass(frozen=True, slots=True)
-class TeacherTree:
-    """All teacher views of one trajectory, each token stated once."""
-
-    trajectory_id: str
-    trunk: tuple[int, ...]
-    branches: tuple[TeacherBranch, ...]
-    """In step order."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the packed tree."""
-        return len(self.trunk) + sum(len(branch.ids) for branch in self.branches)
-
-    @property
-    def unpacked_tokens(self) -> int:
-        """Tokens of one sequence per step."""
-        return sum(branch.end for branch in self.branches)
-
-    def sequence(self, branch: TeacherBranch) -> tuple[int, ...]:
-        """The view as one plain sequence, context and action."""
-        return self.trunk[: branch.shared] + branch.ids
-
-
-@dataclass(frozen=True, slots=True)
 class Aligned:
     """One trajectory, ready for teacher scoring and training."""
 
     row: StudentRow
     views: tuple[TeacherView, ...]
     """One per kept step, same order as ``row.steps``."""
-
-    @property
-    def tree(self) -> TeacherTree:
-        return teacher_tree(self.views)
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,24 +250,6 @@ def align_all(
     """:func:`align` for many; a trajectory without a kept step is left out."""
     aligned = (align(trajectory, chat, inject, keep_step) for trajectory in trajectories)
     return [one for one in aligned if one.row.spans]
-
-
-def teacher_tree(views: Sequence[TeacherView]) -> TeacherTree:
-    """Share the common beginnings of a trajectory's teacher views.
-
-    The trunk is the view of the last step. With step-wise injection the others leave it where their own
-    experience begins, since the history before is clean in both; with global or no injection they are
-    parts of it and have no tokens of their own. The branch point is the longest common beginning of the
-    *tokens*, so a tokenizer that merges across the place of injection is no trouble.
-    """
-    if not views:
-        raise ValueError("no views")
-    trunk = views[-1].ids
-    branches = []
-    for view in views:
-        shared = _common(trunk, view.ids)
-        branches.append(TeacherBranch(view.step, shared, view.ids[shared:], view.start, len(view.ids)))
-    return TeacherTree(views[0].trajectory_id, trunk, tuple(branches))
 
 
 _VERBATIM = "the chat format must copy token_ids verbatim behind the generation prompt"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,8 @@ class DistillationRow:
     """The teacher's side, one per kept step, same order as ``row.steps``."""
     teacher: TeacherTargets | None
     """Its distribution on the N action tokens of ``row``; None when only the sampled ids are learned from."""
+    retention: bool = False
+    """The student reads the experience too (:func:`retention_rows`); ``row`` is then the teacher's view of one step."""
 
     def __post_init__(self) -> None:
         where = f"trajectory {self.row.trajectory_id}"
@@ -85,6 +87,11 @@ class DistillationRow:
     def tokens(self) -> int:
         """Tokens of the student's row."""
         return len(self.row.ids)
+
+    @property
+    def trajectory(self) -> str:
+        """Id of the trajectory that the row is of."""
+        return self.row.trajectory_id.rpartition("@")[0] if self.retention else self.row.trajectory_id
 
 
 def make_rows(aligned: Sequence[Aligned], targets: Sequence[TeacherTargets] | None) -> list[DistillationRow]:
@@ -123,36 +130,66 @@ def retention_rows(
                 continue
             row = StudentRow(name, view.ids, (view.step,), ((view.start, len(view.ids)),))
             teacher = None if one.teacher is None else one.teacher[part]
-            found.append(DistillationRow(row, (context,), teacher))
+            found.append(DistillationRow(row, (context,), teacher, retention=True))
     return found
+
+
+def sharpened(rows: Sequence[DistillationRow], temperature: float) -> list[DistillationRow]:
+    """``rows`` whose teacher is surer of what it prefers at the steps where it read experience; nothing else changes.
+
+    Every night's student is the next night's teacher. A teacher at temperature 1 hands on its own noise, so a lesson that is
+    handed on loses a little every time; below 1, it comes back to what the teacher prefers.
+
+    Args:
+        temperature: of the teacher (:meth:`TeacherTargets.sharpened`); 1 is the loss of the paper.
+    """
+    return list(rows) if temperature == 1.0 else [_sharpened(row, temperature) for row in rows]
+
+
+def _sharpened(row: DistillationRow, temperature: float) -> DistillationRow:
+    if row.teacher is None or row.retention:
+        return row
+    read = [bool(context.injected) for context in row.contexts]
+    tokens = np.repeat(read, [end - start for start, end in row.row.spans])
+    return replace(row, teacher=row.teacher.sharpened(temperature, tokens))
 
 
 def _context(view: TeacherView) -> StepView:
     return StepView(view.step, view.selected, view.injected, view.start)
 
 
-def batches(lengths: Sequence[int], tokens_per_batch: int, seed: int, epoch: int = 0) -> list[list[int]]:
-    """Indices of rows in batches of similar length, in a seeded order.
+def batches(rows: Sequence[DistillationRow], tokens_per_batch: int, seed: int, epoch: int = 0) -> list[list[int]]:
+    """Indices of the rows of each optimizer step, in a seeded order; every index exactly once.
 
-    Every index appears exactly once. A batch holds at most ``tokens_per_batch`` padded tokens (rows times the
-    longest of them), except a single row that is longer than that by itself.
+    The rows of a trajectory stay together, and rollouts of one task are neighbours: they begin alike, and what they begin with
+    is computed once. So a step holds clean and retention rows as they belong together.
 
     Args:
-        lengths: tokens per row.
+        tokens_per_batch: most tokens of a step, shared ones counted in every row; one trajectory alone may have more.
         seed, epoch: the order follows from both, on every machine.
     """
     order = random.Random(f"batches:{seed}:{epoch}")
-    indices = list(range(len(lengths)))
-    order.shuffle(indices)  # rows of equal length meet others in every epoch
-    indices.sort(key=lambda index: lengths[index])
-    groups: list[list[int]] = []
-    for index in indices:
-        if groups and (len(groups[-1]) + 1) * lengths[index] <= tokens_per_batch:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
+    trajectories: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        trajectories.setdefault(row.trajectory, []).append(index)
+    tasks: dict[str, list[list[int]]] = {}
+    for name, own in trajectories.items():
+        tasks.setdefault(name.rpartition("#")[0], []).append(own)
+    groups = list(tasks.values())
     order.shuffle(groups)
-    return groups
+    found: list[list[int]] = []
+    filled = 0
+    for group in groups:
+        order.shuffle(group)
+        for own in group:
+            size = sum(rows[index].tokens for index in own)
+            if not found or filled + size > tokens_per_batch:
+                found.append([])
+                filled = 0
+            found[-1].extend(own)
+            filled += size
+    order.shuffle(found)
+    return found
 
 
 def save_contexts(folder: Path, rows: Sequence[DistillationRow]) -> None:
@@ -200,6 +237,7 @@ def save_contexts(folder: Path, rows: Sequence[DistillationRow]) -> None:
         "action_tokens": sum(one.action_tokens for one in rows),
         "teacher": kind,
         "width": width,
+        "retention": any(one.retention for one in rows),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -250,7 +288,7 @@ def load_contexts(folder: Path) -> list[DistillationRow]:
             tuple(zip(record["starts"], record["ends"], strict=True)),
         )
         selected = tuple(StepView(one["step"], tuple(one["selected"]), one["injected"], one["teacher_tokens"]) for one in own)
-        loaded.append(DistillationRow(row, selected, teachers[index]))
+        loaded.append(DistillationRow(row, selected, teachers[index], bool(facts.get("retention"))))
     return loaded
 
 

@@ -10,19 +10,18 @@ inequality), so the top-k value is a lower bound of the full one, and equals it 
     jsd             w KL(p || m) + (1 - w) KL(q || m),  m = w p + (1 - w) q
     cross_entropy   -log q(sampled token)                             plain fine-tuning; the control
 
-The number that training minimises is the mean over all action tokens of a batch: a long action counts by
+The number that training minimises is the (weighted) mean over all action tokens of a batch: a long action counts by
 its tokens, tokens outside actions do not count at all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
 from evolve_dag.records import Divergence
 
@@ -30,8 +29,11 @@ LOG_FLOOR = -30.0
 """Least teacher log-probability that reverse KL sees. A token that the teacher calls impossible (-inf) would
 make the loss infinite for any student; e^-30 is far below what float32 probabilities resolve."""
 
-CHUNK_ELEMENTS = 1 << 25
-"""Logits held at once (128 MB in float32); more are computed in chunks and recomputed in the backward pass."""
+CHUNK_ELEMENTS = 1 << 22
+"""Logits held at once (16 MB in float32, what a cache holds)."""
+
+LEAST_CHUNK = 128
+"""Fewest action tokens of a chunk: with fewer rows the product with the output layer only waits for its weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +107,6 @@ def jsd(p_N_K: Tensor, q_N_K: Tensor, weight: float) -> Tensor:
     return weight * _expectation(p_N_K, p_N_K - mixture) + (1 - weight) * _expectation(q_N_K, q_N_K - mixture)
 
 
-def cross_entropy(logits_N_V: Tensor, sampled_N: Tensor) -> Tensor:
-    """-log q of the sampled ids per token, ``(N,)``."""
-    return -torch.log_softmax(logits_N_V, dim=-1).gather(1, sampled_N[:, None]).squeeze(1)
-
-
 def token_losses(
     kind: Divergence,
     logits_N_V: Tensor,
@@ -132,15 +129,28 @@ def token_losses(
     Raises:
         ValueError: the kind is unknown, or what it needs is not given.
     """
-    logits = logits_N_V if logits_N_V.dtype == torch.float64 else logits_N_V.float()
-    p = q = None
+    logits = _widened(logits_N_V)
+    p = q = sampled = None
     if teacher is not None:
         p = teacher_classes(teacher, logits.shape[-1]).to(logits.dtype)
         q = student_classes(logits, teacher)
+    if sampled_N is not None:
+        sampled = torch.log_softmax(logits, dim=-1).gather(1, sampled_N[:, None]).squeeze(1)
+    return _losses(kind, p, q, sampled, jsd_weight)
+
+
+def _widened(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _losses(
+    kind: Divergence, p: Tensor | None, q: Tensor | None, sampled: Tensor | None, jsd_weight: float
+) -> tuple[Tensor, Tensor]:
+    """Loss and forward KL from log-probabilities of teacher, student and the sampled token."""
     if kind == "cross_entropy":
-        if sampled_N is None:
+        if sampled is None:
             raise ValueError("cross_entropy needs the sampled ids")
-        loss = cross_entropy(logits, sampled_N)
+        loss = -sampled
     elif p is None or q is None:
         raise ValueError(f"{kind} needs the teacher's log-probabilities")
     elif kind == "forward_kl":
@@ -159,48 +169,132 @@ def token_losses(
 def token_losses_from_hidden(
     kind: Divergence,
     hidden_N_H: Tensor,
-    head: Callable[[Tensor], Tensor],
+    head: nn.Linear,
     *,
     teacher: Teacher | None = None,
     sampled_N: Tensor | None = None,
     jsd_weight: float = 0.5,
     chunk: int | None = None,
-    vocabulary: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`token_losses` on hidden states of the action positions, so that logits exist only there.
+    """:func:`token_losses` on hidden states of the action positions, with no more than ``chunk`` rows of logits at a time.
+
+    The output layer is frozen and a token's loss depends on its own hidden state alone, so the gradient with respect to
+    that state is computed together with the loss, while the logits are there, and no chunk is computed twice.
 
     Args:
-        head: the output embeddings, ``(n, H) -> (n, V)``.
-        chunk: action tokens whose logits are held at once; None picks it from ``vocabulary`` and
-            :data:`CHUNK_ELEMENTS`. Chunks are recomputed in the backward pass; the value does not change.
+        head: the output layer, frozen, ``(n, H) -> (n, V)``.
+        chunk: action tokens whose logits are held at once; None: :func:`default_chunk`. The value does not change.
     """
-    n = hidden_N_H.shape[0]
-    if chunk is None:
-        chunk = max(1, CHUNK_ELEMENTS // vocabulary) if vocabulary else max(1, n)
-
-    def part(hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        return token_losses(
-            kind,
-            head(hidden),
-            teacher=None if teacher is None else teacher[rows],
-            sampled_N=None if sampled_N is None else sampled_N[rows],
-            jsd_weight=jsd_weight,
-        )
-
-    if n <= chunk:
-        return part(hidden_N_H, slice(0, n))
-    losses, divergences = [], []
-    for start in range(0, n, chunk):
-        rows = slice(start, min(start + chunk, n))
-        loss, divergence = checkpoint(part, hidden_N_H[rows], rows, use_reentrant=False)
-        losses.append(loss)
-        divergences.append(divergence)
-    return torch.cat(losses), torch.cat(divergences)
+    size = chunk or default_chunk(head.weight.shape[0])
+    losses, divergences = _FusedLosses.apply(hidden_N_H, kind, head, teacher, sampled_N, jsd_weight, size)
+    return losses, divergences
 
 
-def mean_over_tokens(values_N: Tensor, mask_N: Tensor | None = None) -> Tensor:
-    """Mean over the action tokens where ``mask_N`` is true; 0 (not NaN) when there is none."""
-    if mask_N is None:
-        return values_N.mean() if values_N.numel() else values_N.sum()
-    kept = torch.where(mask_N, values_N, torch.zeros_like(values_N))
-    return kept.sum() / mask_N.sum().clamp(min=1)
+def default_chunk(vocabulary: int) -> int:
+    """Action tokens whose logits are held at once: 16 MB of them, but enough rows for one good matrix product."""
+    return max(LEAST_CHUNK, CHUNK_ELEMENTS // vocabulary)
+
+
+class _FusedLosses(torch.autograd.Function):
+    """Output layer and divergence, chunk by chunk, the gradient made on the way forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_N_H: Tensor,
+        kind: Divergence,
+        head: nn.Linear,
+        teacher: Teacher | None,
+        sampled_N: Tensor | None,
+        jsd_weight: float,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        gradient = torch.empty_like(hidden_N_H) if ctx.needs_input_grad[0] else None
+        parts = []
+        for start in range(0, max(1, hidden_N_H.shape[0]), chunk):
+            rows = slice(start, start + chunk)
+            loss, divergence, d_logits = _chunk_losses(
+                kind,
+                head(hidden_N_H[rows]),
+                None if teacher is None else teacher[rows],
+                None if sampled_N is None else sampled_N[rows],
+                jsd_weight,
+            )
+            if gradient is not None:
+                gradient[rows] = d_logits.to(head.weight.dtype) @ head.weight
+            parts.append((loss, divergence))
+        ctx.save_for_backward(gradient)
+        losses, divergences = (torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.mark_non_differentiable(divergences)
+        return losses, divergences
+
+    @staticmethod
+    def backward(ctx: Any, d_losses_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * d_losses_N[:, None].to(gradient.dtype), None, None, None, None, None, None
+
+
+def _chunk_losses(
+    kind: Divergence, logits_N_V: Tensor, teacher: Teacher | None, sampled_N: Tensor | None, jsd_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, divergence and the gradient of the loss with respect to the logits; overwrites ``logits_N_V``."""
+    logits = _widened(logits_N_V)
+    kept = None if sampled_N is None else sampled_N[:, None]
+    if teacher is not None:
+        kept = teacher.ids
+    if kept is not None and kept.shape[1] < logits.shape[1]:
+        return _few_classes(kind, logits, kept, teacher, sampled_N, jsd_weight)
+    with torch.enable_grad():
+        logits = logits.detach().requires_grad_()
+        loss, divergence = token_losses(kind, logits, teacher=teacher, sampled_N=sampled_N, jsd_weight=jsd_weight)
+        (d_logits,) = torch.autograd.grad(loss.sum(), logits)
+    return loss.detach(), divergence, d_logits
+
+
+def _few_classes(
+    kind: Divergence,
+    logits_N_V: Tensor,
+    kept_ids_N_K: Tensor,
+    teacher: Teacher | None,
+    sampled_N: Tensor | None,
+    jsd_weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`_chunk_losses` where only K of the tokens have a class of their own.
+
+    All others act through one number, their log-sum-exp. So autograd works on K + 1 numbers per token, and the vocabulary
+    is passed over in place where autograd on it would make a dozen copies (half the time, docs/LOG.md).
+    """
+    kept = logits_N_V.gather(1, kept_ids_N_K)
+    sampled = None if sampled_N is None else logits_N_V.gather(1, sampled_N[:, None])
+    logits_N_V.scatter_(1, kept_ids_N_K, -math.inf)
+    largest = logits_N_V.amax(-1, keepdim=True)
+    weights = logits_N_V.sub_(largest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    others = total.log() + largest
+    with torch.enable_grad():
+        leaves = [leaf.requires_grad_() for leaf in (kept, others, sampled) if leaf is not None]
+        loss, divergence = _class_losses(kind, kept, others, sampled, teacher, jsd_weight)
+        d_kept, d_others, *d_sampled = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
+    d_logits = weights.mul_(d_others / total).scatter_(1, kept_ids_N_K, d_kept)
+    if sampled_N is not None:
+        d_logits.scatter_add_(1, sampled_N[:, None], d_sampled[0])
+    return loss.detach(), divergence, d_logits
+
+
+def _class_losses(
+    kind: Divergence,
+    kept_N_K: Tensor,
+    others_N_1: Tensor,
+    sampled_N_1: Tensor | None,
+    teacher: Teacher | None,
+    jsd_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """:func:`token_losses` from the logits of the kept tokens, the log-sum-exp of the others and the sampled token's logit."""
+    log_z = torch.logaddexp(torch.logsumexp(kept_N_K, -1, keepdim=True), others_N_1)
+    p = q = sampled = None
+    if teacher is not None:
+        p = teacher_classes(teacher, kept_N_K.shape[1] + 1).to(kept_N_K.dtype)
+        q = torch.cat([kept_N_K, others_N_1], 1) - log_z
+    if sampled_N_1 is not None:
+        sampled = (sampled_N_1 - log_z).squeeze(1)
+    return _losses(kind, p, q, sampled, jsd_weight)

@@ -18,20 +18,22 @@ from typing import TYPE_CHECKING, Any
 
 from evolve_dag.config.schema import DistillationSettings, Regime
 from evolve_dag.distillation.adapter import attach, detach, merge, save_adapter
+from evolve_dag.distillation.batch import require_teachers, row_losses
 from evolve_dag.distillation.dataset import DistillationRow, batches
-from evolve_dag.distillation.teacher import decoder_and_head
-from evolve_dag.errors import AlignmentError, ModelError
+from evolve_dag.distillation.forward import Forward
+from evolve_dag.errors import ModelError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from evolve_dag.distillation.losses import Teacher
+    from torch import nn
 
 BETAS = (0.9, 0.99)
 """Adam: runs are tens to hundreds of steps, so the second moment must forget faster than the usual 0.999."""
 
 FINAL_FRACTION = 0.1
 """Learning rate of the last step, as a share of the peak."""
+
+TOKENS_PER_PASS = 8192
+"""Most tokens of one forward and backward pass; a larger batch is added up from several."""
 
 MAX_SKIPPED_IN_A_ROW = 3
 """One bad batch is skipped and counted; more than this in a row is a broken run."""
@@ -46,14 +48,18 @@ class CurvePoint:
     round: int
     """0 for the stored trajectories, then one more for every resampling."""
     loss: float
-    """What is minimised: mean over the action tokens of the batch, nats. NaN when the batch was skipped for it."""
+    """What is minimised, nats: mean over the action tokens of the batch, where one of a retention row counts
+    ``retention_weight`` times. NaN when the batch was skipped for it."""
+    retention_loss: float
+    """What of ``loss`` stands on retention rows."""
     divergence: float | None
-    """Forward KL from teacher to student per action token, nats, whatever the loss is. None without a teacher."""
+    """Forward KL from teacher to student per action token of the clean rows, nats, whatever the loss is. None without
+    a teacher."""
     learning_rate: float
     gradient_norm: float
     """Before clipping."""
     tokens: int
-    """Tokens of the batch without padding."""
+    """Tokens of the batch, those that several rows share counted in each."""
     action_tokens: int
     """Tokens that the loss is on."""
     tokens_per_second: float
@@ -73,7 +79,7 @@ class DistillationResult:
     action_tokens: int
     """Action tokens of the trajectories given."""
     tokens: int
-    """Tokens that went through the student, padding left out."""
+    """Tokens of the rows trained on, those that several rows share counted in each."""
     skipped: int
     """Batches skipped for a loss or gradient that was not finite."""
     refreshes: int
@@ -130,7 +136,9 @@ def distill(
     """
     import torch
 
-    _require_teachers(rows, regime)
+    from evolve_dag.distillation.lora import fuse
+
+    require_teachers(rows, regime.divergence)
     if settings.refresh > 1 and resample is None and rows:
         raise ModelError(
             f"distillation.refresh is {settings.refresh}, but nothing can sample trajectories",
@@ -146,7 +154,8 @@ def distill(
     try:
         # Dropout of the base would make the student another policy than the one that acts: none of it.
         wrapped.eval()
-        run = _Run(wrapped, settings, regime, seed, iteration, threads, device)
+        fuse(wrapped)
+        run = _Run(wrapped, settings, regime, seed, iteration, threads)
         curve = run.train(rows, resample, on_step) if rows else []
         save_adapter(wrapped, out, base=base)
     finally:
@@ -179,104 +188,6 @@ def learning_rate(settings: DistillationSettings, step: int, total: int, iterati
     return peak * warm * (1.0 - (1.0 - FINAL_FRACTION) * progress)
 
 
-def step_divergences(
-    model: nn.Module, rows: Sequence[DistillationRow], *, tokens_per_batch: int = 8192, jsd_weight: float = 0.5
-) -> list[tuple[float, ...]]:
-    """Mean forward KL per action token at every step, nats: how much of the teacher is not in ``model`` yet.
-
-    Measured before and after training at the steps where an item was selected, it says how much of the item
-    is inside the weights.
-
-    Args:
-        model: the student without experience; bare, merged or wrapped by peft.
-
-    Returns:
-        Per row, one value per kept step.
-
-    Raises:
-        AlignmentError: a row has no teacher.
-    """
-    import torch
-
-    from evolve_dag.distillation.losses import token_losses_from_hidden
-
-    _require_teachers(rows, Regime(divergence="forward_kl"))
-    decoder, head = decoder_and_head(model)
-    found: list[tuple[float, ...]] = [()] * len(rows)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for chosen in batches([row.tokens for row in rows], tokens_per_batch, seed=0):
-                batch = collate([rows[index] for index in chosen], head.weight.device)
-                _, divergence = token_losses_from_hidden(
-                    "forward_kl", batch.hidden(decoder), head, teacher=batch.teacher, vocabulary=head.weight.shape[0]
-                )
-                values = iter(divergence.split([end - start for index in chosen for start, end in rows[index].row.spans]))
-                for index in chosen:
-                    found[index] = tuple(float(next(values).mean()) for _ in rows[index].row.spans)
-    finally:
-        model.train(training)
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Rows of one optimizer step as tensors."""
-
-    ids: Tensor
-    """``(B, L)`` token ids, padded on the right. A causal row never sees its padding, so there is no mask."""
-    predictors: Tensor
-    """``(N,)`` flat index into ``(B * L)`` of the token before each action token."""
-    sampled: Tensor
-    """``(N,)`` the action tokens."""
-    teacher: Teacher | None
-    tokens: int
-    """Without padding."""
-
-    def hidden(self, decoder: Any) -> Tensor:
-        """Hidden states that predict the action tokens, ``(N, H)``."""
-        states = decoder(input_ids=self.ids, use_cache=False).last_hidden_state
-        return states.flatten(0, 1).index_select(0, self.predictors)
-
-
-def collate(rows: Sequence[DistillationRow], device: Any = "cpu") -> Batch:
-    """Pad ``rows`` to one batch.
-
-    Raises:
-        AlignmentError: the rows' teachers are of different kinds or widths.
-    """
-    import numpy as np
-    import torch
-
-    from evolve_dag.distillation.losses import Teacher
-
-    B, L = len(rows), max(row.tokens for row in rows)
-    ids_B_L = torch.zeros((B, L), dtype=torch.long)
-    predictors: list[int] = []
-    for b, row in enumerate(rows):
-        ids_B_L[b, : row.tokens] = torch.tensor(row.row.ids)
-        predictors.extend(b * L + position - 1 for position in row.row.positions)
-    predictors_N = torch.tensor(predictors)
-    sampled_N = ids_B_L.flatten()[predictors_N + 1]
-    targets = [row.teacher for row in rows if row.teacher is not None]
-    shapes = {(target.kind, target.logprobs.shape[1]) for target in targets}
-    if len(shapes) > 1 or len(targets) not in (0, len(rows)):
-        raise AlignmentError(
-            f"rows with different kinds of teacher: {sorted(shapes)}, {len(rows) - len(targets)} rows without",
-            "score all rows with one distillation.top_k",
-        )
-    teacher = None
-    if targets:
-
-        def joined(name: str) -> Tensor:
-            return torch.from_numpy(np.concatenate([getattr(target, name) for target in targets])).to(device)
-
-        top = targets[0].ids is not None
-        teacher = Teacher(joined("logprobs"), joined("ids").long() if top else None, joined("tail") if top else None)
-    return Batch(ids_B_L.to(device), predictors_N.to(device), sampled_N.to(device), teacher, sum(row.tokens for row in rows))
-
-
 def load_model(path: Path | str, dtype: str = "float32") -> nn.Module:
     """A causal language model from a folder.
 
@@ -292,17 +203,6 @@ def load_model(path: Path | str, dtype: str = "float32") -> nn.Module:
         raise ModelError(f"{path}: not a model that transformers can load: {error}", "check models.policy.path") from error
 
 
-def _require_teachers(rows: Sequence[DistillationRow], regime: Regime) -> None:
-    if regime.divergence == "cross_entropy":
-        return
-    for row in rows:
-        if row.teacher is None:
-            raise AlignmentError(
-                f"trajectory {row.row.trajectory_id}: no teacher log-probabilities, which {regime.divergence} needs",
-                "score the contexts, or set regime.divergence to cross_entropy",
-            )
-
-
 class _Run:
     """One training: optimizer, schedule and counters."""
 
@@ -314,7 +214,6 @@ class _Run:
         seed: int,
         iteration: int,
         threads: int,
-        device: str,
     ) -> None:
         self.wrapped = wrapped
         self.settings = settings
@@ -322,7 +221,6 @@ class _Run:
         self.seed = seed
         self.iteration = iteration
         self.threads = threads
-        self.device = device
         self.refreshes = 0
         self.empty_refreshes = 0
 
@@ -335,13 +233,12 @@ class _Run:
         import torch
 
         settings = self.settings
-        self.decoder, self.head = decoder_and_head(self.wrapped)
+        self.forward = Forward(self.wrapped)
         self.parameters = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay
         )
-        epochs = [self._batches(rows, epoch) for epoch in range(settings.epochs)]
-        total = sum(len(epoch) for epoch in epochs)
+        total = sum(len(self._batches(rows, epoch)) for epoch in range(settings.epochs))
         curve: list[CurvePoint] = []
         in_a_row = 0
         for number in range(settings.refresh):
@@ -350,7 +247,8 @@ class _Run:
             until = total * (number + 1) // settings.refresh
             stream = self._stream(rows)
             while len(curve) < until:
-                point = self._step(next(stream), len(curve), total, number)
+                with self.forward.ready():
+                    point = self._step(next(stream), len(curve), total, number)
                 curve.append(point)
                 in_a_row = in_a_row + 1 if point.skipped else 0
                 if in_a_row > MAX_SKIPPED_IN_A_ROW:
@@ -364,7 +262,7 @@ class _Run:
         return curve
 
     def _batches(self, rows: Sequence[DistillationRow], epoch: int) -> list[list[int]]:
-        return batches([row.tokens for row in rows], self.settings.tokens_per_batch, self.seed, epoch)
+        return batches(rows, self.settings.tokens_per_batch, self.seed, epoch)
 
     def _stream(self, rows: Sequence[DistillationRow]) -> Iterator[list[DistillationRow]]:
         """Whole epochs, one behind the other, without end."""
@@ -377,7 +275,7 @@ class _Run:
 
         fresh = resample(number, merge(copy.deepcopy(self.wrapped)))
         torch.set_num_threads(self.threads)  # whoever sampled may have set its own
-        _require_teachers(fresh, self.regime)
+        require_teachers(fresh, self.regime.divergence)
         self.refreshes += 1
         if not fresh:
             self.empty_refreshes += 1
@@ -386,40 +284,66 @@ class _Run:
     def _step(self, rows: Sequence[DistillationRow], step: int, total: int, number: int) -> CurvePoint:
         import torch
 
-        from evolve_dag.distillation.losses import mean_over_tokens, token_losses_from_hidden
-
         started = time.perf_counter()
         rate = learning_rate(self.settings, step, total, self.iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batch = collate(rows, self.device)
-        loss_N, divergence_N = token_losses_from_hidden(
-            self.regime.divergence,
-            batch.hidden(self.decoder),
-            self.head,
-            teacher=batch.teacher,
-            sampled_N=batch.sampled,
-            jsd_weight=self.settings.jsd_weight,
-            vocabulary=self.head.weight.shape[0],
-        )
-        loss = mean_over_tokens(loss_N)
         self.optimizer.zero_grad(set_to_none=True)
-        value, norm = float(loss.detach()), math.nan
-        if math.isfinite(value):
-            loss.backward()
+        sums = self._accumulate(rows)
+        norm = math.nan
+        if math.isfinite(sums.loss):
             norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.gradient_clip))
-        usable = math.isfinite(value) and math.isfinite(norm)
+        usable = math.isfinite(sums.loss) and math.isfinite(norm)
         if usable:
             self.optimizer.step()
+        tokens = sum(row.tokens for row in rows)
+        clean = sum(row.action_tokens for row in rows if not row.retention)
+        scored = rows[0].teacher is not None
         return CurvePoint(
             step=step,
             round=number,
-            loss=value,
-            divergence=None if batch.teacher is None else float(divergence_N.mean()),
+            loss=sums.loss,
+            retention_loss=sums.retention_loss,
+            divergence=sums.divergence / clean if scored and clean else None,
             learning_rate=rate,
             gradient_norm=norm,
-            tokens=batch.tokens,
-            action_tokens=len(batch.sampled),
-            tokens_per_second=batch.tokens / max(time.perf_counter() - started, 1e-9),
+            tokens=tokens,
+            action_tokens=sum(row.action_tokens for row in rows),
+            tokens_per_second=tokens / max(time.perf_counter() - started, 1e-9),
             skipped=not usable,
         )
+
+    def _accumulate(self, rows: Sequence[DistillationRow]) -> _Sums:
+        """Add up the gradients of one optimizer step, forward pass by forward pass.
+
+        A pass whose loss is not finite ends it: the step is lost anyway.
+        """
+        import torch
+
+        weights = [self.settings.retention_weight if row.retention else 1.0 for row in rows]
+        total = sum(weight * row.action_tokens for weight, row in zip(weights, rows, strict=True))
+        sums = _Sums()
+        for chosen in self.forward.passes([row.row.ids for row in rows], TOKENS_PER_PASS):
+            part = [rows[index] for index in chosen]
+            found = row_losses(self.forward, part, self.regime.divergence, jsd_weight=self.settings.jsd_weight)
+            counts = torch.tensor([row.action_tokens for row in part])
+            weight_N = torch.tensor([weights[index] for index in chosen]).repeat_interleave(counts).to(found.loss)
+            retention_N = torch.tensor([row.retention for row in part]).repeat_interleave(counts).to(found.loss.device)
+            loss_N = found.loss * weight_N / total
+            sums.loss += float(loss_N.sum().detach())
+            sums.retention_loss += float(loss_N[retention_N].sum().detach())
+            sums.divergence += float(found.divergence[~retention_N].sum())
+            if not math.isfinite(sums.loss):
+                break
+            loss_N.sum().backward()
+        return sums
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What one optimizer step adds up."""
+
+    loss: float = 0.0
+    retention_loss: float = 0.0
+    divergence: float = 0.0
+    """Of the clean rows, over their tokens."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import DataError
@@ -23,6 +23,7 @@ from evolve_dag.evaluation import betting
 from evolve_dag.evaluation.betting import Capital
 from evolve_dag.evaluation.intervals import POWER, by_task, detectable, paired, paired_difference, spread
 from evolve_dag.records import Decision, Score, Standing
+from evolve_dag.store.jsonvalues import from_values, to_values
 
 if TYPE_CHECKING:
     from evolve_dag.config.schema import GateSettings
@@ -32,8 +33,6 @@ LEAST_JUDGED = 0.5
 """Share of the tasks that must be judged on both sides. A candidate that fails on the hard tasks must not win on the rest."""
 MOST_OF_A_DECLINED = 4.0
 """Factor by which a candidate that is declined may raise the evidence of a drift: one night that went wrong is no drift."""
-
-DECISIONS = ("promote", "keep", "restore")
 
 Evidence = Mapping[str, float | None]
 
@@ -151,12 +150,7 @@ def decide(
 
 def gate_to_json(decision: GateDecision) -> dict[str, Any]:
     """``{"decision": "promote", "reasons": [...], "evidence": {"success_difference": 0.12, ...}, "standing": {...}}``."""
-    return {
-        "decision": decision.decision,
-        "reasons": list(decision.reasons),
-        "evidence": dict(decision.evidence),
-        "standing": asdict(decision.standing),
-    }
+    return to_values(decision)
 
 
 def gate_from_json(content: Mapping[str, Any]) -> GateDecision:
@@ -165,24 +159,8 @@ def gate_from_json(content: Mapping[str, Any]) -> GateDecision:
     Raises:
         DataError: a key is missing or holds something else.
     """
-    try:
-        decision = content["decision"]
-        if decision not in DECISIONS:
-            raise ValueError(f"decision is {decision!r}, not one of {', '.join(DECISIONS)}")
-        reasons = tuple(str(reason) for reason in content["reasons"])
-        evidence = {key: None if value is None else float(value) for key, value in content["evidence"].items()}
-        standing = standing_from_json(content["standing"]) if "standing" in content else Standing()
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"gate decision: {type(error).__name__}: {error}",
-            "the file was written by another version or changed by hand: run the promotion of this iteration again",
-        ) from error
-    return GateDecision(decision, reasons, evidence, standing)
-
-
-def standing_from_json(content: Mapping[str, Any]) -> Standing:
-    """Read the ``standing`` that :func:`gate_to_json` wrote."""
-    return Standing(**{**content, "capital": tuple(float(log) for log in content["capital"])})
+    remedy = "the file was written by another version or changed by hand: run the promotion of this iteration again"
+    return from_values(GateDecision, content, "gate decision", remedy)
 
 
 def _findings(sides: _Sides, settings: GateSettings, seed: int) -> Iterator[_Finding]:

@@ -18,6 +18,7 @@ from evolve_dag.errors import DataError
 from evolve_dag.evaluation.intervals import Interval, mean_interval, share_interval
 from evolve_dag.plain import LAST_STEP
 from evolve_dag.records import Score, Step, Task, Trajectory
+from evolve_dag.store.jsonvalues import from_values, to_values
 
 if TYPE_CHECKING:
     from evolve_dag.config.schema import EvaluationSettings
@@ -285,9 +286,6 @@ def evaluate_summary(
     return metrics_to_json(measure(trajectories, known, resamples=settings.bootstrap, seed=settings.seed))
 
 
-_NUMBERS = ("success", "success_all", "premature", "no_tool", "forced", "unanswered", "failed", "turns", "tokens", "problems")
-
-
 def metrics_to_json(metrics: Metrics) -> dict[str, Any]:
     """Plain JSON values; the shape is::
 
@@ -297,27 +295,7 @@ def metrics_to_json(metrics: Metrics) -> dict[str, Any]:
 
     A share that is not known (no episode, none judged) is null.
     """
-    return {
-        "n": metrics.n,
-        "tasks": metrics.tasks,
-        "judged": metrics.judged,
-        **{name: getattr(metrics, name) for name in _NUMBERS},
-        "intervals": {name: _pair(interval) for name, interval in metrics.intervals.items()},
-        "by": {
-            key: {
-                value: {
-                    "n": b.n,
-                    "judged": b.judged,
-                    "success": b.success,
-                    "interval": _pair(b.interval),
-                    "premature": b.premature,
-                }
-                for value, b in values.items()
-            }
-            for key, values in metrics.by.items()
-        },
-        "pass_at": {str(k): value for k, value in metrics.pass_at.items()},
-    }
+    return to_values(metrics)
 
 
 def metrics_from_json(content: Mapping[str, Any]) -> Metrics:
@@ -326,33 +304,8 @@ def metrics_from_json(content: Mapping[str, Any]) -> Metrics:
     Raises:
         DataError: a key is missing or of another shape.
     """
-    try:
-        return Metrics(
-            n=int(content["n"]),
-            tasks=int(content["tasks"]),
-            judged=int(content["judged"]),
-            **{name: _number(content.get(name) if name == "success_all" else content[name]) for name in _NUMBERS},
-            intervals={name: _interval(pair) for name, pair in content["intervals"].items()},
-            by={
-                key: {
-                    value: Breakdown(
-                        n=int(b["n"]),
-                        judged=int(b["judged"]),
-                        success=_number(b["success"]),
-                        interval=_interval(b["interval"]),
-                        premature=float(b["premature"]),
-                    )
-                    for value, b in values.items()
-                }
-                for key, values in content["by"].items()
-            },
-            pass_at={int(k): float(value) for k, value in content.get("pass_at", {}).items()},
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"metrics: {type(error).__name__}: {error}",
-            "the file was written by another version or changed by hand: run the evaluation of this iteration again",
-        ) from error
+    remedy = "the file was written by another version or changed by hand: run the evaluation of this iteration again"
+    return from_values(Metrics, content, "metrics", remedy)
 
 
 def _normal(text: str) -> str:
@@ -404,21 +357,6 @@ def _groups(metadata: Sequence[Mapping[str, str]]) -> dict[str, dict[str, list[i
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None
-
-
-def _pair(interval: Interval | None) -> list[float] | None:
-    return None if interval is None else [interval[0], interval[1]]
-
-
-def _interval(pair: Any) -> Interval | None:
-    if pair is None:
-        return None
-    low, high = pair
-    return float(low), float(high)
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
 
 
 def counts(trajectories: Sequence[Trajectory]) -> dict[str, Any]:

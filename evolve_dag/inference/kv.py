@@ -97,9 +97,7 @@ class SlotPool:
             donor = int(np.argmax(lengths))
             shared = int(lengths[donor])
             if lengths[slot] < shared:
-                for buffer in (*self.keys, *self.values):
-                    buffer[slot, :, :shared] = buffer[donor, :, :shared]
-                self.ids[slot, :shared] = ids[:shared]
+                self.copy(donor, slot, 0, ids[:shared])
             self.owners[slot] = session
         self.ids[slot, shared:] = -1
         self._used[slot] = self._clock
@@ -112,6 +110,12 @@ class SlotPool:
     def hold(self, slot: int, start: int, ids: Sequence[int] | np.ndarray) -> None:
         """Say that the slot's columns from ``start`` now hold ``ids``."""
         self.ids[slot, start : start + len(ids)] = ids
+
+    def copy(self, source: int, target: int, start: int, ids: np.ndarray) -> None:
+        """Give ``target`` the columns of ``source`` from ``start``, which hold the end of ``ids``."""
+        for buffer in (*self.keys, *self.values):
+            buffer[target, :, start : len(ids)] = buffer[source, :, start : len(ids)]
+        self.hold(target, start, ids[start:])
 
     def buffers(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer; made like ``key`` and ``value`` [*, heads, *, head_dim] if there are none."""

@@ -13,8 +13,9 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,56 +23,24 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from evolve_dag.errors import ContextOverflowError, ModelError
+from evolve_dag.inference.attention import ATTENTION
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.guided import Guide, Guides
 from evolve_dag.inference.kv import RoundCache, SlotPool
 from evolve_dag.inference.quiet import quiet_peft
+from evolve_dag.inference.recording import Recording, distribution
 from evolve_dag.protocols import Completion, Request
 from evolve_dag.records import Message
 
-ATTENTION = "evolve_grouped"
 _SHARED_PREFIX = 16
 """Least tokens that new sessions must share before the shared part is computed once and copied."""
 _PREFILL_TOKENS = 16_384
 """Most padded tokens of one forward pass over prompts; bounds the memory of activations."""
 _COMPACT_BELOW = 0.6
 """Share of rows still sampling below which the finished ones are dropped; each time is one copy of the rest."""
-
-
-def grouped_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention that never repeats the key/value heads on a CPU; elsewhere the stock function.
-
-    Stock ``sdpa`` copies keys and values per query head whenever a mask is given (half the time of a prefill).
-    """
-    groups, tokens = query.shape[1] // key.shape[1], query.shape[2]
-    if query.device.type != "cpu" or attention_mask is None or dropout or groups == 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    if tokens == 1 and attention_mask.shape[1] == 1:
-        # The queries of one group stand side by side: one small product per key/value head.
-        packed = query.reshape(query.shape[0], key.shape[1], groups, query.shape[3])
-        out = F.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
-        out = out.reshape(query.shape[0], query.shape[1], 1, value.shape[3])
-    else:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION, grouped_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # so the model still trains and scores with it
 
 
 @dataclass(slots=True)
@@ -83,7 +52,7 @@ class Counters:
     prompt_tokens: int = 0
     """Tokens of all contexts."""
     computed_tokens: int = 0
-    """Prompt tokens that went through the model; the others were reused."""
+    """Tokens of contexts that went through the model, padding left out; the others were reused."""
     sampled_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -131,6 +100,7 @@ class TransformersModel:
         self._released: deque[str] = deque()
         self._anonymous = itertools.count()
         self._last_round = 0.1
+        self._recording: Recording | None = None
         # State of the event loop that asks at the moment; see _reset.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: list[_Call] = []
@@ -198,6 +168,15 @@ class TransformersModel:
         if self._model is None:
             raise ModelError("the model was closed", "load it again")
         return self._model
+
+    @contextmanager
+    def recording(self, top_k: int) -> Iterator[Recording]:
+        """Keep the distributions of all tokens that are sampled meanwhile (temperature 1, unrestricted)."""
+        self._recording = Recording(top_k)
+        try:
+            yield self._recording
+        finally:
+            self._recording = None
 
     async def generate(self, request: Request) -> Completion:
         """Sample one assistant turn. An ``answer_schema`` is enforced where ``llguidance`` is installed; log-probabilities
@@ -367,9 +346,9 @@ class TransformersModel:
         order = sorted(range(len(calls)), key=lambda i: held[i][0])
         rows = [calls[i] for i in order]
         slots, starts = [held[i][0] for i in order], [held[i][1] for i in order]
-        logits = self._prefill(model, rows, slots, starts)
+        logits = self._prefill_distinct(model, rows, slots, starts)
         filled = time.perf_counter()
-        tokens, logprobs = self._decode(model, rows, slots, logits)
+        tokens, logprobs, columns = self._decode(model, rows, slots, logits)
         self.counters.prefill_seconds += filled - begun
         self.counters.decode_seconds += time.perf_counter() - filled
 
@@ -379,6 +358,8 @@ class TransformersModel:
             ids = tokens[row, :count].tolist()
             # The last sampled token never went through the model, so it has no key and value.
             self._pool.hold(slots[row], len(call.ids), ids[:-1])
+            if self._recording is not None:
+                self._recording.add([*call.ids, *ids], len(call.ids), tuple(one[row, :count].copy() for one in columns))
             results[index] = self._completion(call, ids, logprobs[row, :count].tolist(), starts[row])
         return [results[index] for index in range(len(calls))]
 
@@ -389,7 +370,6 @@ class TransformersModel:
             return ModelError(f"the answer cannot be held to its schema: {call.guide.problem}", "ask with a simpler schema")
         self.counters.calls += 1
         self.counters.prompt_tokens += len(call.ids)
-        self.counters.computed_tokens += len(call.ids) - cached
         self.counters.sampled_tokens += len(ids)
         finish: Literal["stop", "length"] = "stop" if ids[-1] in self.chat.stop_ids else "length"
         return Completion(self.chat.decode_action(ids), tuple(ids), tuple(logprobs), finish, len(call.ids), cached)
@@ -410,6 +390,22 @@ class TransformersModel:
             return
         slot, start = self._pool.acquire(fresh[0].session, first[:shared])
         self._forward_prompts(model, [first[:shared]], [slot], [start])
+
+    def _prefill_distinct(
+        self, model: PreTrainedModel, calls: Sequence[_Call], slots: list[int], starts: list[int]
+    ) -> torch.Tensor:
+        """:meth:`_prefill`, where rollouts of a task that have not parted yet are one: computed once, then copied."""
+        first: dict[bytes, int] = {}
+        owners = [first.setdefault(call.ids.tobytes(), row) for row, call in enumerate(calls)]
+        rows = list(first.values())
+        logits = self._prefill(model, [calls[row] for row in rows], [slots[row] for row in rows], [starts[row] for row in rows])
+        if len(rows) == len(calls):
+            return logits
+        for row, owner in enumerate(owners):
+            if row != owner:
+                self._pool.copy(slots[owner], slots[row], starts[row], calls[row].ids)
+        place = {row: at for at, row in enumerate(rows)}
+        return logits[torch.tensor([place[owner] for owner in owners], device=logits.device)]
 
     def _prefill(self, model: PreTrainedModel, calls: Sequence[_Call], slots: list[int], starts: list[int]) -> torch.Tensor:
         """Compute what the slots lack; logits [rows, vocabulary] after the last token of each prompt."""
@@ -439,6 +435,7 @@ class TransformersModel:
         for row, (ids, start) in enumerate(zip(prompts, starts, strict=True)):
             tokens[row, width - len(ids) + start :] = ids[start:]
             columns[row, width - len(ids) + start :] = np.arange(start, len(ids))
+        self.counters.computed_tokens += sum(len(ids) - start for ids, start in zip(prompts, starts, strict=True))
         cache = RoundCache(self._pool, slots, length, self._device)
         logits = self._forward(model, torch.from_numpy(tokens), torch.from_numpy(columns), length, cache)
         for ids, slot, start in zip(prompts, slots, starts, strict=True):
@@ -474,8 +471,12 @@ class TransformersModel:
 
     def _decode(
         self, model: PreTrainedModel, calls: Sequence[_Call], slots: list[int], logits: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sample until every row has ended; ids (-1 behind the end) and log-probabilities, both [rows, steps]."""
+    ) -> tuple[torch.Tensor, torch.Tensor, list[np.ndarray]]:
+        """Sample until every row has ended.
+
+        Returns:
+            Ids (-1 behind the end) and log-probabilities, both [rows, steps], and what is recorded, [rows, steps, ...].
+        """
         device, count = self._device, len(calls)
         steps = max(call.limit for call in calls)
         width = max(len(call.ids) + call.limit for call in calls)
@@ -488,6 +489,7 @@ class TransformersModel:
         columns = torch.tensor([len(call.ids) for call in calls], device=device)
         running = torch.ones(count, dtype=torch.bool, device=device)
         guides = {row: call.guide for row, call in enumerate(calls) if call.guide is not None}
+        recorded: list[torch.Tensor] = []
         for step in range(steps):
             guided: list[tuple[int, Guide]] = []
             if guides:
@@ -498,6 +500,11 @@ class TransformersModel:
                 sampled = chosen.tolist()
                 for place, guide in guided:
                     guide.advance(sampled[place])
+            if self._recording is not None:
+                columns_now = distribution(logits, self._recording.top_k)
+                recorded = recorded or [one.new_empty((count, steps, *one.shape[1:])) for one in columns_now]
+                for whole, now in zip(recorded, columns_now, strict=True):
+                    whole[rows, step] = now
             tokens[rows, step] = torch.where(running, chosen, -1)
             logprobs[rows, step] = torch.where(running, chosen_logprobs, 0.0)
             running = running & ~torch.isin(chosen, self._stops) & (limits > step + 1)
@@ -511,7 +518,7 @@ class TransformersModel:
             # A row that has ended stays where it is and writes again behind what its session holds.
             logits = self._forward(model, chosen[:, None], columns[:, None], int(columns.max()) + 1, cache)
             columns = columns + running
-        return tokens.cpu(), logprobs.cpu()
+        return tokens.cpu(), logprobs.cpu(), [one.cpu().numpy() for one in recorded]
 
 
 class _Sampler:

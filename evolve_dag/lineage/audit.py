@@ -263,8 +263,9 @@ def _measure(
 ) -> None:
     import torch
 
+    from evolve_dag.distillation.batch import step_divergences
     from evolve_dag.distillation.dataset import load_contexts
-    from evolve_dag.distillation.trainer import load_model, step_divergences
+    from evolve_dag.distillation.trainer import load_model
     from evolve_dag.inference.folders import base_identity, model_folder
 
     settings, runtime = experiment.models.policy, experiment.runtime

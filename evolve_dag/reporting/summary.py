@@ -2,8 +2,9 @@
 
 What is read, by kind of artifact (all of it optional, so that a lineage can be looked at while it grows):
 
-    scores      summary.json   {"without": metrics, "with": metrics, "greedy": metrics, "base": metrics}, each of them
-                               optional; "base" is what entered iteration 1, without experience
+    scores      summary.json   {"without": metrics, "with": metrics, "greedy": metrics, "ceiling": metrics, "base": metrics,
+                               "base_at_0.3": metrics}, each of them optional; "base" is what entered iteration 1, without
+                               experience
     promotion   decision.json  see evaluation.gate.gate_to_json
     experience  manifest.summary  items, added, updated, deleted, merged, locality {name: share};  items.parquet
     contexts    what was measured of it (evolve_dag.lineage.audit), from the store's cache
@@ -25,12 +26,13 @@ from evolve_dag.evaluation.intervals import Interval
 from evolve_dag.evaluation.metrics import Metrics, metrics_from_json, metrics_to_json
 from evolve_dag.records import ExperienceItem
 from evolve_dag.steps.base import STEP_ORDER
+from evolve_dag.steps.scores import BASE_AT
 
 if TYPE_CHECKING:
     from evolve_dag.lineage.audit import Internalized
     from evolve_dag.store.artifacts import Artifact, Ref, Store
 
-EDITS = ("added", "updated", "deleted", "merged")
+EDITS = ("added", "updated", "deleted", "merged", "graduated", "recalled")
 """Counts of pool edits, as the experience artifact's summary names them."""
 
 
@@ -77,6 +79,10 @@ class IterationRow:
     """The same with the pool in context."""
     greedy: Metrics | None = None
     """Argmax, without experience."""
+    ceiling: Metrics | None = None
+    """The policy that entered the iteration, with E(k) in context."""
+    at_temperature: Mapping[float, Metrics] = field(default_factory=dict)
+    """Of the base policy: temperature -> results, without experience."""
     pool_size: int | None = None
     """Items in the pool E(k)."""
     edits: Mapping[str, int] = field(default_factory=dict)
@@ -124,6 +130,17 @@ class LineageSummary:
         return tuple(row for row in self.rows if row.iteration > 0)
 
     @property
+    def base_by_temperature(self) -> str:
+        """``success by temperature: 0 31.2%, 0.3 40.6% (best), 1 25.8%``; '' where one temperature was tried."""
+        tried = {t: metrics.success for t, metrics in self.rows[0].at_temperature.items()} if self.rows else {}
+        known = {t: success for t, success in tried.items() if success is not None}
+        if len(known) < 2:
+            return ""
+        best = max(known, key=lambda t: known[t])
+        told = (f"{t:g} {percent(success)}{' (best)' if t == best else ''}" for t, success in known.items())
+        return f"success by temperature: {', '.join(told)}"
+
+    @property
     def champion(self) -> int | None:
         """Iteration whose candidate holds; 0 is the base policy; None before the first decision."""
         holds: int | None = None
@@ -135,8 +152,11 @@ class LineageSummary:
 
     @property
     def best(self) -> int | None:
-        """Iteration of the best champion so far; 0 is the base policy; None before the first decision."""
-        return next((row.gate.standing.best for row in reversed(self.rows) if row.gate is not None), None)
+        """Iteration of the best champion so far; 0 is the base policy; None where it is not known."""
+        standing = next((row.gate.standing for row in reversed(self.rows) if row.gate is not None), None)
+        if standing is None or standing.champion != self.champion:  # a decision of before the best was recorded
+            return None
+        return standing.best
 
     @property
     def distance(self) -> Distance | None:
@@ -197,6 +217,7 @@ def summarize(
     outdated: list[int] = []
     for iteration, found in sorted(by_iteration.items()):
         artifacts = {kind: artifact for kind, (_, artifact) in found.items()}
+        # Under a changed config the first iterations may be new and the later ones old: one curve must not show both.
         if outdated or not _follows(artifacts, by_iteration.get(iteration - 1, {})):
             outdated.append(iteration)
             continue
@@ -204,7 +225,7 @@ def summarize(
             settings |= artifact.manifest.config
         scores = _json(artifacts.get("scores"), "summary.json")
         if iteration == 1 and scores.get("base") is not None:
-            rows.append(IterationRow(0, without=_metrics(scores, "base", artifacts["scores"])))
+            rows.append(_base_row(scores, artifacts["scores"]))
         row = _row(iteration, found, artifacts, scores, recomputed or {})
         rows.append(replace(row, internalized=tuple(one for one in measured if one.iteration == iteration)))
     for entry in ("iteration", "policy", "standing"):  # part of what is computed, no setting
@@ -216,6 +237,16 @@ def summarize(
         _command(experiment, config, settings, max(by_iteration)),
         tuple(outdated),
     )
+
+
+def _base_row(scores: Mapping[str, Any], artifact: Artifact) -> IterationRow:
+    """The policy that entered the first iteration, at every temperature that was tried."""
+    named = {name: name.removeprefix(BASE_AT) for name in scores if name.startswith(BASE_AT)}
+    others = {float(said): _metrics(scores, name, artifact) for name, said in named.items()}
+    own = (artifact.manifest.config.get("rollout") or {}).get("temperature", 1.0)
+    found = {own: _metrics(scores, "base", artifact), **others}
+    known = {temperature: metrics for temperature, metrics in sorted(found.items()) if metrics is not None}
+    return IterationRow(0, without=known.get(own), greedy=known.get(0.0), at_temperature=known)
 
 
 def _follows(artifacts: Mapping[str, Artifact], before: Mapping[str, tuple[Ref, Artifact]]) -> bool:
@@ -254,6 +285,7 @@ def _row(
         without=_metrics(scores, "without", artifacts.get("scores")),
         with_experience=_metrics(scores, "with", artifacts.get("scores")),
         greedy=_metrics(scores, "greedy", artifacts.get("scores")),
+        ceiling=_metrics(scores, "ceiling", artifacts.get("scores")),
         pool_size=int(pool["items"]) if pool.get("items") is not None else None,
         edits={name: int(pool[name]) for name in EDITS if pool.get(name) is not None},
         locality={name: float(shares[name]) for name in LOCALITY if shares.get(name) is not None},
@@ -287,10 +319,10 @@ def standing_note(summary: LineageSummary) -> str:
     gate = next((row.gate for row in reversed(summary.rows) if row.gate is not None), None)
     if gate is None:
         return ""
-    holds, best = (_policy_of(k) for k in (summary.champion, summary.best))
-    if summary.champion == summary.best:
-        return f"The champion is {holds}, the best so far."
-    told = f"The champion is {holds}, the best so far is {best}."
+    told = f"The champion is {_policy_of(summary.champion)}."
+    if summary.best is None or summary.best == summary.champion:
+        return told if summary.best is None else f"{told} It is the best so far."
+    told += f" The best so far is {_policy_of(summary.best)}."
     if (distance := summary.distance) is not None:
         low, high = (f"{100 * bound:+.1f}" for bound in (distance.low, distance.high))
         told += f" Champion against best: {100 * distance.difference:+.1f} points ({low} to {high})."
@@ -323,6 +355,8 @@ def status_json(summary: LineageSummary) -> dict[str, Any]:
                 "without": metrics_to_json(row.without) if row.without else None,
                 "with": metrics_to_json(row.with_experience) if row.with_experience else None,
                 "greedy": metrics_to_json(row.greedy) if row.greedy else None,
+                "ceiling": metrics_to_json(row.ceiling) if row.ceiling else None,
+                "at_temperature": {f"{t:g}": metrics_to_json(metrics) for t, metrics in row.at_temperature.items()},
                 "pool": {"items": row.pool_size, **row.edits, "locality": dict(row.locality)},
                 "training": dict(row.training),
                 "gate": gate_to_json(row.gate) if row.gate else None,
@@ -378,6 +412,16 @@ def number(value: float | None) -> str:
 def number_interval(interval: Interval | None) -> str:
     """``(5.0, 5.4)`` -> ``5.00–5.40``."""
     return "" if interval is None else f"{interval[0]:.2f}–{interval[1]:.2f}"
+
+
+def nats(value: float | None) -> str:
+    """A divergence per token."""
+    return "–" if value is None else f"{value:.4f}"
+
+
+def plain(value: Any) -> str:
+    """A fact of an artifact, whatever it is."""
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def duration(seconds: float) -> str:

@@ -6,22 +6,25 @@ On ``promote`` the candidate becomes the champion, on ``keep`` the champion stay
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, replace
 
+from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import StoreError
-from evolve_dag.evaluation.gate import GateDecision, decide, gate_to_json, standing_from_json
+from evolve_dag.evaluation.gate import GateDecision, decide, gate_from_json, gate_to_json
 from evolve_dag.records import PolicyRef, Standing
 from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import open_pool
 from evolve_dag.steps.scores import AGAINST, DEVELOPMENT
+from evolve_dag.steps.spec import Check, StepSpec, Verdict
 from evolve_dag.store.artifacts import Artifact
-from evolve_dag.store.frames import scores_from_frame
+from evolve_dag.store.frames import SCORES, scores_from_frame
 
 
 def run(context: StepContext) -> None:
     """Compare candidate and best champion on the development tasks and record what becomes of it."""
     scored = context.inputs["scores"]
-    scores = scores_from_frame(scored.frame("scores.parquet"))
+    scores = scores_from_frame(scored.frame(SCORES))
     candidate, best = ([s for s in scores if s.condition == condition] for condition in DEVELOPMENT)
     standing, gone = context.entering.standing, list[str]()
     if scored.summary[AGAINST] != standing.best:
@@ -48,7 +51,7 @@ def next_policy(promotion: Artifact, iteration: int) -> PolicyRef:
     content = promotion.json("decision.json")
     policy = PolicyRef(iteration, **content["policy"])
     if "standing" in content:
-        return replace(policy, standing=standing_from_json(content["standing"]))
+        return replace(policy, standing=gate_from_json(content).standing)
     return replace(policy, standing=Standing(adapter=policy.adapter, experience=policy.experience))
 
 
@@ -82,3 +85,27 @@ def _missing(context: StepContext, best: Standing) -> str:
 
 def _gone(best: Standing) -> str:
     return f"the best champion so far, of iteration {best.best}, cannot come back: it is gone from the store, or damaged"
+
+
+def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
+    """Whether the candidate passed."""
+    gate = gate_from_json(artifact.json("decision.json"))
+    evidence = {name: float(f"{value:.4g}") for name, value in gate.evidence.items() if value is not None}
+    restored = gate.decision == "restore"
+    yield Verdict("gate", gate.decision == "promote", evidence, "; ".join(gate.reasons), serious=restored)
+
+
+SPEC = StepSpec(
+    "promotion",
+    "The gate's decision with its reasons: `promote`, `keep` (the champion stays) or `restore` (the best champion so far comes "
+    "back). Commits the policy of the next iteration.",
+    version="3",
+    config=("gate", "seed"),
+    inputs=("policy", "experience", "adapter", "scores"),
+    standing=tuple(field.name for field in fields(Standing)),
+    run=run,
+    kinds=frozenset({"json"}),
+    checks=(Check("gate", "The candidate passed the gate; otherwise the champion stays, or the best one so far comes back."),),
+    examine=examine,
+    hidden=frozenset({"reasons"}),
+)

@@ -185,7 +185,10 @@ def results(facts: IterationFacts, base: IterationRow | None = None) -> list[Poi
     if base is not None and base.without is not None:
         for key, value in _measured(base.without, "without"):
             add(key, value, 0)
-    for condition, metrics in (("without", row.without), ("with", row.with_experience), ("greedy", row.greedy)):
+        for temperature, tried in base.at_temperature.items():
+            add(f"success/base_at_{temperature:g}", tried.success, 0)
+    shown = (("without", row.without), ("with", row.with_experience), ("greedy", row.greedy), ("ceiling", row.ceiling))
+    for condition, metrics in shown:
         if metrics is not None:
             for key, value in _measured(metrics, condition):
                 add(key, value)

@@ -145,5 +145,5 @@ def make_scored_rows(
 ) -> list[DistillationRow]:
     chat = TinyChat()
     aligned = [align(make_trajectory(chat, seed, steps=steps, hints=hints), chat, inject) for seed in seeds]
-    targets = TeacherScorer(model, top_k=top_k).score([one.tree for one in aligned])
+    targets = TeacherScorer(model, top_k=top_k).score([one.views for one in aligned])
     return make_rows(aligned, targets)

@@ -15,7 +15,6 @@ from evolve_dag.distillation.alignment import (
     replay_injection,
     select_rows,
     student_row,
-    teacher_tree,
     without_problems,
 )
 from evolve_dag.errors import AlignmentError
@@ -69,36 +68,6 @@ def test_both_views_hold_the_sampled_ids_and_the_student_no_experience(
         capitals = {chat.text(letter)[0] for letter in HINTS}
         assert capitals.isdisjoint(aligned.row.ids)
         assert aligned.row.spans[-1][1] == len(aligned.row.ids)
-
-
-@settings(max_examples=150, deadline=None)
-@given(trajectories(), st.sampled_from(["none", "global", "step_wise"]), st.booleans())
-def test_the_tree_says_the_same_as_its_views(trajectory: Trajectory, pattern: str, merges: bool) -> None:
-    inject = {"none": no_injection, "global": global_injection, "step_wise": STEP_WISE}[pattern]
-    aligned = align(trajectory, TinyChat(merges), inject)
-    tree = aligned.tree
-    assert [tree.sequence(branch) for branch in tree.branches] == [view.ids for view in aligned.views]
-    assert [(branch.start, branch.end) for branch in tree.branches] == [(v.start, len(v.ids)) for v in aligned.views]
-    assert tree.tokens <= tree.unpacked_tokens
-    if pattern != "step_wise":
-        assert not any(branch.ids for branch in tree.branches)
-        assert tree.tokens == len(aligned.views[-1].ids)
-
-
-def test_step_wise_tree_by_hand(chat: TinyChat) -> None:
-    aligned = align(make_trajectory(chat, 1, steps=2), chat, STEP_WISE)
-    first, last = aligned.tree.branches
-    # sys header and text, end, user header and "q?": the hint begins behind them.
-    assert first.shared == 1 + 3 + 1 + 1 + 2
-    assert chat.text("\nhint:\n") == list(first.ids[:7])
-    assert last.ids == ()
-    assert aligned.row.spans[0] == (first.shared + 2, first.shared + 4)
-
-
-def test_no_token_of_a_failed_selection_is_counted_twice(chat: TinyChat) -> None:
-    bare = replace(make_trajectory(chat, 2, hints=False))
-    tree = align(bare, chat, STEP_WISE).tree
-    assert tree.tokens == len(student_row(bare, chat).ids)
 
 
 def test_history_that_holds_experience_is_refused(chat: TinyChat) -> None:
@@ -201,8 +170,3 @@ def test_steps_that_are_filtered_stay_in_the_history(chat: TinyChat) -> None:
     only_first = student_row(trajectory, chat, lambda _, step: step.index == 0)
     assert only_first.ids == row.ids[: row.spans[0][1]]
     assert align_all([trajectory], chat, STEP_WISE, lambda *_: False) == []
-
-
-def test_a_tree_of_nothing_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no views"):
-        teacher_tree([])

@@ -78,10 +78,10 @@ def test_replay_is_what_the_injection_module_made(chat: ChatFormat, pattern: str
 
 
 @pytest.mark.parametrize("pattern", ["step_wise", "global"])
-def test_tree_on_the_shipped_weights_equals_one_sequence_per_step(chat: ChatFormat, pattern: str) -> None:
+def test_scores_of_the_shipped_weights_equal_one_sequence_per_step(chat: ChatFormat, pattern: str) -> None:
     model = load_model(model_folder(TransformersModelSettings())).eval()
     aligned = aligned_of(chat, pattern)
-    scored = TeacherScorer(model, top_k=0).score([aligned.tree])[0]
+    scored = TeacherScorer(model, top_k=0).score([aligned.views])[0]
     rows = []
     with torch.no_grad():
         for view in aligned.views:

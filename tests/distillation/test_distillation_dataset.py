@@ -12,35 +12,55 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from evolve_dag.distillation.alignment import align, replay_injection
-from evolve_dag.distillation.dataset import DistillationRow, batches, load_contexts, make_rows, save_contexts
+from evolve_dag.distillation.alignment import StudentRow, align, replay_injection
+from evolve_dag.distillation.dataset import DistillationRow, StepView, batches, load_contexts, make_rows, save_contexts
 from evolve_dag.distillation.teacher import TeacherTargets
 from evolve_dag.errors import AlignmentError, StoreError
 
 STEP_WISE = replay_injection("step_wise")
 
 
+def sized(sizes: list[tuple[int, int, int]]) -> list[DistillationRow]:
+    """Rows of (task, rollout, tokens); every second one is followed by a retention row of its trajectory."""
+    made = []
+    for index, (task, rollout, tokens) in enumerate(sizes):
+        name, ids = f"t{task}@x#{rollout}.{index}", tuple(range(tokens))
+        view = (StepView(0, (), "", 1),)
+        made.append(DistillationRow(StudentRow(name, ids, (0,), ((1, tokens),)), view, None))
+        if index % 2:
+            row = StudentRow(f"{name}@0", (*ids, 0), (0,), ((2, tokens + 1),))
+            made.append(DistillationRow(row, view, None, retention=True))
+    return made
+
+
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 1000), st.integers(0, 5), st.integers(0, 3))
-def test_every_row_once_and_no_batch_over_the_budget(lengths: list[int], budget: int, seed: int, epoch: int) -> None:
-    made = batches(lengths, budget, seed, epoch)
-    assert sorted(index for batch in made for index in batch) == list(range(len(lengths)))
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(2, 60)), max_size=40),
+    st.integers(1, 400),
+    st.integers(0, 5),
+    st.integers(0, 3),
+)
+def test_every_row_once_and_no_batch_over_the_budget(sizes: list, budget: int, seed: int, epoch: int) -> None:
+    rows = sized(sizes)
+    made = batches(rows, budget, seed, epoch)
+    assert sorted(index for batch in made for index in batch) == list(range(len(rows)))
     for batch in made:
-        padded = len(batch) * max(lengths[index] for index in batch)
-        assert padded <= budget or len(batch) == 1
-    assert made == batches(lengths, budget, seed, epoch)
+        whole = {rows[index].trajectory for index in batch}
+        assert [row for row in rows if row.trajectory in whole] == [rows[index] for index in sorted(batch)]
+        assert sum(rows[index].tokens for index in batch) <= budget or len(whole) == 1
+    assert made == batches(rows, budget, seed, epoch)
 
 
 def test_order_follows_seed_and_epoch() -> None:
-    lengths = [10] * 50
-    assert batches(lengths, 50, 0, 0) != batches(lengths, 50, 0, 1)
-    assert batches(lengths, 50, 0, 0) != batches(lengths, 50, 1, 0)
+    rows = sized([(task, 0, 10) for task in range(50)])
+    assert batches(rows, 50, 0, 0) != batches(rows, 50, 0, 1)
+    assert batches(rows, 50, 0, 0) != batches(rows, 50, 1, 0)
 
 
-def test_batches_are_of_similar_length() -> None:
-    lengths = [10, 100] * 40
-    padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches(lengths, 400, 0))
-    assert padded <= 1.1 * sum(lengths)
+def test_rollouts_of_a_task_are_neighbours() -> None:
+    rows = sized([(task, rollout, 10) for rollout in range(4) for task in range(9)])
+    tasks = [{rows[index].trajectory.split("#")[0] for index in batch} for batch in batches(rows, 66, 0)]
+    assert all(len(found) == 1 for found in tasks)
 
 
 def rows_of(kind: str) -> list[DistillationRow]:

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import evolve_dag.distillation.losses as losses_module
 from evolve_dag.distillation.losses import (
     Teacher,
-    mean_over_tokens,
+    default_chunk,
     token_losses,
     token_losses_from_hidden,
 )
@@ -135,21 +136,79 @@ def test_gradients_against_finite_differences(kind: str, k: int) -> None:
     assert torch.autograd.gradcheck(loss, (logits.requires_grad_(),))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "cross_entropy"])
-def test_chunks_change_neither_value_nor_gradient(kind: str) -> None:
+def fused_and_plain(
+    kind: str, teacher: Teacher | None, sampled: torch.Tensor, chunk: int | None, dtype: torch.dtype = torch.float64
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Loss, divergence and gradient on hidden states: chunk by chunk, and by autograd over all logits at once."""
     torch.manual_seed(0)
-    head = torch.nn.Linear(6, 11, bias=False).double()
-    _, p = random_pair(5, n=10)
-    teacher, sampled = keep_top(p, 4), torch.arange(10)
+    head = torch.nn.Linear(6, 11, bias=True).to(dtype).requires_grad_(False)
+    weight = torch.linspace(0.5, 2, len(sampled), dtype=dtype)  # tokens need not count alike
     results = []
-    for chunk in (100, 10, 3, 1):
-        hidden = torch.linspace(-2, 2, 60, dtype=torch.float64).reshape(10, 6).sin().requires_grad_()
-        loss, divergence = token_losses_from_hidden(kind, hidden, head, teacher=teacher, sampled_N=sampled, chunk=chunk)
-        loss.sum().backward()
-        results.append((loss.detach(), divergence, hidden.grad))
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            torch.testing.assert_close(a, b)
+    for fused in (True, False):
+        hidden = torch.linspace(-2, 2, 6 * len(sampled), dtype=torch.float64).reshape(-1, 6).sin().to(dtype).requires_grad_()
+        if fused:
+            loss, divergence = token_losses_from_hidden(
+                kind, hidden, head, teacher=teacher, sampled_N=sampled, jsd_weight=0.3, chunk=chunk
+            )
+        else:
+            loss, divergence = token_losses(kind, head(hidden), teacher=teacher, sampled_N=sampled, jsd_weight=0.3)
+        (loss * weight).sum().backward()
+        results.append([loss.detach(), divergence, hidden.grad])
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "cross_entropy"])
+@pytest.mark.parametrize("k", [0, 1, 4, 10, 11])
+@pytest.mark.parametrize("chunk", [None, 10, 3, 1])
+def test_fused_chunks_equal_the_plain_computation(kind: str, k: int, chunk: int | None) -> None:
+    _, p = random_pair(5, n=10)
+    fused, plain = fused_and_plain(kind, keep_top(p, k) if k else Teacher(p), torch.arange(10), chunk)
+    for a, b in zip(fused, plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_cross_entropy_without_a_teacher_is_fused_too(chunk: int | None) -> None:
+    fused, plain = fused_and_plain("cross_entropy", None, torch.arange(10), chunk)
+    torch.testing.assert_close(fused[0], plain[0])
+    torch.testing.assert_close(fused[2], plain[2])
+    assert fused[1].isnan().all()
+
+
+def test_fused_losses_of_half_precision_states_are_made_in_float32() -> None:
+    _, p = random_pair(5, n=10)
+    fused, plain = fused_and_plain("forward_kl", keep_top(p.float(), 4), torch.arange(10), 3, torch.bfloat16)
+    assert fused[0].dtype == torch.float32
+    torch.testing.assert_close(fused[0], plain[0])
+    assert fused[2].dtype == torch.bfloat16
+    torch.testing.assert_close(fused[2], plain[2], rtol=0.05, atol=0.01)
+
+
+def test_fused_tails_keep_their_digits() -> None:
+    """Kept tokens e^80 above the others: a common maximum would turn the tail into 0 and its logarithm into -inf."""
+    head = torch.nn.Linear(3, 3, bias=False).requires_grad_(False)
+    head.weight.copy_(torch.eye(3))
+    hidden = torch.tensor([[120.0, 0.0, -5.0]], requires_grad=True)
+    teacher = Teacher(torch.tensor([[0.9]]).log(), torch.tensor([[0]]), torch.tensor([0.1]).log())
+    loss, _ = token_losses_from_hidden("forward_kl", hidden, head, teacher=teacher)
+    loss.sum().backward()
+    tail = math.log1p(math.exp(-5)) - 120
+    assert loss.item() == pytest.approx(0.9 * math.log(0.9) + 0.1 * (math.log(0.1) - tail), rel=1e-6)
+    assert hidden.grad is not None
+    assert hidden.grad[0].tolist() == pytest.approx([0.1, -0.1 / (1 + math.exp(-5)), -0.1 / (1 + math.exp(5))], rel=1e-5)
+
+
+def test_fused_losses_of_no_token() -> None:
+    hidden = torch.zeros((0, 6), requires_grad=True)
+    head = torch.nn.Linear(6, 11).requires_grad_(False)
+    loss, _ = token_losses_from_hidden("cross_entropy", hidden, head, sampled_N=torch.zeros(0, dtype=torch.long))
+    loss.sum().backward()
+    assert loss.shape == (0,)
+
+
+def test_chunks_hold_a_bounded_number_of_logits() -> None:
+    assert default_chunk(2048) * 2048 == losses_module.CHUNK_ELEMENTS
+    assert default_chunk(151_936) == losses_module.LEAST_CHUNK
 
 
 def test_reverse_kl_is_finite_where_the_teacher_underflows() -> None:
@@ -182,21 +241,6 @@ def test_half_precision_logits_are_widened() -> None:
     expected, _ = token_losses("forward_kl", half.double(), teacher=Teacher(p))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_mean_over_masked_tokens() -> None:
-    values = torch.tensor([1.0, 3.0, math.nan])
-    assert mean_over_tokens(values, torch.tensor([True, True, False])).item() == 2.0
-    assert mean_over_tokens(values, torch.zeros(3, dtype=torch.bool)).item() == 0.0
-    assert mean_over_tokens(torch.zeros(0)).item() == 0.0
-    assert mean_over_tokens(values[:2]).item() == 2.0
-
-
-def test_all_masked_has_a_zero_gradient() -> None:
-    values = torch.tensor([1.0, math.inf], requires_grad=True)
-    mean_over_tokens(values, torch.zeros(2, dtype=torch.bool)).backward()
-    assert values.grad is not None
-    assert values.grad.tolist() == [0.0, 0.0]
 
 
 def test_what_is_missing_is_said() -> None:

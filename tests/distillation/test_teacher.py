@@ -7,10 +7,11 @@ import pytest
 import torch
 from distillation_fakes import TinyChat, global_injection, make_trajectory, tiny_model, train_to_follow_hints
 
-import evolve_dag.distillation.teacher as teacher_module
+import evolve_dag.distillation.losses as losses_module
 from evolve_dag.distillation.alignment import Aligned, Inject, align, no_injection, replay_injection
-from evolve_dag.distillation.teacher import TeacherScorer, pack, supports_tree
+from evolve_dag.distillation.teacher import TeacherScorer
 from evolve_dag.errors import ModelError
+from evolve_dag.inference.recording import Recording
 
 STEP_WISE = replay_injection("step_wise")
 
@@ -57,56 +58,31 @@ def any_model(request: pytest.FixtureRequest) -> torch.nn.Module:
 
 @pytest.mark.parametrize("inject", [STEP_WISE, global_injection, no_injection])
 @pytest.mark.parametrize("budget", [16384, 150, 1])
-def test_tree_equals_one_sequence_per_step(any_model: torch.nn.Module, inject: Inject, budget: int) -> None:
+def test_packed_views_equal_one_sequence_per_step(any_model: torch.nn.Module, inject: Inject, budget: int) -> None:
     aligned = some(inject)
     expected = [oracle(any_model, one) for one in aligned]
-    scored = TeacherScorer(any_model, top_k=0, tokens_per_batch=budget).score([one.tree for one in aligned])
+    scored = TeacherScorer(any_model, top_k=0, tokens_per_pass=budget).score([one.views for one in aligned])
     assert nearest(expected, scored) < 1e-4
 
 
-def test_tree_with_a_tokenizer_that_merges_across_the_injection(trained: torch.nn.Module) -> None:
+def test_packed_views_of_a_tokenizer_that_merges_across_the_injection(trained: torch.nn.Module) -> None:
     aligned = some(merges=True)
-    scored = TeacherScorer(trained, top_k=0).score([one.tree for one in aligned])
+    scored = TeacherScorer(trained, top_k=0).score([one.views for one in aligned])
     assert nearest([oracle(trained, one) for one in aligned], scored) < 1e-4
 
 
-def test_the_equality_above_can_fail(trained: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A branch that sees one trunk token too many, or stands one position off, is found on trained weights."""
-    aligned = some()
-    expected = [oracle(trained, one) for one in aligned]
-    right = teacher_module.fill_mask
-
-    def off_by_one(tree, mask, positions):  # type: ignore[no-untyped-def]
-        right(tree, mask, positions)
-        positions += 1
-
-    def leaking(tree, mask, positions):  # type: ignore[no-untyped-def]
-        right(tree, mask, positions)
-        mask[:, : len(tree.trunk)] = True
-
-    for wrong in (off_by_one, leaking):
-        monkeypatch.setattr(teacher_module, "fill_mask", wrong)
-        scored = TeacherScorer(trained, top_k=0).score([one.tree for one in aligned])
-        assert nearest(expected, scored) > 1e-3
-
-
-def test_sequence_per_step_is_the_same(trained: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    trees = [one.tree for one in some()]
-    expected = TeacherScorer(trained, top_k=0).score(trees)
-    plain = TeacherScorer(trained, top_k=0, tree=False).score(trees)
-    sizes = sorted(teacher_module._mask_elements([tree]) for tree in trees if tree.branches[0].ids)
-    assert sizes[0] < sizes[-1]
-    monkeypatch.setattr(teacher_module, "MASK_ELEMENTS", sizes[len(sizes) // 2])  # larger trees are unpacked
-    mixed = TeacherScorer(trained, top_k=0).score(trees)
-    for other in (plain, mixed):
-        assert nearest([one.logprobs for one in expected], other) < 1e-4
+def test_one_sequence_per_step_is_the_same(trained: torch.nn.Module) -> None:
+    views = [one.views for one in some()]
+    expected = TeacherScorer(trained, top_k=0).score(views)
+    plain = TeacherScorer(trained, top_k=0, share=False, tokens_per_pass=150).score(views)
+    assert nearest([one.logprobs for one in expected], plain) < 1e-4
 
 
 def test_top_k_is_the_head_of_the_full_distribution(trained: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    trees = [one.tree for one in some()]
-    full = TeacherScorer(trained, top_k=0).score(trees)
-    monkeypatch.setattr(teacher_module, "LOGIT_ELEMENTS", 132 * 4)  # four tokens at a time
-    top = TeacherScorer(trained, top_k=5).score(trees)
+    views = [one.views for one in some()]
+    full = TeacherScorer(trained, top_k=0).score(views)
+    monkeypatch.setattr(losses_module, "default_chunk", lambda vocabulary: 4)
+    top = TeacherScorer(trained, top_k=5).score(views)
     for a, b in zip(full, top, strict=True):
         assert (a.kind, b.kind) == ("full", "top_k")
         assert b.ids is not None
@@ -120,38 +96,23 @@ def test_top_k_is_the_head_of_the_full_distribution(trained: torch.nn.Module, mo
 
 
 def test_top_k_past_the_vocabulary_keeps_all(trained: torch.nn.Module) -> None:
-    assert TeacherScorer(trained, top_k=10_000).score([some()[0].tree])[0].kind == "full"
+    assert TeacherScorer(trained, top_k=10_000).score([some()[0].views])[0].kind == "full"
 
 
 def test_rows_come_in_the_order_of_the_action_tokens(trained: torch.nn.Module) -> None:
     """The hint-following teacher is sure of exactly the letter that each step's hint names."""
     aligned = some()
-    scored = TeacherScorer(trained, top_k=1).score([one.tree for one in aligned])
+    scored = TeacherScorer(trained, top_k=1).score([one.views for one in aligned])
     for one, targets in zip(aligned[:3], scored, strict=False):
         assert targets.ids is not None
         assert tuple(targets.ids[:, 0]) == one.row.action_ids
-
-
-def test_the_tree_is_much_smaller() -> None:
-    trees = [one.tree for one in some(count=40)]
-    assert sum(tree.tokens for tree in trees) < 0.75 * sum(tree.unpacked_tokens for tree in trees)
-
-
-def test_pack_points_at_the_token_before_each_action_token() -> None:
-    for one in some():
-        ids, predictors = pack(one.tree)
-        at = iter(predictors)
-        for view in one.views:
-            for position in range(view.start, len(view.ids)):
-                assert ids[next(at)] == view.ids[position - 1]
-        assert next(at, None) is None
 
 
 def test_scoring_leaves_the_model_as_it_was(trained: torch.nn.Module) -> None:
     trained.train()
     try:
         done: list[int] = []
-        TeacherScorer(trained, top_k=3, tokens_per_batch=200).score([one.tree for one in some()], done.append)
+        TeacherScorer(trained, top_k=3, tokens_per_pass=200).score([one.views for one in some()], done.append)
         assert trained.training
         assert sum(done) == 9
         assert all(parameter.grad is None or not parameter.grad.is_inference() for parameter in trained.parameters())
@@ -159,19 +120,10 @@ def test_scoring_leaves_the_model_as_it_was(trained: torch.nn.Module) -> None:
         trained.eval()
 
 
-def test_no_tree_for_attention_that_takes_no_mask() -> None:
-    assert supports_tree(tiny_model().config)
-    assert supports_tree(tiny_model(kind="llama").config)
-    assert not supports_tree(tiny_model(use_sliding_window=True, sliding_window=8, max_window_layers=1).config)
-    config = tiny_model().config
-    config._attn_implementation = "flash_attention_2"
-    assert not supports_tree(config)
-
-
 def test_sliding_windows_are_scored_one_sequence_per_step() -> None:
     model = tiny_model(use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    aligned = some()
-    scored = TeacherScorer(model, top_k=0).score([one.tree for one in aligned])
+    aligned = [*some(), *some(global_injection)]
+    scored = TeacherScorer(model, top_k=0, tokens_per_pass=300).score([one.views for one in aligned])
     assert nearest([oracle(model, one) for one in aligned], scored) < 1e-4
 
 
@@ -180,7 +132,7 @@ def test_broken_weights_name_the_trajectory() -> None:
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match="trajectory t0#0"):
-        TeacherScorer(model).score([one.tree for one in some()])
+        TeacherScorer(model).score([one.views for one in some()])
 
 
 @pytest.mark.parametrize(("name", "value"), [("final_logit_softcapping", 30.0), ("logit_scale", 0.5)])
@@ -198,3 +150,29 @@ def test_a_body_without_output_layer_is_refused() -> None:
 
 def test_nothing_to_score(trained: torch.nn.Module) -> None:
     assert TeacherScorer(trained).score([]) == []
+
+
+def test_views_that_were_sampled_cost_no_forward_pass(trained: torch.nn.Module) -> None:
+    views = [one.views for one in some()]
+    scorer = TeacherScorer(trained, top_k=5)
+    expected = scorer.score(views)
+    recording = Recording(5)
+    for own, targets in list(zip(views, expected, strict=True))[::2]:
+        at = 0
+        for view in own:
+            part = targets[at : at + len(view.action_ids)]
+            at += len(view.action_ids)
+            assert part.ids is not None
+            assert part.tail is not None
+            recording.add(view.ids, view.start, (part.logprobs, part.ids, part.tail))
+    asked: list[int] = []
+    states = scorer.forward.states
+    scorer.forward.states = lambda sequences: asked.append(len(sequences)) or states(sequences)  # type: ignore[method-assign,func-returns-value,assignment]
+    done: list[int] = []
+    found = scorer.score(views, done.append, recording)
+    sampled = {view.ids for own in views[::2] for view in own}
+    assert sum(asked) == sum(view.ids not in sampled for own in views for view in own) > 0
+    assert sum(done) == len(views)
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+        np.testing.assert_array_equal(a.ids, b.ids)

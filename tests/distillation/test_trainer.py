@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +14,11 @@ from distillation_fakes import TinyChat, make_scored_rows, make_trajectory, tiny
 import evolve_dag.distillation.losses as losses_module
 import evolve_dag.distillation.trainer as trainer_module
 from evolve_dag.config.schema import DistillationSettings, Regime
-from evolve_dag.distillation.adapter import load_adapter, merged_model
+from evolve_dag.distillation.adapter import load_adapter, merge
 from evolve_dag.distillation.alignment import align, no_injection, replay_injection
+from evolve_dag.distillation.batch import joined_teacher, step_divergences
 from evolve_dag.distillation.dataset import DistillationRow, make_rows
-from evolve_dag.distillation.trainer import (
-    CurvePoint,
-    DistillationResult,
-    collate,
-    distill,
-    learning_rate,
-    step_divergences,
-)
+from evolve_dag.distillation.trainer import CurvePoint, DistillationResult, distill, learning_rate
 from evolve_dag.errors import AlignmentError, ModelError, StoreError
 
 STEP_WISE = replay_injection("step_wise")
@@ -54,6 +49,10 @@ def mean_divergence(model: torch.nn.Module, rows: list[DistillationRow]) -> floa
     return float(np.mean([value for steps in step_divergences(model, rows) for value in steps]))
 
 
+def adapted(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    return merge(load_adapter(copy.deepcopy(model), folder))
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "cross_entropy"])
 def test_the_student_moves_to_the_hint_following_teacher(
     divergence: str, trained: torch.nn.Module, held_out: list[DistillationRow], tmp_path: Path
@@ -62,7 +61,7 @@ def test_the_student_moves_to_the_hint_following_teacher(
     rows = make_scored_rows(trained, range(48), STEP_WISE)
     before = mean_divergence(trained, held_out)
     result = run(trained, rows, tmp_path, divergence=divergence, epochs=10)
-    after = mean_divergence(merged_model(trained, result.adapter), held_out)
+    after = mean_divergence(adapted(trained, result.adapter), held_out)
     assert before > 0.4
     assert after < 0.5 * before
     assert not result.unchanged
@@ -100,7 +99,7 @@ def test_the_loss_is_the_mean_over_action_tokens(trained: torch.nn.Module, rows:
 
 def test_padding_and_batching_do_not_change_divergences(trained: torch.nn.Module, rows: list[DistillationRow]) -> None:
     alone = [value for row in rows for value in step_divergences(trained, [row])[0]]
-    together = [value for steps in step_divergences(trained, rows, tokens_per_batch=1000) for value in steps]
+    together = [value for steps in step_divergences(trained, rows, tokens_per_pass=100) for value in steps]
     np.testing.assert_allclose(alone, together, atol=1e-5)
 
 
@@ -108,7 +107,7 @@ def test_small_logit_chunks_train_the_same(
     trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(trained, rows, tmp_path / "a")
-    monkeypatch.setattr(losses_module, "CHUNK_ELEMENTS", 132 * 7)
+    monkeypatch.setattr(losses_module, "default_chunk", lambda vocabulary: 7)
     chunked = run(trained, rows, tmp_path / "b")
     assert [p.loss for p in chunked.curve] == pytest.approx([p.loss for p in whole.curve], rel=1e-3)
 
@@ -162,7 +161,7 @@ def test_nothing_kept_leaves_the_adapter_unchanged(
     from_base = run(trained, [], tmp_path / "3")
     ids = torch.arange(8, 40)[None]
     with torch.no_grad():
-        assert torch.equal(merged_model(trained, from_base.adapter)(input_ids=ids).logits, trained(input_ids=ids).logits)
+        assert torch.equal(adapted(trained, from_base.adapter)(input_ids=ids).logits, trained(input_ids=ids).logits)
 
 
 def test_learning_rate_warms_up_decays_to_a_tenth_and_falls_per_iteration() -> None:
@@ -214,7 +213,7 @@ def test_fresh_trajectories_come_at_even_points_from_the_current_student(
     assert len(first_round) > 2
     assert max(point.tokens for point in first_round) <= 256
     assert lengths  # rounds train on the fresh rows: their divergence at the start is the student's own
-    assert mean_divergence(merged_model(trained, result.adapter), fresh) < asked[1][1]
+    assert mean_divergence(adapted(trained, result.adapter), fresh) < asked[1][1]
 
 
 def test_refresh_without_a_sampler_is_a_mistake(trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path) -> None:
@@ -282,7 +281,7 @@ def test_rows_without_a_teacher_are_refused_where_one_is_needed(trained: torch.n
 def test_mixed_teachers_are_refused(trained: torch.nn.Module) -> None:
     mixed = [make_scored_rows(trained, [1], STEP_WISE, top_k=k)[0] for k in (4, 8)]
     with pytest.raises(AlignmentError, match="different kinds of teacher"):
-        collate(mixed)
+        joined_teacher(mixed)
 
 
 def test_full_vocabulary_and_wide_top_k_agree(trained: torch.nn.Module, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_json_is_lossless() -> None:
         {},
         {"decision": "maybe", "reasons": [], "evidence": {}},
         {"decision": "keep", "reasons": 3, "evidence": {}},
-        {"decision": "keep", "reasons": [], "evidence": {}, "standing": {"champion": 1, "capital": [], "loss": 0.1}},
+        {"decision": "keep", "reasons": [], "evidence": {}, "standing": {"champion": 1, "capital": ["x"]}},
     ],
 )
 def test_a_broken_decision_is_a_data_error(broken: dict) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from evolve_dag.errors import ContextOverflowError, ModelError
 from evolve_dag.inference import transformers as backend
 from evolve_dag.inference.chat import ChatFormat
+from evolve_dag.inference.recording import distribution
 from evolve_dag.inference.transformers import TransformersModel, uniforms
 from evolve_dag.protocols import Completion, LanguageModel, Request, Sampling
 from evolve_dag.records import Message
@@ -139,6 +140,49 @@ def test_company_does_not_matter(qwen3: PreTrainedModel, chat: ChatFormat) -> No
     for number, completion in enumerate(alone):
         assert completion.token_ids == together[number].token_ids == shuffled[number].token_ids
         assert np.allclose(completion.logprobs, together[number].logprobs, atol=1e-4)
+
+
+def test_recorded_distributions_are_those_of_a_forward_pass(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    model = load(qwen3, chat)
+    requests = [
+        question(n, max_tokens=limit, temperature=n % 3 / 2) for n, limit in enumerate([1, 40, 2, 3, 30, 4, 5, 20, 6, 7])
+    ]
+    for top_k in (5, 0):
+        with model.recording(top_k) as recording:
+            completions = ask(model, requests)
+        assert len(recording) == len(requests)
+        for request, completion in zip(requests, completions, strict=True):
+            context = chat.encode(request.messages)
+            ids = [*context, *completion.token_ids]
+            columns = recording.get(ids, len(context))
+            assert columns is not None
+            assert recording.get(ids, len(context) - 1) is None
+            assert recording.get([*ids, 0], len(context)) is None
+            with torch.no_grad():
+                logits = qwen3(input_ids=torch.tensor([ids])).logits[0, len(context) - 1 : -1]
+            for found, expected in zip(columns, distribution(logits, top_k), strict=True):
+                np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+    ask(model, [question(99)])
+    assert len(recording) == len(requests)  # nothing is kept behind the end
+
+
+def test_rollouts_that_have_not_parted_are_computed_once(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    model = load(qwen3, chat)
+    group = [replace(question(3, seed=seed, max_tokens=12), session=f"g{seed}") for seed in range(5)]
+    requests = [*group, question(5), question(6)]
+    completions = ask(model, requests)
+    lengths = [len(chat.encode(request.messages)) for request in requests[4:]]
+    assert model.counters.computed_tokens <= sum(lengths)
+    assert model.counters.prompt_tokens == sum(lengths) + 4 * lengths[0]
+    assert len({completion.token_ids for completion in completions[:5]}) > 1
+    for request, completion in zip(requests, completions, strict=True):
+        check(qwen3, chat, request, completion)
+    followed = [
+        replace(request, messages=(*request.messages, Message("assistant", c.text, c.token_ids), Message("tool", "no results")))
+        for request, c in zip(requests, completions, strict=True)
+    ]
+    for request, completion in zip(followed, ask(model, followed), strict=True):
+        check(qwen3, chat, request, completion)
 
 
 def test_finished_rows_leave_and_the_rest_goes_on(qwen3: PreTrainedModel, chat: ChatFormat) -> None:

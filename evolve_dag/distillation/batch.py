@@ -1,0 +1,127 @@
+"""Rows of one forward pass as tensors, and their losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from evolve_dag.distillation.dataset import DistillationRow
+from evolve_dag.distillation.forward import Forward
+from evolve_dag.errors import AlignmentError
+from evolve_dag.records import Divergence
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evolve_dag.distillation.losses import Teacher
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Of every action token of some rows, in the order of the rows."""
+
+    loss: Tensor
+    """``(N,)`` nats: what is minimised."""
+    divergence: Tensor
+    """``(N,)`` nats, without gradient: forward KL from teacher to student; NaN without a teacher."""
+
+
+def row_losses(forward: Forward, rows: Sequence[DistillationRow], divergence: Divergence, *, jsd_weight: float = 0.5) -> Losses:
+    """Losses of ``rows`` in one forward pass, whose output layer runs on action positions only.
+
+    Raises:
+        AlignmentError: the rows' teachers are of different kinds or widths.
+    """
+    import numpy as np
+    import torch
+
+    from evolve_dag.distillation.losses import token_losses_from_hidden
+
+    teacher = joined_teacher(rows, forward.device)
+    states_T_H, paths = forward.states([row.row.ids for row in rows])
+    predictors = [path[np.array(row.row.positions) - 1] for row, path in zip(rows, paths, strict=True)]
+    found = token_losses_from_hidden(
+        divergence,
+        states_T_H.index_select(0, torch.from_numpy(np.concatenate(predictors)).to(forward.device)),
+        forward.head,
+        teacher=teacher,
+        sampled_N=torch.tensor([one for row in rows for one in row.row.action_ids], device=forward.device),
+        jsd_weight=jsd_weight,
+    )
+    return Losses(*found)
+
+
+def joined_teacher(rows: Sequence[DistillationRow], device: Any = "cpu") -> Teacher | None:
+    """The teachers of ``rows`` behind each other; None when no row has one.
+
+    Raises:
+        AlignmentError: they are of different kinds or widths.
+    """
+    import numpy as np
+    import torch
+
+    from evolve_dag.distillation.losses import Teacher
+
+    targets = [row.teacher for row in rows if row.teacher is not None]
+    shapes = {(target.kind, target.logprobs.shape[1]) for target in targets}
+    if len(shapes) > 1 or len(targets) not in (0, len(rows)):
+        raise AlignmentError(
+            f"rows with different kinds of teacher: {sorted(shapes)}, {len(rows) - len(targets)} rows without",
+            "score all rows with one distillation.top_k",
+        )
+    if not targets:
+        return None
+
+    def joined(name: str) -> Tensor:
+        return torch.from_numpy(np.concatenate([getattr(target, name) for target in targets])).to(device)
+
+    top = targets[0].ids is not None
+    return Teacher(joined("logprobs"), joined("ids").long() if top else None, joined("tail") if top else None)
+
+
+def step_divergences(model: Any, rows: Sequence[DistillationRow], *, tokens_per_pass: int = 4096) -> list[tuple[float, ...]]:
+    """Mean forward KL per action token at every step, nats: how much of the teacher is not in ``model`` yet.
+
+    Measured before and after training at the steps where an item was selected, it says how much of the item
+    is inside the weights.
+
+    Args:
+        model: the student without experience; bare, merged or wrapped by peft.
+
+    Returns:
+        Per row, one value per kept step.
+
+    Raises:
+        AlignmentError: a row has no teacher.
+    """
+    import torch
+
+    require_teachers(rows, "forward_kl")
+    forward = Forward(model)
+    found: list[tuple[float, ...]] = [()] * len(rows)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), forward.ready():
+            for chosen in forward.passes([row.row.ids for row in rows], tokens_per_pass):
+                part = [rows[index] for index in chosen]
+                tokens = row_losses(forward, part, "forward_kl").divergence
+                values = iter(tokens.split([end - start for row in part for start, end in row.row.spans]))
+                for index in chosen:
+                    found[index] = tuple(float(next(values).mean()) for _ in rows[index].row.spans)
+    finally:
+        model.train(training)
+    return found
+
+
+def require_teachers(rows: Sequence[DistillationRow], divergence: Divergence) -> None:
+    """Raises: AlignmentError, a row has no teacher although the divergence needs one."""
+    if divergence == "cross_entropy":
+        return
+    for row in rows:
+        if row.teacher is None:
+            raise AlignmentError(
+                f"trajectory {row.row.trajectory_id}: no teacher log-probabilities, which {divergence} needs",
+                "score the contexts, or set regime.divergence to cross_entropy",
+            )

@@ -1,0 +1,118 @@
+"""Token sequences through a model, each distinct beginning once: what teacher scoring and training share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from evolve_dag.errors import ModelError
+from evolve_dag.inference.prefix_tree import GrowingTree, hosts
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+Ids = Sequence[int]
+
+
+class Forward:
+    """A causal language model (bare or wrapped by peft), split into its body and its output layer.
+
+    Args:
+        share: pack sequences that begin alike (the default). Models whose attention cannot take a packed row (sliding
+            windows, an attention of their own) get one padded row per sequence whatever this says.
+
+    Raises:
+        ModelError: the model rescales its logits behind the output layer, or is not a causal model.
+    """
+
+    def __init__(self, model: nn.Module, *, share: bool = True) -> None:
+        from evolve_dag.inference.attention import takes_chains
+
+        self.model: Any = model
+        self.decoder, self.head = decoder_and_head(model)
+        self.share = share and takes_chains(model)
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.head.weight.shape[0])
+
+    @property
+    def device(self) -> Any:
+        return self.head.weight.device
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """The model takes packed rows meanwhile."""
+        from evolve_dag.inference.attention import our_attention
+
+        if not self.share:
+            yield
+            return
+        with our_attention(self.model):
+            yield
+
+    def passes(self, sequences: Sequence[Ids], tokens: int) -> list[list[int]]:
+        """Indices of ``sequences`` per forward pass of at most ``tokens`` tokens (more if one alone is longer).
+
+        Packed, neighbours stay together, since they are what begins alike, and a shared token counts once. Otherwise
+        sequences of like length meet, and padding counts.
+        """
+        return _neighbours(sequences, tokens) if self.share else _like_length(sequences, tokens)
+
+    def states(self, sequences: Sequence[Ids]) -> tuple[Tensor, list[np.ndarray]]:
+        """Hidden states ``(T, H)`` of one pass, and per sequence the row in it of each of its tokens."""
+        from evolve_dag.inference.attention import packed_states, padded_states
+
+        return (packed_states if self.share else padded_states)(self.decoder, sequences, self.device)
+
+
+def _neighbours(sequences: Sequence[Ids], tokens: int) -> list[list[int]]:
+    found: list[list[int]] = []
+    tree = GrowingTree()
+    for index, sequence in enumerate(sequences):
+        tree.add(sequence)
+        if not found or tree.tokens > tokens:
+            found.append([])
+            tree = GrowingTree()
+            tree.add(sequence)
+        found[-1].append(index)
+    return found
+
+
+def _like_length(sequences: Sequence[Ids], tokens: int) -> list[list[int]]:
+    riders: dict[int, list[int]] = {}
+    for index, owner in enumerate(hosts(sequences)):
+        riders.setdefault(owner, []).append(index)
+    found: list[list[int]] = []
+    rows, longest = 0, 0
+    for owner in sorted(riders, key=lambda owner: -len(sequences[owner])):
+        if not found or (rows + 1) * longest > tokens:
+            found.append([])
+            rows, longest = 0, len(sequences[owner])
+        rows += 1
+        found[-1].extend(riders[owner])
+    return found
+
+
+def decoder_and_head(model: nn.Module) -> tuple[Any, Any]:
+    """The transformer body and the output layer of a causal language model, bare or wrapped by peft.
+
+    Raises:
+        ModelError: the architecture changes the logits behind its output layer, or is not a causal model.
+    """
+    base: Any = model
+    if hasattr(base, "get_base_model"):
+        base = base.get_base_model()
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if head is None:
+        raise ModelError(f"{type(base).__name__} has no output embeddings", "give a causal language model (…ForCausalLM)")
+    for name, neutral in (("final_logit_softcapping", None), ("logit_scale", 1), ("logits_scaling", 1)):
+        value = getattr(base.config, name, None)
+        if value is not None and value != neutral:
+            raise ModelError(
+                f"{type(base).__name__} changes its logits behind the output layer ({name} = {value})",
+                "use an architecture without it (Qwen, Llama, Mistral, SmolLM)",
+            )
+    return base.get_decoder(), head
