@@ -45,6 +45,7 @@ def examine(root: Path) -> Iterator[Finding]:
         _threads,
         _weights,
         _configs,
+        lambda: _gates(root),
         lambda: _registry(root),
         lambda: _store(root),
         lambda: _dagster_home(root),
@@ -148,6 +149,15 @@ def _configs() -> Iterator[Finding]:
             "experiments",
             f"no *.yaml in {folder}/: go to the project's folder, or set {registry.CONFIGS_VARIABLE}",
         )
+
+
+def _gates(root: Path) -> Iterator[Finding]:
+    from evolve_dag.lineage.power import warning
+    from evolve_dag.store.artifacts import Store
+
+    for entry in registry.scan(registry.configs_folder())[0]:
+        if told := warning(entry.load(), Store(root)):
+            yield Finding("note", f"experiment {entry.name}", told)
 
 
 def _registry(root: Path) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from evolve_dag.evaluation.metrics import Metrics
 from evolve_dag.lineage import audit
 from evolve_dag.reporting import figures, pages
 from evolve_dag.reporting.summary import (
+    STAYS,
     LineageSummary,
     StepRow,
     count,
@@ -26,6 +27,7 @@ from evolve_dag.reporting.summary import (
     number_interval,
     percent,
     percent_interval,
+    standing_note,
     step_names,
 )
 from evolve_dag.store.disk import write_atomic
@@ -231,7 +233,8 @@ def _recipe(summary: LineageSummary) -> str:
 
 
 _FUNCTIONS = {
-    "ALL": audit.ALL, "NONE": audit.NONE, "HEADLINE": HEADLINE, "RESULTS": RESULTS, "figures": figures,
+    "ALL": audit.ALL, "NONE": audit.NONE, "HEADLINE": HEADLINE, "RESULTS": RESULTS, "STAYS": STAYS,
+    "figures": figures, "standing_note": standing_note,
     "step_names": step_names, "recipe": _recipe, "breakdowns": _breakdowns, "trained": _trained, "paid": _paid,
     "measured": _measured, "spent": _spent, "as_json": _as_json,
 }  # fmt: skip

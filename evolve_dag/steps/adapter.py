@@ -180,7 +180,7 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
 
 
 def _unread(experiment: Experiment) -> tuple[str, ...]:
-    """What decided the contexts alone, the keys of other divergences, and what says how to read rows or a teacher that are not there."""
+    """What decided the contexts alone, keys of other divergences, and what concerns rows or a teacher that are not there."""
     settings, divergence = experiment.distillation, part("divergence", experiment.regime.divergence)
     own = divergence.keys
     others = {key for name in CHOICES["divergence"].rows for key in part("divergence", name).keys if key not in own}

@@ -19,7 +19,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from evolve_dag.errors import OrderError, StoreError, no_slice_error
 from evolve_dag.inference.folders import base_identity
 from evolve_dag.inference.ledger import Ledger
 from evolve_dag.inference.roles import Roles
-from evolve_dag.records import PolicyRef
+from evolve_dag.records import PolicyRef, Standing
 from evolve_dag.steps import adapter, contexts, experience, policy, promotion, scores, trajectories
 from evolve_dag.steps.body import Body, Progress, Silent, StepContext
 from evolve_dag.steps.slices import decisive, visible
@@ -154,7 +154,8 @@ def first_policy(experiment: Experiment) -> PolicyRef:
 
     path = Path(experiment.start_pool)
     pool = pool_from_file(path)
-    return replace(ref, experience=pool_digest(pool, path.name), next_item=pool.next_number)
+    digest = pool_digest(pool, path.name)
+    return replace(ref, experience=digest, next_item=pool.next_number, standing=Standing(experience=digest))
 
 
 def _entering(experiment: Experiment, iteration: int, store: Store) -> PolicyRef | str:
@@ -180,7 +181,7 @@ def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store
     inputs: dict[str, str] = {}
     missing = None
     if name == "policy":
-        config |= {"policy": asdict(entering)}
+        config |= {"policy": entering.content}
     else:
         for upstream in spec.inputs:
             found = resolve_from(upstream, experiment, iteration, store, entering)
@@ -191,6 +192,8 @@ def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store
                 missing = found.missing or f"{upstream}[{partition(experiment, iteration)}]"
     if spec.iteration:
         config |= {"iteration": iteration}
+    if spec.standing:
+        config |= {"standing": {field: getattr(entering.standing, field) for field in spec.standing}}
     digest = Store.digest_of(name, spec.version, config, inputs)
     return Resolved(name, iteration, digest, store.exists(name, digest), inputs, config, missing)
 

@@ -36,6 +36,8 @@ class Verdict:
     """JSON values: counts, and culprits as a list or a mapping."""
     text: str = ""
     """Why, where the numbers do not say it."""
+    serious: bool = False
+    """Whether a failure is shown as an error though it stops nothing."""
 
 
 Examine = Callable[[Artifact, Experiment], Iterator[Verdict]]
@@ -93,6 +95,8 @@ class StepSpec:
     """Keys that decide only what is computed from what it sampled: an artifact that differs in them alone is its twin."""
     guard: Callable[[Experiment], None] = _no_guard
     """What must hold of the whole experiment before the step is made; it raises, and decides nothing of what is made."""
+    standing: tuple[str, ...] = ()
+    """Fields of the gate's :class:`~evolve_dag.records.Standing` that the step reads."""
     checks: tuple[Check, ...] = ()
     examine: Examine = _no_verdict
     tables: tuple[Table, ...] = ()

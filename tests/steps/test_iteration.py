@@ -148,7 +148,7 @@ def test_scores_say_under_which_condition_and_hold_every_task(made: Store) -> No
     artifact = made.open("scores", made.ref("small", 1, "scores").digest)
     scores = scores_from_frame(artifact.frame("scores.parquet"))
     held_out = {"base", "base_at_0", "base_at_0.5", "without", "with", "greedy", "ceiling"}
-    assert {s.condition for s in scores} == held_out | {"development_candidate", "development_champion"}
+    assert {s.condition for s in scores} == held_out | {"development_candidate", "development_best"}
     for condition in held_out:
         assert len([s for s in scores if s.condition == condition]) == 6, "the rollout's own temperature is `base` itself"
     assert set(artifact.json("summary.json")) == {s.condition for s in scores}
