@@ -40,8 +40,7 @@ def run(context: StepContext) -> None:
     contexts = context.inputs["contexts"].path
     rows = load_contexts(contexts)
     nothing_taught = not any(c.injected for row in rows for c in row.contexts)
-    rows = sharpened(rows + load_contexts(contexts / RETENTION), experiment.distillation.teacher_temperature)
-    rows += load_contexts(contexts / DRILLS)
+    rows = _sharp(experiment, rows + load_contexts(contexts / RETENTION) + load_contexts(contexts / DRILLS))
     if nothing_taught and part("divergence", experiment.regime.divergence).loss is not None:
         rows = []  # teacher and student are one: Adam would turn rounding noise into full steps
     settings = experiment.models.policy
@@ -93,6 +92,12 @@ def run(context: StepContext) -> None:
         divergence_last=_mean(divergences[-5:]),
         tokens=resample.tokens if resample else 0,
     )
+
+
+def _sharp(experiment: Experiment, rows: list[DistillationRow]) -> list[DistillationRow]:
+    if part("divergence", experiment.regime.divergence).loss is None:
+        return rows
+    return sharpened(rows, experiment.distillation.teacher_temperature)
 
 
 def _mean(values: list[float]) -> float | None:
@@ -162,7 +167,7 @@ class _Resample:
                 opened.close()
             with open_teacher(adapter_folder(context.store, adapter), context.roles, policy) as teacher:
                 scored = score(experiment, kept, teacher, Silent())
-        return sharpened(scored.rows + scored.retention, experiment.distillation.teacher_temperature) + scored.drills
+        return _sharp(experiment, [*scored.rows, *scored.retention, *scored.drills])
 
 
 def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
@@ -186,7 +191,7 @@ def _unread(experiment: Experiment) -> tuple[str, ...]:
     others = {key for name in CHOICES["divergence"].rows for key in part("divergence", name).keys if key not in own}
     alone = experiment.injection == "none" or not (settings.retention or settings.drills)
     weight = ("retention_weight",) if alone else ()
-    sharp = ("teacher_temperature",) if experiment.injection == "none" or divergence.loss is None else ()
+    sharp = ("teacher_temperature",) if divergence.loss is None else ()
     return tuple(f"distillation.{key}" for key in ("top_k", "retention", "drills", *weight, *sharp, *others))
 
 
