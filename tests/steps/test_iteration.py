@@ -206,13 +206,16 @@ def test_a_broken_adapter_is_declined_and_the_champion_stays(copied: Store) -> N
     assert entering_policy(wrecked, 2, copied).next_item == declined.next_number
 
 
-def test_without_any_experience_nothing_is_trained(copied: Store) -> None:
+def test_without_any_experience_nothing_is_sampled_for_it_and_nothing_trained(copied: Store) -> None:
     """Teacher and student are one then, and Adam would turn rounding noise into full steps."""
     silent = small(extraction={"min_support": 10_000})
-    for step in STEP_ORDER[:5]:
-        outcome = run_step(step, silent, 1, copied)
-    assert outcome.artifact.summary["unchanged"]
-    assert outcome.artifact.summary["note"] == "no experience stood in any context"
+    made = {step: run_step(step, silent, 1, copied).artifact for step in STEP_ORDER}
+    assert (made["contexts"].summary["trajectories"], made["contexts"].summary["tokens"]) == (0, 0)
+    assert made["adapter"].summary["unchanged"]
+    assert made["adapter"].summary["note"] == "no experience stood in any context"
+    scores = made["scores"].json("summary.json")
+    assert scores["development_candidate"] == scores["development_best"]
+    assert "with" not in scores
 
 
 def test_a_placebo_pool_is_injected_and_mining_goes_on_from_the_mined_one(copied: Store, tmp_path: Path) -> None:
