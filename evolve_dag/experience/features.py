@@ -317,7 +317,7 @@ def _fields(lines: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 
 def _call_key(call: ToolCall) -> tuple[str, tuple[tuple[str, str], ...]]:
-    return call.name, tuple(sorted((name, " ".join(value.lower().split())) for name, value in call.arguments.items()))
+    return call.name, tuple(sorted((name, " ".join(value.lower().split())) for name, value in call.texts.items()))
 
 
 def call_name(call: ToolCall) -> str:
@@ -404,7 +404,7 @@ class Tracker:
         kind = _call_kind(step.call)
         if kind == "run":
             return "use_tool"
-        argument = next(iter(step.call.arguments.values()))
+        argument = next(iter(step.call.texts.values()))
         plain = normalised(argument)
         rank = self._rank(argument) if kind != "search" else None
         pointed = bool(plain) and plain == self.last.target
