@@ -10,6 +10,7 @@ Phrases added to the agreed ones, because every feature value must have one:
 - joined with ``and``: ``the asked value is listed``, ``part of the question is listed``, ``the asked part is not
   listed``, ``the same call was made before``, ``the last call was new``, ``few steps are done``, ``some steps are
   done``, ``many steps are done``
+- what an environment says itself: ``the <feature> is <value>``
 - strategies: ``Link: open the page it names``, ``Direct: open a page that was not listed``, ``Tool: use another tool``
 """
 
@@ -19,6 +20,7 @@ import re
 from collections.abc import Mapping
 
 from evolve_dag.errors import DataError
+from evolve_dag.experience.features import OWN
 
 SITUATIONS: tuple[tuple[Mapping[str, str], str], ...] = (
     ({"observation": "none"}, "nothing is known yet"),
@@ -37,6 +39,8 @@ SITUATIONS: tuple[tuple[Mapping[str, str], str], ...] = (
     ({"observation": "page"}, "a page is shown"),
 )
 """Predicates -> phrase; the first row whose predicates are all in the condition opens the situation."""
+DESCRIBED: tuple[Mapping[str, str], str] = ({"observation": "described"}, "a call has been answered")
+"""The same where the environment describes what it shows. No world of the pocket policy does: it is no phrase to hold out."""
 
 ADDITIONS: Mapping[tuple[str, str], str] = {
     ("evidence", "asked"): "the asked value is listed",
@@ -100,7 +104,10 @@ def situation_text(condition: Mapping[str, str]) -> str:
     if (mark := condition.get("mark", "none")) != "none":
         condition = {f: v for f, v in condition.items() if f not in ("mark", "evidence")}
     condition = {f: v for f, v in condition.items() if (f, v) != ("mark", "none")}
-    holding = [row for row in SITUATIONS if all(condition.get(f) == value for f, value in row[0].items())]
+    own = [f"the {f.removeprefix(OWN)} is {v}" for f, v in condition.items() if f.startswith(OWN)]
+    condition = {f: v for f, v in condition.items() if not f.startswith(OWN)}
+    rows = (*SITUATIONS, DESCRIBED)
+    holding = [row for row in rows if all(condition.get(f) == value for f, value in row[0].items())]
     if not holding:
         raise DataError(f"no phrase for the condition {dict(condition)}", "name a known `observation` in the condition")
     predicates, phrase = holding[0]
@@ -112,7 +119,7 @@ def situation_text(condition: Mapping[str, str]) -> str:
     if unknown:
         raise DataError(f"no phrase for {', '.join(unknown)}", "add it to phrases.ADDITIONS")
     more = [text for (feature, value), text in ADDITIONS.items() if left.get(feature) == value]
-    return " and ".join([phrase, *more])
+    return " and ".join([*(own or [phrase]), *more])
 
 
 def render(condition: Mapping[str, str], action: str) -> str:
