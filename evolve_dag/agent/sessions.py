@@ -106,7 +106,8 @@ class _Stateful:
         self._worker = Worker(f"episode of {task.id}")
         self._session: Session | None = None
         self._seen: set[str] = set()
-        self.tools, self.system_prompt = (), ""
+        self.tools: tuple[ToolSpec, ...] = ()
+        self.system_prompt = ""
 
     async def open(self) -> None:
         self.tools, self.system_prompt = await self._worker.run(self._open, "the set-up", self._seconds)
@@ -252,7 +253,7 @@ def checked_reward(given: object) -> float | None:
     """
     if given is None:
         return None
-    if not isinstance(given, Real) or not 0 <= given <= 1:  # NaN is in no range
+    if not isinstance(given, Real) or not 0 <= float(given) <= 1:  # NaN is in no range
         raise SessionError(f"the reward is {given!r:.60}", "give a number from 0 to 1, or None where nothing can be said")
     return float(given)
 

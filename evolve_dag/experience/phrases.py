@@ -39,8 +39,6 @@ SITUATIONS: tuple[tuple[Mapping[str, str], str], ...] = (
     ({"observation": "page"}, "a page is shown"),
 )
 """Predicates -> phrase; the first row whose predicates are all in the condition opens the situation."""
-DESCRIBED: tuple[Mapping[str, str], str] = ({"observation": "described"}, "a call has been answered")
-"""The same where the environment describes what it shows. No world of the pocket policy does: it is no phrase to hold out."""
 
 ADDITIONS: Mapping[tuple[str, str], str] = {
     ("evidence", "asked"): "the asked value is listed",
@@ -106,7 +104,7 @@ def situation_text(condition: Mapping[str, str]) -> str:
     condition = {f: v for f, v in condition.items() if (f, v) != ("mark", "none")}
     own = [f"the {f.removeprefix(OWN)} is {v}" for f, v in condition.items() if f.startswith(OWN)]
     condition = {f: v for f, v in condition.items() if not f.startswith(OWN)}
-    rows = (*SITUATIONS, DESCRIBED)
+    rows = [({"observation": "described"}, " and ".join(own))] if own else SITUATIONS
     holding = [row for row in rows if all(condition.get(f) == value for f, value in row[0].items())]
     if not holding:
         raise DataError(f"no phrase for the condition {dict(condition)}", "name a known `observation` in the condition")
@@ -119,7 +117,7 @@ def situation_text(condition: Mapping[str, str]) -> str:
     if unknown:
         raise DataError(f"no phrase for {', '.join(unknown)}", "add it to phrases.ADDITIONS")
     more = [text for (feature, value), text in ADDITIONS.items() if left.get(feature) == value]
-    return " and ".join([*(own or [phrase]), *more])
+    return " and ".join([phrase, *more])
 
 
 def render(condition: Mapping[str, str], action: str) -> str:

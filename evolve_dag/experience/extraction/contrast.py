@@ -243,7 +243,14 @@ def condition_of(mapping: Mapping[str, str]) -> Condition:
 
 
 def situations_of(state: Mapping[str, str]) -> Iterator[Condition]:
-    """Every situation of the lattice that holds in ``state``, the base first."""
+    """Every situation of the lattice that holds in ``state``, the most general first."""
+    for condition in _lattice(state):
+        # That something was answered is no situation: what the environment says of it is never left open altogether.
+        if state["observation"] != "described" or any(name.startswith(OWN) for name, _ in condition):
+            yield condition
+
+
+def _lattice(state: Mapping[str, str]) -> Iterator[Condition]:
     base = {"observation": state["observation"]}
     if state["observation"] == "page":
         # What a page shows of the question is never left open: advice for any page would also hold under a mark that no one
