@@ -223,11 +223,11 @@ def _by_experiment(summaries: Sequence[LineageSummary]) -> dict[str, list[Lineag
 
 def _recipe(summary: LineageSummary) -> str:
     """The three dimensions, where the artifacts tell them (METHOD)."""
-    parts = [summary.settings.get("granularity"), summary.settings.get("injection")]
-    regime = summary.settings.get("regime")
-    if isinstance(regime, Mapping):
-        rejection = "with rejection" if regime.get("rejection") else "without rejection"
-        parts += [f"source {regime.get('source')}", regime.get("divergence"), rejection]
+    settings = summary.settings
+    parts = [settings.get("granularity"), settings.get("injection")]
+    if "regime.source" in settings:
+        rejection = "with rejection" if settings.get("regime.rejection") else "without rejection"
+        parts += [f"source {settings['regime.source']}", settings.get("regime.divergence"), rejection]
     told = [str(part) for part in parts if part]
     return f" · {', '.join(told)}" if told else ""
 

@@ -27,6 +27,7 @@ from evolve_dag.evaluation.metrics import Metrics, metrics_from_json, metrics_to
 from evolve_dag.records import ExperienceItem
 from evolve_dag.steps.base import STEP_ORDER
 from evolve_dag.steps.scores import BASE_AT
+from evolve_dag.store.artifacts import joined_config
 
 if TYPE_CHECKING:
     from evolve_dag.lineage.audit import Internalized
@@ -221,8 +222,7 @@ def summarize(
         if outdated or not _follows(artifacts, by_iteration.get(iteration - 1, {})):
             outdated.append(iteration)
             continue
-        for artifact in artifacts.values():
-            settings |= artifact.manifest.config
+        settings |= joined_config(artifacts.values())
         scores = _json(artifacts.get("scores"), "summary.json")
         if iteration == 1 and scores.get("base") is not None:
             rows.append(_base_row(scores, artifacts["scores"]))

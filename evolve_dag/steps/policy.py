@@ -30,5 +30,6 @@ SPEC = StepSpec(
     inputs=(),
     run=run,
     kinds=frozenset({"json"}),
+    told=("start_pool",),  # the policy that enters names its pool
     hidden=frozenset({"adapter", "experience"}),
 )

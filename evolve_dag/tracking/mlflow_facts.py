@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolve_dag.reporting.summary import EDITS, IterationRow, LineageSummary
 from evolve_dag.secrecy import masker
+from evolve_dag.store.artifacts import joined_config
 
 if TYPE_CHECKING:
     from evolve_dag.config.schema import Experiment
@@ -114,9 +115,7 @@ def milliseconds(stamp: str) -> int:
 
 def settings(facts: IterationFacts) -> dict[str, Any]:
     """The config slices that the iteration's artifacts were made with."""
-    merged: dict[str, Any] = {}
-    for artifact in facts.artifacts.values():
-        merged |= artifact.manifest.config
+    merged = joined_config(facts.artifacts.values())
     return {key: value for key, value in sorted(merged.items()) if key not in ("iteration", "policy", "standing")}
 
 
