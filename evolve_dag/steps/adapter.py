@@ -60,6 +60,7 @@ def run(context: StepContext) -> None:
         threads=experiment.runtime.threads,
         device=experiment.runtime.device,
         base=entering.base,
+        checkpoint=context.build.checkpoint("training"),
         resample=resample,
         on_step=on_step,
     )
@@ -120,10 +121,14 @@ class _Resample:
 
     def __init__(self, context: StepContext) -> None:
         self.context = context
-        self.tokens = 0
-        """Sampled so far."""
+        self.journal = context.build.journal("resampled")
         self.split: Split = load_split(context.experiment, "train", context.roles)
         self.pool = open_pool(context.inputs["experience"])
+
+    @property
+    def tokens(self) -> int:
+        """Sampled in all rounds, those of a killed predecessor included; one that a kill repeated counts once."""
+        return sum({record["round"]: int(record["tokens"]) for record in self.journal.records()}.values())
 
     def __call__(self, number: int, student: nn.Module) -> list[DistillationRow]:
         from evolve_dag.inference.transformers import TransformersModel
@@ -146,7 +151,7 @@ class _Resample:
             concurrency=runtime.concurrency,
         )
         asyncio.run(actor.close())
-        self.tokens += sum(len(step.token_ids) for t in trajectories for step in t.steps)
+        self.journal.append({"round": number, "tokens": sum(len(step.token_ids) for t in trajectories for step in t.steps)})
         adapter = context.entering.adapter
         with ExitStack() as opened:
             policy = opened.enter_context(open_policy(context.store, adapter, context.roles))

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from evolve_dag.config.schema import Experiment
+from evolve_dag.distillation import checkpoint
 from evolve_dag.distillation.dataset import load_contexts
 from evolve_dag.errors import DataError, OrderError, StoreError
 from evolve_dag.plain import STEP_HEADING
 from evolve_dag.steps.base import STEP_ORDER, entering_policy, resolve, resolve_iteration, run_step, settings_digest
+from evolve_dag.steps.body import Silent
 from evolve_dag.steps.contexts import RETENTION
 from evolve_dag.steps.policies import open_pool
 from evolve_dag.store.artifacts import Store
@@ -279,3 +281,30 @@ def test_kill_at_any_moment_then_the_same_digests_and_nothing_done_twice(
     }
     for record in kept:  # a rollout that was journalled is in the artifact as it was, to the microsecond it took
         assert final[record["id"]].seconds == pytest.approx(record["seconds"], abs=1e-9)
+
+
+class Interrupted(Silent):
+    """Interrupts at the third unit of progress."""
+
+    def __init__(self) -> None:
+        self.units = 0
+
+    def advance(self, n: int = 1) -> None:
+        self.units += n
+        if self.units == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_training_that_was_interrupted_goes_on(made: Store, copied: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    whole = made.open("adapter", made.ref("small", 1, "adapter").digest)
+    shutil.rmtree(copied.folder("adapter", whole.digest))
+    with pytest.raises(KeyboardInterrupt):
+        run_step("adapter", small(), 1, copied, Interrupted())
+    assert not copied.exists("adapter", whole.digest)
+    again = run_step("adapter", small(), 1, copied).artifact
+    assert again.manifest.resumed
+    weights = "adapter_model.safetensors"
+    assert again.manifest.files[weights] == whole.manifest.files[weights]
+    assert set(again.manifest.files) == set(whole.manifest.files)
+    assert not list((copied.root / "work").glob("adapter/*"))
