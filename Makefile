@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 export DAGSTER_DISABLE_TELEMETRY ?= true
 
-.PHONY: smollm2 vllm test-ui test-vllm demo test check lint types ui install clean model benchmarks
+.PHONY: smollm2 vllm test-ui test-vllm demo test check lint fix hooks types ui install clean model benchmarks
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -53,6 +53,13 @@ test-vllm: install vllm  ## the vllm backend against the real vLLM on the CPU (3
 lint: install  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+fix: install  ## ruff mends what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+hooks: install  ## ruff before every commit, mypy before every push
+	$(BIN)/prek install --install-hooks
 
 types: install  ## mypy
 	$(BIN)/mypy

@@ -14,7 +14,7 @@ from evolve_dag.assets.resources import StoreResource
 
 from evolve_dag.config import registry
 from evolve_dag.errors import EvolveError
-from evolve_dag.secrecy import describe_error
+from evolve_dag.secrecy import excerpt
 
 TIMEOUT_SECONDS = 5.0
 PAUSES = (1.0, 3.0)
@@ -66,13 +66,12 @@ def failed_steps(instance: dg.DagsterInstance, run_id: str) -> list[tuple[str, s
 def describe(run: dg.DagsterRun, steps: list[tuple[str, str]], otherwise: str) -> dict[str, Any]:
     """What is posted. ``failed_step`` is null when the run itself was lost; secrets are masked in the message."""
     step, message = steps[0] if steps else (None, otherwise or "the run ended without a word")
-    masked = describe_error(EvolveError(message), limit=LONGEST).removeprefix("EvolveError: ")
     return {
         "experiment": run.tags[partitions.EXPERIMENT_TAG],
         "iteration": recovery.iteration_of(run),
         "run_id": run.run_id,
         "failed_step": step,
-        "message": masked,
+        "message": excerpt(message, LONGEST),
         "will_retry": run.is_complete_and_waiting_to_retry,
     }
 

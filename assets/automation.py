@@ -142,7 +142,8 @@ def situation(
     at = scheduling.Situation(name, experiment.iterations, promoted, running=going_on.run_id if going_on else None)
     if going_on is not None or not 1 < at.following <= experiment.iterations:
         return at
-    missing = resolve("policy", experiment, at.following, open_store(root)).missing
+    first = resolve("trajectories", experiment, at.following, open_store(root))  # also tells where there are no tasks yet
+    missing = first.missing if first.digest is None else None
     return replace(at, missing=missing, last=_last_run(instance, name, at.following, switched_on))
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import dagster as dg
 import polars as pl
 
+from evolve_dag.steps import base
+
 DESCRIPTIONS: Mapping[str, str] = {
     # trajectories and their steps
     "id": "Never changes: `<task>#<rollout>` of a trajectory, `p0001` of an experience item.",
@@ -32,6 +34,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "condition": "Feature and value under which the item applies.",
     "evidence": "What the extractor measured: support, lift, interval.",
     "created": "Iteration that added it.",
+    "graduated": "Iteration that took it out of the context; 0: it stands there.",
     "updated": "Iteration that last changed it.",
     # contexts
     "step": "0-based position in the trajectory.",
@@ -45,25 +48,8 @@ DESCRIPTIONS: Mapping[str, str] = {
     "metadata": "Facts about the task, for breakdowns.",
 }
 
-OWN: Mapping[str, Mapping[str, str]] = {
-    "curve.parquet": {
-        "step": "Optimizer step.",
-        "round": "Number of the resampling round.",
-        "loss": "Nats per action token.",
-        "retention_loss": "What of the loss stands on rows in which the student reads experience too.",
-        "divergence": "Teacher to student without experience, nats per action token.",
-        "learning_rate": "At this step.",
-        "gradient_norm": "Before clipping.",
-        "tokens": "Tokens that went through the model.",
-        "action_tokens": "Tokens that were learned from.",
-        "tokens_per_second": "Speed of this step.",
-        "skipped": "The gradient was not finite; the weights stayed.",
-    },
-    "scores.parquet": {
-        "condition": "`without` or `with` experience in context, `greedy`; `development_*` decide in the gate.",
-    },
-}
-"""File -> what its columns mean where that differs."""
+OWN: Mapping[str, Mapping[str, str]] = {table.file: table.meanings for spec in base.STEPS for table in spec.tables}
+"""File -> what its columns mean where that differs, as its step says."""
 
 
 def describe(file: str, column: str) -> str | None:

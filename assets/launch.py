@@ -1,8 +1,9 @@
 """Driving Dagster from the command line: the same assets, in this process, recorded in the instance that the UI shows."""
 
 import os
+import sqlite3
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,9 @@ from evolve_dag.config import registry
 from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import ConfigError, EvolveError, StoreError
 from evolve_dag.steps import base
+from evolve_dag.steps.preflight import preflight
 from evolve_dag.store.artifacts import Store
-from evolve_dag.store.faults import explained
+from evolve_dag.store.faults import chain, damaged_databases, explained, is_disk_error
 from evolve_dag.store.mirror import open_store
 
 LINEAGE_TAG = "evolve/experiment"
@@ -102,10 +104,31 @@ def _is_ours(target: Path, content: dict[str, Any]) -> bool:
 
 @contextmanager
 def open_instance(root: Path) -> Iterator[dg.DagsterInstance]:
-    """The Dagster instance of a store."""
+    """The Dagster instance of a store.
+
+    Raises:
+        StoreError: a database of it is damaged, or is none; names the files.
+    """
     home = prepare_home(root)
-    with dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(home), overrides=NO_COMPUTE_LOGS)) as instance:
-        yield instance
+    try:
+        with dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(home), overrides=NO_COMPUTE_LOGS)) as instance:
+            yield instance
+    except Exception as error:
+        behind = list(chain(error))
+        broken = next((one for one in behind if isinstance(one, sqlite3.Error)), None)
+        if broken is None or any(isinstance(one, EvolveError) or is_disk_error(one) or "locked" in str(one) for one in behind):
+            raise
+        raise _broken_database(home, broken) from error
+
+
+def _broken_database(home: Path, error: sqlite3.Error) -> StoreError:
+    found = damaged_databases(home) or [home / "history", home / "schedules"]
+    names = " and ".join(map(str, found))
+    return StoreError(
+        f"Dagster's database cannot be used: {error} ({names})",
+        f"move {names} away: the history of runs and which schedules are on go with it; `evolve run` puts on record anew what "
+        "the store holds",
+    )
 
 
 class ConsoleSession(Session):
@@ -187,12 +210,9 @@ def _run(config: Path, *, seed: int | None, iterations: int | None, root: Path, 
     experiment = registry.load_seeded(config, seed)
     store = open_store(root)
     # Mistakes in the user's files and missing weights show here, before anything is written.
-    base.resolve_iteration(experiment, 1, store)
-    if experiment.environment.kind != "pocket":
-        from evolve_dag.tasks.streams import of_iteration
-        from evolve_dag.tasks.suites import check_disjoint
-
-        check_disjoint(of_iteration(experiment, 1))
+    first = base.resolve_iteration(experiment, 1, store)
+    if not all(step.exists for step in first.values()):
+        preflight(experiment, 1)
     count = iterations or experiment.iterations
     name = experiment.experiment
     session = ConsoleSession(experiment, count, console)
@@ -201,28 +221,40 @@ def _run(config: Path, *, seed: int | None, iterations: int | None, root: Path, 
         registry.register(root, config, seed)
         with open_instance(root) as instance:
             _end_dead_runs(instance, name)
+            recovery.clear_locks(instance, root)
             partitions.add_partitions(instance, [name], count)
             if any(True for _ in automation.settings_events(instance, experiment)):
                 _execute(root, session, instance, automation.settings_job.name, name, name)
             runs = 0
             for k in range(1, count + 1):
-                if not _is_up_to_date(experiment, k, store, instance):
+                if not is_up_to_date(name, base.resolve_iteration(experiment, k, store), store, instance):
                     _execute(root, session, instance, automation.iteration_job.name, partitions.loop_key(name, k), name)
                     runs += 1
     return RunResult(experiment, count, runs, session.recomputed)
 
 
-def _is_up_to_date(experiment: Experiment, iteration: int, store: Store, instance: dg.DagsterInstance) -> bool:
-    """Whether every artifact is there, is what the iteration refers to, and Dagster has it on record."""
-    key = partitions.loop_key(experiment.experiment, iteration)
-    for name, expected in base.resolve_iteration(experiment, iteration, store).items():
+def is_up_to_date(
+    name: str, iteration: Mapping[str, base.Resolved], store: Store, instance: dg.DagsterInstance, *, verify: bool = True
+) -> bool:
+    """Whether every artifact of an iteration is there, is what the lineage refers to, and Dagster has it on record.
+
+    Args:
+        name: of the experiment.
+        iteration: step -> what is expected of it.
+        verify: read every byte; else a damaged file shows only where it is read next.
+
+    Raises:
+        StoreError: with ``verify``, when an artifact is damaged.
+    """
+    for step, expected in iteration.items():
         if expected.digest is None or not expected.exists:
             return False
-        store.open(name, expected.digest, verify=True)  # a damaged one must be told, not passed over
-        ref = store.ref(experiment.experiment, iteration, name)
+        store.open(step, expected.digest, verify=verify)  # a damaged one must be told, not passed over
+        ref = store.ref(name, expected.iteration, step)
         if ref is None or ref.digest != expected.digest:
             return False
-        if automation.recorded_version(instance, dg.AssetKey(name), key) != expected.digest:
+        key = partitions.loop_key(name, expected.iteration)
+        if automation.recorded_version(instance, dg.AssetKey(step), key) != expected.digest:
             return False
     return True
 

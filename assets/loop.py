@@ -23,85 +23,42 @@ from evolve_dag.assets.settings import CONFIGURED_STEPS, OWNERS, settings_key
 
 from evolve_dag.errors import OrderError
 from evolve_dag.steps import base
+from evolve_dag.steps.preflight import preflight
+from evolve_dag.steps.spec import StepSpec
 from evolve_dag.store.artifacts import Store
 from evolve_dag.tracking import mlflow_sync
 
 GROUP = "loop"
 
-KINDS: dict[str, set[str]] = {
-    "policy": {"json"},
-    "trajectories": {"parquet", "polars"},
-    "experience": {"parquet", "polars"},
-    "contexts": {"parquet", "polars"},
-    "adapter": {"pytorch", "huggingface"},
-    "scores": {"parquet", "polars"},
-    "promotion": {"json"},
-}
+
+def _asset(spec: StepSpec) -> dg.AssetsDefinition:
+    """The asset of one step; its body only hands over."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BetaWarning)  # the mapping is "beta"; tests pin what we rely on
+        mapping = dg.MultiToSingleDimensionPartitionMapping(partition_dimension_name=partitions.EXPERIMENT)
+    deps: list[Any] = [dg.AssetDep(name) for name in spec.inputs]
+    if spec.name in CONFIGURED_STEPS:
+        deps.append(dg.AssetDep(settings_key(spec.name), partition_mapping=mapping))
+
+    @dg.asset(
+        name=spec.name,
+        description=spec.description,
+        deps=deps,
+        partitions_def=partitions.loop,
+        group_name=GROUP,
+        kinds=set(spec.kinds),
+        owners=list(OWNERS),
+        code_version=spec.version,
+        check_specs=checks.specs(spec),
+        tags={"evolve/step": str(base.STEP_ORDER.index(spec.name) + 1)},
+    )
+    def step(context: dg.AssetExecutionContext, store: StoreResource, session: SessionParam) -> dg.MaterializeResult:
+        return _materialize(context, store, session, spec.name)
+
+    return step
 
 
-def _options(step: str) -> dict[str, Any]:
-    """Everything about a step's asset that is not its text."""
-    deps: list[Any] = [dg.AssetDep(name) for name in base.SPECS[step].inputs]
-    if step in CONFIGURED_STEPS:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", BetaWarning)  # the mapping is "beta"; tests pin what we rely on
-            mapping = dg.MultiToSingleDimensionPartitionMapping(partition_dimension_name=partitions.EXPERIMENT)
-        deps.append(dg.AssetDep(settings_key(step), partition_mapping=mapping))
-    return {
-        "deps": deps,
-        "partitions_def": partitions.loop,
-        "group_name": GROUP,
-        "kinds": KINDS[step],
-        "owners": list(OWNERS),
-        "code_version": base.code_version(step),
-        "check_specs": checks.specs(step),
-        "tags": {"evolve/step": str(base.STEP_ORDER.index(step) + 1)},
-    }
-
-
-@dg.asset(**_options("policy"))
-def policy(context: dg.AssetExecutionContext, store: StoreResource, session: SessionParam) -> dg.MaterializeResult:
-    """What enters iteration k: base model, adapter(k-1) and experience pool(k-1); for k = 1 the bare base model."""
-    return _materialize(context, store, session, "policy")
-
-
-@dg.asset(**_options("trajectories"))
-def trajectories(context: dg.AssetExecutionContext, store: StoreResource, session: SessionParam) -> dg.MaterializeResult:
-    """A group of rollouts per training task, without experience, verified; a reward may be null: not judged."""
-    return _materialize(context, store, session, "trajectories")
-
-
-@dg.asset(**_options("experience"))
-def experience(context: dg.AssetExecutionContext, store: StoreResource, session: SessionParam) -> dg.MaterializeResult:
-    """The experience pool E(k), every pool edit, and which trajectories taught what."""
-    return _materialize(context, store, session, "experience")
-
-
-@dg.asset(**_options("contexts"))
-def contexts(context: dg.AssetExecutionContext, store: StoreResource, session: SessionParam) -> dg.MaterializeResult:
-    """Step-aligned contexts: the student's clean view, the teacher's view with experience, the shared action tokens."""
-    return _materialize(context, store, session, "contexts")
-
-
-@dg.asset(**_options("adapter"))
-def adapter(context: dg.AssetExecutionContext, store: StoreResource, session: SessionParam) -> dg.MaterializeResult:
-    """LoRA weights that make the student without experience act like the teacher with it, and the training curve."""
-    return _materialize(context, store, session, "adapter")
-
-
-@dg.asset(**_options("scores"))
-def scores(context: dg.AssetExecutionContext, store: StoreResource, session: SessionParam) -> dg.MaterializeResult:
-    """Held-out results of the candidate, without experience (internalized) and with it (in context), with intervals."""
-    return _materialize(context, store, session, "scores")
-
-
-@dg.asset(**_options("promotion"))
-def promotion(context: dg.AssetExecutionContext, store: StoreResource, session: SessionParam) -> dg.MaterializeResult:
-    """The gate's decision with its reasons; on `keep` the champion stays. Commits the policy of the next iteration."""
-    return _materialize(context, store, session, "promotion")
-
-
-loop_assets = [policy, trajectories, experience, contexts, adapter, scores, promotion]
+loop_assets = [_asset(spec) for spec in base.STEPS]
 
 
 def _materialize(context: dg.AssetExecutionContext, store: StoreResource, session: Session, step: str) -> dg.MaterializeResult:
@@ -112,6 +69,8 @@ def _materialize(context: dg.AssetExecutionContext, store: StoreResource, sessio
         experiment = session.experiment(opened.root, name)
         with session.lock(opened, name):
             with session.step(step, iteration) as progress:
+                if step == "policy":
+                    preflight(experiment, iteration)
                 try:
                     outcome = base.run_step(step, experiment, iteration, opened, progress, {"dagster_run_id": context.run_id})
                 except OrderError:

@@ -12,38 +12,23 @@ from evolve_dag.errors import EvolveError
 from evolve_dag.evaluation.gate import gate_from_json
 from evolve_dag.evaluation.metrics import Metrics, metrics_from_json
 from evolve_dag.reporting.summary import summarize
+from evolve_dag.steps import base
 from evolve_dag.store.artifacts import Artifact, Store
 
-ROWS = 8
 CELL = 80
 """Characters of one cell."""
-
-TABLES: Mapping[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
-    "trajectories": (("trajectories.parquet", ROWS, ("task_id", "question", "answer", "reward", "status", "turns", "tokens")),),
-    "experience": (
-        ("items.parquet", 50, ("id", "text", "created", "updated")),
-        ("edits.parquet", ROWS, ("operation", "item_id", "before", "after", "reason")),
-    ),
-    "contexts": (("contexts.parquet", ROWS, ("trajectory_id", "step", "selected", "injected", "teacher_tokens")),),
-    "adapter": (
-        ("curve.parquet", ROWS, ("step", "loss", "divergence", "learning_rate", "gradient_norm", "tokens_per_second")),
-    ),
-    "scores": (("scores.parquet", ROWS, ("task_id", "condition", "reward", "premature", "status", "turns", "answer")),),
-}
-"""Kind -> its tables: file, rows that are shown, columns that are shown. The first is the main one."""
+DECISION, SUMMARY = "decision.json", "summary.json"
+"""Files that a reader sees as sentences and numbers: what the gate decided, and results by condition."""
 
 PLOTTED = ("success", "premature", "unanswered", "turns")
 """Metrics that become numbers of their own; those of development tasks are the promotion's evidence."""
-CONDITIONS = ("base", "without", "with", "greedy")
+CONDITIONS = ("base", "without", "with", "greedy", "ceiling")
 """Their order in the table of results; those of development tasks follow."""
-
-NOT_SHOWN: Mapping[str, frozenset[str]] = {"policy": frozenset({"adapter", "experience"}), "promotion": frozenset({"reasons"})}
-"""Entries of a summary that are shown in a better form."""
 
 
 def metadata(artifact: Artifact, store: Store, experiment: str, iteration: int) -> dict[str, Any]:
     """Metadata of a step's materialization; the keys are the same in every iteration, so Dagster can plot the numbers."""
-    hidden = NOT_SHOWN.get(artifact.kind, frozenset())
+    hidden = base.SPECS[artifact.kind].hidden
     return {
         **_picture(artifact, store, experiment, iteration),
         **links.hand_over(artifact, store, experiment, iteration),
@@ -63,14 +48,15 @@ def metadata(artifact: Artifact, store: Store, experiment: str, iteration: int) 
 def _tables(artifact: Artifact) -> dict[str, Any]:
     """A look at every table of note, and the schema and the length of the main one."""
     found: dict[str, Any] = {}
-    for number, (file, rows, shown) in enumerate(TABLES.get(artifact.kind, ())):
-        if file not in artifact.manifest.files:
+    for number, one in enumerate(base.SPECS[artifact.kind].tables):
+        if one.file not in artifact.manifest.files:
             continue
-        frame = artifact.frame(file)
-        schema = columns.schema(file, frame)
-        name = "preview" if number == 0 else file.removesuffix(".parquet")
+        frame = artifact.frame(one.file)
+        schema = columns.schema(one.file, frame)
+        name = "preview" if number == 0 else one.file.removesuffix(".parquet")
         if frame.height:
-            found[name] = table(file, _some(frame, rows).select(*(c for c in shown if c in frame.columns)))
+            shown = [column for column in one.columns if column in frame.columns]
+            found[name] = table(one.file, _some(frame, one.rows).select(shown))
         if number == 0:
             found |= {"dagster/column_schema": schema, "dagster/row_count": frame.height}
     return found
@@ -104,18 +90,18 @@ def _cell(value: object) -> str | int | float | bool:
 
 def _decision(artifact: Artifact) -> dict[str, Any]:
     """The gate's reasons as sentences and its evidence as numbers."""
-    if artifact.kind != "promotion":
+    if DECISION not in artifact.manifest.files:
         return {}
-    gate = gate_from_json(artifact.json("decision.json"))
+    gate = gate_from_json(artifact.json(DECISION))
     reasons = "\n".join(f"- {reason}" for reason in gate.reasons)
     return {"reasons": dg.MetadataValue.md(reasons)} | {k: _round(v) for k, v in gate.evidence.items() if v is not None}
 
 
 def _results(artifact: Artifact) -> dict[str, Any]:
     """Results of every condition: a table to read, and numbers to plot (``success_without``, ``success_without_low``, ...)."""
-    if artifact.kind != "scores":
+    if SUMMARY not in artifact.manifest.files:
         return {}
-    measured = {name: metrics_from_json(content) for name, content in artifact.json("summary.json").items()}
+    measured = {name: metrics_from_json(content) for name, content in artifact.json(SUMMARY).items()}
     found: dict[str, Any] = {}
     for condition, metrics in measured.items():
         if condition.startswith("development"):
@@ -150,7 +136,7 @@ def _percent(value: float | None) -> str:
 
 def _picture(artifact: Artifact, store: Store, experiment: str, iteration: int) -> dict[str, Any]:
     """The success curve up to this iteration."""
-    if artifact.kind not in ("scores", "promotion"):
+    if not {SUMMARY, DECISION} & set(artifact.manifest.files):
         return {}
     try:
         picture = success_curve([row for row in summarize(store, experiment).rows if row.iteration <= iteration])

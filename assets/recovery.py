@@ -89,6 +89,13 @@ def end_lost_runs(instance: dg.DagsterInstance, root: Path, name: str | None = N
     return ended
 
 
+def clear_locks(instance: dg.DagsterInstance, root: Path) -> None:
+    """Remove the lock files of runs that are over: a killed one leaves its own."""
+    for path in _leftovers(instance, root):
+        with suppress(OSError):
+            path.unlink()
+
+
 def settle_retries(instance: dg.DagsterInstance) -> list[str]:
     """Remind Dagster of retries that it has promised and not started; returns the runs.
 
@@ -123,9 +130,7 @@ def lost_runs(context: dg.SensorEvaluationContext, store: StoreResource) -> dg.S
         context.log.warning(f"run {run_id} has no process any more: ended")
     for run_id in settle_retries(context.instance):
         context.log.warning(f"run {run_id} was to be retried and was not: Dagster is reminded, then released")
-    for path in _leftovers(context.instance, store.path):
-        with suppress(OSError):
-            path.unlink()
+    clear_locks(context.instance, store.path)
     return dg.SkipReason(f"ended: {', '.join(ended)}" if ended else "every run that counts as started has its process")
 
 

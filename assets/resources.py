@@ -9,9 +9,11 @@ import dagster as dg
 from evolve_dag.config import registry
 from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import EvolveError
+from evolve_dag.secrecy import describe_error, masker
 from evolve_dag.steps.base import StepOutcome
 from evolve_dag.steps.body import Progress
 from evolve_dag.store.artifacts import Store
+from evolve_dag.store.faults import chain
 from evolve_dag.store.mirror import open_store
 
 
@@ -63,9 +65,20 @@ SessionParam = dg.ResourceParam[Session]
 def failures() -> Iterator[None]:
     """Turns evolve-dag's own errors into a Dagster failure with the message and its remedy, never retried.
 
-    The only place that does so. Other exceptions are bugs and keep their traceback.
+    The only place that does so. Other exceptions are bugs and keep their traceback. Dagster writes what is raised into its
+    database, with all that led to it: where a secret stands in one of those messages, the masked message goes on alone.
     """
     try:
         yield
     except EvolveError as error:
-        raise dg.Failure(description=str(error), allow_retries=False) from error
+        origin = None if _tells_a_secret(error) else error
+        raise dg.Failure(description=masker()(str(error)), allow_retries=False) from origin
+    except Exception as error:
+        if _tells_a_secret(error):
+            raise RuntimeError(describe_error(error)) from None
+        raise
+
+
+def _tells_a_secret(error: BaseException) -> bool:
+    mask = masker()
+    return any(mask(str(one)) != str(one) for one in chain(error))

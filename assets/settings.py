@@ -11,12 +11,12 @@ from evolve_dag.assets.partitions import experiments
 from evolve_dag.assets.resources import SessionParam, StoreResource, failures
 
 from evolve_dag.config.schema import Experiment
-from evolve_dag.steps.base import SETTINGS, STEP_ORDER, settings_digest
+from evolve_dag.steps.base import SPECS, STEPS, settings_digest
 
 OWNERS = tuple(os.environ.get("EVOLVE_OWNERS", "team:evolve-dag").split(","))
 """Who answers for the assets, as Dagster shows it: `EVOLVE_OWNERS`, addresses or `team:<name>`, separated by commas."""
 GROUP = "config"
-CONFIGURED_STEPS = tuple(name for name in STEP_ORDER if SETTINGS[name])
+CONFIGURED_STEPS = tuple(spec.name for spec in STEPS if spec.config)
 """Steps that read settings, in the order of the loop."""
 
 
@@ -28,7 +28,7 @@ def settings_key(step: str) -> dg.AssetKey:
 def settings_metadata(step: str, experiment: Experiment) -> dict[str, dg.MetadataValue]:
     """What the slice says, for people."""
     return {
-        "settings": dg.MetadataValue.json(experiment.slice(*SETTINGS[step])),
+        "settings": dg.MetadataValue.json(experiment.slice(*SPECS[step].config)),
         "experiment": dg.MetadataValue.text(experiment.experiment),
     }
 
@@ -40,7 +40,7 @@ def _settings_asset(step: str) -> dg.AssetsDefinition:
         partitions_def=experiments,
         kinds={"yaml"},
         owners=list(OWNERS),
-        description=f"Keys of the experiment file that `{step}` reads: {', '.join(f'`{key}`' for key in SETTINGS[step])}.",
+        description=f"Keys of the experiment file that `{step}` reads: {', '.join(f'`{key}`' for key in SPECS[step].config)}.",
     )
     def settings(context: dg.AssetExecutionContext, store: StoreResource, session: SessionParam) -> dg.MaterializeResult:
         with failures():

@@ -99,6 +99,7 @@ def switch(root: Path, name: str, on: bool) -> tuple[Line, list[str]]:
     names = scheduling.schedule_names(e.experiment for e in automation.known_experiments(root)[0])
     with launch.open_instance(root) as instance:
         remote = _remote(names[name], settings.cron, settings.timezone, _origin(root))
+        # Off first, also to switch on: Dagster then notes a new moment of switching on, by which a failure is acknowledged.
         instance.stop_schedule(remote.get_remote_origin_id(), remote.selector_id, remote)
         if on:
             instance.start_schedule(remote)

@@ -124,7 +124,8 @@ def dagster_service(root: Path, port: int) -> LocalServer:
 
 def mlflow_service(root: Path, uri: str, port: int) -> LocalServer:
     """``mlflow server`` on the store's own database."""
-    mlflow_server.own_database(root).parent.mkdir(parents=True, exist_ok=True)
+    if uri == f"sqlite:///{mlflow_server.own_database(root)}":
+        mlflow_server.prepare_database(root)
     artifacts = str(mlflow_server.artifact_location(root, uri))
     where = ["--backend-store-uri", uri, "--artifacts-destination", artifacts, "--host", HOST, "--port", str(port)]
     command = [sys.executable, "-m", "mlflow", "server", *where, "--workers", "1"]

@@ -7,12 +7,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from evolve_dag.errors import ConfigError, EvolveError
 from evolve_dag.records import LARGEST_SEED as MOST
+from evolve_dag.records import Granularity
+from evolve_dag.secrecy import masker
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +62,7 @@ def main() -> None:
     except EvolveError as error:
         if os.environ.get("EVOLVE_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {masker()(str(error))}", file=sys.stderr)
         sys.exit(USAGE if isinstance(error, ConfigError) else FAILED)
     except BrokenPipeError:  # `evolve ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -70,7 +72,7 @@ def main() -> None:
             raise
         from evolve_dag.store.faults import explained
 
-        print(f"error: {explained(error)}", file=sys.stderr)
+        print(f"error: {masker()(str(explained(error)))}", file=sys.stderr)
         sys.exit(FAILED)
 
 
@@ -109,6 +111,54 @@ def run(
 
 
 @app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Study file, e.g. configs/study.yaml")],
+    arm: Annotated[list[str] | None, typer.Option("--arm", metavar="NAME", help="Only this arm; may be repeated")] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option("--seed", min=0, max=MOST, metavar="N", help="In place of the file's seeds; may be repeated"),
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option(min=1, max=99, metavar="K", help="Iterations 1..K of every arm. Default: the file's")
+    ] = None,
+    held_out: Annotated[int | None, typer.Option("--held-out", min=1, metavar="N", help="Held-out tasks per seed")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, max=1024, metavar="N", help="Cells worked on at a time")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Write Markdown, CSV, JSON and pictures there too")
+    ] = None,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Run nothing: report on what is there")] = False,
+    store: StoreOption = None,
+) -> None:
+    """Run a study: arms by seeds by iterations, side by side, and one report on all of them.
+
+    What arms have in common is made once. A study that was stopped or killed goes on where it was: give the same command again.
+    """
+    from evolve_dag.study.definition import Choice, load_study
+    from evolve_dag.study.findings import find
+    from evolve_dag.study.page import write_page
+    from evolve_dag.study.results import read
+    from evolve_dag.study.tables import print_findings, write
+
+    choice = Choice(tuple(arm or ()), tuple(seed or ()), iterations, held_out, processes)
+    asked, root, failed = load_study(file, choice), _root(store), dict[str, str]()
+    with _interruptible("run the same command to go on"):
+        if not report_only:
+            from evolve_dag.assets import studies
+
+            failed = studies.run(asked, root, _console(stderr=True)).failed
+        found = find(read(asked, _store(store)))
+        print_findings(found, _console())
+        print(f"report: {write_page(found, root / 'reports' / f'study-{asked.name}.html')}")
+        if out is not None:
+            write(found, out)
+            print(f"tables: {out}")
+    for name, why in failed.items():
+        print(f"failed: {name}: {why}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
 def plan(
     config: LineageArgument,
     iterations: Annotated[
@@ -119,15 +169,22 @@ def plan(
     json: JsonOption = False,
     store: StoreOption = None,
 ) -> None:
-    """Say what `evolve run` would recompute, and why; runs and writes nothing."""
+    """Say what `evolve run` would recompute, and why; runs and writes nothing. Exits with 1 where a run would stop."""
     from evolve_dag.lineage import planning
+    from evolve_dag.tasks.streams import of_iteration
+    from evolve_dag.tasks.suites import check_files
 
     opened = _store(store)
-    planned = planning.plan(_experiment(config, seed, opened), opened, iterations)
+    experiment = _experiment(config, seed, opened)
+    planned = planning.plan(experiment, opened, iterations)
     if json:
         _print_json(planned.to_dict())
     else:
         _console().print(planning.render(planned, reuse=every), highlight=False)
+    if any(step.iteration == 1 and step.action == "recompute" for step in planned.steps):
+        check_files(of_iteration(experiment, 1))
+    if planned.of("stop"):
+        raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -371,18 +428,20 @@ def import_(
     experiment: Annotated[
         str | None, typer.Option("--experiment", metavar="CONFIG", help="Experiment file, or the name of an experiment")
     ] = None,
-    kind: Annotated[str, typer.Option("--kind", metavar="KIND", help="pool, rollouts, or auto")] = "auto",
+    kind: Annotated[Literal["auto", "pool", "rollouts"], typer.Option("--kind", help="What the file holds")] = "auto",
+    granularity: Annotated[
+        Granularity | None, typer.Option("--granularity", help="Of all items of a pool, whatever the file says")
+    ] = None,
     json: JsonOption = False,
     store: StoreOption = None,
 ) -> None:
     """Take in experience pools and rollouts that other code wrote (youtu-agent, the paper's released code); ids are kept."""
     from evolve_dag.interop import rollouts as importing
 
-    if kind not in ("auto", "pool", "rollouts"):
-        raise ConfigError(f"--kind {kind}: no such kind", "use pool, rollouts or auto")
     opened = _store(store)
     name = _name(experiment, None, opened) if experiment else None
-    done = importing.import_file(source, opened, kind=importing.kind_of_option(kind), experiment=name)
+    wanted = None if kind == "auto" else kind
+    done = importing.import_file(source, opened, kind=wanted, experiment=name, granularity=granularity)
     if json:
         _print_json(done.to_dict())
     else:

@@ -47,6 +47,7 @@ def examine(root: Path) -> Iterator[Finding]:
         lambda: _registry(root),
         lambda: _store(root),
         lambda: _dagster_home(root),
+        lambda: _databases(root),
         _optional,
         _sandbox,
         _keys,
@@ -187,6 +188,14 @@ def _dagster_home(root: Path) -> Iterator[Finding]:
         yield Finding("note", "dagster home", f"DAGSTER_HOME={configured}: not there yet, is made by the first run")
     else:
         yield Finding("ok", "dagster home", f"{configured} (DAGSTER_HOME)")
+
+
+def _databases(root: Path) -> Iterator[Finding]:
+    from evolve_dag.store.faults import damaged_databases
+
+    home = Path(os.environ.get("DAGSTER_HOME") or root / "dagster")
+    for path in (*damaged_databases(home), *damaged_databases(root / "mlflow"), *damaged_databases(root / "cache")):
+        yield Finding("broken", "database", f"{path}: damaged: move it away; artifacts are files of their own and not touched")
 
 
 def _optional() -> Iterator[Finding]:

@@ -45,5 +45,9 @@ class ModelError(EvolveError, RuntimeError):
     """A language model cannot be loaded or called."""
 
 
+class ContextOverflowError(ModelError):
+    """A conversation is longer than the model takes: an acting policy brought that upon itself, no machinery failed."""
+
+
 class AlignmentError(EvolveError, ValueError):
     """Student and teacher views do not share the same action ids, or history holds experience."""

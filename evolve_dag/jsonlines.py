@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +26,8 @@ def read_objects(path: str | Path) -> tuple[list[tuple[int, dict[str, Any]]], li
         DataError: the file is missing, unreadable or holds no line at all.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe would wait for ever, a device never end
+        raise DataError(f"{path}: not a file", "the path must name a readable JSONL file")
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -48,6 +50,8 @@ def read_objects(path: str | Path) -> tuple[list[tuple[int, dict[str, Any]]], li
             mistakes.append((number, f"key {error.args[0]!r} stands twice"))
         except RecursionError:
             mistakes.append((number, "not valid JSON: nested too deeply"))
+        except ValueError:
+            mistakes.append((number, "a number has too many digits"))
         else:
             if isinstance(value, dict):
                 objects.append((number, value))
@@ -69,14 +73,18 @@ def text_mistakes(value: Mapping[str, Any], key: str) -> list[str]:
     return []
 
 
-def refuse(path: str | Path, mistakes: list[Mistake], remedy: str) -> NoReturn:
-    """Raise one DataError that lists ``mistakes`` by line, the first :data:`SHOWN` in full."""
-    ordered = sorted(mistakes)
-    lines = [f"  line {number}: {what}" for number, what in ordered[:SHOWN]]
-    if len(ordered) > SHOWN:
-        lines.append(f"  ... and {len(ordered) - SHOWN} more")
-    listing = "\n".join(lines)
-    raise DataError(f"{path}: {len(ordered)} mistake{'s' if len(ordered) > 1 else ''}\n{listing}", remedy)
+def refuse(path: str | Path, mistakes: Iterable[Mistake], remedy: str) -> NoReturn:
+    """Raise one DataError that lists ``mistakes`` by line."""
+    refuse_all(path, [f"line {number}: {what}" for number, what in sorted(mistakes)], remedy)
+
+
+def refuse_all(path: str | Path, mistakes: Sequence[str], remedy: str) -> NoReturn:
+    """Raise one DataError that lists ``mistakes``, the first :data:`SHOWN` in full."""
+    lines = list(mistakes[:SHOWN])
+    if len(mistakes) > SHOWN:
+        lines.append(f"... and {len(mistakes) - SHOWN} more")
+    listing = "".join(f"\n  {line}" for line in lines)
+    raise DataError(f"{path}: {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}{listing}", remedy)
 
 
 def kind_of(value: Any) -> str:

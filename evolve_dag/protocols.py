@@ -69,7 +69,8 @@ class LanguageModel(Protocol):
         """Sample one assistant turn.
 
         Raises:
-            ModelError: the model cannot serve the request (context too long, endpoint down after retries).
+            ContextOverflowError: the context is longer than the model takes.
+            ModelError: the model cannot serve the request (endpoint down after retries).
         """
         ...
 
@@ -79,6 +80,15 @@ class LanguageModel(Protocol):
 
     async def close(self) -> None:
         """Free memory and connections; safe to call twice."""
+        ...
+
+
+@runtime_checkable
+class CountsTokens(Protocol):
+    """A model that has its tokenizer at hand."""
+
+    def count_tokens(self, message: Message) -> int:
+        """Tokens that ``message`` adds to a conversation, its markup included."""
         ...
 
 

@@ -19,7 +19,7 @@ InjectionPattern = Literal["none", "global", "step_wise"]
 Source = Literal["teacher", "student"]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "cross_entropy"]
 TrajectoryStatus = Literal["answered", "forced", "unanswered", "failed"]
-PoolOperation = Literal["add", "update", "delete", "merge"]
+PoolOperation = Literal["add", "update", "delete", "merge", "graduate", "recall"]
 Decision = Literal["promote", "keep"]
 
 
@@ -111,12 +111,13 @@ class Trajectory:
     """First user message of the clean history (never holds experience)."""
     steps: tuple[Step, ...]
     status: TrajectoryStatus
-    """``answered``; ``forced``: answered only when a limit demanded it; ``unanswered``; ``failed``."""
+    """``answered``; ``forced``: answered only when a limit demanded it; ``unanswered``: the policy came to no answer, its own
+    doing; ``failed``: something else broke (a tool, an endpoint)."""
     answer: str | None = None
     reward: float | None = None
     """1.0 right, 0.0 wrong, None not judged (never 0 for 'could not be judged')."""
     error: str | None = None
-    """What went wrong in a failed rollout; holds no secret."""
+    """What ended a failed rollout, overflowed the context, or kept the judge from judging; holds no secret."""
     seconds: float = 0.0
 
     def history(self, step: int) -> tuple[Message, ...]:
@@ -141,8 +142,9 @@ class ExperienceItem:
     id: str
     """Never changes and is never reused within a lineage."""
     text: str
-    """What the teacher reads. A principle reads ``Name: when <situation>, <strategy>.``"""
+    """What the teacher reads. A principle that we write reads ``Name: when <situation>, <strategy>.``"""
     granularity: Granularity
+    """Whether the text holds trajectory detail (``instance``) or none; how it is phrased does not matter."""
     condition: Mapping[str, str] = field(default_factory=dict)
     """Feature -> value under which the item applies (used by the ``state`` selector); may be empty."""
     evidence: Mapping[str, float] = field(default_factory=dict)
@@ -153,6 +155,8 @@ class ExperienceItem:
     """Iteration that added it."""
     updated: int = 0
     """Iteration that last changed it."""
+    graduated: int = 0
+    """Iteration that took it out of the context, since the weights hold it; 0: it stands in the context."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,32 @@ def test_a_wrong_config_lists_its_mistakes_and_exits_2(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "bad.yaml"], "nothing was made"
 
 
+def test_a_study_with_an_invalid_arm_runs_nothing_and_exits_2(tmp_path: Path) -> None:
+    (tmp_path / "arm.yaml").write_text("sede: 1\n")
+    (tmp_path / "grid.yaml").write_text("seeds: [1, 1]\niterations: 1\narms: {a: arm.yaml, b: gone.yaml}\n")
+    done = evolve("study", "grid.yaml", folder=tmp_path)
+    assert done.returncode == 2
+    for expected in ("3 mistakes", "1 stands twice", "arms.a: arm.yaml: sede", "gone.yaml: no such file"):
+        assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["arm.yaml", "grid.yaml"], "nothing was made"
+
+
+def test_a_failed_cell_is_told_at_the_end_with_a_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evolve_dag.assets import studies
+
+    (tmp_path / "grid.yaml").write_text("seeds: [1]\niterations: 1\narms: {a: arm.yaml}\n")
+    (tmp_path / "arm.yaml").write_text("iterations: 1\n")
+    failed = studies.Finished(0, 0, {"grid.a-s1": "no room\n  remedy: make some"})
+    monkeypatch.setattr(studies, "run", lambda *_: failed)
+    command = ["study", str(tmp_path / "grid.yaml"), "--store", str(tmp_path / "s"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 1
+    assert "failed: grid.a-s1: no room" in result.stderr
+    assert (tmp_path / "s/reports/study-grid.html").is_file()
+    assert "Not finished" in (tmp_path / "out/study.md").read_text()
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = evolve("status", "absent.yaml", folder=tmp_path, EVOLVE_DEBUG="1")
     assert done.returncode != 0
@@ -174,6 +200,16 @@ def test_doctor_holds_the_weights_against_their_recorded_digest(tmp_path: Path, 
     assert changed.state == "broken"
 
 
+def test_doctor_names_damaged_databases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    for name in ("dagster/history/runs.db", "mlflow/mlflow.db", "cache/memory.sqlite"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"\x07" * 9000)
+    found = list(doctor._databases(tmp_path))
+    assert [finding.text.partition(":")[0].rpartition("/")[2] for finding in found] == ["runs.db", "mlflow.db", "memory.sqlite"]
+    assert {finding.state for finding in found} == {"broken"}
+
+
 def test_doctor_exits_1_when_something_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "examine", lambda root: iter([doctor.Finding("broken", "store", "not writable [here]")]))
     result = CliRunner().invoke(cli.app, ["doctor", "--store", str(tmp_path)])
@@ -205,3 +241,25 @@ def test_two_files_of_one_name_the_first_keeps_it(tmp_path: Path) -> None:
     found, mistakes = registry.scan(tmp_path)
     assert [entry.config.name for entry in found] == ["a.yaml"]
     assert ["'same' is taken by a.yaml" in mistake.what for mistake in mistakes] == [True]
+
+
+@pytest.mark.parametrize(
+    "error", [StoreError("at https://me:hunter22@host", "say Zq9vK2xWb7LmT4Yp"), RuntimeError("Zq9vK2xWb7LmT4Yp")]
+)
+def test_no_message_on_the_terminal_holds_a_secret(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "Zq9vK2xWb7LmT4Yp")
+    monkeypatch.delenv("EVOLVE_DEBUG", raising=False)
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert "***" in said
+    assert "Zq9v" not in said
+    assert "hunter22" not in said

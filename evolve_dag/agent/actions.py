@@ -16,8 +16,6 @@ from typing import Any
 from evolve_dag.protocols import ToolSpec
 from evolve_dag.records import ToolCall
 
-_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.S)
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.S)
 _TAG = re.compile(r"</?(?:tool_call|answer)>")
 _MAX_NAME = 40
 """Characters of a name that the policy made up and a message repeats."""
@@ -50,9 +48,10 @@ def parse_action(text: str) -> ParsedAction:
     first = _TAG.search(body)
     thought = (reasoning.replace("<think>", "") + body[: first.start() if first else len(body)]).strip()
 
-    calls, answers = _CALL.findall(body), _ANSWER.findall(body)
+    calls, outside = _enclosed(body, "tool_call")
+    answers, _ = _enclosed(body, "answer")
     # An unclosed tag inside a complete call or answer is that one's content, not a second attempt.
-    left_over = _TAG.search(_ANSWER.sub("", _CALL.sub("", body)))
+    left_over = _TAG.search(_enclosed(outside, "answer")[1])
     if calls and answers:
         problem: str | None = "there are both a tool call and an answer"
     elif len(calls) > 1:
@@ -93,6 +92,21 @@ def validate_call(call: ToolCall, tools: Sequence[ToolSpec]) -> str | None:
 def explain(problem: str) -> str:
     """The observation that follows a refused action."""
     return f"error: {problem}. write one tool call, a json object with name and arguments, or one answer"
+
+
+def _enclosed(text: str, tag: str) -> tuple[list[str], str]:
+    """What stands between ``<tag>`` and the next ``</tag>``, and the text without it. Every character is looked at once,
+    however many tags are never closed."""
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    inside, outside, place = [], [], 0
+    while (start := text.find(opening, place)) >= 0:
+        end = text.find(closing, start + len(opening))
+        if end < 0:  # then no later one is closed either
+            break
+        outside.append(text[place:start])
+        inside.append(text[start + len(opening) : end])
+        place = end + len(closing)
+    return inside, "".join([*outside, text[place:]])
 
 
 def _describe_left_over(tag: str) -> str:

@@ -12,9 +12,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from evolve_dag.agent.actions import ParsedAction, explain, parse_action, validate_call
+from evolve_dag.errors import ContextOverflowError
+from evolve_dag.inference.outgoing import estimate
 from evolve_dag.plain import LAST_STEP, plain
 from evolve_dag.protocols import (
     Completion,
+    CountsTokens,
     Environment,
     ExperienceSource,
     Injected,
@@ -23,7 +26,7 @@ from evolve_dag.protocols import (
     Sampling,
     ToolError,
 )
-from evolve_dag.records import Step, Task, Trajectory, TrajectoryStatus
+from evolve_dag.records import Message, Step, Task, Trajectory, TrajectoryStatus
 from evolve_dag.secrecy import describe_error
 from evolve_dag.seeds import stable_hash
 
@@ -60,8 +63,9 @@ async def run_episode(
         seed: every sampled token follows from it, given the same views.
 
     Returns:
-        The trajectory, verified. Any exception but cancellation ends in status ``failed`` with the steps so far;
-        one of the verifier leaves the status, with reward None.
+        The trajectory, verified. What the policy brought upon itself (limits, a context that overflows) leaves it
+        ``unanswered`` and is judged so; any other exception but cancellation ends in status ``failed`` with reward None
+        and the steps so far; one of the verifier leaves the status, with reward None.
     """
     started = time.monotonic()
     session = f"{task.id}#{rollout}@{next(_session_numbers)}"
@@ -114,6 +118,8 @@ class _Episode:
         try:
             while not await self.step():
                 pass
+        except ContextOverflowError as problem:  # the policy read more than it can hold: it has not answered
+            self.trajectory = replace(self.trajectory, error=describe_error(problem))
         except Exception as problem:
             self.trajectory = replace(self.trajectory, status="failed", answer=None, error=describe_error(problem))
         return self.trajectory
@@ -185,13 +191,18 @@ class _Episode:
 
     def limit_reached(self, index: int, completion: Completion, observation: str) -> bool:
         """Whether the next call is the last one."""
-        # What the observation will cost is not known here (an endpoint hides its tokenizer): four characters a token.
-        context = completion.prompt_tokens + len(completion.token_ids) + len(observation) // 4
+        context = completion.prompt_tokens + len(completion.token_ids) + self.tokens(observation)
         return (
             index + 2 >= self.settings.max_steps
             or context >= self.settings.max_tokens
             or time.monotonic() - self.started >= self.settings.max_seconds
         )
+
+    def tokens(self, observation: str) -> int:
+        """What an observation adds to the context; on the careful side where the backend hides its tokenizer."""
+        if isinstance(self.model, CountsTokens):
+            return self.model.count_tokens(Message("tool", observation))
+        return estimate([{"role": "tool", "content": observation}])
 
     def record(self, step: Step, status: TrajectoryStatus = "unanswered", answer: str | None = None) -> None:
         self.trajectory = replace(self.trajectory, steps=(*self.trajectory.steps, step), status=status, answer=answer)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,54 @@ def load_experiment(path: str | Path) -> Experiment:
     Raises:
         ConfigError: lists every mistake with its file and key.
     """
+    experiment, mistakes = read_experiment(path)
+    if experiment is None:
+        raise ConfigError(f"{path}: {numbered(mistakes)}", "mend the keys above; docs/configuration.md lists every key")
+    return experiment
+
+
+def read_experiment(
+    path: str | Path, over: Sequence[Mapping[str, Any]] = (), stated_in: Path | None = None
+) -> tuple[Experiment | None, list[str]]:
+    """The experiment of a file with further keys laid over it; None where something is wrong, and every mistake.
+
+    Args:
+        over: mappings as in an experiment file, laid over it one after the other; not changed.
+        stated_in: the file that states them: named in mistakes, and what their paths are relative to.
+
+    Raises:
+        ConfigError: a file is missing or cannot be read at all.
+    """
     path = Path(path)
     mistakes: list[str] = []
     merged, origin = _merge_chain(path, (), mistakes)
+    if "arms" in merged:
+        raise ConfigError(f"{path}: is a study, not an experiment", f"run it as one: evolve study {path}")
     merged.setdefault("experiment", path.stem)
+    for part in over:
+        own, where = deepcopy(dict(part)), stated_in or path
+        mistakes += _absolute_paths(own, where)
+        _overlay(merged, own, "", where, origin)
     try:
         experiment = Experiment.model_validate(merged)
     except ValidationError as error:
-        mistakes += [_describe(item, merged, origin, path) for item in error.errors()]
-    else:
-        mistakes += [f"{_origin(origin, key, path)}: {key}: {what}" for key, what in contradictions(experiment)]
-        if not mistakes:
-            return experiment
-    lines = "\n".join(f"  {n}. {m}" for n, m in enumerate(mistakes, 1))
-    raise ConfigError(
-        f"{path}: {len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}\n{lines}",
-        "mend the keys above; docs/configuration.md lists every key",
-    )
+        return None, mistakes + [_describe(item, merged, origin, path) for item in error.errors()]
+    mistakes += [f"{_origin(origin, key, path)}: {key}: {what}" for key, what in contradictions(experiment)]
+    return (None if mistakes else experiment), mistakes
+
+
+def is_study(path: Path) -> bool:
+    """Whether a file describes a study (``evolve study``), which stands beside the experiments that it is made of."""
+    try:
+        return "arms" in read_mapping(path)[0]
+    except ConfigError:
+        return False
+
+
+def numbered(mistakes: Sequence[str]) -> str:
+    """``2 mistakes`` and a line for each."""
+    lines = "".join(f"\n  {n}. {m}" for n, m in enumerate(mistakes, 1))
+    return f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}{lines}"
 
 
 _PATH_KEYS = (
@@ -63,9 +95,7 @@ def _merge_chain(path: Path, seen: tuple[Path, ...], mistakes: list[str]) -> tup
     content, wrong_here = read_mapping(path)
     mistakes += [f"{path}: {wrong}" for wrong in wrong_here]
     parent = content.pop("extends", None)
-    for dotted in _PATH_KEYS:
-        if wrong := _make_absolute(content, dotted, path):
-            mistakes.append(f"{path}: {dotted}: {wrong}")
+    mistakes += _absolute_paths(content, path)
     if parent is None:
         base: dict[str, Any] = {}
         origin: dict[str, Path] = {}
@@ -79,13 +109,19 @@ def _merge_chain(path: Path, seen: tuple[Path, ...], mistakes: list[str]) -> tup
     return base, origin
 
 
+def _absolute_paths(content: dict[str, Any], path: Path) -> list[str]:
+    """Resolve every path in ``content`` against the file that states it; returns what is wrong with them."""
+    found = ((dotted, _make_absolute(content, dotted, path)) for dotted in _PATH_KEYS)
+    return [f"{path}: {dotted}: {wrong}" for dotted, wrong in found if wrong]
+
+
 def _make_absolute(content: dict[str, Any], dotted: str, path: Path) -> str | None:
     """Resolve one path against the file that states it; returns what is wrong with it."""
     *parents, last = dotted.split(".")
     node: Any = content
     for part in parents:
         node = node.get(part) if isinstance(node, dict) else None
-    if isinstance(node, dict) and isinstance(node.get(last), str) and node[last] != "pocket":
+    if isinstance(node, dict) and isinstance(node.get(last), str) and node[last] not in ("", "pocket"):
         try:
             node[last] = str((path.parent / node[last]).resolve())
         except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a zero byte
@@ -141,9 +177,15 @@ def _describe(error: Any, merged: Mapping[str, Any], origin: Mapping[str, Path],
         branch = node if isinstance(node, str) else node.get(tag, "transformers") if isinstance(node, dict) else None
         if len(location) > depth and location[0] == ("environment", "models")[depth - 1] and location[depth] == branch:
             del location[depth]
+    return f"{_origin(origin, '.'.join(location), path)}: {described({**error, 'loc': location}, Experiment)}"
+
+
+def described(error: Any, model: type[BaseModel]) -> str:
+    """One mistake that pydantic found, as ``key: what is wrong``."""
+    location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        what = f"unknown key{_did_you_mean(location)}"
+        what = f"unknown key{_did_you_mean(location, model)}"
     elif error["type"] == "missing":
         what = "missing"
     else:
@@ -151,13 +193,13 @@ def _describe(error: Any, merged: Mapping[str, Any], origin: Mapping[str, Path],
         hidden = isinstance(error["input"], (dict, list)) or location[-1] in ("key", "webhook")
         shown = "" if hidden else f", not {error['input']!r}"
         what = re.sub(r"^(Input|Value error,) ?", "", error["msg"]) + shown
-    return f"{_origin(origin, key, path)}: {key or 'file'}: {what}"
+    return f"{key or 'file'}: {what}"
 
 
-def _did_you_mean(location: list[str]) -> str:
+def _did_you_mean(location: list[str], model: type[BaseModel]) -> str:
     import difflib
 
-    node: Any = Experiment
+    node: Any = model
     for part in location[:-1]:
         field = node.model_fields.get(part) if isinstance(node, type) and issubclass(node, BaseModel) else None
         node = field.annotation if field is not None else None

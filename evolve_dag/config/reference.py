@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 from evolve_dag.config.schema import (
     CorpusEnvironment,
@@ -20,6 +19,7 @@ from evolve_dag.config.schema import (
     TransformersModelSettings,
     VllmModelSettings,
 )
+from evolve_dag.config.study import ArmSettings, StudySettings
 
 INTRODUCTION = """# Every key of an experiment file
 
@@ -44,6 +44,8 @@ def reference() -> str:
         ("A model in this process: `backend: transformers`", TransformersModelSettings),
         ("A model that vLLM serves: `backend: vllm`", VllmModelSettings),
         ("A model behind an endpoint: `backend: openai`", OpenAIModelSettings),
+        ("A study file, for `evolve study`", StudySettings),
+        ("An arm of a study: an experiment file, or a mapping", ArmSettings),
     ):
         parts.append(f"\n## {title}\n\n{HEAD}{_table(_rows(section, ''))}")
     return "".join(parts)
@@ -67,7 +69,7 @@ def _rows(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str
         elif isinstance(inner, type) and issubclass(inner, BaseModel):
             yield from _rows(inner, f"{key}.")
         else:
-            default = "required" if field.default is PydanticUndefined else _text(field.default)
+            default = "required" if field.is_required() else "none" if field.default_factory else _text(field.default)
             bounds = _bounds(field.metadata)
             yield key, _type(inner) + bounds, default, " ".join((field.description or "").split())
 

@@ -82,13 +82,17 @@ def load_seeded(config: Path, seed: int | None = None) -> Experiment:
 
 
 def scan(folder: Path) -> tuple[list[Entry], list[ConfigError]]:
-    """Experiments of a configs folder, and the mistakes of the files that are left out.
+    """Experiments of a configs folder, and the mistakes of the files that are left out; studies are no experiments.
 
     Two files that give the same name are a mistake of the second; the first keeps the name.
     """
+    from evolve_dag.config.loading import is_study
+
     found: dict[str, Entry] = {}
     mistakes: list[ConfigError] = []
     for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
+        if is_study(path):
+            continue
         try:
             name = load_seeded(path).experiment
         except ConfigError as error:

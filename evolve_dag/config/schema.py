@@ -43,7 +43,7 @@ REGIME_PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 class Regime(Section):
-    """Internalization regime: three choices that the paper confounds, kept apart (METHOD: regime)."""
+    """Internalization regime: choices that the paper confounds, kept apart (METHOD: regime)."""
 
     source: Source = "teacher"
     """Who samples the trajectories that are learned from: the experience-aware teacher or the student."""
@@ -51,18 +51,23 @@ class Regime(Section):
     """What is minimised between teacher p and student q on every action token."""
     rejection: bool = True
     """Keep only successful trajectories."""
+    refused: bool = False
+    """Learn at actions that the environment refused (malformed, unknown tool) as well. Unset, as ``source`` suggests: true for
+    ``student``, whose own slip is what the teacher's distribution corrects; false for ``teacher``, whose slip is nothing to
+    learn from."""
 
     @model_validator(mode="before")
     @classmethod
     def _expand_preset(cls, value: Any) -> Any:
         if isinstance(value, str):
             value = {"preset": value}
-        if isinstance(value, dict) and "preset" in value:
-            preset = value["preset"]
-            if preset not in REGIME_PRESETS:
-                raise ValueError(f"unknown preset {preset!r}: one of {', '.join(REGIME_PRESETS)}")
-            return {**REGIME_PRESETS[preset], **{k: v for k, v in value.items() if k != "preset"}}
-        return value
+        if not isinstance(value, dict):
+            return value
+        preset = value.get("preset", "")
+        if "preset" in value and not (isinstance(preset, str) and preset in REGIME_PRESETS):
+            raise ValueError(f"unknown preset {preset!r}: one of {', '.join(REGIME_PRESETS)}")
+        stated = {**REGIME_PRESETS.get(preset, {}), **{k: v for k, v in value.items() if k != "preset"}}
+        return {"refused": stated.get("source") == "student", **stated}
 
 
 Strings = Annotated[tuple[str, ...], Strict(False)]
@@ -249,7 +254,8 @@ class ToolsEnvironment(Section):
     page_bytes: int = Field(5_000_000, ge=10_000, le=MOST)
     """Larger bodies are refused."""
     blocked: Strings = ("huggingface.co", "hf-mirror.com", "hf.co")
-    """Hosts, with all below them, that no tool may open: mirrors of the benchmarks."""
+    """Hosts, with all below them, that no tool may ask: mirrors of the benchmarks. A page elsewhere that holds the same is not
+    known to it: name translators and archives here too (``translate.goog``, ``web.archive.org``) where that matters."""
     files: str = ""
     """Folder that the ``file`` tool may read; relative to the file that names it."""
     cache: Literal["day", "none"] = "day"
@@ -348,6 +354,11 @@ class ExtractionSettings(Section):
     """Level at which the lower end of the lift's interval must be above zero."""
     memory: float = Field(0.8, ge=0, le=1)
     """``contrast``: what evidence of the iteration before still counts, of two before its square, and so on; 0: none."""
+    placebo: bool = False
+    """``contrast``, a control: every mined principle stands in the pool with another action than the one that was mined."""
+    graduation: float = Field(0.0, ge=0, lt=1)
+    """``contrast``: an item leaves the context once the policy, without experience, clearly does what it says in this share of
+    the steps in its situation, and comes back when it clearly does so less often. 0: items stay."""
     domain: Literal["web", "mathematics"] = "web"
     """Wording of the prompts of ``llm``."""
     batch_tasks: int = Field(4, ge=1, le=MOST)
@@ -410,6 +421,12 @@ class DistillationSettings(Section):
     retention: float = Field(0.6, ge=0, le=1)
     """Share of the steps with an item in context that are learned a second time *with* it, towards the same teacher, so that
     policy(k+1) still reads experience (docs/adr/0004-retention.md). 0 is the loss of the paper alone."""
+    drills: float = Field(0.0, ge=0, le=1)
+    """Share of the steps that are learned once more under advice drawn at random, towards policy(k) reading the same, so that
+    policy(k+1) goes on reading advice that it has not learned (docs/adr/0019-drills.md). 0: none."""
+    teacher_temperature: float = Field(1.0, gt=0, le=10)
+    """Of the teacher's distribution at the steps where it reads experience. Below 1 it is surer of what it prefers, so that a
+    lesson handed on every night does not wear away (docs/adr/0019-drills.md). 1 is the loss of the paper."""
     retention_weight: float = Field(1.0, gt=0, le=1000)
     """How many action tokens one of those counts for in the loss."""
     jsd_weight: float = Field(0.5, gt=0, lt=1)
@@ -429,6 +446,11 @@ class EvaluationSettings(Section):
     """Evaluate with experience in context as well."""
     greedy: bool = True
     """Evaluate argmax, without experience, as well."""
+    base_temperatures: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Strict(False)] = (0.0,)
+    """Temperatures at which iteration 1 scores the base policy, beside that of the rollouts; 0 is argmax."""
+    ceiling: bool = False
+    """Score the policy that *enters* an iteration with E(k) in context as well: what that night's experience is worth before
+    anything is learned, so what distillation can reach."""
     bootstrap: int = Field(2000, ge=100, le=MOST)
     """Resamples of an interval."""
 
@@ -580,6 +602,10 @@ def contradictions(e: Experiment) -> list[tuple[str, str]]:
                 "selection.selector",
                 "'state' needs conditions, which only `extractor: contrast` writes: use lexical or llm",
             )
+        )
+    if e.extraction.placebo and (e.extraction.extractor != "contrast" or e.granularity != "principle" or e.start_pool):
+        found.append(
+            ("extraction.placebo", "only mined principles have one: `extractor: contrast`, no instances, no start_pool")
         )
     if e.extraction.extractor == "contrast" and e.extraction.domain != "web":
         found.append(("extraction.domain", "only `extractor: llm` has a wording for mathematics"))

@@ -6,11 +6,8 @@ an inference server as they are. The config names the base model as configured, 
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +19,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleNorm:
-    """How much an adapter changes one linear layer."""
-
-    module: str
-    """Name inside the base model, e.g. ``model.layers.0.self_attn.q_proj``."""
-    norm: float
-    """Frobenius norm of the change of the weight, scale * B A."""
-    rank: int
 
 
 def attach(model: nn.Module, *, rank: int, alpha: float, seed: int, init_adapter: Path | None = None) -> Any:
@@ -135,50 +121,13 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     return wrapped.eval()
 
 
-def merged_model(model: nn.Module, folder: Path | None, *, in_place: bool = False) -> nn.Module:
-    """``model`` with the adapter merged into its weights (unmerged LoRA costs rollouts 20-37%).
-
-    Args:
-        folder: adapter; None gives the bare model.
-        in_place: change ``model`` itself instead of a copy (half the memory).
-
-    Raises:
-        StoreError: as :func:`load_adapter`.
-    """
-    target = model if in_place else copy.deepcopy(model)
-    if folder is None:
-        return target.eval()
-    return merge(load_adapter(target, folder))
-
-
 def merge(wrapped: Any) -> nn.Module:
-    """Merge a peft model into its base; the wrapper must not be used afterwards."""
+    """Merge a peft model into its base (unmerged LoRA costs rollouts 20-37%); the wrapper must not be used afterwards."""
     base = wrapped.merge_and_unload()
     for name in ("peft_config", "_hf_peft_config_loaded"):
         if name in vars(base):
             delattr(base, name)
     return base.eval()
-
-
-def adapter_statistics(folder: Path) -> list[ModuleNorm]:
-    """Norm of the change per linear layer, in the order of the model's layers.
-
-    Raises:
-        StoreError: a file is missing or corrupt.
-    """
-    config = read_config(folder)
-    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
-    weights = _read_weights(folder)
-    found = []
-    for name in weights:
-        module, marker, _ = name.partition(".lora_A.")
-        if not marker:
-            continue
-        a, b = weights[name].double(), weights[f"{module}.lora_B.weight"].double()
-        # ||B A||_F^2 = sum of (B^T B) * (A A^T): two r x r matrices instead of the full weight.
-        square = float(((b.T @ b) * (a @ a.T)).sum())
-        found.append(ModuleNorm(module.removeprefix("base_model.model."), scale * math.sqrt(max(square, 0.0)), a.shape[0]))
-    return sorted(found, key=lambda one: [int(part) if part.isdigit() else -1 for part in one.module.split(".")])
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ SHARE = 0.01
 """Least share of all steps between two checkpoints: a run writes about a hundred of them at most."""
 
 STATE = "training.state"
+ANEW = "training begins anew"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class State:
     rows_of: int = 0
     """Resampling round of the rows that training goes on with; 0 for those that were given."""
     rows: Sequence[DistillationRow] = ()
-    """These rows, once loaded; empty for those that were given."""
+    """These rows; empty for those that were given."""
 
 
 @dataclass(slots=True)
@@ -77,7 +79,8 @@ class Checkpoint:
         from safetensors.torch import save
 
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-        body = save(tensors, metadata={"run": self.run, "facts": json.dumps(state.facts), "rows_of": str(state.rows_of)})
+        told = {"run": self.run, "facts": json.dumps(state.facts), "round": str(state.rows_of), "rows": str(len(state.rows))}
+        body = save(tensors, metadata=told)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(self.folder / STATE, hashlib.sha256(body).hexdigest().encode("ascii") + b"\n" + body)
@@ -87,25 +90,31 @@ class Checkpoint:
 
     def load(self) -> State | None:
         """What was saved last; None when there is nothing, or nothing that may be used (:attr:`refused` says why)."""
-        path = self.folder / STATE
         try:
-            told, _, body = path.read_bytes().partition(b"\n")
+            return self._read()
+        except StoreError as error:
+            self.refused = f"the checkpoint {error.what}: {error.remedy}"
+            log.warning("%s: %s", self.folder / STATE, self.refused)
+            return None
+
+    def _read(self) -> State | None:
+        from safetensors.torch import load
+
+        try:
+            told, _, body = (self.folder / STATE).read_bytes().partition(b"\n")
         except FileNotFoundError:
             return None
         except OSError as error:
-            return self._refuse(f"cannot be read: {error.strerror}")
+            raise StoreError(f"cannot be read: {error.strerror}", ANEW) from error
         if hashlib.sha256(body).hexdigest().encode("ascii") != told:
-            return self._refuse("is cut off or was changed")
-        from safetensors.torch import load
-
+            raise StoreError("is cut off or was changed", ANEW)
         header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])["__metadata__"]
         if header["run"] != self.run:
-            return self._refuse("belongs to another training (other rows, settings, model or start)")
-        number = int(header["rows_of"])
-        try:
-            rows = self._load_rows(number) if number else []
-        except StoreError as error:
-            return self._refuse(f"lacks its sampled rows ({error.what})")
+            raise StoreError("belongs to another training (other rows, settings, model or start)", ANEW)
+        number = int(header["round"])
+        rows = self._load_rows(number) if number else []
+        if len(rows) != int(header["rows"]):
+            raise StoreError(f"lacks its sampled rows ({len(rows)} of {header['rows']} are there)", ANEW)
         return State(load(body), json.loads(header["facts"]), number, rows)
 
     def save_rows(self, number: int, rows: Sequence[DistillationRow]) -> None:
@@ -114,18 +123,31 @@ class Checkpoint:
         Raises:
             StoreError: they cannot be written.
         """
-        for retention in (False, True):
-            save_contexts(self._rows(number, retention), [row for row in rows if row.retention == retention])
+        shutil.rmtree(self._round(number), ignore_errors=True)
+        for index, part in enumerate(_parts(rows)):
+            save_contexts(self._round(number) / f"part-{index:03d}", part)
 
     def _load_rows(self, number: int) -> list[DistillationRow]:
-        return [row for retention in (False, True) for row in load_contexts(self._rows(number, retention))]
+        try:
+            return [row for folder in sorted(self._round(number).glob("part-*")) for row in load_contexts(folder)]
+        except StoreError as error:
+            raise StoreError(f"lacks its sampled rows ({error.what})", ANEW) from error
 
-    def _rows(self, number: int, retention: bool) -> Path:
-        return self.folder / f"round-{number}" / ("retention" if retention else "clean")
+    def _round(self, number: int) -> Path:
+        return self.folder / f"round-{number}"
 
-    def _refuse(self, why: str) -> None:
-        self.refused = f"the checkpoint {why}: training begins anew"
-        log.warning("%s: %s", self.folder / STATE, self.refused)
+
+def _parts(rows: Sequence[DistillationRow]) -> list[list[DistillationRow]]:
+    """``rows`` in their order, in parts that can be saved: of one kind, no name twice (a drill may have a retention row's)."""
+    parts: list[list[DistillationRow]] = []
+    names: set[str] = set()
+    for row in rows:
+        if not parts or row.retention != parts[-1][-1].retention or row.row.trajectory_id in names:
+            parts.append([])
+            names = set()
+        parts[-1].append(row)
+        names.add(row.row.trajectory_id)
+    return parts
 
 
 def fingerprint(rows: Sequence[DistillationRow], start: Mapping[str, Tensor], **values: Any) -> str:

@@ -42,6 +42,23 @@ class TeacherTargets:
             None if self.tail is None else self.tail[part],
         )
 
+    def sharpened(self, temperature: float, tokens_N: np.ndarray) -> TeacherTargets:
+        """Its distribution at another temperature: p^(1/T), normalised, on the chosen tokens; the others stay.
+
+        The tail of a top-k teacher counts as one class, so below 1 it keeps at least as much as its tokens would.
+
+        Args:
+            temperature: T; 1 changes nothing, below 1 the teacher is surer of what it prefers.
+            tokens_N: bool ``(N,)``.
+        """
+        classes = self.logprobs if self.tail is None else np.concatenate([self.logprobs, self.tail[:, None]], axis=1)
+        chosen = classes[tokens_N] / temperature
+        classes = classes.copy()
+        classes[tokens_N] = chosen - np.logaddexp.reduce(chosen, axis=1, keepdims=True)
+        if self.tail is None:
+            return TeacherTargets(classes)
+        return TeacherTargets(np.ascontiguousarray(classes[:, :-1]), self.ids, classes[:, -1].copy())
+
     @property
     def kind(self) -> str:
         """``top_k`` or ``full``."""

@@ -317,7 +317,8 @@ class _Run:
         for name, one in self.parameters.items():
             tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state[one].items()}
         facts = {name: getattr(self, name) for name in COUNTERS}
-        return State(tensors, {**facts, "curve": [asdict(point) for point in self.curve]}, self.rows_of)
+        facts["curve"] = [asdict(point) for point in self.curve]
+        return State(tensors, facts, self.rows_of, self.rows if self.rows_of else ())
 
     def _restore(self, state: State) -> None:
         import torch

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from evolve_dag.errors import DataError
 from evolve_dag.evaluation.intervals import by_task, paired_difference
 from evolve_dag.records import Decision, Score
+from evolve_dag.store.jsonvalues import from_values, to_values
 
 if TYPE_CHECKING:
     from evolve_dag.config.schema import GateSettings
@@ -105,7 +106,7 @@ def decide(candidate: Sequence[Score], champion: Sequence[Score], settings: Gate
 
 def gate_to_json(decision: GateDecision) -> dict[str, Any]:
     """``{"decision": "promote", "reasons": [...], "evidence": {"success_difference": 0.12, ...}}``."""
-    return {"decision": decision.decision, "reasons": list(decision.reasons), "evidence": dict(decision.evidence)}
+    return to_values(decision)
 
 
 def gate_from_json(content: Mapping[str, Any]) -> GateDecision:
@@ -114,18 +115,8 @@ def gate_from_json(content: Mapping[str, Any]) -> GateDecision:
     Raises:
         DataError: a key is missing or holds something else.
     """
-    try:
-        decision = content["decision"]
-        if decision not in ("promote", "keep"):
-            raise ValueError(f"decision is {decision!r}, not 'promote' or 'keep'")
-        reasons = tuple(str(reason) for reason in content["reasons"])
-        evidence = {key: None if value is None else float(value) for key, value in content["evidence"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"gate decision: {type(error).__name__}: {error}",
-            "the file was written by another version or changed by hand: run the promotion of this iteration again",
-        ) from error
-    return GateDecision(decision, reasons, evidence)
+    remedy = "the file was written by another version or changed by hand: run the promotion of this iteration again"
+    return from_values(GateDecision, content, "gate decision", remedy)
 
 
 def _task_mean(scores: Sequence[Score], field: str) -> float:

@@ -1,7 +1,8 @@
 """What a policy did on a set of tasks: success, and the ways of going wrong.
 
 Every share is over all episodes (``n``) except success, which is over the judged ones (``judged``): an answer that
-could not be judged is not a wrong answer.
+could not be judged is not a wrong answer. ``success_all`` stands beside it, so that no policy looks better for what was
+not judged.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from evolve_dag.errors import DataError
 from evolve_dag.evaluation.intervals import Interval, mean_interval, share_interval
 from evolve_dag.plain import LAST_STEP
 from evolve_dag.records import Score, Step, Task, Trajectory
+from evolve_dag.store.jsonvalues import from_values, to_values
 
 if TYPE_CHECKING:
     from evolve_dag.config.schema import EvaluationSettings
@@ -60,6 +62,8 @@ class Metrics:
     """Episodes with a reward; what ``success`` is the mean of."""
     success: float | None = None
     """Mean reward of the judged episodes, 0..1; None when none was judged."""
+    success_all: float | None = None
+    """Mean reward of all episodes, with 0 for those that were not judged: what success is at least."""
     premature: float | None = None
     """Share of episodes that answered freely before any tool result held the answer, see :func:`is_premature`."""
     no_tool: float | None = None
@@ -209,6 +213,7 @@ def measure(
     premature = [float(is_premature(t, _references(task))) for t, task in zip(trajectories, references, strict=True)]
     shares: dict[str, Sequence[float | None]] = {
         "success": rewards,
+        "success_all": [reward or 0.0 for reward in rewards],
         "premature": premature,
         "no_tool": [float(answered_without_tool(t)) for t in trajectories],
         **{status: [float(t.status == status) for t in trajectories] for status in ("forced", "unanswered", "failed")},
@@ -281,39 +286,16 @@ def evaluate_summary(
     return metrics_to_json(measure(trajectories, known, resamples=settings.bootstrap, seed=settings.seed))
 
 
-_NUMBERS = ("success", "premature", "no_tool", "forced", "unanswered", "failed", "turns", "tokens", "problems")
-
-
 def metrics_to_json(metrics: Metrics) -> dict[str, Any]:
     """Plain JSON values; the shape is::
 
-        {"n": 256, "tasks": 256, "judged": 256, "success": 0.61, "premature": 0.1, ..., "problems": 0.02,
+        {"n": 256, "tasks": 256, "judged": 256, "success": 0.61, "success_all": 0.61, ..., "problems": 0.02,
          "intervals": {"success": [0.55, 0.67], "premature": [...], ..., "turns": [...]},
          "by": {"hops": {"1": {"n": 90, "judged": 90, "success": 0.8, "interval": [0.71, 0.88], "premature": 0.05}}}}
 
     A share that is not known (no episode, none judged) is null.
     """
-    return {
-        "n": metrics.n,
-        "tasks": metrics.tasks,
-        "judged": metrics.judged,
-        **{name: getattr(metrics, name) for name in _NUMBERS},
-        "intervals": {name: _pair(interval) for name, interval in metrics.intervals.items()},
-        "by": {
-            key: {
-                value: {
-                    "n": b.n,
-                    "judged": b.judged,
-                    "success": b.success,
-                    "interval": _pair(b.interval),
-                    "premature": b.premature,
-                }
-                for value, b in values.items()
-            }
-            for key, values in metrics.by.items()
-        },
-        "pass_at": {str(k): value for k, value in metrics.pass_at.items()},
-    }
+    return to_values(metrics)
 
 
 def metrics_from_json(content: Mapping[str, Any]) -> Metrics:
@@ -322,33 +304,8 @@ def metrics_from_json(content: Mapping[str, Any]) -> Metrics:
     Raises:
         DataError: a key is missing or of another shape.
     """
-    try:
-        return Metrics(
-            n=int(content["n"]),
-            tasks=int(content["tasks"]),
-            judged=int(content["judged"]),
-            **{name: _number(content[name]) for name in _NUMBERS},
-            intervals={name: _interval(pair) for name, pair in content["intervals"].items()},
-            by={
-                key: {
-                    value: Breakdown(
-                        n=int(b["n"]),
-                        judged=int(b["judged"]),
-                        success=_number(b["success"]),
-                        interval=_interval(b["interval"]),
-                        premature=float(b["premature"]),
-                    )
-                    for value, b in values.items()
-                }
-                for key, values in content["by"].items()
-            },
-            pass_at={int(k): float(value) for k, value in content.get("pass_at", {}).items()},
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"metrics: {type(error).__name__}: {error}",
-            "the file was written by another version or changed by hand: run the evaluation of this iteration again",
-        ) from error
+    remedy = "the file was written by another version or changed by hand: run the evaluation of this iteration again"
+    return from_values(Metrics, content, "metrics", remedy)
 
 
 def _normal(text: str) -> str:
@@ -400,21 +357,6 @@ def _groups(metadata: Sequence[Mapping[str, str]]) -> dict[str, dict[str, list[i
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None
-
-
-def _pair(interval: Interval | None) -> list[float] | None:
-    return None if interval is None else [interval[0], interval[1]]
-
-
-def _interval(pair: Any) -> Interval | None:
-    if pair is None:
-        return None
-    low, high = pair
-    return float(low), float(high)
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
 
 
 def counts(trajectories: Sequence[Trajectory]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ _RUNNERS = frozenset({"python", "code", "run", "execute", "shell", "bash", "calc
 
 _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 _MARKUP = re.compile(r"\*\*|[`\"“”«»]")
-_LAST_STEP_LINE = re.compile(rf"\n?^{re.escape(LAST_STEP)}[^\n]*\s*\Z", re.MULTILINE | re.IGNORECASE)
+_LAST_STEP_LINE = re.compile(rf"\n?^{re.escape(LAST_STEP)}[^\n]*+\s*+\Z", re.MULTILINE | re.IGNORECASE)
 _EMPTY = re.compile(r"(?:no|0|zero) (?:results?|matches|match|hits?)\b|nothing (?:was )?found\b", re.IGNORECASE)
 _MISSING = re.compile(
     r"no (?:such )?(?:page|file|document|article|entry|site|url)\b|no such\b|(?:\w+)?error\b|unknown\b"
@@ -99,11 +99,12 @@ _HEADER = re.compile(r"\d+ (?:results?|matches|hits?|pages?)\b[^\n]{0,40}$", re.
 _ENTRY = re.compile(r"(?:\d{1,3}[.)\]:]|\[\d{1,3}\]|[-*•])\s+(\S.*)")
 _TITLE_LINE = re.compile(r"(?:page|title)\s*:\s*(.*)", re.IGNORECASE)
 _POINTER = re.compile(
-    r"(?:see(?: also)?|redirect(?:s|ed|ing)?(?: to)?|(?:has )?moved(?: permanently)?(?: to)?|main article)\s*[:\-→>]*\s+(\S.*)",
+    r"(?:see(?: also)?|redirect(?:s|ed|ing)?(?: to)?|(?:has )?moved(?: permanently)?(?: to)?|main article)"
+    r"(?:\s*+[:\-→>]++)?\s++(\S.*)",
     re.IGNORECASE,
 )
 _FIELD = re.compile(r"([^:]{1,40}):(?:\s+|$)(.*)")
-_KEY_WORD = re.compile(r"([^\W_]+)\s*:(?=\s|$)")
+_KEY_WORD = re.compile(r"(?<![^\W_])([^\W_]++)\s*+:(?=\s|$)")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 MARK_WORDS = 2
 """Most words beside names and numbers in a marked value; more make a sentence."""

@@ -12,19 +12,14 @@ from dataclasses import replace
 from evolve_dag.errors import AlignmentError
 from evolve_dag.experience.pool import Pool
 from evolve_dag.experience.selection.base import Selector
-from evolve_dag.plain import GLOBAL_HEADING, STEP_HEADING
+from evolve_dag.plain import GLOBAL_HEADING, STEP_HEADING, one_line
 from evolve_dag.protocols import Injected
 from evolve_dag.records import InjectionPattern, Message, Trajectory
 
 
-def one_line(text: str) -> str:
-    """``text`` on one line: an item cannot forge a heading or a second item."""
-    return " ".join(text.split())
-
-
 def block(heading: str, texts: Sequence[str]) -> str:
-    """What is appended: heading and items, one a line; '' without items."""
-    lines = [line for text in texts if (line := one_line(text))]
+    """What is appended: heading and items, one a line, so that none forges a heading or a second item; '' without items."""
+    lines = [line for text in texts if (line := one_line(text, None))]
     return "".join(f"\n{line}" for line in [heading, *lines]) if lines else ""
 
 
@@ -61,6 +56,19 @@ def inject_global(messages: Sequence[Message], texts: Sequence[str]) -> tuple[Me
     return tuple(copy)
 
 
+def injected(pattern: InjectionPattern, messages: Sequence[Message], texts: Sequence[str]) -> tuple[tuple[Message, ...], str]:
+    """A copy of ``messages`` with ``texts`` where the pattern puts them, and exactly what was added.
+
+    Raises:
+        AlignmentError: there is no place for them.
+    """
+    if pattern == "none":
+        return tuple(messages), ""
+    if pattern == "global":
+        return inject_global(messages, texts), block(GLOBAL_HEADING, texts)
+    return inject_step_wise(messages, texts), block(STEP_HEADING, texts)
+
+
 class Injector:
     """The experience source of an episode: gives the teacher's view before every step.
 
@@ -88,13 +96,13 @@ class Injector:
         history = trajectory.history(len(trajectory.steps))
         if self.pattern == "none" or not self._texts:
             return Injected(history, (), "")
-        if self.pattern == "global":
-            texts = list(self._texts.values())
-            return Injected(inject_global(history, texts), tuple(self._texts), block(GLOBAL_HEADING, texts))
-        assert self.selector is not None  # checked when this was made
-        selection = await self.selector.select(trajectory.question, trajectory.steps, self.pool)
-        texts = [self._texts[item_id] for item_id in selection.ids]
-        return Injected(inject_step_wise(history, texts), selection.ids, block(STEP_HEADING, texts), selection.rationale)
+        ids, rationale = tuple(self._texts), ""
+        if self.pattern == "step_wise":
+            assert self.selector is not None  # checked when this was made
+            selection = await self.selector.select(trajectory.question, trajectory.steps, self.pool)
+            ids, rationale = selection.ids, selection.rationale
+        messages, text = injected(self.pattern, history, [self._texts[item_id] for item_id in ids])
+        return Injected(messages, ids, text, rationale)
 
 
 def assert_clean(trajectory: Trajectory, texts: Iterable[str]) -> None:
@@ -104,7 +112,7 @@ def assert_clean(trajectory: Trajectory, texts: Iterable[str]) -> None:
     Raises:
         AlignmentError: one does; names the place and the item.
     """
-    lines = {one_line(text) for text in texts}
+    lines = {one_line(text, None) for text in texts}
     places = [("system message", trajectory.system), ("question", trajectory.question)]
     places += [(f"observation of step {s.index}", s.observation) for s in trajectory.steps if s.observation is not None]
     for where, content in places:

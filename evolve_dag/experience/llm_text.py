@@ -11,9 +11,10 @@ import re
 from collections.abc import Sequence
 
 from evolve_dag.experience.pool import Pool
+from evolve_dag.plain import one_line
 from evolve_dag.records import Step, Trajectory
 
-_MARKUP = re.compile(r"<(?=\s*/?\s*data\b|\s*\|)", re.IGNORECASE)
+_MARKUP = re.compile(r"<(?=\s*+(?:\||(?:/\s*+)?data\b))", re.IGNORECASE)
 _LEAST = 120
 """Characters of one part below which shortening every part says nothing any more."""
 
@@ -22,12 +23,6 @@ def fence(name: str, text: str) -> str:
     """``text`` as data. The ``<`` of fence markers and chat markup (``<|...``) in it becomes ``‹``."""
     clean = text.encode("utf-8", "replace").decode("utf-8")
     return f'<data name="{name}">\n{_MARKUP.sub("‹", clean)}\n</data>'
-
-
-def one_line(text: str, limit: int = 300) -> str:
-    """``text`` on one line, cut at ``limit`` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 
 def shorten(text: str, limit: int) -> str:

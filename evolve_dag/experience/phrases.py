@@ -129,6 +129,8 @@ def render(condition: Mapping[str, str], action: str) -> str:
 
 def split(text: str) -> tuple[str, str, str] | None:
     """(name, situation, strategy) of a text in principle form, else None."""
+    if not text.endswith(".") or "\n" in text:  # else every comma would be tried
+        return None
     match = _PRINCIPLE.fullmatch(text)
     return (match["name"], match["situation"], match["strategy"]) if match else None
 

@@ -1,8 +1,8 @@
 """The experience pool: capped, versioned, with ids that never change.
 
 A pool is a value. :meth:`Pool.apply` takes proposals (from a miner, an LLM or a hand) and gives back a new pool, the
-edits that led there and the proposals it refused, with the reason. Nothing is lost silently: :func:`replay` of all
-edits rebuilds the pool's ids, texts and provenance.
+edits that led there and the proposals it refused, with the reason. Nothing is lost silently: the edits of a lineage, done again
+in order, rebuild the pool's ids, texts and provenance (a test does).
 """
 
 from __future__ import annotations
@@ -11,21 +11,26 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
+
+from pydantic import AfterValidator, BaseModel, FiniteFloat, NonNegativeInt, ValidationError
 
 from evolve_dag.errors import DataError
-from evolve_dag.experience.phrases import MAX_WORDS, split
+from evolve_dag.experience.locality import trajectory_detail
+from evolve_dag.experience.phrases import MAX_WORDS
 from evolve_dag.records import ExperienceItem, Granularity, PoolEdit, PoolOperation
+from evolve_dag.store.jsonvalues import is_finite, mistakes, to_values
 
 _NUMBERED = re.compile(r"p(\d{4,})")
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
-_URL = re.compile(r"https?://|www\.|\b[\w-]+\.(?:com|org|net|edu|gov|io|ai|cn|de|uk|info)\b", re.IGNORECASE)
+ITEM_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
+LEAST_WORDS = 3
+"""Fewest words of a new principle: 'Verify before answering.'"""
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
     """A change that somebody wants. What it needs depends on the operation: ``add``: text and granularity; ``update``:
-    item_id and text; ``delete``: item_id alone; ``merge``: item_id and into."""
+    item_id and text; ``delete``, ``graduate`` and ``recall``: item_id alone; ``merge``: item_id and into."""
 
     operation: PoolOperation
     item_id: str | None = None
@@ -56,16 +61,6 @@ class Applied(NamedTuple):
     refused: list[Refusal]
 
 
-class Outline(NamedTuple):
-    """What the edits know of an item."""
-
-    id: str
-    text: str
-    created: int
-    updated: int
-    trajectory_ids: tuple[str, ...]
-
-
 @dataclass(frozen=True, slots=True)
 class Pool:
     """An ordered, immutable set of experience items."""
@@ -93,6 +88,11 @@ class Pool:
         return len(self.items)
 
     @property
+    def active(self) -> Pool:
+        """What may stand in a context: the pool without the items that have graduated."""
+        return replace(self, items=tuple(item for item in self.items if not item.graduated))
+
+    @property
     def ids(self) -> tuple[str, ...]:
         return tuple(item.id for item in self.items)
 
@@ -107,13 +107,9 @@ class Pool:
                 return item
         raise DataError(f"pool version {self.version}: no item {item_id!r}", f"ids here: {', '.join(self.ids) or 'none'}")
 
-    def outline(self) -> tuple[Outline, ...]:
-        """What :func:`replay` must reproduce."""
-        return tuple(Outline(i.id, i.text, i.created, i.updated, i.trajectory_ids) for i in self.items)
-
     def apply(self, proposals: Iterable[Proposal], *, iteration: int, cap: int | None = None, strict: bool = False) -> Applied:
         """Carry out ``proposals`` in order, then enforce ``cap`` by deleting the items of lowest lift (of equals the
-        newest).
+        newest). Items that have graduated do not count for the cap.
 
         An update keeps the id, the granularity and the condition; its trajectories replace the item's (trajectory ids
         are unique within one iteration only, and ``updated`` names it; the earlier ones stay in the edits).
@@ -142,6 +138,10 @@ class Pool:
                 edits.append(PoolEdit("add", item.id, iteration, None, text, proposal.reason, item.trajectory_ids))
                 continue
             before = items[proposal.item_id or ""]
+            if operation in ("graduate", "recall"):
+                items[before.id] = replace(before, graduated=iteration if operation == "graduate" else 0)
+                edits.append(PoolEdit(operation, before.id, iteration, before.text, before.text, proposal.reason))
+                continue
             if operation == "update":
                 after = replace(
                     before, text=text, evidence=dict(proposal.evidence) or before.evidence,
@@ -161,9 +161,10 @@ class Pool:
             lines = _numbered([f"{r.proposal.operation} {r.proposal.item_id or 'new item'}: {r.why}" for r in refused])
             raise DataError(f"pool: {len(refused)} proposals refused\n{lines}", "mend them; the pool is unchanged")
         if cap is not None:
-            surplus = max(0, len(items) - cap)
+            active = [item for item in items.values() if not item.graduated]
+            surplus = max(0, len(active) - cap)
             place = {item_id: n for n, item_id in enumerate(items)}
-            for item in sorted(items.values(), key=lambda i: (lift(i), -place[i.id]))[:surplus]:
+            for item in sorted(active, key=lambda i: (lift(i), -place[i.id]))[:surplus]:
                 del items[item.id]
                 reason = f"over the cap of {cap}: lowest lift ({lift(item):+.2f})"
                 edits.append(PoolEdit("delete", item.id, iteration, item.text, None, reason))
@@ -172,20 +173,13 @@ class Pool:
 
     def to_json(self) -> str:
         """As JSON text; :meth:`from_json` gives an equal pool back."""
-        items = [
-            {
-                "id": i.id, "text": i.text, "granularity": i.granularity, "condition": dict(i.condition),
-                "evidence": dict(i.evidence), "trajectory_ids": list(i.trajectory_ids),
-                "created": i.created, "updated": i.updated,
-            }
-            for i in self.items
-        ]  # fmt: skip
-        content = {"version": self.version, "next_number": self.next_number, "items": items}
+        content = {"version": self.version, "next_number": self.next_number, "items": [to_values(i) for i in self.items]}
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = "pool file") -> Pool:
-        """Read what :meth:`to_json` wrote, or what a hand made of it.
+        """Read what :meth:`to_json` wrote, or what a hand made of it. The granularity that it states is not questioned: what a
+        *new* text must be is the business of :meth:`apply`.
 
         Raises:
             DataError: lists every mistake with its item and field; ``source`` is named in front.
@@ -195,40 +189,76 @@ class Pool:
         except ValueError as error:
             remedy = "mend the place above, or remake the pool by its extraction"
             raise DataError(f"{source}: not valid JSON: {error}", remedy) from None
-        mistakes: list[str] = []
         if not isinstance(content, dict) or not isinstance(content.get("items"), list):
             remedy = 'start with {"version": 0, "next_number": 1, "items": []}'
             raise DataError(f"{source}: must be an object with a list `items`", remedy)
-        for key in sorted(content.keys() - {"version", "next_number", "items"}):
-            mistakes.append(f"{key}: unknown field (known: version, next_number, items)")
-        version = _whole(content.get("version", 0), "version", mistakes)
-        next_number = _whole(content.get("next_number", 1), "next_number", mistakes)
+        wrong: list[str] = []
+        file = _checked(_File, content, "", wrong) or _File(items=content["items"])
         items: list[ExperienceItem] = []
         seen: dict[str, int] = {}
-        for place, raw in enumerate(content["items"], 1):
-            item = _read_item(raw, f"item {place}", mistakes)
+        for place, raw in enumerate(file.items, 1):
+            named = isinstance(raw, dict) and isinstance(raw.get("id"), str)
+            where = f"item {place} ({raw['id']})" if named else f"item {place}"
+            item = _checked(_Item, raw, f"{where}: ", wrong)
             if item is None:
                 continue
             if item.id in seen:
-                mistakes.append(f"item {place} ({item.id}): id: already used by item {seen[item.id]}")
+                wrong.append(f"{where}: id: already used by item {seen[item.id]}")
             seen.setdefault(item.id, place)
             match = _NUMBERED.fullmatch(item.id)
-            if match and "next_number" in content and int(match[1]) >= next_number:
-                mistakes.append(f"item {place} ({item.id}): id: not below next_number {next_number}: it would be given twice")
-            items.append(item)
-        if mistakes:
-            count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
-            raise DataError(f"{source}: {count}\n{_numbered(mistakes)}", "mend the fields above")
-        return cls(tuple(items), version, next_number)
+            if match and "next_number" in content and int(match[1]) >= file.next_number:
+                wrong.append(f"{where}: id: not below next_number {file.next_number}: it would be given twice")
+            items.append(item.record())
+        if wrong:
+            count = f"{len(wrong)} mistake{'s' if len(wrong) > 1 else ''}"
+            raise DataError(f"{source}: {count}\n{_numbered(wrong)}", "mend the fields above")
+        return cls(tuple(items), file.version, file.next_number)
+
+
+class _File(BaseModel, strict=True, extra="forbid"):
+    """A pool file; its items are judged one by one, so that one broken item does not hide the next."""
+
+    version: NonNegativeInt = 0
+    next_number: NonNegativeInt = 1
+    items: list[Any]
+
+
+class _Item(BaseModel, strict=True, extra="forbid"):
+    """An item as a hand may have written it."""
+
+    id: Annotated[str, AfterValidator(lambda id: id if ITEM_ID.fullmatch(id) else _refused("should be letters, digits, `_.-`"))]
+    text: Annotated[str, AfterValidator(lambda text: text if text.strip() else _refused("should be text"))]
+    granularity: Granularity
+    condition: dict[str, str] = {}
+    evidence: dict[str, FiniteFloat] = {}
+    trajectory_ids: list[str] = []
+    created: NonNegativeInt = 0
+    updated: NonNegativeInt | None = None
+    graduated: NonNegativeInt = 0
+
+    def record(self) -> ExperienceItem:
+        fields = self.model_dump() | {"trajectory_ids": tuple(self.trajectory_ids)}
+        return ExperienceItem(**fields | {"updated": self.created if self.updated is None else self.updated})
+
+
+Shape = TypeVar("Shape", bound=BaseModel)
+
+
+def _checked(shape: type[Shape], raw: Any, where: str, wrong: list[str]) -> Shape | None:
+    """``raw`` in its shape, or None; ``wrong`` gets what is wrong with it."""
+    try:
+        return shape.model_validate(raw)
+    except ValidationError as error:
+        wrong += [f"{where}{what}" for what in mistakes(error)]
+    return None
+
+
+def _refused(what: str) -> NoReturn:
+    raise ValueError(what)
 
 
 def _numbered(lines: Sequence[str]) -> str:
     return "\n".join(f"  {number}. {line}" for number, line in enumerate(lines, 1))
-
-
-def _finite(value: object) -> bool:
-    # compared, not converted: float() of a whole number with 400 digits raises
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def lift(item: ExperienceItem) -> float:
@@ -236,33 +266,25 @@ def lift(item: ExperienceItem) -> float:
     return item.evidence.get("lift", 0.0)
 
 
-def check_principle_form(text: str) -> list[str]:
-    """What keeps ``text`` from being a principle: ``Name: when <situation>, <strategy>.`` of at most 32 words, free of
-    URLs, numbers and entity names (METHOD: granularity). Empty when nothing does. A capitalised word after the name
-    counts as an entity; an acronym ('JSON') does not."""
+def principle_problems(text: str) -> list[str]:
+    """Why ``text`` is not taken into a pool as a new principle: its length, or the trajectory detail that it holds (METHOD:
+    granularity). Empty when nothing is against it; it need not read as :mod:`evolve_dag.experience.phrases` writes."""
     problems = []
-    if split(text) is None:
-        problems.append("not of the form `Name: when <situation>, <strategy>.` with a name of one or two words")
     words = len(text.split())
+    if words < LEAST_WORDS:
+        problems.append(f"{words} words say no strategy: at least {LEAST_WORDS}")
     if words > MAX_WORDS:
         problems.append(f"{words} words, more than {MAX_WORDS}")
     if "\n" in text.strip():
         problems.append("more than one line")
-    if match := _URL.search(text):
-        problems.append(f"holds a URL or domain ({match[0]})")
-    if match := re.search(r"\d\S*", text):
-        problems.append(f"holds a number ({match[0]})")
-    rest = text.partition(":")[2] if split(text) else text
-    if match := re.search(r"(?<![.!?] )(?<!\A)\b(?!I\b)[A-Z][a-z][\w'-]*(?: [A-Z][\w'-]+)*", rest):
-        problems.append(f"holds an entity name ({match[0]})")
-    return problems
+    return problems + trajectory_detail(text)
 
 
 def _objection(proposal: Proposal, items: Mapping[str, ExperienceItem]) -> str | None:
     """Why a proposal cannot be carried out, or None."""
     operation = proposal.operation
-    if operation not in ("add", "update", "delete", "merge"):
-        return f"unknown operation {operation!r}: one of add, update, delete, merge"
+    if operation not in EDITED:
+        return f"unknown operation {operation!r}: one of {', '.join(EDITED)}"
     granularity = proposal.granularity
     if operation != "add":
         if not proposal.item_id:
@@ -270,6 +292,9 @@ def _objection(proposal: Proposal, items: Mapping[str, ExperienceItem]) -> str |
         if proposal.item_id not in items:
             return f"no item {proposal.item_id!r} in the pool"
         granularity = items[proposal.item_id].granularity
+        done = bool(items[proposal.item_id].graduated)
+        if (operation, done) in (("graduate", True), ("recall", False)):
+            return f"{proposal.item_id} has {'graduated already' if done else 'not graduated'}"
     elif proposal.item_id is not None:
         return f"an added item gets its id from the pool, not {proposal.item_id!r}"
     if operation == "merge":
@@ -283,90 +308,28 @@ def _objection(proposal: Proposal, items: Mapping[str, ExperienceItem]) -> str |
         text = proposal.text
         if not isinstance(text, str) or not text.strip():
             return "empty text"
-        if granularity == "principle" and (problems := check_principle_form(text.strip())):
+        if granularity == "principle" and (problems := principle_problems(text.strip())):
             return "; ".join(problems)
         for other in items.values():
             if other.id != proposal.item_id and " ".join(other.text.split()).lower() == " ".join(text.split()).lower():
                 return f"the same text is in the pool as {other.id}"
-        if bad := [name for name, value in proposal.evidence.items() if not _finite(value)]:
+        if bad := [name for name, value in proposal.evidence.items() if not is_finite(value)]:
             return f"evidence is not a finite number: {', '.join(bad)}"
     return None
 
 
-_FIELDS: Mapping[str, str] = {
-    "id": "text", "text": "text", "granularity": "`principle` or `instance`", "condition": "an object of texts",
-    "evidence": "an object of finite numbers", "trajectory_ids": "a list of texts",
-    "created": "a whole number", "updated": "a whole number",
-}  # fmt: skip
+EDITED = {
+    "add": "added",
+    "update": "updated",
+    "delete": "deleted",
+    "merge": "merged",
+    "graduate": "graduated",
+    "recall": "recalled",
+}
+"""Operation -> what was done to the item, as counts of edits are named."""
 
 
-def _whole(value: Any, where: str, mistakes: list[str]) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        mistakes.append(f"{where}: must be a whole number of at least 0, not {value!r}")
-        return 0
-    return value
-
-
-def _read_item(raw: Any, where: str, mistakes: list[str]) -> ExperienceItem | None:
-    if not isinstance(raw, dict):
-        mistakes.append(f"{where}: must be an object, not {type(raw).__name__}")
-        return None
-    if isinstance(raw.get("id"), str):
-        where = f"{where} ({raw['id']})"
-    count = len(mistakes)
-    mistakes += [f"{where}: {name}: unknown field (known: {', '.join(_FIELDS)})" for name in raw if name not in _FIELDS]
-    mistakes += [f"{where}: {name}: missing" for name in ("id", "text", "granularity") if name not in raw]
-    condition, evidence, ids = raw.get("condition", {}), raw.get("evidence", {}), raw.get("trajectory_ids", [])
-    checks = {
-        "id": isinstance(raw.get("id"), str) and _ID.fullmatch(raw["id"]) is not None,
-        "text": isinstance(raw.get("text"), str) and bool(raw["text"].strip()),
-        "granularity": raw.get("granularity") in ("principle", "instance"),
-        "condition": isinstance(condition, dict) and all(isinstance(v, str) for v in condition.values()),
-        "evidence": isinstance(evidence, dict) and all(_finite(v) for v in evidence.values()),
-        "trajectory_ids": isinstance(ids, list) and all(isinstance(v, str) for v in ids),
-    }
-    for name, fine in checks.items():
-        if not fine and (name in raw or name not in ("id", "text", "granularity")):
-            shown = "empty" if raw.get(name) in ("", None) else repr(raw.get(name))[:60]
-            mistakes.append(f"{where}: {name}: must be {_FIELDS[name]}, not {shown}")
-    created = _whole(raw.get("created", 0), f"{where}: created", mistakes)
-    updated = _whole(raw.get("updated", created), f"{where}: updated", mistakes)
-    if len(mistakes) == count and raw["granularity"] == "principle":
-        mistakes += [f"{where}: text: {problem}" for problem in check_principle_form(raw["text"].strip())]
-    if len(mistakes) > count:
-        return None
-    numbers = {name: float(value) for name, value in evidence.items()}
-    return ExperienceItem(raw["id"], raw["text"], raw["granularity"], dict(condition), numbers, tuple(ids), created, updated)
-
-
-_REPLAY = "replay all edits of the lineage, oldest first"
-
-
-def replay(edits: Iterable[PoolEdit]) -> tuple[Outline, ...]:
-    """Rebuild ids, texts and provenance of a pool from all its edits, oldest first.
-
-    Raises:
-        DataError: the edits contradict each other (an id given twice, a change of an unknown item, a wrong ``before``).
-    """
-    items: dict[str, Outline] = {}
-    ever: set[str] = set()
-    for place, edit in enumerate(edits, 1):
-        where = f"edit {place} ({edit.operation} {edit.item_id})"
-        if edit.operation == "add":
-            if edit.item_id in ever or edit.after is None:
-                raise DataError(f"{where}: the id was given before, or there is no text", "the edits are not of one lineage")
-            ever.add(edit.item_id)
-            items[edit.item_id] = Outline(edit.item_id, edit.after, edit.iteration, edit.iteration, edit.trajectory_ids)
-            continue
-        item = items.get(edit.item_id)
-        if item is None or item.text != edit.before:
-            raise DataError(f"{where}: the item is unknown here or reads otherwise", _REPLAY)
-        if edit.operation == "update":
-            if edit.after is None:
-                raise DataError(f"{where}: no text after the update", "the edits are damaged: open them from the store again")
-            items[edit.item_id] = item._replace(text=edit.after, updated=edit.iteration, trajectory_ids=edit.trajectory_ids)
-            continue
-        if edit.operation == "merge" and (edit.into is None or edit.into not in items or edit.into == edit.item_id):
-            raise DataError(f"{where}: merged into {edit.into!r}, which is not there", _REPLAY)
-        del items[edit.item_id]
-    return tuple(items.values())
+def counted(edits: Sequence[PoolEdit]) -> dict[str, int]:
+    """``added``, ``updated``, ...: how many edits of each operation."""
+    operations: list[str] = [edit.operation for edit in edits]
+    return {name: operations.count(operation) for operation, name in EDITED.items()}

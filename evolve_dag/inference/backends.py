@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evolve_dag.config.schema import ModelSettings, OpenAIModelSettings, RuntimeSettings, VllmModelSettings
+from evolve_dag.errors import ModelError
 from evolve_dag.inference.folders import base_identity, model_folder
 
 if TYPE_CHECKING:
@@ -46,6 +47,25 @@ def open_transformers(settings: ModelSettings, *, runtime: RuntimeSettings, adap
         threads=runtime.threads,
         max_batch=runtime.concurrency,
     )
+
+
+def check_device(device: str) -> None:
+    """Whether torch can compute on ``device`` here.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except Exception as error:  # every kind of device has errors of its own
+        raise ModelError(
+            f"runtime.device: {device} cannot be used here: {error}",
+            "correct runtime.device, or install the torch build of this machine (README, Installing)",
+        ) from None
 
 
 def identity(settings: ModelSettings) -> str:

@@ -128,11 +128,6 @@ class ChatFormat:
         named = tokenizer.convert_tokens_to_ids(list(tokenizer.special_tokens_map.values()))
         return cls(backend, end_of_text_id=tokenizer.eos_token_id, named_ids=named, name=name)
 
-    @property
-    def assistant_header(self) -> tuple[int, ...]:
-        """Ids that open an assistant turn; a sampled action starts right after them."""
-        return self._headers["assistant"]
-
     def encode(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation.
 

@@ -8,9 +8,7 @@ the raw response: building the client's typed objects is a third of its CPU time
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
-import os
 import random
 import re
 import time
@@ -25,12 +23,13 @@ import openai
 
 from evolve_dag.config.schema import OpenAIModelSettings
 from evolve_dag.errors import ModelError
+from evolve_dag.inference.addresses import host_of, is_local, public_name
 from evolve_dag.inference.ledger import Ledger, current_purpose
 from evolve_dag.inference.outgoing import chat_messages, estimate, fit
 from evolve_dag.inference.patience import retry_after
 from evolve_dag.protocols import Completion, Request
 from evolve_dag.records import Call
-from evolve_dag.secrecy import describe_error
+from evolve_dag.secrecy import describe_error, excerpt, read_key, without_keys
 
 HARDER = 0.6
 """Share of the tokens that a conversation is cut to when the endpoint says that it is still too long."""
@@ -46,7 +45,8 @@ _TOO_LONG = re.compile(
     re.I,
 )
 _NO_MONEY = re.compile(r"insufficient[_ ](?:quota|balance|funds)|exceeded your current quota", re.I)
-_NOT_MAX_TOKENS = re.compile(r"max_tokens.*max_completion_tokens", re.I | re.S)
+_TOLD = 500
+"""Most characters of an error that the ledger keeps."""
 
 
 class OpenAIModel:
@@ -80,7 +80,7 @@ class OpenAIModel:
         self.settings = settings
         self._role, self._ledger = role, ledger
         self._pause, self._longest_pause, self._longest_wait = pause, longest_pause, longest_wait
-        self._key = os.environ.get(settings.key, "").strip()
+        self._key = read_key(settings.key)
         self._check()
         self._connections: dict[asyncio.AbstractEventLoop, _Connections] = {}
         self._limit_field = "max_tokens"
@@ -105,7 +105,8 @@ class OpenAIModel:
             completion = await self._ask(request, tally)
         except BaseException as error:
             if tally.attempts or isinstance(error, ModelError):  # a call that was cancelled while it waited is no call
-                self._record(tally, started, self._masked(describe_error(error)).removeprefix("ModelError: "))
+                told = error.what if isinstance(error, ModelError) else describe_error(error)
+                self._record(tally, started, excerpt(told, _TOLD))
             raise
         self._record(tally, started, None)
         return completion
@@ -159,6 +160,7 @@ class OpenAIModel:
             _TransientError, _TooLongError, _OtherFieldError: there is.
         """
         tally.attempts += 1
+        refused: openai.APIStatusError | None = None
         try:
             async with asyncio.timeout(self.settings.timeout_seconds):
                 response = await endpoint.client.post("/chat/completions", body=body, cast_to=httpx2.Response)
@@ -166,7 +168,7 @@ class OpenAIModel:
         except (TimeoutError, openai.APITimeoutError):
             problem = _TransientError(f"{endpoint.name}: no answer within {self.settings.timeout_seconds:g} s")
         except openai.APIStatusError as error:
-            problem = self._status(endpoint, error.status_code, error.body, body, error.response.headers)
+            refused = error  # looked at below: raised in here, ours would carry what the endpoint said wherever it goes
         except (openai.APIConnectionError, httpx2.HTTPError) as error:
             problem = _TransientError(f"{endpoint.name}: connection lost: {_innermost(error)}")
         except _TransientError as error:
@@ -174,6 +176,8 @@ class OpenAIModel:
         else:
             endpoint.failures = 0
             return completion
+        if refused is not None:
+            problem = self._status(endpoint, refused.status_code, refused.body, body, refused.response.headers)
         endpoint.failures += 1
         self._hold_back(endpoint, problem)
         raise problem
@@ -200,7 +204,7 @@ class OpenAIModel:
         try:
             choice = answer["choices"][0]
             message = choice["message"]
-            text = _text(message.get("content"))
+            text = without_keys(_text(message.get("content")))  # some say back what they were sent
         except (KeyError, IndexError, TypeError, AttributeError):
             raise _TransientError(f"{endpoint.name}: the answer holds no choice with a message") from None
         usage = tally.add(answer.get("usage"))
@@ -232,10 +236,10 @@ class OpenAIModel:
     ) -> _TransientError:
         """The exception for an HTTP status; raises the ones that end the call or change its request."""
         said = _said(error)
-        problem = f"{endpoint.name} answers {status}" + (f": {said}" if said else "")
+        problem = f"{endpoint.name} answers {status}" + (f": {excerpt(said)}" if said else "")
         if status in (400, 413, 422) and (_TOO_LONG.search(said) or _code(error) == "context_length_exceeded"):
             raise _TooLongError(problem)
-        if status == 400 and "max_tokens" in body and _NOT_MAX_TOKENS.search(said):
+        if status == 400 and "max_tokens" in body and _wants_other_limit(said):
             self._limit_field = "max_completion_tokens"
             raise _OtherFieldError(problem)
         key = self.settings.key
@@ -301,26 +305,16 @@ class OpenAIModel:
         )
 
     def _refusal(self, what: str, remedy: str) -> ModelError:
-        return ModelError(self._masked(f"{self._role} model {self.settings.model}: {what}"), remedy)
-
-    def _masked(self, text: str) -> str:
-        if self._key:
-            text = text.replace(self._key, "***")
-        return describe_error(ModelError(text)).removeprefix("ModelError: ")
+        return ModelError(excerpt(f"{self._role} model {self.settings.model}: {what}", _TOLD), remedy)
 
     def _check(self) -> None:
         settings = self.settings
-        if not self._key.isascii() or any(letter.isspace() for letter in self._key):
-            self._key, remedy = "", "set it to the key alone, without quotes or line breaks"
-            raise self._refusal(f"the environment variable {settings.key} holds characters that no key has", remedy)
         for address in settings.endpoints:
-            parts = urlsplit(address)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise self._refusal(f"{_name(address)} is no http address", "write e.g. http://127.0.0.1:8000/v1")
-            if not self._key and not _is_local(parts.hostname):
+            host = host_of(address, f"models.{self._role}.endpoints")
+            if not self._key and not is_local(host):
                 raise self._refusal(
                     f"the environment variable {settings.key} is not set",
-                    f"put the key of {_name(address)} there, or name another variable in models.{self._role}.key",
+                    f"put the key of {public_name(address)} there, or name another variable in models.{self._role}.key",
                 )
         ours = [name for name in _OWN_FIELDS if name in settings.extra]
         if ours or settings.extra.get("n") not in (None, 1):
@@ -409,7 +403,7 @@ class _Connections:
     def __post_init__(self) -> None:
         self.places = asyncio.Semaphore(self.settings.concurrency)
         several = len(self.settings.endpoints) > 1
-        self.endpoints = [_Endpoint(_name(a), self._client(a), several) for a in self.settings.endpoints]
+        self.endpoints = [_Endpoint(public_name(a), self._client(a), several) for a in self.settings.endpoints]
 
     def _client(self, address: str) -> openai.AsyncOpenAI:
         host = urlsplit(address).hostname or ""
@@ -422,7 +416,7 @@ class _Connections:
             http_client=openai.DefaultAsyncHttpxClient(
                 limits=httpx2.Limits(max_connections=most, max_keepalive_connections=most),
                 timeout=self.settings.timeout_seconds,
-                trust_env=not _is_local(host),  # a proxy of the environment cannot reach this machine
+                trust_env=not is_local(host),  # a proxy of the environment cannot reach this machine
             ),
         )
         if not host.endswith("openai.com"):  # the client takes these from the environment and would tell them to anyone
@@ -482,30 +476,23 @@ class _OtherFieldError(Exception):
     """The endpoint wants the same under another name, which is known now."""
 
 
-def _is_local(host: str) -> bool:
-    """This machine, a private address, or a bare name as containers have it."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return "." not in host or host.endswith((".local", ".localhost", ".internal", ".svc"))
-    return address.is_private or address.is_loopback
-
-
-def _name(address: str) -> str:
-    """An address without user, password and query."""
-    parts = urlsplit(address)
-    host = f"{parts.hostname or ''}:{parts.port}" if parts.port else parts.hostname or ""
-    return f"{parts.scheme}://{host}{parts.path}"
-
-
 def _said(error: Any) -> str:
-    """The message in an error's body."""
-    if isinstance(error, dict):
-        for name in ("message", "detail", "error"):
-            if error.get(name):
-                return _said(error[name]) if isinstance(error[name], dict) else str(error[name])
-        return json.dumps(error)[:300] if error else ""
-    return str(error)[:300] if error else ""
+    """The message in an error's body, whole."""
+    while isinstance(error, dict):
+        inner = next((error[name] for name in ("message", "detail", "error") if error.get(name)), None)
+        if inner is None:
+            break
+        error = inner
+    try:
+        return error if isinstance(error, str) else json.dumps(error, ensure_ascii=False) if error else ""
+    except RecursionError:
+        return ""
+
+
+def _wants_other_limit(said: str) -> bool:
+    """Whether an endpoint says that ``max_tokens`` is called ``max_completion_tokens`` there."""
+    first = said.lower().find("max_tokens")
+    return first >= 0 and said.lower().find("max_completion_tokens", first) >= 0
 
 
 def _code(error: Any) -> str:
@@ -516,7 +503,7 @@ def _innermost(error: BaseException) -> str:
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    return f"{type(cause).__name__}: {cause}" if str(cause) else type(cause).__name__
+    return describe_error(cause)
 
 
 def _text(content: Any) -> str:

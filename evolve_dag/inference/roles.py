@@ -1,4 +1,4 @@
-"""Models by role: extractor, selector and judge, opened when first asked and closed with the step.
+"""Models by role: extractor, selector and judge, opened when first asked and closed with the step, and its one event loop.
 
 ``policy`` in an experiment file means the policy itself (self-generated experience): whichever policy the step has open at the
 moment, with its adapter.
@@ -6,9 +6,10 @@ moment, with its adapter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.backends import identity, open_backend
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
     from evolve_dag.store.memory import Memory
 
 
+T = TypeVar("T")
+
+
 class Roles:
-    """The models that a step may ask.
+    """The models that a step may ask, and the one event loop in which they are asked. Leaving it closes both.
 
     Args:
         ledger: where calls are written down; None: nowhere.
@@ -38,6 +42,20 @@ class Roles:
         self.memory = memory
         self._policy: tuple[LanguageModel, str] | None = None
         self._open: dict[str, LanguageModel] = {}
+        self._runner = asyncio.Runner()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.run(self.close())
+        finally:
+            self._runner.close()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of ``work``, run in the loop: connections and batches outlive one call, but belong to one loop."""
+        return self._runner.run(work)
 
     @contextmanager
     def policy(self, model: LanguageModel, adapter: str | None) -> Iterator[None]:

@@ -19,10 +19,12 @@ from evolve_dag.records import Message
 Check = Callable[[Any], str | None]
 """What is wrong with a value that fits the schema, in words the model reads; None when nothing is."""
 
-_FENCE = re.compile(r"```[ \t]*(?:json5?|jsonc)?[ \t]*\r?\n?(.*?)```", re.S | re.I)
+_OPENED = re.compile(r"[ \t]*+(?:json5?|jsonc)?+[ \t]*+\r?+\n?+", re.I)
+"""What stands between the opening of a code fence and its content."""
 _OPENING = re.compile(r'\{(?=\s*["}])|\[(?=\s*(?:[\[{"\]\d-]|true|false|null))')
 """A brace or bracket with what JSON may have behind it: ``{name}`` and ``[see below]`` in prose are none."""
-_MARK = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]', re.S)
+_MARK = re.compile(r'"[^"\\]*+(?:\\.?[^"\\]*+)*+(?:"|\Z)|[{}\[\]]', re.S)
+"""A string, which the end of the text may cut off, or a bracket."""
 _SHOWN = 6_000
 """Characters of a wrong answer that the repair shows to the model."""
 _MISTAKES = 5
@@ -55,8 +57,12 @@ def extract_json(text: str) -> Any | None:
     element of a list that was cut off is not the answer. A list of bare numbers, as in "see [1]", is taken only where
     there is nothing else.
     """
-    found = _candidates(text)
-    return next((value for value in found if not _is_marker(value)), found[0] if found else None)
+    marker = None
+    for value in _candidates(text):
+        if not _is_marker(value):
+            return value
+        marker = value if marker is None else marker
+    return marker
 
 
 async def ask_json(
@@ -138,12 +144,17 @@ def _place(path: Sequence[str | int]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or "the answer"
 
 
-def _candidates(text: str) -> list[Any]:
+def _candidates(text: str) -> Iterator[Any]:
     """Outermost JSON objects and arrays in order, those in code fences first."""
     body = text.strip()
     if not body.startswith(("{", "[", "`")):  # else such a tag stands inside of the answer
         body = body.rpartition("</think>")[2].partition("<think>")[0]  # the second: reasoning that never came to an end
-    return [value for part in (*_FENCE.findall(body), body) for value in _values(part)]
+    return (value for part in (*_fenced(body), body) for value in _values(part))
+
+
+def _fenced(text: str) -> list[str]:
+    """The contents of code fences that are closed."""
+    return [_OPENED.sub("", part, count=1) for part in text.split("```")[1:-1:2]]
 
 
 def _values(text: str) -> Iterator[Any]:

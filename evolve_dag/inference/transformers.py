@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import ContextOverflowError, ModelError
 from evolve_dag.inference.attention import ATTENTION
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.guided import Guide, Guides
@@ -33,6 +33,7 @@ from evolve_dag.inference.kv import RoundCache, SlotPool
 from evolve_dag.inference.quiet import quiet_peft
 from evolve_dag.inference.recording import Recording, distribution
 from evolve_dag.protocols import Completion, Request
+from evolve_dag.records import Message
 
 _SHARED_PREFIX = 16
 """Least tokens that new sessions must share before the shared part is computed once and copied."""
@@ -182,12 +183,13 @@ class TransformersModel:
         are those of the model without it.
 
         Raises:
-            ModelError: the context is too long, no answer fits the schema, the model was closed, or it fails.
+            ContextOverflowError: the context is longer than the model takes.
+            ModelError: no answer fits the schema, the model was closed, or it fails.
         """
         _ = self.model  # closed?
         ids = np.array(self.chat.encode(request.messages), dtype=np.int64)
         if len(ids) >= self.max_context:
-            raise ModelError(
+            raise ContextOverflowError(
                 f"the context is {len(ids)} tokens long, the model takes {self.max_context} with the answer",
                 "lower rollout.max_tokens, or shorten observations (environment.results, snippet_characters)",
             )
@@ -207,6 +209,10 @@ class TransformersModel:
         if self._server is None or self._server.done():
             self._server = loop.create_task(self._serve())
         return await call.future
+
+    def count_tokens(self, message: Message) -> int:
+        """Tokens that ``message`` adds to a conversation, its markup included."""
+        return len(self.chat.encode_parts([message])[0])
 
     def release(self, session: str) -> None:
         """The episode is over: its slot may be used by another."""

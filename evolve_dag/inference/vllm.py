@@ -11,10 +11,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import ContextOverflowError, ModelError
 from evolve_dag.inference.folders import model_folder
 from evolve_dag.inference.vllm_source import Adapter, Ask, Source
 from evolve_dag.protocols import Completion, Request
+from evolve_dag.records import Message
 
 if TYPE_CHECKING:
     from evolve_dag.config.schema import RuntimeSettings, VllmModelSettings
@@ -86,11 +87,12 @@ class VllmModel:
         """Sample one assistant turn.
 
         Raises:
-            ModelError: the context is too long, or there is no answer after retries.
+            ContextOverflowError: the context is longer than the model takes.
+            ModelError: or there is no answer after retries.
         """
         ids = tuple(self.chat.encode(request.messages))
         if len(ids) >= self.max_context:
-            raise ModelError(
+            raise ContextOverflowError(
                 f"the context is {len(ids)} tokens long, the model takes {self.max_context} with the answer",
                 "lower rollout.max_tokens, shorten observations, or raise models.policy.context_tokens",
             )
@@ -123,6 +125,10 @@ class VllmModel:
             len(ids),
             sampled.cached,
         )
+
+    def count_tokens(self, message: Message) -> int:
+        """Tokens that ``message`` adds to a conversation, its markup included."""
+        return len(self.chat.encode_parts([message])[0])
 
     def release(self, session: str) -> None:
         """The episode is over."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.vllm_source import RANKS, Adapter, Ask, Check, Sampled
+from evolve_dag.secrecy import describe_error, excerpt
 
 if TYPE_CHECKING:
     from evolve_dag.config.schema import RuntimeSettings, VllmModelSettings
@@ -224,12 +225,12 @@ class EngineProcess:
             if pending is None or not pending.future.set_running_or_notify_cancel():
                 continue
             if "error" in message:
-                pending.future.set_exception(ModelError(f"vLLM's engine refused a call: {_short(message['error'])}"))
+                pending.future.set_exception(ModelError(f"vLLM's engine refused a call: {excerpt(message['error'], 400)}"))
                 continue
             try:
                 pending.future.set_result(pending.convert(message))
             except Exception as problem:
-                pending.future.set_exception(ModelError(f"vLLM's engine gave an unreadable answer: {problem!r}"))
+                pending.future.set_exception(ModelError(f"vLLM's engine gave an unreadable answer: {describe_error(problem)}"))
         self._ended(process)
 
     def _ended(self, process: subprocess.Popen[bytes]) -> None:
@@ -279,7 +280,8 @@ class EngineProcess:
             text = os.pread(self._log.fileno(), 6000, max(0, size - 6000)).decode("utf-8", "replace")
         except (OSError, ValueError):
             return ""
-        lines = [line for line in text.splitlines() if line.strip()]
+        whole = text if size <= 6000 else text.partition("\n")[2]  # half of a line might hold half of a secret
+        lines = [excerpt(line, 400) for line in whole.splitlines() if line.strip()]
         return ": …\n" + "\n".join(lines[-12:]) if lines else ""
 
 
@@ -340,7 +342,3 @@ def _fail_all(waiting: list[_Pending], error: ModelError) -> None:
     for pending in waiting:
         if pending.future.set_running_or_notify_cancel():
             pending.future.set_exception(error)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 400 else text[:399] + "…"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import secrets
 import threading
@@ -15,8 +14,10 @@ from typing import Any, TypeVar
 import httpx
 
 from evolve_dag.errors import ModelError
+from evolve_dag.inference.addresses import host_of, public_name
 from evolve_dag.inference.patience import retry_after
 from evolve_dag.inference.vllm_source import Adapter, Ask, Check, Sampled
+from evolve_dag.secrecy import describe_error, excerpt, read_key
 
 ATTEMPTS = 6
 """Most tries of one call, all servers together."""
@@ -72,6 +73,8 @@ class Servers:
     ) -> None:
         if not addresses:
             raise ModelError("no server is named", "list the addresses of vLLM servers in models.policy.servers")
+        for address in addresses:
+            host_of(address, "models.policy.servers")
         self.timeout_seconds: float | None = None  # each attempt has its own limit
         self._closed = False
         self._homes: dict[str, _Server] = {}
@@ -180,9 +183,9 @@ class _Server:
     """One server; touched by the thread's event loop alone."""
 
     def __init__(self, address: str, key: str, timeout: float, transport: httpx.AsyncBaseTransport | None) -> None:
-        self.address = address.rstrip("/")
+        self.address = public_name(address.rstrip("/"))
         self.client = httpx.AsyncClient(
-            base_url=self.address + "/",
+            base_url=address.rstrip("/") + "/",
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(timeout, connect=_CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=4.0),
@@ -209,13 +212,15 @@ class _Server:
             chosen = model or bases[0]
             if chosen not in bases:
                 raise ModelError(
-                    f"{self.address}: serves {', '.join(bases)}, not {chosen}", "set models.policy.model to one of these"
+                    f"{self.address}: serves {excerpt(', '.join(bases))}, not {chosen}",
+                    "set models.policy.model to one of these",
                 )
             self.max_context = int(cards[chosen]["max_model_len"])
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as problem:
             raise ModelError(
-                f"{self.address}/models: not the answer of a vLLM server: {problem!r}", "check models.policy.servers"
-            ) from problem
+                f"{self.address}/models: not the answer of a vLLM server: {describe_error(problem)}",
+                "check models.policy.servers",
+            ) from None
         self.base = chosen
         self._listed = set(cards) - set(bases)
 
@@ -292,7 +297,7 @@ class _Server:
             seen = choice.get("prompt_token_ids")
             finish = choice["finish_reason"]
         except (KeyError, TypeError, ValueError, AttributeError) as problem:
-            raise _PassingError(f"{self.address}: unreadable answer: {problem!r}") from problem
+            raise _PassingError(f"{self.address}: unreadable answer: {describe_error(problem)}") from None
         if seen is not None and tuple(seen) != ask.ids:
             raise ModelError(
                 f"{self.address}: answered another context than it was asked", "a proxy changes requests: ask the server itself"
@@ -319,7 +324,7 @@ class _Server:
         try:
             response = await self.client.request(method, path, json=body)
         except httpx.HTTPError as problem:
-            raise _PassingError(f"{self.address}: {type(problem).__name__}: {problem}") from problem
+            raise _PassingError(f"{self.address}: {describe_error(problem)}") from None
         if response.status_code == 429 or response.status_code >= 500:
             note = _note(response)
             if path == "load_lora_adapter" and response.status_code == 500:
@@ -336,8 +341,8 @@ class _Server:
             return None  # plain text
         try:
             return response.json()
-        except ValueError as problem:
-            raise _PassingError(f"{self.address}: not JSON: {response.text[:80]!r}") from problem
+        except (ValueError, RecursionError):
+            raise _PassingError(f"{self.address}: not JSON: {excerpt(response.text, 80)!r}") from None
 
 
 async def _persist(work: Any, address: str) -> Any:
@@ -371,10 +376,9 @@ def _note(response: httpx.Response) -> str:
         body = response.json()
         body = body.get("error", body)
         text = str(body.get("message", body)) if isinstance(body, dict) else str(body)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         text = response.text
-    text = " ".join(text.split())
-    return text if len(text) <= 300 else text[:299] + "…"
+    return excerpt(text)
 
 
 def _by_id(table: dict[str, float]) -> dict[int, float]:
@@ -383,5 +387,9 @@ def _by_id(table: dict[str, float]) -> dict[int, float]:
 
 
 def server_key(variable: str) -> str:
-    """The key of the servers, from the environment."""
-    return os.environ.get(variable, "") if variable else ""
+    """The key of the servers, from the environment.
+
+    Raises:
+        ModelError: the variable holds what can be no key.
+    """
+    return read_key(variable) if variable else ""

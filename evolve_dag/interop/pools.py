@@ -11,20 +11,24 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, get_args
 
 from evolve_dag.errors import DataError
-from evolve_dag.experience.pool import Pool, check_principle_form
-from evolve_dag.jsonlines import kind_of, read_objects, refuse
-from evolve_dag.records import ExperienceItem, PoolEdit
+from evolve_dag.experience.locality import trajectory_detail
+from evolve_dag.experience.phrases import MAX_WORDS
+from evolve_dag.experience.pool import ITEM_ID, Pool, counted
+from evolve_dag.jsonlines import kind_of, read_objects, refuse, refuse_all
+from evolve_dag.records import ExperienceItem, Granularity, PoolEdit
+from evolve_dag.store.disk import read_bytes
+from evolve_dag.store.jsonvalues import is_finite
 
 if TYPE_CHECKING:
     from evolve_dag.store.artifacts import Store
 
-VERSION = "1"
+VERSION = "2"
 """Raise it when the same file would become another pool."""
 SHOWN = 5
 """Places that one note names."""
@@ -32,8 +36,8 @@ SHOWN = 5
 _REMEDY = 'a pool reads {"<id>": "<text>", ...}, ["<text>", ...] or [{"id": "...", "text": "..."}, ...]'
 _WRAPPERS = ("experiences", "new_experiences", "experience", "items", "pool", "data")
 _TEXTS = ("text", "content", "experience", "full_text", "principle")
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
-_MARKUP = re.compile(r"<(?:/?[a-zA-Z][^<>]*|!--.*?--)>")
+_GRANULARITIES = get_args(Granularity)
+_MARKUP = re.compile(r"<(?:/?[a-zA-Z][^<>]*+|!--(?:(?!-->|<!--(?!>)).)*+--)>")
 _PAGE = re.compile(r"\s*<(?:!doctype|html|head|body|\?xml)\b", re.IGNORECASE)
 LISTED = re.compile(r"^\[([^\]\s]+)\]\.? ", re.M)
 """An item in a prompt of the released code: ``[G0]. Prioritize ...``."""
@@ -55,11 +59,12 @@ def pool_from_file(path: str | Path) -> Pool:
     return read_pool(path).pool
 
 
-def read_pool(path: str | Path) -> ImportedPool:
+def read_pool(path: str | Path, *, granularity: Granularity | None = None) -> ImportedPool:
     """A pool file.
 
-    Texts are taken as they are. An item that has the form of a principle becomes one; any other is an instance-level item,
-    since a pool refuses principles without the form. An id that cannot be ours, or no id, gets the next number.
+    Texts are taken as they are. An item is what ``granularity`` says, else what the file says (``granularity`` of the item, or
+    beside the items for all of them); where neither says anything, an item with trajectory detail is instance-level and any
+    other is a principle, however it is phrased. An id that cannot be ours, or no id, gets the next number.
 
     Raises:
         DataError: the file is missing, empty, a web page or not JSON; or lists every broken item with its place.
@@ -75,11 +80,15 @@ def read_pool(path: str | Path) -> ImportedPool:
         text = read_text(path)
         content = read_json(path, text)
         if isinstance(content, dict) and {"version", "next_number"} & content.keys():
-            return ImportedPool(Pool.from_json(text, str(path)), {}, ())
+            ours = Pool.from_json(text, str(path))
+            items = tuple(replace(i, granularity=granularity or i.granularity) for i in ours.items)
+            return ImportedPool(replace(ours, items=items), {}, ())
     entries = _entries(content)
     if not entries:
         what = "no item" if content in ({}, []) else f"{kind_of(content)} that holds no experience"
         raise DataError(f"{path}: {what}", _REMEDY)
+    if granularity is not None:
+        entries = [replace(entry, stated=granularity) for entry in entries]
     return _pool(path, entries)
 
 
@@ -90,56 +99,52 @@ class _Entry:
     place: str
     id: str | None
     value: Any
+    stated: Any = None
+    """The granularity that the file says."""
 
 
-def _entries(content: Any) -> list[_Entry]:
+def _entries(content: Any, stated: Any = None) -> list[_Entry]:
     if isinstance(content, dict):
         inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), (dict, list))), None)
         if inner is not None:
-            return _entries(inner)
-        return [_Entry(f"item {key!r}", key, value) for key, value in content.items()]
+            return _entries(inner, content.get("granularity", stated))
+        if content.get("granularity") in _GRANULARITIES:  # else it is an item that bears this id
+            stated = content["granularity"]
+            content = {key: value for key, value in content.items() if key != "granularity"}
+        return [_Entry(f"item {key!r}", key, value, _said(value, stated)) for key, value in content.items()]
     if not isinstance(content, list):
         return []
     found = []
     for number, value in enumerate(content, 1):
         own = value.get("id") if isinstance(value, dict) else None
         own = str(own) if isinstance(own, (str, int)) and not isinstance(own, bool) else None
-        found.append(_Entry(f"item {number}{f' ({own})' if own else ''}", own, value))
+        found.append(_Entry(f"item {number}{f' ({own})' if own else ''}", own, value, _said(value, stated)))
     return found
 
 
-def _pool(path: Path, entries: Sequence[_Entry]) -> ImportedPool:
-    mistakes: list[str] = []
-    first: dict[str, str] = {}
-    texts: list[str] = []
-    for entry in entries:
-        text = _item_text(entry)
-        texts.append(text or "")
-        if text is None:
-            mistakes.append(f"{entry.place}: no text (looked for {', '.join(_TEXTS)})")
-        elif not text.strip():
-            mistakes.append(f"{entry.place}: empty")
-        if entry.id is not None and entry.id in first:
-            mistakes.append(f"{entry.place}: the same id as {first[entry.id]}")
-        first.setdefault(entry.id or entry.place, entry.place)
-    if mistakes:
-        _refuse(path, mistakes, _REMEDY)
+def _said(value: Any, of_file: Any) -> Any:
+    return value.get("granularity", of_file) if isinstance(value, dict) else of_file
 
-    kept = [entry.id if entry.id is not None and _ID.fullmatch(entry.id) else None for entry in entries]
+
+def _pool(path: Path, entries: Sequence[_Entry]) -> ImportedPool:
+    texts = [_item_text(entry) for entry in entries]
+    if mistakes := _mistakes(entries, texts):
+        refuse_all(path, mistakes, _REMEDY)
+    kept = [entry.id if entry.id is not None and ITEM_ID.fullmatch(entry.id) else None for entry in entries]
+    # Past every id like ours in the file: an id is never given twice, and a pool that was exported comes back under its own.
     number = Pool(tuple(ExperienceItem(id, "", "instance") for id in kept if id)).next_number
     items: list[ExperienceItem] = []
     renamed: dict[str, str] = {}
     noted = Notes()
     seen: dict[str, str] = {}
-    for entry, id, text in zip(entries, kept, texts, strict=True):
+    for entry, id, found in zip(entries, kept, texts, strict=True):
+        text = (found or "").strip()
         if id is None:
             id, number = f"p{number:04d}", number + 1
             if entry.id is not None:
                 renamed[id] = entry.id
                 noted.add("ids that cannot be ours", f"{entry.id!r} is {id} here")
-        problems = check_principle_form(text.strip())
-        if problems:
-            noted.add("without the form of a principle, taken in as instance-level items", f"{id}: {'; '.join(problems)}")
+        granularity = _granularity(entry, id, text, noted)
         if _MARKUP.search(text):
             noted.add("with markup", id)
         folded = " ".join(text.split()).casefold()
@@ -147,10 +152,38 @@ def _pool(path: Path, entries: Sequence[_Entry]) -> ImportedPool:
             noted.add("with the text of another item", f"{id}, as {seen[folded]}")
         seen.setdefault(folded, id)
         extra = entry.value if isinstance(entry.value, dict) else {}
-        instance = bool(problems) or extra.get("granularity") == "instance"
-        numbers = {k: float(v) for k, v in extra.items() if k != "id" and is_number(v)}
-        items.append(ExperienceItem(id, text.strip(), "instance" if instance else "principle", evidence=numbers))
+        numbers = {k: float(v) for k, v in extra.items() if k != "id" and is_finite(v)}
+        items.append(ExperienceItem(id, text, granularity, evidence=numbers))
     return ImportedPool(Pool(tuple(items), version=1), renamed, noted.lines("item"))
+
+
+def _mistakes(entries: Sequence[_Entry], texts: Sequence[str | None]) -> list[str]:
+    found: list[str] = []
+    first: dict[str, str] = {}
+    for entry, text in zip(entries, texts, strict=True):
+        if text is None:
+            found.append(f"{entry.place}: no text (looked for {', '.join(_TEXTS)})")
+        elif not text.strip():
+            found.append(f"{entry.place}: empty")
+        if entry.stated is not None and entry.stated not in _GRANULARITIES:
+            found.append(f"{entry.place}: granularity: must be `principle` or `instance`, not {entry.stated!r}")
+        if entry.id is not None and entry.id in first:
+            found.append(f"{entry.place}: the same id as {first[entry.id]}")
+        first.setdefault(entry.id or entry.place, entry.place)
+    return found
+
+
+def _granularity(entry: _Entry, id: str, text: str, noted: Notes) -> Granularity:
+    """What is stated, else what the text shows; ``noted`` gets what a reader of the pool may not expect."""
+    detail = trajectory_detail(text)
+    found: Granularity = entry.stated or ("instance" if detail else "principle")
+    if detail and found == "principle":
+        noted.add("stated as principle-level, with trajectory detail", f"{id}: {'; '.join(detail)}")
+    elif detail and entry.stated is None:
+        noted.add("with trajectory detail, taken in as instance-level items", f"{id}: {'; '.join(detail)}")
+    if found == "principle" and (words := len(text.split())) > MAX_WORDS:
+        noted.add(f"longer than the {MAX_WORDS} words of a new principle", f"{id}: {words} words")
+    return found
 
 
 def _item_text(entry: _Entry) -> str | None:
@@ -205,7 +238,7 @@ def artifact_of(pool: Pool, store: Store, source: str, *, renamed: Mapping[str, 
             (build.path / "pool.json").write_text(pool.to_json(), encoding="utf-8")
             items_to_frame(pool.items).write_parquet(build.path / "items.parquet")
             edits_to_frame(edits).write_parquet(build.path / "edits.parquet")
-            build.note(imported=source, items=len(pool), added=len(pool), updated=0, deleted=0, merged=0,
+            build.note(imported=source, items=len(pool), **counted(edits),
                        locality=asdict(locality(pool.items)), statistics={}, renamed=dict(names))  # fmt: skip
     return digest
 
@@ -243,7 +276,7 @@ def read_text(path: Path) -> str:
         DataError: missing, unreadable, not UTF-8 or empty.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file", "check the path") from None
     except OSError as error:
@@ -281,8 +314,10 @@ def read_json(path: Path, text: str) -> Any:
         ) from None
     except RecursionError:
         raise DataError(f"{path}: not valid JSON: nested too deeply", _REMEDY) from None
+    except ValueError:
+        raise DataError(f"{path}: a number has too many digits", _REMEDY) from None
     if repeated:
-        _refuse(path, repeated, "give each its own id: of two with one id only the last would be read")
+        refuse_all(path, repeated, "give each its own id: of two with one id only the last would be read")
     return content
 
 
@@ -294,14 +329,3 @@ def is_page(text: str) -> bool:
 def a_page(path: Path) -> DataError:
     """What to say of a file that is a web page."""
     return DataError(f"{path}: a web page, not JSON", "download the file itself, not the page that shows it")
-
-
-def _refuse(path: Path, mistakes: Iterable[str], remedy: str) -> NoReturn:
-    found = list(mistakes)
-    listing = "".join(f"\n  {one}" for one in found[:10]) + (f"\n  ... and {len(found) - 10} more" if len(found) > 10 else "")
-    raise DataError(f"{path}: {len(found)} mistake{'s' if len(found) > 1 else ''}{listing}", remedy)
-
-
-def is_number(value: Any) -> bool:
-    """A finite number, and no truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300

@@ -27,7 +27,6 @@ from evolve_dag.interop.pools import (
     Notes,
     a_page,
     artifact_of,
-    is_number,
     is_page,
     pool_from_file,
     read_json,
@@ -36,8 +35,9 @@ from evolve_dag.interop.pools import (
 )
 from evolve_dag.jsonlines import Mistake, kind_of, read_objects, refuse
 from evolve_dag.plain import plain
-from evolve_dag.records import Step, Task, ToolCall, Trajectory, TrajectoryStatus
+from evolve_dag.records import Granularity, Step, Task, ToolCall, Trajectory, TrajectoryStatus
 from evolve_dag.secrecy import describe_error
+from evolve_dag.store.jsonvalues import is_finite
 from evolve_dag.tasks.jsonl import question_id
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ VERSION = "1"
 _REMEDY = "a rollout a line, with its question, its messages and its answer"
 _TASK_ID = re.compile(r"[^\s#]{1,200}")
 _RESPONSE = re.compile(r"\s*<tool_response>\n?(.*?)\n?(?:</tool_response>\s*)?", re.S)
-_GLOBAL = re.compile(r"\n*(?:Solve the input problem by leveraging[^\n]*\n+)?\*\*ACCUMULATED EXPERIENCES:\*\*")
+_GLOBAL = "**ACCUMULATED EXPERIENCES:**"
+_GLOBAL_LEAD = "Solve the input problem by leveraging"
+"""Begins the line that may stand above it."""
 _ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool", "developer": "system"}
 _FORCED = "token limit reached"
 
@@ -139,6 +141,7 @@ def artifact_of_rollouts(found: ImportedRollouts, store: Store, path: str | Path
 
     path = Path(path)
     with path.open("rb") as stream:
+        # The name alone: with the folder, the same file would be another artifact on another machine.
         config = {"imported": path.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
     version = f"imported/{VERSION}"
     digest = store.digest_of("trajectories", version, config, {})
@@ -198,6 +201,7 @@ def _draft(line: int, row: Mapping[str, Any], noted: Notes) -> _Draft | None:
     if answer is not None and steps and steps[-1].call is None:
         steps[-1] = replace(steps[-1], answer=answer, problem=None)
     reward = _reward(row)
+    # Their code scores an error with 0. Taken for wrong, a broken endpoint would make a group of right answers a mixed one.
     if failed and reward is not None:
         noted.add("that failed and had a reward, not judged here", f"line {line}")
         reward = None
@@ -214,7 +218,7 @@ def _draft(line: int, row: Mapping[str, Any], noted: Notes) -> _Draft | None:
         _reference(row),
         Trajectory(
             id="", task_id="", rollout=0, seed=0, system=system, question=question, steps=tuple(steps), status=status,
-            answer=answer, reward=reward, error=told, seconds=float(seconds) if is_number(seconds) else 0.0,
+            answer=answer, reward=reward, error=told, seconds=float(seconds) if is_finite(seconds) else 0.0,
         ),
     )  # fmt: skip
 
@@ -227,6 +231,7 @@ def _task_ids(drafts: Sequence[_Draft], noted: Notes) -> dict[str, str]:
             given.setdefault(draft.key, draft.given)
     borne = Counter(given.values())
     for key, id in given.items():
+        # Their extraction numbers tasks anew in every file: in files that were put together one id stands for two questions.
         if borne[id] > 1:
             noted.add("of a task whose id is also another's: named by the hash of its question", f"{id} is {key}")
     return {d.key: given[d.key] if d.key in given and borne[given[d.key]] == 1 else d.key for d in drafts}
@@ -245,25 +250,39 @@ def _steps(
         if role == "assistant":
             steps.append(_action(len(steps), text, message, line, noted))
         elif role == "system":
-            marker = _GLOBAL.search(text)
-            system = text if marker is None else text[: marker.start()]
+            system = _before_experience(text)
             added += text[len(system) :]
         elif role in ("user", "tool"):
             if not steps:
                 if role == "tool":
                     raise _RowError(f"message {number}: a tool's result before any action")
-                if text.strip() != question:  # a prompt around the question
+                # Nothing of the prompt around the question may enter the clean history: a student would learn it as its own.
+                if text.strip() != question:
                     added += text.replace(question, "", 1)
                 continue
             match = _RESPONSE.fullmatch(text)
             seen = plain(match[1] if match else text)
             before = steps[-1].observation
+            # Several calls in one action have a result each; a step of ours has one observation.
             steps[-1] = replace(steps[-1], observation=seen if before is None else f"{before}\n\n{seen}")
         else:
             raise _RowError(f"message {number} has the role {role!r}")
     selected = LISTED.findall(added)
     steps = [replace(s, injected=added, selected=tuple(selected)) for s in steps] if added else steps
     return system, added, _with_selections(steps, row.get("exp_selections"))
+
+
+def _before_experience(text: str) -> str:
+    """A system message up to the pool that was glued to it."""
+    marker = text.find(_GLOBAL)
+    if marker < 0:
+        return text
+    before = text[:marker].rstrip("\n")
+    if len(before) < marker:
+        lead = before.find(_GLOBAL_LEAD, before.rfind("\n") + 1)
+        if lead >= 0:
+            before = before[:lead].rstrip("\n")
+    return before
 
 
 def _action(index: int, text: str, message: Mapping[str, Any], line: int, noted: Notes) -> Step:
@@ -287,7 +306,7 @@ def _action(index: int, text: str, message: Mapping[str, Any], line: int, noted:
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
-            except ValueError:
+            except ValueError:  # what a model wrote is kept as it is: it is what the policy did
                 arguments = {"arguments": arguments}
         if not isinstance(arguments, Mapping):
             arguments = {"arguments": arguments}
@@ -334,7 +353,7 @@ def _reward(row: Mapping[str, Any]) -> float | None:
         return None
     if isinstance(reward, bool):
         return float(reward)
-    if not is_number(reward) or not 0 <= reward <= 1:
+    if not is_finite(reward) or not 0 <= reward <= 1:
         raise _RowError(f"the reward must be a number from 0 to 1, not {reward!r:.60}")
     return float(reward)
 
@@ -433,11 +452,6 @@ def detect(path: str | Path) -> Kind:
     return "rollouts" if any(isinstance(row, dict) and rollout_keys & row.keys() for row in rows) else "pool"
 
 
-def kind_of_option(name: str) -> Kind | None:
-    """``--kind``; None for ``auto``."""
-    return "pool" if name == "pool" else "rollouts" if name == "rollouts" else None
-
-
 @dataclass(frozen=True, slots=True)
 class Report:
     """What an import has done."""
@@ -478,12 +492,20 @@ class Report:
         return [first, *(f"note: {note}" for note in self.notes), *more, f'evolve sql "{ask}"']
 
 
-def import_file(path: str | Path, store: Store, *, kind: Kind | None = None, experiment: str | None = None) -> Report:
+def import_file(
+    path: str | Path,
+    store: Store,
+    *,
+    kind: Kind | None = None,
+    experiment: str | None = None,
+    granularity: Granularity | None = None,
+) -> Report:
     """Take a file into the store.
 
     Args:
         kind: None: looked for in the file.
         experiment: name of the experiment that it is for; decides the lineage under which it is found.
+        granularity: of all items of a pool, whatever the file says; None: as :func:`~evolve_dag.interop.pools.read_pool` finds.
 
     Raises:
         DataError: lists what is wrong with the file, with places.
@@ -491,8 +513,10 @@ def import_file(path: str | Path, store: Store, *, kind: Kind | None = None, exp
     path = Path(path)
     kind = kind or detect(path)
     lineage = f"{experiment}-imported" if experiment else "imported"
+    if granularity is not None and kind != "pool":
+        raise DataError(f"{path}: holds rollouts, which have no granularity", "leave --granularity out")
     if kind == "pool":
-        found = read_pool(path)
+        found = read_pool(path, granularity=granularity)
         digest = artifact_of(found.pool, store, path.name, renamed=found.renamed)
         principles = sum(item.granularity == "principle" for item in found.pool.items)
         facts: dict[str, Any] = {"items": len(found.pool), "principles": principles, "renamed": dict(found.renamed)}
@@ -510,6 +534,7 @@ def import_file(path: str | Path, store: Store, *, kind: Kind | None = None, exp
 
 def _refer(store: Store, lineage: str, kind: str, digest: str) -> None:
     """A reference of its own for every import; the same file again gets none."""
+    # Imports have no iterations of their own; the number only keeps their references apart.
     present = [ref for ref in store.refs(lineage) if ref.kind == kind]
     if not any(ref.digest == digest for ref in present):
         store.set_ref(lineage, max((ref.iteration for ref in present), default=0) + 1, kind, digest)

@@ -8,7 +8,8 @@ An artifact is *kept* when one of these leads to it:
 - another artifact that is kept: its inputs, and every digest that its manifest, its decision or its policy names (so the
   adapter and the pool of a champion stay, however long ago they were promoted).
 
-A work folder is kept when it was touched within the last hour or when a registered experiment would resume it.
+A work folder is kept when it was touched within the last hour or when a registered experiment would resume it; a temporary
+file that a killed process has left goes after an hour.
 
 Removal renames a folder into ``trash/`` and then deletes it there: a kill leaves either the whole artifact or a leftover
 that the next ``evolve gc`` clears; nothing half-deleted is ever visible. While an experiment is being run nothing is
@@ -32,19 +33,20 @@ from evolve_dag.errors import ConcurrencyError, EvolveError, StoreError
 from evolve_dag.lineage import planning
 from evolve_dag.store import graph, locks
 from evolve_dag.store.artifacts import DIGEST, Store
+from evolve_dag.store.disk import TEMPORARY
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 RECENT_SECONDS = 3600.0
-"""A work folder touched within this time is taken for one that is being worked in."""
+"""A work folder or a temporary file touched within this time is taken for one that is being worked in."""
 
 TRASH = "trash"
 TRACKED = "tracking"
 """Folder of the store whose files name what MLflow was told."""
 
 
-What = Literal["artifact", "work", "quarantine", "cache", "trash"]
+What = Literal["artifact", "work", "quarantine", "cache", "temporary", "trash"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,8 @@ class Removable:
 
     what: What
     """``artifact``; ``work``: of a killed step that no experiment would resume; ``quarantine``: an artifact found damaged;
-    ``cache``: an audit of artifacts that are gone; ``trash``: left over by a clean-up that was stopped."""
+    ``cache``: an audit of artifacts that are gone; ``temporary``: what a killed process was about to write;
+    ``trash``: left over by a clean-up that was stopped."""
     kind: str
     """Artifact kind; '' for trash."""
     digest: str
@@ -148,6 +151,9 @@ def find(
         named = [part for part in path.stem.split("-") if DIGEST.fullmatch(part)]
         if any(digest not in kept_all for digest in named) and now - _touched(path) >= least:
             removable.append(_removable("cache", "audit", path.stem, path))
+    for path in sorted(store.root.rglob(f".*{TEMPORARY}")):
+        if now - _touched(path) >= max(RECENT_SECONDS, least):
+            removable.append(_removable("temporary", "", path.name, path))
     removable += [_removable("trash", "", path.name, path) for path in sorted((store.root / TRASH).glob("*"))]
     return Found(
         tuple(removable),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from evolve_dag.errors import StoreError
 from evolve_dag.steps import base
+from evolve_dag.steps.promotion import next_policy
 from evolve_dag.store.artifacts import MANIFEST
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from evolve_dag.store.artifacts import Ref, Store
 
 Action = Literal["reuse", "recompute", "follows", "stop"]
-Why = Literal["never_made", "config", "code", "upstream", "missing", "corrupt", "unknown", "follows", "shared"]
+Why = Literal["never_made", "config", "code", "upstream", "missing", "corrupt", "unknown", "follows", "shared", "no_tasks"]
 
 _HASH = re.compile(r"(?:sha256:)?[0-9a-f]{32,64}(?![0-9a-f])")
 _ABSENT = object()
@@ -43,7 +44,8 @@ class Reason:
     why: Why
     """``never_made``: this iteration has not come so far. ``config``, ``code``, ``upstream``: what decides the step changed.
     ``missing``, ``corrupt``: the artifact is not what was written. ``unknown``: what it used so far cannot be read.
-    ``follows``: decided by a promotion that is not made yet. ``shared``: another iteration or experiment has made it."""
+    ``follows``: decided by a promotion that is not made yet. ``shared``: another iteration or experiment has made it.
+    ``no_tasks``: the stream of tasks holds none for this iteration yet."""
     text: str
     """One line for people."""
     key: str = ""
@@ -62,9 +64,9 @@ class PlannedStep:
     iteration: int
     action: Action
     """``reuse``: it is in the store. ``recompute``: a run makes it. ``follows``: told once the promotion before it is made.
-    ``stop``: the artifact is damaged, so a run stops there and says what to delete."""
+    ``stop``: a run stops there: the artifact is damaged, and it says what to delete; or there are no tasks yet."""
     digest: str | None
-    """Digest that it should have; None where it follows."""
+    """Digest that it should have; None where it follows, and where there are no tasks yet."""
     reasons: tuple[Reason, ...] = ()
     seconds_before: float | None = None
     """What the artifact in use took, as a guess of what a recomputation takes; None when there is none."""
@@ -203,7 +205,8 @@ def headline(planned: Plan) -> str:
     if follow:
         parts.append(f"{follow} follow from a decision that is not made yet")
     if stop:
-        parts.append(f"{stop} damaged: a run stops there")
+        damaged = any(reason.why == "corrupt" for step in planned.of("stop") for reason in step.reasons)
+        parts.append(f"{stop} {'damaged' if damaged else 'without tasks'}: a run stops there")
     known = sum(step.seconds_before or 0.0 for step in planned.of("recompute"))
     if known >= 1:
         parts.append(f"what is replaced took {known:.0f} s")
@@ -225,8 +228,6 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def _leaving(promotion: PlannedStep, experiment: Experiment, store: Store) -> PolicyRef | str:
     """policy(k+1), or the name of the promotion that has to be made first."""
-    from evolve_dag.steps.promotion import next_policy
-
     here = f"promotion[{base.partition(experiment, promotion.iteration)}]"
     if promotion.action != "reuse" or promotion.digest is None:
         return here
@@ -235,8 +236,6 @@ def _leaving(promotion: PlannedStep, experiment: Experiment, store: Store) -> Po
 
 def _as_before(promotion: PlannedStep, experiment: Experiment, store: Store) -> PolicyRef | None:
     """policy(k+1) as the promotion in use left it, when a new one would decide about the same candidate; else None."""
-    from evolve_dag.steps.promotion import next_policy
-
     ref, _ = _ref(experiment, promotion.iteration, "promotion", store)
     if ref is None or any(reason.why not in ("config", "code", "missing", "shared") for reason in promotion.reasons):
         return None
@@ -252,7 +251,8 @@ def _and(names: list[str]) -> str:
 
 def _planned(expected: base.Resolved, experiment: Experiment, store: Store) -> PlannedStep:
     name, k = expected.name, expected.iteration
-    assert expected.digest is not None
+    if expected.digest is None:
+        return PlannedStep(name, k, "stop", None, (Reason("no_tasks", str(expected.missing)),))
     ref, broken = _ref(experiment, k, name, store)
     used = None if ref is None else read_manifest(store.root / "objects" / name / ref.digest)
     seconds = used.get("seconds") if used else None

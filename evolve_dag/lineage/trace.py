@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import DataError
+from evolve_dag.steps.base import STEP_ORDER
 from evolve_dag.store.artifacts import Artifact, Store
 from evolve_dag.store.graph import reach
 from evolve_dag.store.query import connect
@@ -38,7 +39,6 @@ _SEEN = (
     "UNION ALL SELECT digest, trajectory_id, \"index\", selected FROM steps WHERE kind <> 'contexts')"
 )
 """Steps that had items in their context; of contexts only those that were learned from."""
-_STEPS = ("policy", "trajectories", "experience", "contexts", "adapter", "scores", "promotion")
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +299,7 @@ class _Walk:
         def rank(digest: str) -> tuple[str, int, str]:
             kind = self.artifacts[digest].kind if digest in self.artifacts else ""
             place = min(self.places.get(digest, ["~"]))
-            return place, _STEPS.index(kind) if kind in _STEPS else len(_STEPS), digest
+            return place, STEP_ORDER.index(kind) if kind in STEP_ORDER else len(STEP_ORDER), digest
 
         return sorted(digests, key=rank)
 

@@ -1,8 +1,4 @@
-"""The report's figures as plain plotly specifications.
-
-A specification says what is drawn, not in which colour: every trace carries ``meta.slot`` (which colour of the palette) and
-``meta.paint`` (line, band, bar), and the page paints it for light or dark. Plotly itself is not needed here.
-"""
+"""The report's figures as plain plotly specifications, made of the parts in :mod:`evolve_dag.reporting.drawing`."""
 
 from __future__ import annotations
 
@@ -11,18 +7,17 @@ from typing import Any, Literal
 
 from evolve_dag.evaluation.metrics import Metrics
 from evolve_dag.lineage import audit
+from evolve_dag.reporting.drawing import Figure, Point, axes, bar, bars, line, over_iterations, title
 from evolve_dag.reporting.summary import EDITS, IterationRow, LineageSummary, step_names
 from evolve_dag.steps.base import STEP_ORDER
 
-Figure = dict[str, Any]
-"""A plotly figure: ``{"data": [...], "layout": {...}}``, JSON values only."""
-
-Condition = Literal["without", "with_experience", "greedy"]
+Condition = Literal["without", "with_experience", "greedy", "ceiling"]
 
 CONDITIONS: dict[Condition, str] = {
     "without": "without experience",
     "with_experience": "with experience in context",
     "greedy": "greedy, without experience",
+    "ceiling": "ceiling",
 }
 
 INTERNALIZED: tuple[tuple[str, Callable[[audit.Internalized], float | None]], ...] = (
@@ -32,9 +27,6 @@ INTERNALIZED: tuple[tuple[str, Callable[[audit.Internalized], float | None]], ..
 )
 """Bars of an item: the policy that entered the iteration, its candidate, the policy that the lineage holds now."""
 
-NEUTRAL = ("#2f7ed8", "#d9731a", "#1f9d72", "#a45cc4", "#b58a14", "#d14d7a", "#3a9bb5", "#7d8590")
-"""Mid tones that can be read on white and on near-black; the SVG stands on pages that we do not paint."""
-
 
 def success(summaries: Sequence[LineageSummary], conditions: Sequence[Condition]) -> Figure:
     """Held-out success over iterations with 95% bands, one line per experiment and condition."""
@@ -42,7 +34,7 @@ def success(summaries: Sequence[LineageSummary], conditions: Sequence[Condition]
         _metric_line(summary, condition, "success", scale=100, name=_name(summary, condition, summaries, conditions), slot=slot)
         for slot, (summary, condition) in enumerate((s, c) for s in summaries for c in conditions)
     ]
-    return _over_iterations(lines, summaries, range_=(0, 100), suffix="%")
+    return over_iterations(lines, _last(summaries), range_=(0, 100), suffix="%")
 
 
 def behaviour(summaries: Sequence[LineageSummary], field: str, *, share: bool) -> Figure:
@@ -52,7 +44,7 @@ def behaviour(summaries: Sequence[LineageSummary], field: str, *, share: bool) -
         _metric_line(summary, "without", field, scale=scale, name=summary.experiment, slot=slot)
         for slot, summary in enumerate(summaries)
     ]
-    return _over_iterations(lines, summaries, suffix="%" if share else "", from_zero=True)
+    return over_iterations(lines, _last(summaries), suffix="%" if share else "", from_zero=True)
 
 
 def endings(summary: LineageSummary) -> Figure:
@@ -66,10 +58,10 @@ def endings(summary: LineageSummary) -> Figure:
         ("failed", lambda m: m.failed or 0.0),
     ]
     data = [
-        _bar([_label(row) for row in rows], [100 * share(row.without) for row in rows if row.without], name, slot, "%{y:.1f}%")
+        bar([_label(row) for row in rows], [100 * share(row.without) for row in rows if row.without], name, slot, "%{y:.1f}%")
         for slot, (name, share) in enumerate(kinds)
     ]
-    return _bars(data, range_=(0, 100), suffix="%")
+    return bars(data, range_=(0, 100), suffix="%")
 
 
 def breakdown(summary: LineageSummary, key: str) -> Figure:
@@ -83,8 +75,8 @@ def breakdown(summary: LineageSummary, key: str) -> Figure:
             if part is not None and part.success is not None:
                 low, high = part.interval or (part.success, part.success)
                 points.append((row.iteration, 100 * part.success, 100 * low, 100 * high, f"{part.judged} judged"))
-        lines.append(_line(points, f"{key} {value}", slot))
-    return _over_iterations(lines, [summary], range_=(0, 100), suffix="%")
+        lines.append(line(points, f"{key} {value}", slot))
+    return over_iterations(lines, _last([summary]), range_=(0, 100), suffix="%")
 
 
 def pool_growth(summaries: Sequence[LineageSummary]) -> Figure:
@@ -92,8 +84,8 @@ def pool_growth(summaries: Sequence[LineageSummary]) -> Figure:
     lines = []
     for slot, summary in enumerate(summaries):
         points = [(r.iteration, float(r.pool_size), None, None, "") for r in summary.rows if r.pool_size is not None]
-        lines.append(_line(points, summary.experiment, slot))
-    return _over_iterations(lines, summaries, "items", from_zero=True)
+        lines.append(line(points, summary.experiment, slot))
+    return over_iterations(lines, _last(summaries), "items", from_zero=True)
 
 
 def pool_edits(summary: LineageSummary) -> Figure:
@@ -101,10 +93,10 @@ def pool_edits(summary: LineageSummary) -> Figure:
     rows = [row for row in summary.iterations if row.edits]
     data = []
     for slot, name in enumerate(EDITS):
-        sign = -1 if name in ("deleted", "merged") else 1
+        sign = -1 if name in ("deleted", "merged", "graduated") else 1
         counts = [sign * row.edits.get(name, 0) for row in rows]
-        data.append(_bar([_label(row) for row in rows], counts, name, slot, f"%{{y}} {name}"))
-    return _bars(data, "edits")
+        data.append(bar([_label(row) for row in rows], counts, name, slot, f"%{{y}} {name}"))
+    return bars(data, "edits")
 
 
 def locality(summary: LineageSummary) -> Figure:
@@ -113,8 +105,8 @@ def locality(summary: LineageSummary) -> Figure:
     lines = []
     for slot, name in enumerate(names):
         points = [(r.iteration, 100 * r.locality[name], None, None, "") for r in summary.iterations if name in r.locality]
-        lines.append(_line(points, name.replace("_", " "), slot))
-    return _over_iterations(lines, [summary], range_=(0, 100), suffix="%")
+        lines.append(line(points, name.replace("_", " "), slot))
+    return over_iterations(lines, _last([summary]), range_=(0, 100), suffix="%")
 
 
 def training(summary: LineageSummary) -> Figure:
@@ -135,8 +127,8 @@ def training(summary: LineageSummary) -> Figure:
                 "meta": {"slot": slot, "paint": "line"},
             }
         )
-    layout = _layout("loss, nats per action token", from_zero=True)
-    layout["xaxis"] |= {"title": _title("optimizer step"), "rangemode": "tozero"}
+    layout = axes("loss, nats per action token", from_zero=True)
+    layout["xaxis"] |= {"title": title("optimizer step"), "rangemode": "tozero"}
     return {"data": data, "layout": layout}
 
 
@@ -157,10 +149,10 @@ def internalized(summary: LineageSummary) -> Figure:
                     "name": name,
                     "customdata": texts,
                     "hovertemplate": "%{y:.4f} nats, %{customdata}<extra>%{fullData.name}</extra>",
-                    "meta": {"slot": (7, 0, 2)[slot], "paint": "bar"},
+                    "meta": {"slot": (7, 0, 2)[slot], "paint": "bar"},  # grey for what was there before
                 }
             )
-    layout = _layout("nats per token", from_zero=True)
+    layout = axes("nats per token", from_zero=True)
     layout["xaxis"] |= {"type": "multicategory"}
     layout |= {"barmode": "group", "bargap": 0.25}
     return {"data": data, "layout": layout}
@@ -194,7 +186,7 @@ def inside_now(summary: LineageSummary) -> Figure:
             "meta": {"slot": 0, "paint": "bar"},
         }
     ]
-    layout = _layout("", suffix="%", from_zero=True)
+    layout = axes("", suffix="%", from_zero=True)
     layout |= {"bargap": 0.4, "showlegend": False}
     layout["xaxis"] |= {"type": "category"}
     return {"data": data if rows else [], "layout": layout}
@@ -206,9 +198,9 @@ def inside(summaries: Sequence[LineageSummary]) -> Figure:
     for slot, summary in enumerate(summaries):
         rows = [one for row in summary.iterations for one in row.internalized if one.item == audit.ALL]
         points = [_inside_point(one) for one in rows if one.share is not None]
-        lines.append(_line(points, summary.experiment, slot))
-    figure = _over_iterations([line for line in lines if line[-1]["x"]], summaries, suffix="%", from_zero=True)
-    figure["layout"]["xaxis"]["range"][0] = 0.5
+        lines.append(line(points, summary.experiment, slot))
+    figure = over_iterations([one for one in lines if one[-1]["x"]], _last(summaries), suffix="%", from_zero=True)
+    figure["layout"]["xaxis"]["range"][0] = 0.5  # the base policy has taken nothing over yet
     return figure
 
 
@@ -230,8 +222,8 @@ def over_seeds(groups: Mapping[str, Sequence[LineageSummary]], condition: Condit
             if len(found) > 1
         ]
         if len(members) > 1:
-            lines.append(_line(points, name, slot))
-    drawn = _over_iterations(lines, [s for members in groups.values() for s in members], range_=(0, 100), suffix="%")
+            lines.append(line(points, name, slot))
+    drawn = over_iterations(lines, _last([s for members in groups.values() for s in members]), range_=(0, 100), suffix="%")
     drawn["layout"]["showlegend"] = True
     return drawn
 
@@ -252,9 +244,6 @@ def tokens(summary: LineageSummary) -> Figure:
 
 
 # -- inside
-
-Point = tuple[int, float, float | None, float | None, str]
-"""Iteration, value, low, high, remark for the hover text."""
 
 
 def _inside_point(one: audit.Internalized) -> Point:
@@ -279,130 +268,13 @@ def _points(summary: LineageSummary, condition: Condition, field: str, scale: fl
 def _metric_line(
     summary: LineageSummary, condition: Condition, field: str, *, scale: float, name: str, slot: int
 ) -> list[dict[str, Any]]:
-    return _line(
+    return line(
         _points(summary, condition, field, scale),
         name,
         slot,
-        dash={"with_experience": "dash", "greedy": "dot"}.get(condition, "solid"),
+        dash={"with_experience": "dash", "greedy": "dot", "ceiling": "dot"}.get(condition, "solid"),
         declined=_declined(summary),
     )
-
-
-def _line(
-    points: Sequence[Point], name: str, slot: int, *, dash: str = "solid", declined: frozenset[int] = frozenset()
-) -> list[dict[str, Any]]:
-    """A line with its band: two traces of one legend entry."""
-    traces: list[dict[str, Any]] = []
-    if any(low is not None for _, _, low, _, _ in points):
-        xs = [p[0] for p in points]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "x": xs + xs[::-1],
-                "y": [p[3] if p[3] is not None else p[1] for p in points]
-                + [p[2] if p[2] is not None else p[1] for p in reversed(points)],
-                "fill": "toself",
-                "line": {"width": 0},
-                "hoverinfo": "skip",
-                "showlegend": False,
-                "legendgroup": name,
-                "meta": {"slot": slot, "paint": "band"},
-            }
-        )
-
-    def around(point: Point) -> str:
-        bounds = f" ({point[2]:.1f}–{point[3]:.1f})" if point[2] is not None and point[3] is not None else ""
-        stays = "; declined, the champion stays" if point[0] in declined else ""
-        return f"{bounds}{', ' if point[4] else ''}{point[4]}{stays}"
-
-    traces.append(
-        {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "cliponaxis": False,
-            "x": [p[0] for p in points],
-            "y": [p[1] for p in points],
-            "name": name,
-            "legendgroup": name,
-            "customdata": [around(p) for p in points],
-            "line": {"width": 2.4, "dash": dash},
-            "marker": {"size": 8, "symbol": ["circle-open" if p[0] in declined else "circle" for p in points]},
-            "hovertemplate": "%{y:.1f}%{customdata}<extra>%{fullData.name}</extra>",
-            "meta": {"slot": slot, "paint": "line"},
-        }
-    )
-    return traces
-
-
-def _over_iterations(
-    lines: Sequence[list[dict[str, Any]]],
-    summaries: Sequence[LineageSummary],
-    heading: str = "",
-    *,
-    range_: tuple[float, float] | None = None,
-    suffix: str = "",
-    from_zero: bool = False,
-) -> Figure:
-    # bands first, so that no band lies over a line
-    data = sorted((trace for line in lines for trace in line if trace["x"]), key=lambda trace: trace["meta"]["paint"] != "band")
-    layout = _layout(heading, range_=range_, suffix=suffix, from_zero=from_zero)
-    layout["showlegend"] = sum(trace["meta"]["paint"] == "line" for trace in data) > 1
-    last = max([1, *(row.iteration for summary in summaries for row in summary.rows)])
-    ticks = list(range(0, last + 1, max(1, -(-last // 12))))
-    layout["xaxis"] |= {
-        "title": _title("iteration"),
-        "tickvals": ticks,
-        "ticktext": ["base" if k == 0 else str(k) for k in ticks],
-        "range": [-0.06 * last, 1.06 * last],
-    }
-    layout["hovermode"] = "x unified"
-    return {"data": data, "layout": layout}
-
-
-def _layout(
-    heading: str, *, range_: tuple[float, float] | None = None, suffix: str = "", from_zero: bool = False
-) -> dict[str, Any]:
-    yaxis: dict[str, Any] = {"title": _title(heading), "ticksuffix": suffix, "zeroline": False}
-    if range_ is not None:
-        # a little room, so that a point on the bound is drawn whole
-        spread = 0.03 * (range_[1] - range_[0])
-        yaxis["range"] = [range_[0] - spread, range_[1] + spread]
-    elif from_zero:
-        yaxis["rangemode"] = "tozero"
-    return {
-        "xaxis": {"zeroline": False},
-        "yaxis": yaxis,
-        "margin": {"l": 58, "r": 16, "t": 34, "b": 48},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        "height": 340,
-    }
-
-
-def _bar(labels: Sequence[str], values: Sequence[float], name: str, slot: int, shown: str) -> dict[str, Any]:
-    return {
-        "type": "bar",
-        "x": list(labels),
-        "y": list(values),
-        "name": name,
-        "hovertemplate": f"{shown}<extra>%{{fullData.name}}</extra>",
-        "meta": {"slot": slot, "paint": "bar"},
-    }
-
-
-def _bars(
-    data: list[dict[str, Any]], heading: str = "", *, range_: tuple[float, float] | None = None, suffix: str = ""
-) -> Figure:
-    layout = _layout(heading, suffix=suffix)
-    if range_ is not None:
-        layout["yaxis"]["range"] = list(range_)
-    layout["xaxis"] |= {"type": "category", "title": _title("iteration")}
-    layout |= {"barmode": "relative", "bargap": 0.35}
-    return {"data": [trace for trace in data if any(trace["y"])], "layout": layout}
-
-
-def _title(text: str) -> dict[str, Any]:
-    return {"text": text, "font": {"size": 13}, "standoff": 8}
 
 
 def _per_step(summary: LineageSummary, heading: str, value: Callable[[Any], float], shown: str) -> Figure:
@@ -411,8 +283,8 @@ def _per_step(summary: LineageSummary, heading: str, value: Callable[[Any], floa
     for name in step_names(rows):
         values = [sum(value(step) for step in row.steps if step.name == name) for row in rows]
         slot = STEP_ORDER.index(name) if name in STEP_ORDER else len(STEP_ORDER)
-        data.append(_bar([_label(row) for row in rows], values, name, slot, shown))
-    return _bars(data, heading)
+        data.append(bar([_label(row) for row in rows], values, name, slot, shown))
+    return bars(data, heading)
 
 
 def _grounded(metrics: Metrics) -> float:
@@ -434,3 +306,7 @@ def _name(
     if len(summaries) == 1:
         return CONDITIONS[condition]
     return summary.experiment if len(conditions) == 1 else f"{summary.experiment}, {CONDITIONS[condition]}"
+
+
+def _last(summaries: Sequence[LineageSummary]) -> int:
+    return max((row.iteration for summary in summaries for row in summary.rows), default=0)

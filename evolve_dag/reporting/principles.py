@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from evolve_dag.evaluation.intervals import Interval, share_interval
 from evolve_dag.experience.features import FEATURES, Tracker
 from evolve_dag.lineage import audit
-from evolve_dag.records import ExperienceItem, Step, ToolCall
+from evolve_dag.records import ExperienceItem, PoolEdit, Step, ToolCall
 from evolve_dag.steps.base import STEP_ORDER
-from evolve_dag.store.frames import items_from_frame
+from evolve_dag.store.frames import edits_from_frame, items_from_frame
 
 if TYPE_CHECKING:
     import polars as pl
@@ -61,20 +61,6 @@ class Contrast:
 
 
 @dataclass(frozen=True, slots=True)
-class Edit:
-    """One change of an item."""
-
-    operation: str
-    iteration: int
-    reason: str
-    before: str | None
-    after: str | None
-    into: str | None
-    trajectories: tuple[str, ...]
-    """What caused it."""
-
-
-@dataclass(frozen=True, slots=True)
 class State:
     """One feature value of the situations in which an item is chosen."""
 
@@ -93,7 +79,7 @@ class Principle:
     item: ExperienceItem
     gone: int | None
     """Iteration that deleted or merged it; None while it is in the newest pool."""
-    edits: tuple[Edit, ...]
+    edits: tuple[PoolEdit, ...]
     states: tuple[State, ...]
     learned: Mapping[int, tuple[int, int]]
     """Iteration -> (learned steps where it stood in the teacher's context, all learned steps)."""
@@ -201,7 +187,7 @@ class _Seen:
     def __init__(self) -> None:
         self.items: dict[str, ExperienceItem] = {}
         self.newest: tuple[str, ...] = ()
-        self.edits: dict[str, dict[tuple[Any, ...], Edit]] = {}
+        self.edits: dict[str, dict[tuple[Any, ...], PoolEdit]] = {}
         self.learned: dict[str, dict[int, tuple[int, int]]] = {}
         self.contrasts: dict[str, dict[int, list[Contrast]]] = {}
         self.states: dict[str, Counter[tuple[str, str]]] = {}
@@ -214,18 +200,9 @@ class _Seen:
         items = items_from_frame(experience.frame("items.parquet"))
         self.items |= {item.id: item for item in items}
         self.newest = tuple(item.id for item in items)
-        for row in experience.frame("edits.parquet").to_dicts():
-            edit = Edit(
-                row["operation"],
-                row["iteration"],
-                row["reason"],
-                row["before"],
-                row["after"],
-                row["into"],
-                tuple(row["trajectory_ids"]),
-            )
+        for edit in edits_from_frame(experience.frame("edits.parquet")):
             key = (edit.operation, edit.iteration, edit.reason, edit.before, edit.after)
-            self.edits.setdefault(row["item_id"], {}).setdefault(key, edit)
+            self.edits.setdefault(edit.item_id, {}).setdefault(key, edit)
 
     def learn(self, iteration: int, contexts: pl.DataFrame) -> None:
         """Learned steps of one iteration."""
@@ -235,6 +212,7 @@ class _Seen:
 
     def contrast(self, iteration: int, where: str, rolled: Sequence[Shown]) -> None:
         """Success of episodes with and without each item, and the states in which each was chosen."""
+        # `with/<task>#<rollout>`: intervals are over tasks, rollouts of one task are no independent evidence
         tasks = [one.id.rsplit("/", 1)[-1].rpartition("#")[0] for one in rolled]
         rewards = [one.reward for one in rolled]
         held = [set(one.items) for one in rolled]
@@ -289,6 +267,7 @@ class _Seen:
             State(feature, value, count / self.steps[name], self.all_states[feature, value] / self.all_steps)
             for (feature, value), count in own.items()
         ]
+        # A value that is as common everywhere tells nothing of the item, and a rare one is not why it was chosen.
         telling = [state for state in states if state.share >= 0.25 and state.share > 1.1 * state.all]
         return tuple(sorted(telling, key=lambda state: (-(state.share - state.all), state.feature, state.value))[:STATES])
 
@@ -362,7 +341,7 @@ def _taught(trajectories: Artifact | None, iteration: int, seen: _Seen) -> dict[
         return {}
     wanted: list[str] = []
     for edits in seen.edits.values():
-        wanted += [name for edit in edits.values() if edit.iteration == iteration for name in edit.trajectories[:TAUGHT]]
+        wanted += [name for edit in edits.values() if edit.iteration == iteration for name in edit.trajectory_ids[:TAUGHT]]
     return {one.id: one for one in _rolled(trajectories, set(wanted)) if one.id in wanted} if wanted else {}
 
 

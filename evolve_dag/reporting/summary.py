@@ -2,8 +2,9 @@
 
 What is read, by kind of artifact (all of it optional, so that a lineage can be looked at while it grows):
 
-    scores      summary.json   {"without": metrics, "with": metrics, "greedy": metrics, "base": metrics}, each of them
-                               optional; "base" is what entered iteration 1, without experience
+    scores      summary.json   {"without": metrics, "with": metrics, "greedy": metrics, "ceiling": metrics, "base": metrics,
+                               "base_at_0.3": metrics}, each of them optional; "base" is what entered iteration 1, without
+                               experience
     promotion   decision.json  see evaluation.gate.gate_to_json
     experience  manifest.summary  items, added, updated, deleted, merged, locality {name: share};  items.parquet
     contexts    what was measured of it (evolve_dag.lineage.audit), from the store's cache
@@ -25,12 +26,13 @@ from evolve_dag.evaluation.intervals import Interval
 from evolve_dag.evaluation.metrics import Metrics, metrics_from_json, metrics_to_json
 from evolve_dag.records import ExperienceItem
 from evolve_dag.steps.base import STEP_ORDER
+from evolve_dag.steps.scores import BASE_AT
 
 if TYPE_CHECKING:
     from evolve_dag.lineage.audit import Internalized
     from evolve_dag.store.artifacts import Artifact, Ref, Store
 
-EDITS = ("added", "updated", "deleted", "merged")
+EDITS = ("added", "updated", "deleted", "merged", "graduated", "recalled")
 """Counts of pool edits, as the experience artifact's summary names them."""
 
 
@@ -77,6 +79,10 @@ class IterationRow:
     """The same with the pool in context."""
     greedy: Metrics | None = None
     """Argmax, without experience."""
+    ceiling: Metrics | None = None
+    """The policy that entered the iteration, with E(k) in context."""
+    at_temperature: Mapping[float, Metrics] = field(default_factory=dict)
+    """Of the base policy: temperature -> results, without experience."""
     pool_size: int | None = None
     """Items in the pool E(k)."""
     edits: Mapping[str, int] = field(default_factory=dict)
@@ -113,6 +119,17 @@ class LineageSummary:
     def iterations(self) -> tuple[IterationRow, ...]:
         """The rows without the base policy."""
         return tuple(row for row in self.rows if row.iteration > 0)
+
+    @property
+    def base_by_temperature(self) -> str:
+        """``success by temperature: 0 31.2%, 0.3 40.6% (best), 1 25.8%``; '' where one temperature was tried."""
+        tried = {t: metrics.success for t, metrics in self.rows[0].at_temperature.items()} if self.rows else {}
+        known = {t: success for t, success in tried.items() if success is not None}
+        if len(known) < 2:
+            return ""
+        best = max(known, key=lambda t: known[t])
+        told = (f"{t:g} {percent(success)}{' (best)' if t == best else ''}" for t, success in known.items())
+        return f"success by temperature: {', '.join(told)}"
 
     @property
     def champion(self) -> int | None:
@@ -169,6 +186,7 @@ def summarize(
     outdated: list[int] = []
     for iteration, found in sorted(by_iteration.items()):
         artifacts = {kind: artifact for kind, (_, artifact) in found.items()}
+        # Under a changed config the first iterations may be new and the later ones old: one curve must not show both.
         if outdated or not _follows(artifacts, by_iteration.get(iteration - 1, {})):
             outdated.append(iteration)
             continue
@@ -176,7 +194,7 @@ def summarize(
             settings |= artifact.manifest.config
         scores = _json(artifacts.get("scores"), "summary.json")
         if iteration == 1 and scores.get("base") is not None:
-            rows.append(IterationRow(0, without=_metrics(scores, "base", artifacts["scores"])))
+            rows.append(_base_row(scores, artifacts["scores"]))
         row = _row(iteration, found, artifacts, scores, recomputed or {})
         rows.append(replace(row, internalized=tuple(one for one in measured if one.iteration == iteration)))
     for entry in ("iteration", "policy"):  # part of what is computed, no setting
@@ -188,6 +206,16 @@ def summarize(
         _command(experiment, config, settings, max(by_iteration)),
         tuple(outdated),
     )
+
+
+def _base_row(scores: Mapping[str, Any], artifact: Artifact) -> IterationRow:
+    """The policy that entered the first iteration, at every temperature that was tried."""
+    named = {name: name.removeprefix(BASE_AT) for name in scores if name.startswith(BASE_AT)}
+    others = {float(said): _metrics(scores, name, artifact) for name, said in named.items()}
+    own = (artifact.manifest.config.get("rollout") or {}).get("temperature", 1.0)
+    found = {own: _metrics(scores, "base", artifact), **others}
+    known = {temperature: metrics for temperature, metrics in sorted(found.items()) if metrics is not None}
+    return IterationRow(0, without=known.get(own), greedy=known.get(0.0), at_temperature=known)
 
 
 def _follows(artifacts: Mapping[str, Artifact], before: Mapping[str, tuple[Ref, Artifact]]) -> bool:
@@ -226,6 +254,7 @@ def _row(
         without=_metrics(scores, "without", artifacts.get("scores")),
         with_experience=_metrics(scores, "with", artifacts.get("scores")),
         greedy=_metrics(scores, "greedy", artifacts.get("scores")),
+        ceiling=_metrics(scores, "ceiling", artifacts.get("scores")),
         pool_size=int(pool["items"]) if pool.get("items") is not None else None,
         edits={name: int(pool[name]) for name in EDITS if pool.get(name) is not None},
         locality={name: float(shares[name]) for name in LOCALITY if shares.get(name) is not None},
@@ -264,6 +293,8 @@ def status_json(summary: LineageSummary) -> dict[str, Any]:
                 "without": metrics_to_json(row.without) if row.without else None,
                 "with": metrics_to_json(row.with_experience) if row.with_experience else None,
                 "greedy": metrics_to_json(row.greedy) if row.greedy else None,
+                "ceiling": metrics_to_json(row.ceiling) if row.ceiling else None,
+                "at_temperature": {f"{t:g}": metrics_to_json(metrics) for t, metrics in row.at_temperature.items()},
                 "pool": {"items": row.pool_size, **row.edits, "locality": dict(row.locality)},
                 "training": dict(row.training),
                 "gate": gate_to_json(row.gate) if row.gate else None,
@@ -303,6 +334,14 @@ def percent_interval(interval: Interval | None) -> str:
     return "" if interval is None else f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}"
 
 
+def judged_of(metrics: Metrics) -> str:
+    """``256 of 256``, or ``200 of 256 (17.8% of all right)``: what is not judged must not make a policy look better."""
+    shares = f"{metrics.judged} of {metrics.n}"
+    if metrics.judged == metrics.n or metrics.success_all is None:
+        return shares
+    return f"{shares} ({percent(metrics.success_all)} of all right)"
+
+
 def number(value: float | None) -> str:
     """``5.213`` -> ``5.21``."""
     return "–" if value is None else f"{value:.2f}"
@@ -311,6 +350,16 @@ def number(value: float | None) -> str:
 def number_interval(interval: Interval | None) -> str:
     """``(5.0, 5.4)`` -> ``5.00–5.40``."""
     return "" if interval is None else f"{interval[0]:.2f}–{interval[1]:.2f}"
+
+
+def nats(value: float | None) -> str:
+    """A divergence per token."""
+    return "–" if value is None else f"{value:.4f}"
+
+
+def plain(value: Any) -> str:
+    """A fact of an artifact, whatever it is."""
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def duration(seconds: float) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evolve_dag.evaluation.intervals import Interval
 from evolve_dag.evaluation.metrics import Metrics
 from evolve_dag.reporting.summary import (
     IterationRow,
@@ -13,6 +12,7 @@ from evolve_dag.reporting.summary import (
     StepRow,
     count,
     duration,
+    judged_of,
     number,
     number_interval,
     percent,
@@ -56,25 +56,35 @@ def iteration_table(summary: LineageSummary, *, wide: bool = True) -> Table:
     from rich.table import Table
 
     title = f"{summary.experiment}: held-out results (95% interval)"
+    columns = _columns(summary, wide)
     padding = (0, 1) if wide else (0, 1, 0, 0)
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=wide, padding=padding)
     table.add_column("iteration" if wide else "k", justify="right", min_width=4)
-    for heading in ("success without", "success with", "mean turns", "premature", "unanswered"):
+    for heading, _, _ in columns:
         table.add_column(heading, justify="right", min_width=max(len(word) for word in heading.split()))
     table.add_column("pool", justify="right")
     table.add_column("gate")
     for row in summary.rows:
         table.add_row(
             "base" if row.iteration == 0 else str(row.iteration),
-            _cell(row.without, "success", percent, percent_interval, wide),
-            _cell(row.with_experience, "success", percent, percent_interval, wide),
-            _cell(row.without, "turns", number, number_interval, wide),
-            _cell(row.without, "premature", percent, percent_interval, wide),
-            _cell(row.without, "unanswered", percent, percent_interval, wide),
+            *(_cell(getattr(row, condition), field, wide) for _, condition, field in columns),
             "–" if row.pool_size is None else str(row.pool_size),
             _gate(row),
         )
     return table
+
+
+def _columns(summary: LineageSummary, wide: bool) -> list[tuple[str, str, str]]:
+    """Heading, condition and metric. The ceiling takes the place of the unanswered where the terminal has no room for both."""
+    ceiling = any(row.ceiling for row in summary.rows)
+    return [
+        ("success without", "without", "success"),
+        ("success with", "with_experience", "success"),
+        *([("ceiling", "ceiling", "success")] if ceiling else []),
+        ("mean turns", "without", "turns"),
+        ("premature", "without", "premature"),
+        *([("unanswered", "without", "unanswered")] if wide or not ceiling else []),
+    ]
 
 
 def step_table(summary: LineageSummary) -> Table:
@@ -114,20 +124,17 @@ def _spent(steps: Sequence[StepRow]) -> Text:
     return text
 
 
-def _cell(
-    metrics: Metrics | None,
-    field: str,
-    value: Callable[[float | None], str],
-    interval: Callable[[Interval | None], str],
-    wide: bool,
-) -> Text:
+def _cell(metrics: Metrics | None, field: str, wide: bool) -> Text:
     from rich.text import Text
 
     if metrics is None:
         return Text("–", style="dim")
-    shown: float | None = getattr(metrics, field)
-    text = Text(value(shown) + ("*" if field == "success" and metrics.judged < metrics.n else ""))
-    bounds = interval(metrics.intervals.get(field))
+    value: float | None = getattr(metrics, field)
+    interval = metrics.intervals.get(field)
+    shown, bounds = (
+        (number(value), number_interval(interval)) if field == "turns" else (percent(value), percent_interval(interval))
+    )
+    text = Text(shown + ("*" if field == "success" and metrics.judged < metrics.n else ""))
     if bounds:
         text.append((" " if wide else "\n") + bounds, style="dim")
     return text
@@ -143,9 +150,13 @@ def _gate(row: IterationRow) -> Text:
 
 def _notes(summary: LineageSummary) -> list[str]:
     notes = []
+    if line := summary.base_by_temperature:
+        notes.append(f"base, {line}")
+    if any(row.ceiling for row in summary.rows):
+        notes.append("ceiling: the policy that entered the iteration, with the iteration's experience in context")
     for row in summary.rows:
         for condition, metrics in (("without", row.without), ("with", row.with_experience)):
             if metrics is not None and metrics.judged < metrics.n:
                 name = "base" if row.iteration == 0 else f"iteration {row.iteration}"
-                notes.append(f"* {name}, {condition}: {metrics.judged} of {metrics.n} episodes were judged")
+                notes.append(f"* {name}, {condition}: episodes judged: {judged_of(metrics)}")
     return notes

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag.agent.rollouts import run_rollouts
+from evolve_dag.agent.rollouts import gather_rollouts
+from evolve_dag.config.schema import Experiment
 from evolve_dag.distillation.alignment import select_rows
-from evolve_dag.distillation.dataset import DistillationRow, load_contexts
+from evolve_dag.distillation.dataset import DistillationRow, load_contexts, sharpened
 from evolve_dag.distillation.trainer import CurvePoint, distill, load_model
 from evolve_dag.inference.folders import model_folder
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import Silent, StepContext
-from evolve_dag.steps.contexts import RETENTION, score, with_teacher_views
-from evolve_dag.steps.policies import adapter_folder, experience_source, open_policy, open_pool, open_teacher
+from evolve_dag.steps.contexts import DRILLS, RETENTION, score, with_teacher_views
+from evolve_dag.steps.policies import adapter_folder, closing, experience_source, open_policy, open_pool, open_teacher
+from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
+from evolve_dag.store.artifacts import Artifact
 from evolve_dag.tasks.suites import Split, load_split
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from evolve_dag.config.schema import Experiment
+CURVE = "curve.parquet"
+MAX_SKIPPED = 0.1
+"""Largest share of optimizer steps without a finite gradient."""
 
 
 def run(context: StepContext) -> None:
@@ -33,9 +39,10 @@ def run(context: StepContext) -> None:
     contexts = context.inputs["contexts"].path
     rows = load_contexts(contexts)
     nothing_taught = not any(c.injected for row in rows for c in row.contexts)
-    if _learns_distributions(experiment):
-        # Without an item in any context teacher and student are one: Adam would turn rounding noise into full steps.
-        rows = [] if nothing_taught else rows + load_contexts(contexts / RETENTION)
+    rows = sharpened(rows, experiment.distillation.teacher_temperature)
+    rows += load_contexts(contexts / RETENTION) + load_contexts(contexts / DRILLS)
+    if nothing_taught and experiment.regime.divergence != "cross_entropy":
+        rows = []  # teacher and student are one: Adam would turn rounding noise into full steps
     settings = experiment.models.policy
     started = False
 
@@ -67,7 +74,7 @@ def run(context: StepContext) -> None:
     if started:
         context.progress.finish()
     curve = pl.DataFrame([asdict(point) for point in result.curve], schema=_curve_schema())
-    curve.write_parquet(folder / "curve.parquet")
+    curve.write_parquet(folder / CURVE)
     losses = [p.loss for p in result.curve if not p.skipped]
     divergences = [p.divergence for p in result.curve if not p.skipped and p.divergence is not None]
     context.build.note(
@@ -86,11 +93,6 @@ def run(context: StepContext) -> None:
         divergence_last=_mean(divergences[-5:]),
         tokens=resample.tokens if resample else 0,
     )
-
-
-def _learns_distributions(experiment: Experiment) -> bool:
-    """Cross-entropy learns sampled tokens; a retention row would have no anchor there (docs/adr/0004-retention.md)."""
-    return experiment.regime.divergence != "cross_entropy"
 
 
 def _mean(values: list[float]) -> float | None:
@@ -140,26 +142,75 @@ class _Resample:
         )
         refresh = experiment.distillation.refresh
         tasks = self.split.tasks[number - 1 :: refresh] or self.split.tasks
-        trajectories = run_rollouts(
-            tasks,
-            experiment.rollout.group_size,
-            model=actor,
-            environment=self.split.environment,
-            verifier=self.split.verifier,
-            settings=experiment.rollout,
-            seed=stable_hash("refresh", experiment.seed, context.iteration, number),
-            concurrency=runtime.concurrency,
-        )
-        asyncio.run(actor.close())
+        with closing(actor, context.roles):
+            trajectories = context.roles.run(
+                gather_rollouts(
+                    tasks,
+                    experiment.rollout.group_size,
+                    model=actor,
+                    environment=self.split.environment,
+                    verifier=self.split.verifier,
+                    settings=experiment.rollout,
+                    seed=stable_hash("refresh", experiment.seed, context.iteration, number),
+                    concurrency=runtime.concurrency,
+                )
+            )
         self.journal.append({"round": number, "tokens": sum(len(step.token_ids) for t in trajectories for step in t.steps)})
         adapter = context.entering.adapter
         with ExitStack() as opened:
             policy = opened.enter_context(open_policy(context.store, adapter, context.roles))
             source = experience_source(experiment, self.pool, context.roles)
-            trajectories = asyncio.run(with_teacher_views(trajectories, source))
+            trajectories = context.roles.run(with_teacher_views(trajectories, source))
             kept = select_rows(trajectories, experiment.regime.rejection).kept
             if experiment.models.policy.backend != "transformers":
                 opened.close()
-            with open_teacher(experiment, adapter_folder(context.store, adapter), policy) as teacher:
-                clean, retention = score(experiment, kept, teacher, Silent())
-        return clean + retention if _learns_distributions(experiment) else clean
+            with open_teacher(adapter_folder(context.store, adapter), context.roles, policy) as teacher:
+                found = score(experiment, kept, teacher, Silent()).all
+        return sharpened(found, experiment.distillation.teacher_temperature)
+
+
+def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
+    """That every loss and every weight is a number."""
+    from safetensors.numpy import load_file
+
+    curve = artifact.frame(CURVE)
+    taken = curve.filter(~curve["skipped"])
+    bad = [step for step, loss in taken.select("step", "loss").iter_rows() if loss is None or not isfinite(loss)]
+    weights = load_file(artifact.file("adapter_model.safetensors"))
+    broken = [name for name, weight in weights.items() if not isfinite(float(abs(weight).max()))]
+    skipped = curve.height - taken.height
+    evidence = {"broken_tensors": broken, "optimizer_steps": curve.height, "skipped": skipped, "not_finite": bad}
+    yield Verdict("finite_loss", not bad and not broken and skipped <= MAX_SKIPPED * curve.height, evidence)
+
+
+SPEC = StepSpec(
+    "adapter",
+    "LoRA weights that make the student without experience act like the teacher with it, and the training curve.",
+    version="6",
+    config=("seed", "regime", "distillation"),
+    inputs=("policy", "experience", "contexts"),
+    run=run,
+    kinds=frozenset({"pytorch", "huggingface"}),
+    iteration=True,
+    checks=(Check("finite_loss", "Every loss of the training curve is a number.", blocking=True),),
+    examine=examine,
+    tables=(
+        Table(
+            CURVE,
+            ("step", "loss", "divergence", "learning_rate", "gradient_norm", "tokens_per_second"),
+            meanings={
+                "step": "Optimizer step.",
+                "round": "Number of the resampling round.",
+                "loss": "Nats per action token.",
+                "retention_loss": "What of the loss stands on rows in which the student reads experience or a drill.",
+                "divergence": "Teacher to student without experience, nats per action token.",
+                "learning_rate": "At this step.",
+                "gradient_norm": "Before clipping.",
+                "tokens": "Tokens that went through the model.",
+                "action_tokens": "Tokens that were learned from.",
+                "tokens_per_second": "Speed of this step.",
+                "skipped": "The gradient was not finite; the weights stayed.",
+            },
+        ),
+    ),
+)

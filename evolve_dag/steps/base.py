@@ -14,9 +14,8 @@ the next iteration untouched.
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,72 +28,27 @@ from evolve_dag.inference.ledger import Ledger
 from evolve_dag.inference.roles import Roles
 from evolve_dag.prompts import digest
 from evolve_dag.records import PolicyRef
+from evolve_dag.steps import adapter, contexts, experience, policy, promotion, scores, trajectories
 from evolve_dag.steps.body import Body, Progress, Silent, StepContext
+from evolve_dag.steps.spec import StepSpec
 from evolve_dag.store.artifacts import Artifact, Store
 from evolve_dag.store.frames import CALLS, calls_to_frame
 from evolve_dag.store.memory import Memory
 from evolve_dag.tasks.streams import of_iteration
 from evolve_dag.tasks.suites import data_digests
 
-STEP_ORDER = ("policy", "trajectories", "experience", "contexts", "adapter", "scores", "promotion")
-
-
-@dataclass(frozen=True, slots=True)
-class StepSpec:
-    """What decides the outcome of one step."""
-
-    name: str
-    version: str
-    """Raise it when the code of the step makes something else of the same inputs."""
-    config: tuple[str, ...]
-    """Config keys that the step reads."""
-    inputs: tuple[str, ...]
-    """Steps of the same iteration whose artifacts it reads."""
-    iteration: bool = False
-    """Does the number of the iteration enter (fresh draws in every iteration)?"""
-
-
-_TASK_KEYS = ("environment", "rollout", "verification", "models.judge")
-_INJECTION_KEYS = ("injection", "selection", "models.selector", "models.embedding")
-SPECS: Mapping[str, StepSpec] = {
-    spec.name: spec
-    for spec in (
-        StepSpec("policy", "1", ("models.policy",), ()),
-        StepSpec("trajectories", "3", ("seed", "tasks.train", *_TASK_KEYS), ("policy",), iteration=True),
-        StepSpec(
-            "experience",
-            "4",
-            ("seed", "granularity", "extraction", "models.extractor"),
-            ("policy", "trajectories"),
-            iteration=True,
-        ),
-        StepSpec(
-            "contexts",
-            "6",
-            (
-                "seed",
-                *_INJECTION_KEYS,
-                "regime.source",
-                "regime.rejection",
-                "distillation.top_k",
-                "distillation.retention",
-                "tasks.train",
-                *_TASK_KEYS,
-            ),
-            ("policy", "trajectories", "experience"),
-            iteration=True,
-        ),
-        StepSpec("adapter", "4", ("seed", "regime", "distillation"), ("policy", "experience", "contexts"), iteration=True),
-        StepSpec(
-            "scores",
-            "3",
-            ("evaluation", *_INJECTION_KEYS, "tasks.development", "tasks.held_out", *_TASK_KEYS),
-            ("policy", "experience", "adapter"),
-        ),
-        StepSpec("promotion", "2", ("gate", "seed"), ("policy", "experience", "adapter", "scores")),
-    )
-}
-SETTINGS: Mapping[str, tuple[str, ...]] = {name: spec.config for name, spec in SPECS.items()}
+STEPS: tuple[StepSpec, ...] = (
+    policy.SPEC,
+    trajectories.SPEC,
+    experience.SPEC,
+    contexts.SPEC,
+    adapter.SPEC,
+    scores.SPEC,
+    promotion.SPEC,
+)
+"""The loop: its steps in the order in which an iteration makes them."""
+SPECS: Mapping[str, StepSpec] = {spec.name: spec for spec in STEPS}
+STEP_ORDER = tuple(SPECS)
 
 
 def code_version(name: str) -> str:
@@ -107,7 +61,8 @@ def settings(name: str, experiment: Experiment) -> dict[str, Any]:
     values = experiment.slice(*SPECS[name].config)
     for split in ("tasks.train", "tasks.development", "tasks.held_out"):
         values.get(split, {}).pop("stream", None)  # which tasks it came to is said by the world, or by the rows' hash
-    for key, found in data_digests(experiment).items():
+    files = data_digests(experiment) if "environment" in values else {}  # every step that reads tasks reads that too
+    for key, found in files.items():
         holder, _, last = key.rpartition(".")
         if holder in values:
             values[holder][last] = found
@@ -186,6 +141,20 @@ def resolve_iteration(experiment: Experiment, iteration: int, store: Store) -> d
     return {name: resolve_from(name, experiment, iteration, store, entering) for name in STEP_ORDER}
 
 
+def resolve_lineage(experiment: Experiment, iterations: int, store: Store) -> Iterator[dict[str, Resolved]]:
+    """All seven steps of iterations 1, 2, ...; the last one is the first that is not promoted, or number ``iterations``."""
+    from evolve_dag.steps.promotion import next_policy
+
+    entering = first_policy(experiment)
+    for k in range(1, iterations + 1):
+        resolved = {name: resolve_from(name, experiment, k, store, entering) for name in STEP_ORDER}
+        yield resolved
+        promotion = resolved["promotion"]
+        if promotion.digest is None or not promotion.exists:
+            return
+        entering = next_policy(store.open("promotion", promotion.digest), k + 1)
+
+
 def entering_policy(experiment: Experiment, iteration: int | None, store: Store) -> PolicyRef:
     """policy(k) by value; for ``iteration`` None the newest that the store holds.
 
@@ -225,14 +194,12 @@ def first_policy(experiment: Experiment) -> PolicyRef:
 
 def _entering(experiment: Experiment, iteration: int, store: Store) -> PolicyRef | str:
     """policy(k) as values, or the name of what is missing."""
-    from evolve_dag.steps.promotion import next_policy
-
     ref = first_policy(experiment)
     for k in range(1, iteration):
-        promotion = resolve_from("promotion", experiment, k, store, ref)
-        if promotion.digest is None or not promotion.exists:
+        decided = resolve_from("promotion", experiment, k, store, ref)
+        if decided.digest is None or not decided.exists:
             return f"promotion[{partition(experiment, k)}]"
-        ref = next_policy(store.open("promotion", promotion.digest), k + 1)
+        ref = promotion.next_policy(store.open("promotion", decided.digest), k + 1)
     return ref
 
 
@@ -242,7 +209,7 @@ def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store
     if isinstance(entering, str):
         return Resolved(name, iteration, None, False, missing=entering)
     try:
-        config = settings(name, of_iteration(experiment, iteration))
+        config = settings(name, _seen_by(name, experiment, iteration))
     except OrderError as error:  # a stream that holds no tasks for this iteration yet
         return Resolved(name, iteration, None, False, missing=error.what)
     inputs: dict[str, str] = {}
@@ -263,6 +230,11 @@ def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store
     return Resolved(name, iteration, digest, store.exists(name, digest), inputs, config, missing)
 
 
+def _seen_by(name: str, experiment: Experiment, iteration: int) -> Experiment:
+    """What a step reads: the iteration's own tasks, but for the policy, which must be there before the next tasks are."""
+    return experiment if name == "policy" else of_iteration(experiment, iteration)
+
+
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
     """The artifact, and whether it had to be made."""
@@ -273,10 +245,25 @@ class StepOutcome:
 
 
 def _body(name: str) -> Body:
-    from importlib import import_module
+    return SPECS[name].run
 
-    body: Body = import_module(f"evolve_dag.steps.{name}").run
-    return body
+
+def _make(expected: Resolved, experiment: Experiment, entering: PolicyRef, store: Store, progress: Progress) -> None:
+    """Run the body of a step, in one event loop, and publish what it made."""
+    assert expected.digest is not None  # what is missing was told before
+    name, spec = expected.name, SPECS[expected.name]
+    inputs = {upstream: store.open(upstream, digest) for upstream, digest in expected.inputs.items()}
+    with store.build(
+        name, expected.digest, code_version=spec.version, config=dict(expected.config), inputs=dict(expected.inputs)
+    ) as build:
+        if build.artifact is not None:
+            return  # another process has made it while this one waited for the lock
+        ledger = Ledger(build.ledger_path)
+        with Roles(experiment, ledger=ledger, memory=Memory(store.root / "cache" / "memory.sqlite")) as roles:
+            _body(name)(StepContext(experiment, expected.iteration, store, inputs, build, progress, entering, roles))
+        if totals := ledger.totals():
+            build.note(calls=totals)
+            calls_to_frame(ledger.calls()).write_parquet(build.path / CALLS)
 
 
 def run_step(
@@ -300,7 +287,7 @@ def run_step(
     entering = _entering(experiment, iteration, store)
     expected = resolve_from(name, experiment, iteration, store, entering)
     here = f"{name}[{partition(experiment, iteration)}]"
-    settings(name, of_iteration(experiment, iteration))  # no tasks in the stream: says so
+    settings(name, _seen_by(name, experiment, iteration))  # no tasks in the stream: says so
     if expected.missing is not None or expected.digest is None or isinstance(entering, str):
         what = "is not promoted yet" if name == "policy" else "cannot be made yet"
         raise OrderError(
@@ -308,31 +295,7 @@ def run_step(
         )
     recomputed = not expected.exists
     if recomputed:
-        inputs = {upstream: store.open(upstream, digest) for upstream, digest in expected.inputs.items()}
-        with store.build(
-            name, expected.digest, code_version=code_version(name), config=dict(expected.config), inputs=dict(expected.inputs)
-        ) as build:
-            if build.artifact is None:  # else another process has made it while this one waited for the lock
-                ledger = Ledger(build.ledger_path)
-                roles = Roles(experiment, ledger=ledger, memory=Memory(store.root / "cache" / "memory.sqlite"))
-                here_now = StepContext(
-                    of_iteration(experiment, iteration),
-                    iteration,
-                    store,
-                    inputs,
-                    build,
-                    progress or Silent(),
-                    entering,
-                    ledger,
-                    roles,
-                )
-                try:
-                    _body(name)(here_now)
-                finally:
-                    asyncio.run(roles.close())
-                if totals := ledger.totals():
-                    build.note(calls=totals)
-                    calls_to_frame(ledger.calls()).write_parquet(build.path / CALLS)
+        _make(expected, _seen_by(name, experiment, iteration), entering, store, progress or Silent())
     artifact = store.open(name, expected.digest)
     seconds = time.monotonic() - started
     remembered = {"recomputed": recomputed, "seconds": round(seconds, 3), **(facts or {})}

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from evolve_dag.config.schema import Experiment
-from evolve_dag.inference.ledger import Ledger
 from evolve_dag.inference.roles import Roles
 from evolve_dag.records import PolicyRef
 from evolve_dag.store.artifacts import Artifact, Build, Store
@@ -48,10 +47,8 @@ class StepContext:
     build: Build
     progress: Progress
     entering: PolicyRef
-    ledger: Ledger
-    """Calls to language models that cost something."""
     roles: Roles
-    """Extractor, selector and judge."""
+    """The models that may be asked, and :meth:`~evolve_dag.inference.roles.Roles.run` for what is awaited."""
 
 
 Body = Callable[[StepContext], None]

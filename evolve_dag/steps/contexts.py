@@ -6,21 +6,33 @@ trajectories and adds the teacher's view. In both cases the action ids are the s
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag.distillation.alignment import align_all, no_injection, replay_injection, select_rows, without_problems
-from evolve_dag.distillation.dataset import DistillationRow, make_rows, retention_rows, save_contexts
+from evolve_dag.config.schema import Experiment
+from evolve_dag.distillation.alignment import (
+    Inject,
+    TeacherContext,
+    align_all,
+    no_injection,
+    replay_injection,
+    select_rows,
+    without_problems,
+)
+from evolve_dag.distillation.dataset import DistillationRow, load_contexts, make_rows, retention_rows, save_contexts
 from evolve_dag.distillation.teacher import TeacherScorer
 from evolve_dag.evaluation.metrics import counts
+from evolve_dag.experience.drills import Place, drills
+from evolve_dag.experience.injection import injected
 from evolve_dag.protocols import ExperienceSource
-from evolve_dag.records import Trajectory
+from evolve_dag.records import InjectionPattern, Trajectory
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import (
+    INJECTION_KEYS,
+    TASK_KEYS,
     adapter_folder,
     experience_source,
     open_policy,
@@ -29,16 +41,18 @@ from evolve_dag.steps.policies import (
     roll_out,
     selector_statistics,
 )
-from evolve_dag.store.frames import load_trajectories, save_trajectories
+from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
+from evolve_dag.store.artifacts import Artifact
+from evolve_dag.store.frames import STEPS, TRAJECTORIES, load_trajectories, save_trajectories, trajectories_from_frames
 from evolve_dag.tasks.suites import load_split
 
 if TYPE_CHECKING:
-    from evolve_dag.config.schema import Experiment
     from evolve_dag.inference.recording import Recording
-
 
 RETENTION = "retention"
 """Folder, in the artifact, of the rows in which the student reads experience too."""
+DRILLS = "drills"
+"""The same of the rows in which it reads advice that was drawn at random."""
 
 
 def run(context: StepContext) -> None:
@@ -65,28 +79,46 @@ def run(context: StepContext) -> None:
                 experience=source,
             )
         else:
-            trajectories = asyncio.run(with_teacher_views(load_trajectories(context.inputs["trajectories"]), source))
+            trajectories = context.roles.run(with_teacher_views(load_trajectories(context.inputs["trajectories"]), source))
         selection = select_rows(trajectories, experiment.regime.rejection)
         if experiment.models.policy.backend != "transformers":
             opened.close()  # what samples gives its memory back before the weights are opened here
-        with open_teacher(experiment, adapter_folder(context.store, adapter), model) as teacher:
-            rows, retention = score(experiment, selection.kept, teacher, context.progress, recording)
+        with open_teacher(adapter_folder(context.store, adapter), context.roles, model) as teacher:
+            scored = score(experiment, selection.kept, teacher, context.progress, recording)
     folder = context.build.path
     save_trajectories(folder, trajectories)
-    save_contexts(folder, rows)
-    save_contexts(folder / RETENTION, retention)
-    chosen = [len(c.selected) for row in rows for c in row.contexts]
+    save_contexts(folder, scored.rows)
+    save_contexts(folder / RETENTION, scored.retention)
+    save_contexts(folder / DRILLS, scored.drills)
+    chosen = [len(c.selected) for row in scored.rows for c in row.contexts]
     context.build.note(
         **counts(trajectories) if experiment.regime.source == "teacher" else {**counts(trajectories), "tokens": 0},
-        kept=len(rows),
-        retention=len(retention),
+        kept=len(scored.rows),
+        retention=len(scored.retention),
+        drills=len(scored.drills),
         **{f"dropped_{k}": v for k, v in selection.counts.items() if k != "kept"},
         steps=len(chosen),
-        action_tokens=sum(row.action_tokens for row in rows),
+        action_tokens=sum(row.action_tokens for row in scored.rows),
         items_per_step=sum(chosen) / max(1, len(chosen)),
         steps_without_item=sum(n == 0 for n in chosen),
         **selector_statistics(source),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What the student learns from, each action token with the teacher's distribution."""
+
+    rows: list[DistillationRow]
+    """Without experience in the student's view."""
+    retention: list[DistillationRow]
+    """With the teacher's experience in it (``distillation.retention``)."""
+    drills: list[DistillationRow]
+    """With advice drawn at random in it (``distillation.drills``)."""
+
+    @property
+    def all(self) -> list[DistillationRow]:
+        return [*self.rows, *self.retention, *self.drills]
 
 
 def score(
@@ -95,31 +127,46 @@ def score(
     model: Any,
     progress: Any,
     recording: Recording | None = None,
-) -> tuple[list[DistillationRow], list[DistillationRow]]:
+) -> Scored:
     """Align ``kept`` and score every action token by the teacher (``model`` with experience in context).
 
     Args:
         recording: made while ``model`` sampled ``kept`` itself: those distributions are its scores.
 
-    Returns:
-        The student's clean rows, and the rows of ``distillation.retention``.
-
     Raises:
         AlignmentError: the two views do not share their action ids, or a student's view holds experience.
     """
     inject = no_injection if experiment.injection == "none" else replay_injection(experiment.injection)
-    # A student's own malformed action is what the teacher's distribution corrects; a teacher's is nothing to learn from.
-    keep_step = None if experiment.regime.source == "student" else without_problems
+    keep_step = None if experiment.regime.refused else without_problems
     aligned = align_all(kept, model.chat, inject, keep_step)
     if experiment.regime.divergence == "cross_entropy" and experiment.injection == "none":
-        return make_rows(aligned, None), []
+        return Scored(make_rows(aligned, None), [], [])
+    texts = drills(kept, experiment.distillation.drills, experiment.seed)
+    drilled = align_all(
+        kept, model.chat, _drill(experiment.injection, texts), lambda t, s: (t.id, s.index) in texts and s.problem is None
+    )
     scorer = TeacherScorer(model.model, top_k=experiment.distillation.top_k)
-    progress.start("teacher scoring", len(aligned))
+    progress.start("teacher scoring", len(aligned) + len(drilled))
     try:
-        rows = make_rows(aligned, scorer.score([one.views for one in aligned], progress.advance, recording))
+        targets = scorer.score([one.views for one in (*aligned, *drilled)], progress.advance, recording)
     finally:
         progress.finish()
-    return rows, retention_rows(rows, aligned, experiment.distillation.retention, experiment.seed)
+    rows = make_rows(aligned, targets[: len(aligned)])
+    return Scored(
+        rows,
+        retention_rows(rows, aligned, experiment.distillation.retention, experiment.seed),
+        retention_rows(make_rows(drilled, targets[len(aligned) :]), drilled, 1.0, experiment.seed),
+    )
+
+
+def _drill(pattern: InjectionPattern, texts: Mapping[Place, str]) -> Inject:
+    """Puts the advice of a drill where the experiment puts its experience."""
+
+    def inject(trajectory: Trajectory, step: int) -> TeacherContext:
+        messages, text = injected(pattern, trajectory.history(step), [texts[trajectory.id, step]])
+        return TeacherContext(messages, (), text)
+
+    return inject
 
 
 async def with_teacher_views(trajectories: Sequence[Trajectory], source: ExperienceSource | None) -> list[Trajectory]:
@@ -134,3 +181,79 @@ async def with_teacher_views(trajectories: Sequence[Trajectory], source: Experie
             steps.append(replace(step, selected=view.selected, injected=view.text, rationale=view.rationale))
         out.append(replace(trajectory, steps=tuple(steps)))
     return out
+
+
+def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
+    """That the student never sees experience, and that both views hold the actions that were sampled."""
+    artifact.verify()
+    rows, retention, drilled = (load_contexts(artifact.path / part) for part in ("", RETENTION, DRILLS))
+    found = trajectories_from_frames(artifact.frame(TRAJECTORIES), artifact.frame(STEPS))
+    trajectories = {trajectory.id: trajectory for trajectory in found}
+    steps, other_ids, seen = 0, [], []
+    for one in rows:
+        trajectory = trajectories[one.row.trajectory_id]
+        history = trajectory.history(len(trajectory.steps))
+        for context, (start, end) in zip(one.contexts, one.row.spans, strict=True):
+            steps += 1
+            where = f"{trajectory.id} step {context.step}"
+            if one.row.ids[start:end] != trajectory.steps[context.step].token_ids:
+                other_ids.append(where)
+            if context.injected.strip() and any(context.injected.strip() in message.content for message in history):
+                seen.append(where)
+    for one in (
+        *retention,
+        *drilled,
+    ):  # these hold experience by design (docs/adr/0004-retention.md): only the actions must agree
+        name, _, number = one.row.trajectory_id.rpartition("@")
+        [(start, end)] = one.row.spans
+        if one.row.ids[start:end] != trajectories[name].steps[int(number)].token_ids:
+            other_ids.append(one.row.trajectory_id)
+    evidence = {
+        "trajectories": len(rows),
+        "steps": steps,
+        "steps_with_experience": sum(bool(context.injected) for one in rows for context in one.contexts),
+        "experience_in_student_view": seen,
+    }
+    yield Verdict("clean", not seen, evidence)
+    evidence = {
+        "steps": steps,
+        "action_tokens": sum(one.action_tokens for one in rows),
+        "teacher_distributions": sum(len(one.teacher) for one in rows if one.teacher is not None),
+        "retention_rows": len(retention),
+        "drill_rows": len(drilled),
+        "other_action_ids": other_ids,
+    }
+    yield Verdict("same_actions", not other_ids, evidence)
+
+
+SPEC = StepSpec(
+    "contexts",
+    "Step-aligned contexts: the student's clean view, the teacher's view with experience, the shared action tokens.",
+    version="8",
+    config=(
+        "seed",
+        *INJECTION_KEYS,
+        "regime.source",
+        "regime.rejection",
+        "regime.refused",
+        "distillation.top_k",
+        "distillation.retention",
+        "distillation.drills",
+        "tasks.train",
+        *TASK_KEYS,
+    ),
+    inputs=("policy", "trajectories", "experience"),
+    run=run,
+    kinds=frozenset({"parquet", "polars"}),
+    iteration=True,
+    checks=(
+        Check("clean", "No clean row of the student holds experience.", blocking=True),
+        Check(
+            "same_actions",
+            "Student and teacher share the action ids: those that were sampled, token for token.",
+            blocking=True,
+        ),
+    ),
+    examine=examine,
+    tables=(Table("contexts.parquet", ("trajectory_id", "step", "selected", "injected", "teacher_tokens")),),
+)

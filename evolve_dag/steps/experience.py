@@ -2,47 +2,53 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 
+from evolve_dag.config.schema import Experiment
 from evolve_dag.experience.extraction.contrast import Evidence
 from evolve_dag.experience.extraction.mining import Extraction, extract
-from evolve_dag.experience.locality import locality
-from evolve_dag.experience.pool import Pool
+from evolve_dag.experience.extraction.placebo import placebo
+from evolve_dag.experience.locality import locality, trajectory_detail
+from evolve_dag.experience.pool import Pool, counted
 from evolve_dag.records import Task, Trajectory
 from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import open_policy, open_pool
-from evolve_dag.store.frames import edits_to_frame, items_to_frame, load_trajectories
+from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
+from evolve_dag.store.artifacts import Artifact
+from evolve_dag.store.frames import EDITS, ITEMS, edits_to_frame, items_from_frame, items_to_frame, load_trajectories
 from evolve_dag.tasks.suites import load_tasks_of
 
 EVIDENCE = "evidence.json"
 """Beside the pool: the sums that extraction rests on, see :class:`~evolve_dag.experience.extraction.contrast.Evidence`."""
+MINED = "mined.json"
+"""With ``extraction.placebo``: the pool as it was mined, from which the next iteration goes on mining."""
 
 
 def run(context: StepContext) -> None:
     """Extract from the groups of this iteration into the pool that entered it."""
     experiment = context.experiment
     trajectories = load_trajectories(context.inputs["trajectories"])
-    entering = context.entering.experience
-    pool = open_pool(context.store.open("experience", entering) if entering else None)
+    entering = context.store.open("experience", context.entering.experience) if context.entering.experience else None
+    pool = open_pool(entering, MINED) if entering and MINED in entering.manifest.files else open_pool(entering)
     pool = replace(pool, next_number=max(pool.next_number, context.entering.next_item))
     tasks = load_tasks_of(experiment, "train")
     found = _extract(context, trajectories, tasks, pool)
     folder = context.build.path
+    if experiment.extraction.placebo:
+        (folder / MINED).write_text(found.pool.to_json(), encoding="utf-8")
+        disguised = placebo(found.pool, found.edits, trajectories, before=open_pool(entering), seed=experiment.seed)
+        found = replace(found, pool=disguised.pool, edits=disguised.edits)
     if found.evidence is not None:
         (folder / EVIDENCE).write_text(found.evidence.to_json(), encoding="utf-8")
     (folder / "pool.json").write_text(found.pool.to_json(), encoding="utf-8")
-    items_to_frame(found.pool.items).write_parquet(folder / "items.parquet")
-    edits_to_frame(found.edits).write_parquet(folder / "edits.parquet")
-    operations = [edit.operation for edit in found.edits]
+    items_to_frame(found.pool.items).write_parquet(folder / ITEMS)
+    edits_to_frame(found.edits).write_parquet(folder / EDITS)
     context.build.note(
         items=len(found.pool.items),
-        added=operations.count("add"),
-        updated=operations.count("update"),
-        deleted=operations.count("delete"),
-        merged=operations.count("merge"),
+        active=len(found.pool.active),
+        **counted(found.edits),
         locality=asdict(locality(found.pool.items, tasks)),
         statistics=dict(found.statistics),
     )
@@ -53,8 +59,10 @@ def _evidence(context: StepContext) -> Evidence | None:
     entering = context.entering.experience
     if not entering or not context.store.exists("experience", entering):
         return None
-    path = context.store.open("experience", entering).path / EVIDENCE
-    return Evidence.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    artifact = context.store.open("experience", entering)
+    if EVIDENCE not in artifact.manifest.files:
+        return None
+    return Evidence.from_json(artifact.file(EVIDENCE).read_text(encoding="utf-8"))
 
 
 def _extract(context: StepContext, trajectories: Sequence[Trajectory], tasks: Sequence[Task], pool: Pool) -> Extraction:
@@ -81,7 +89,7 @@ def _extract(context: StepContext, trajectories: Sequence[Trajectory], tasks: Se
             opened.enter_context(open_policy(context.store, context.entering.adapter, roles))
         context.progress.start("extraction", len({t.task_id for t in trajectories}))
         try:
-            return asyncio.run(
+            return roles.run(
                 extract_with_llm(
                     trajectories,
                     tasks,
@@ -100,3 +108,35 @@ def _extract(context: StepContext, trajectories: Sequence[Trajectory], tasks: Se
             )
         finally:
             context.progress.finish()
+
+
+def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
+    """The cap of the pool, and what its principles keep of trajectories."""
+    items = items_from_frame(artifact.frame(ITEMS))
+    cap, distinct = experiment.extraction.cap, len({item.id for item in items})
+    evidence = {"items": len(items), "distinct_ids": distinct, "cap": cap}
+    yield Verdict("within_cap", len(items) <= cap and distinct == len(items), evidence)
+    objections = {item.id: trajectory_detail(item.text) for item in items if item.granularity == "principle"}
+    wrong = {item_id: mistakes for item_id, mistakes in objections.items() if mistakes}
+    yield Verdict("detail", not wrong, {"items": len(items), "wrong": wrong})
+
+
+SPEC = StepSpec(
+    "experience",
+    "The experience pool E(k), every pool edit, and which trajectories taught what.",
+    version="6",
+    config=("seed", "granularity", "extraction", "models.extractor"),
+    inputs=("policy", "trajectories"),
+    run=run,
+    kinds=frozenset({"parquet", "polars"}),
+    iteration=True,
+    checks=(
+        Check("within_cap", "The pool holds at most `extraction.cap` items, with distinct ids.", blocking=True),
+        Check("detail", "No principle holds trajectory detail: no address, no number, no entity."),
+    ),
+    examine=examine,
+    tables=(
+        Table(ITEMS, ("id", "text", "created", "updated"), rows=50),
+        Table(EDITS, ("operation", "item_id", "before", "after", "reason")),
+    ),
+)

@@ -37,7 +37,7 @@ def play(
     """
     from rich.console import Console
 
-    from evolve_dag.agent.rollouts import run_rollouts
+    from evolve_dag.agent.rollouts import gather_rollouts
     from evolve_dag.inference.roles import Roles
     from evolve_dag.steps.base import entering_policy
     from evolve_dag.steps.policies import experience_source, open_policy, open_pool
@@ -46,25 +46,27 @@ def play(
     console = console or Console()
     ref = entering_policy(experiment, iteration, store)
     pool = open_pool(store.open("experience", ref.experience) if ref.experience else None)
-    roles = Roles(experiment)
-    split = load_split(experiment, "development", roles)
-    tasks = {t.id: t for t in split.tasks}
-    if task is not None and task not in tasks:
-        raise DataError(f"no development task {task!r}", f"one of {', '.join(list(tasks)[:4])}, ...")
-    chosen = tasks[task] if task is not None else split.tasks[seed % len(split.tasks)]
-    with open_policy(store, ref.adapter, roles) as model:
-        source = experience_source(experiment, pool, roles) if with_experience else None
-        [trajectory] = run_rollouts(
-            [chosen],
-            1,
-            model=model,
-            environment=split.environment,
-            verifier=split.verifier,
-            settings=experiment.rollout,
-            seed=seed,
-            concurrency=1,
-            experience=source,
-        )
+    with Roles(experiment) as roles:
+        split = load_split(experiment, "development", roles)
+        tasks = {t.id: t for t in split.tasks}
+        if task is not None and task not in tasks:
+            raise DataError(f"no development task {task!r}", f"one of {', '.join(list(tasks)[:4])}, ...")
+        chosen = tasks[task] if task is not None else split.tasks[seed % len(split.tasks)]
+        with open_policy(store, ref.adapter, roles) as model:
+            source = experience_source(experiment, pool, roles) if with_experience else None
+            [trajectory] = roles.run(
+                gather_rollouts(
+                    [chosen],
+                    1,
+                    model=model,
+                    environment=split.environment,
+                    verifier=split.verifier,
+                    settings=experiment.rollout,
+                    seed=seed,
+                    concurrency=1,
+                    experience=source,
+                )
+            )
     title = (
         f"policy({ref.iteration}) of {experiment.experiment}, {len(pool.items)} items in its pool"
         if source

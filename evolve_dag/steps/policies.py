@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-from evolve_dag.agent.rollouts import run_rollouts
+from evolve_dag.agent.rollouts import gather_rollouts
+from evolve_dag.evaluation.gate import LEAST_JUDGED
 from evolve_dag.inference.backends import identity, open_backend, open_transformers
 from evolve_dag.inference.ledger import metered
 from evolve_dag.protocols import LanguageModel
 from evolve_dag.records import Task, Trajectory
+from evolve_dag.steps.spec import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +28,11 @@ if TYPE_CHECKING:
     from evolve_dag.tasks.suites import Split
 
 Model = TypeVar("Model", bound=LanguageModel)
+
+TASK_KEYS = ("environment", "rollout", "verification", "models.judge")
+"""Config keys of whatever asks tasks."""
+INJECTION_KEYS = ("injection", "selection", "models.selector", "models.embedding")
+"""Config keys of whatever places experience in a context."""
 
 
 @runtime_checkable
@@ -47,7 +54,7 @@ def open_policy(store: Store, adapter: str | None, roles: Roles) -> Iterator[Lan
     experiment = roles.experiment
     folder = adapter_folder(store, adapter)
     settings = experiment.models.policy
-    with closing(open_backend(settings, role="policy", runtime=experiment.runtime, adapter=folder)) as model:
+    with closing(open_backend(settings, role="policy", runtime=experiment.runtime, adapter=folder), roles) as model:
         counted = model
         # What runs in this process costs time only, and the steps hold its tokens.
         if settings.backend != "transformers" and roles.ledger is not None:
@@ -57,26 +64,25 @@ def open_policy(store: Store, adapter: str | None, roles: Roles) -> Iterator[Lan
 
 
 @contextmanager
-def open_teacher(experiment: Experiment, adapter: Path | None, sampler: LanguageModel | None) -> Iterator[TransformersModel]:
+def open_teacher(adapter: Path | None, roles: Roles, sampler: LanguageModel | None) -> Iterator[TransformersModel]:
     """The same policy as weights that can be looked into: the one that samples, where it is in this process."""
     from evolve_dag.inference.transformers import TransformersModel
 
     if isinstance(sampler, TransformersModel):
         yield sampler
         return
-    with closing(open_transformers(experiment.models.policy, runtime=experiment.runtime, adapter=adapter)) as model:
+    experiment = roles.experiment
+    with closing(open_transformers(experiment.models.policy, runtime=experiment.runtime, adapter=adapter), roles) as model:
         yield model
 
 
 @contextmanager
-def closing(model: Model) -> Iterator[Model]:
+def closing(model: Model, roles: Roles) -> Iterator[Model]:
     """Frees a model's memory and connections on leaving."""
-    import asyncio
-
     try:
         yield model
     finally:
-        asyncio.run(model.close())
+        roles.run(model.close())
 
 
 def adapter_folder(store: Store, digest: str | None) -> Path | None:
@@ -88,13 +94,13 @@ def adapter_folder(store: Store, digest: str | None) -> Path | None:
     return artifact.path
 
 
-def open_pool(artifact: Artifact | None) -> Pool:
+def open_pool(artifact: Artifact | None, name: str = "pool.json") -> Pool:
     """The pool of an experience artifact, or an empty one."""
     from evolve_dag.experience.pool import Pool
 
     if artifact is None:
         return Pool()
-    path = artifact.file("pool.json")
+    path = artifact.file(name)
     return Pool.from_json(path.read_text(encoding="utf-8"), str(path))
 
 
@@ -107,6 +113,7 @@ def experience_source(experiment: Experiment, pool: Pool, roles: Roles | None = 
     from evolve_dag.experience.injection import Injector
     from evolve_dag.experience.selection.choose import make_selector
 
+    pool = pool.active
     if experiment.injection == "none" or not pool.items:
         return None
     settings = experiment.selection
@@ -140,28 +147,36 @@ def roll_out(
     seed: int,
     group_size: int,
     experience: ExperienceSource | None = None,
-    greedy: bool = False,
+    temperature: float | None = None,
     journal: str | None = None,
 ) -> list[Trajectory]:
-    """Rollouts of all tasks of ``split``, resumed from the step's journal ``label``."""
+    """Rollouts of all tasks of ``split``, resumed from the step's journal ``label``.
+
+    Args:
+        temperature: in place of the experiment's; 0 is argmax.
+    """
     experiment = context.experiment
+    settings = experiment.rollout
+    if temperature is not None:
+        settings = settings.model_copy(update={"temperature": temperature})
     if isinstance(split.environment, Checked):
         split.environment.check()
     context.progress.start(label, len(split.tasks) * group_size)
     try:
-        return run_rollouts(
-            split.tasks,
-            group_size,
-            model=model,
-            environment=split.environment,
-            verifier=split.verifier,
-            settings=experiment.rollout,
-            seed=seed,
-            concurrency=experiment.runtime.concurrency,
-            experience=experience,
-            journal=context.build.journal(journal or label.replace(" ", "_")),
-            on_done=lambda _: context.progress.advance(),
-            greedy=greedy,
+        return context.roles.run(
+            gather_rollouts(
+                split.tasks,
+                group_size,
+                model=model,
+                environment=split.environment,
+                verifier=split.verifier,
+                settings=settings,
+                seed=seed,
+                concurrency=experiment.runtime.concurrency,
+                experience=experience,
+                journal=context.build.journal(journal or label.replace(" ", "_")),
+                on_done=lambda _: context.progress.advance(),
+            )
         )
     finally:
         context.progress.finish()
@@ -170,3 +185,13 @@ def roll_out(
 def by_id(tasks: Sequence[Task]) -> dict[str, Task]:
     """Task id -> task."""
     return {task.id: task for task in tasks}
+
+
+def judged(artifact: Artifact, file: str) -> Verdict:
+    """Whether enough episodes of a table of trajectories or scores could be judged."""
+    frame = artifact.frame(file)
+    known = frame["reward"].drop_nulls().len()
+    share = known / frame.height if frame.height else 0.0
+    failed = int((frame["status"] == "failed").sum())
+    evidence = {"episodes": frame.height, "judged": known, "share": share, "failed_episodes": failed}
+    return Verdict("judged", share >= LEAST_JUDGED, evidence)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from evolve_dag.steps.body import StepContext
+from evolve_dag.steps.spec import StepSpec
 
 
 def run(context: StepContext) -> None:
@@ -20,3 +21,15 @@ def run(context: StepContext) -> None:
         artifact_of(found.pool, context.store, Path(start).name, renamed=found.renamed)
     (context.build.path / "policy.json").write_text(json.dumps(asdict(ref), indent=2) + "\n")
     context.build.note(adapter=ref.adapter, experience=ref.experience, base=ref.base)
+
+
+SPEC = StepSpec(
+    "policy",
+    "What enters iteration k: base model, adapter(k-1) and experience pool(k-1); for k = 1 the bare base model.",
+    version="1",
+    config=("models.policy",),
+    inputs=(),
+    run=run,
+    kinds=frozenset({"json"}),
+    hidden=frozenset({"adapter", "experience"}),
+)

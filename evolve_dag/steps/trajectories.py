@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from evolve_dag.config.schema import Experiment
+from evolve_dag.evaluation.gate import LEAST_JUDGED
 from evolve_dag.evaluation.metrics import counts
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import StepContext
-from evolve_dag.steps.policies import open_policy, roll_out
-from evolve_dag.store.frames import save_trajectories
+from evolve_dag.steps.policies import TASK_KEYS, judged, open_policy, roll_out
+from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
+from evolve_dag.store.artifacts import Artifact
+from evolve_dag.store.frames import TRAJECTORIES, save_trajectories
 from evolve_dag.tasks.suites import check_disjoint, load_split
 
 
@@ -26,3 +32,23 @@ def run(context: StepContext) -> None:
         )
     save_trajectories(context.build.path, trajectories)
     context.build.note(**counts(trajectories))
+
+
+def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
+    """Whether enough could be judged."""
+    yield judged(artifact, TRAJECTORIES)
+
+
+SPEC = StepSpec(
+    "trajectories",
+    "A group of rollouts per training task, without experience, verified; a reward may be null: not judged.",
+    version="5",
+    config=("seed", "tasks.train", *TASK_KEYS),
+    inputs=("policy",),
+    run=run,
+    kinds=frozenset({"parquet", "polars"}),
+    iteration=True,
+    checks=(Check("judged", f"At least {LEAST_JUDGED:.0%} of the trajectories could be judged."),),
+    examine=examine,
+    tables=(Table(TRAJECTORIES, ("task_id", "question", "answer", "reward", "status", "turns", "tokens")),),
+)

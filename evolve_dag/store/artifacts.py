@@ -35,7 +35,7 @@ from evolve_dag.errors import ConcurrencyError, ConfigError, EvolveError, StoreE
 from evolve_dag.store.disk import fsync_folder, pretty, write_atomic
 from evolve_dag.store.faults import disk_error, is_disk_error
 from evolve_dag.store.journal import Journal
-from evolve_dag.store.locks import locked
+from evolve_dag.store.locks import discard, locked
 
 if TYPE_CHECKING:
     import polars as pl
@@ -551,12 +551,16 @@ class Store:
         return self.read(kind, digest)
 
     def _sweep(self) -> None:
-        """Remove work folders whose artifact is published: a kill can fall between the rename and the clean-up."""
+        """Remove what is left of published artifacts: their locks, and a work folder when a kill came before it went."""
         for path in (self.root / "work").glob("*/*"):
             kind, digest = path.parent.name, path.name
             if (self.root / "objects" / kind / digest).is_dir():
                 with contextlib.suppress(ConcurrencyError), locked(self.root, f"build-{kind}-{digest}", "", 0.0):
                     shutil.rmtree(path, ignore_errors=True)
+        for path in (self.root / "locks").glob("build-*.lock"):
+            _, kind, digest = path.stem.split("-")
+            if (self.root / "objects" / kind / digest).is_dir():
+                discard(self.root, path.stem)
 
 
 def _recompute(folder: Path) -> str:

@@ -21,6 +21,10 @@ _KINDS = {
 }
 
 
+TEMPORARY = ".tmp"
+"""Ending of a file that is being written (its name begins with a dot). A killed writer leaves it; no reader looks at it."""
+
+
 def regular(path: Path) -> os.stat_result:
     """Facts of a regular file (or of what a link leads to); opens nothing: a pipe would wait for ever, a device never end.
 
@@ -72,7 +76,7 @@ def write_atomic(path: Path, content: bytes, *, durable: bool = True) -> None:
     Raises:
         OSError: it cannot be written; the old content stands.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}{TEMPORARY}")
     try:
         with temporary.open("wb") as stream:
             stream.write(content)

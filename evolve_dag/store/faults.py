@@ -99,14 +99,14 @@ def is_damaged_database(error: BaseException) -> bool:
 
 
 def damaged_databases(folder: Path) -> list[Path]:
-    """The ``*.db`` files below a folder that are empty or that SQLite cannot read, by name."""
+    """The ``*.db`` and ``*.sqlite`` files below a folder that are empty or that SQLite cannot read, by name."""
     found = []
-    for path in sorted(folder.rglob("*.db")):
+    for path in sorted([*folder.rglob("*.db"), *folder.rglob("*.sqlite")]):
         if not path.is_file() or path.stat().st_size == 0:
             found.append(path)
             continue
         try:
-            connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+            connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
             try:
                 whole = connection.execute("pragma quick_check(1)").fetchone() == ("ok",)
             finally:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from evolve_dag.errors import DataError
 from evolve_dag.records import Call, ExperienceItem, PoolEdit, Score, Step, ToolCall, Trajectory
+from evolve_dag.store.jsonvalues import from_values, to_values
 
 if TYPE_CHECKING:
     import polars as pl
@@ -29,6 +29,7 @@ ITEMS = "items.parquet"
 EDITS = "edits.parquet"
 SCORES = "scores.parquet"
 CALLS = "calls.parquet"
+_AGAIN = "delete the artifact's folder and run again"
 
 
 def schemas() -> dict[str, pl.Schema]:
@@ -83,6 +84,7 @@ def schemas() -> dict[str, pl.Schema]:
                 "trajectory_ids": names,
                 "created": number,
                 "updated": number,
+                "graduated": number,
             }
         ),
         EDITS: pl.Schema(
@@ -135,7 +137,7 @@ def schemas() -> dict[str, pl.Schema]:
 
 def calls_to_frame(calls: Sequence[Call]) -> pl.DataFrame:
     """The ledger of a step as a frame, ``calls.parquet``."""
-    return _frame([asdict(call) for call in calls], CALLS)
+    return _frame([to_values(call) for call in calls], CALLS)
 
 
 # -- trajectories
@@ -148,45 +150,15 @@ def trajectories_to_frames(trajectories: Sequence[Trajectory]) -> tuple[pl.DataF
         DataError: two trajectories share an id, or a value does not fit its column.
     """
     _refuse_repeats([t.id for t in trajectories], "trajectories")
-    rows = [
-        {
-            "id": t.id,
-            "task_id": t.task_id,
-            "rollout": t.rollout,
-            "seed": t.seed,
-            "system": t.system,
-            "question": t.question,
-            "status": t.status,
-            "answer": t.answer,
-            "reward": t.reward,
-            "error": t.error,
-            "seconds": t.seconds,
-            "turns": t.turns,
-            "tokens": sum(len(step.token_ids) for step in t.steps),
-        }
-        for t in trajectories
-    ]
-    steps = [
-        {
-            "trajectory_id": t.id,
-            "index": step.index,
-            "text": step.text,
-            "token_ids": list(step.token_ids),
-            "logprobs": list(step.logprobs),
-            "tool": None if step.call is None else step.call.name,
-            "arguments": None if step.call is None else _mapping_to_text(step.call.arguments, f"{t.id} step {step.index}"),
-            "answer": step.answer,
-            "observation": step.observation,
-            "problem": step.problem,
-            "selected": list(step.selected),
-            "injected": step.injected,
-            "rationale": step.rationale,
-            "prompt_tokens": step.prompt_tokens,
-            "seconds": step.seconds,
-        }
-        for t in trajectories
-        for step in t.steps
-    ]
+    rows, steps = [], []
+    for t in trajectories:
+        values = to_values(t)
+        rows.append(values | {"turns": t.turns, "tokens": sum(len(step.token_ids) for step in t.steps)})
+        for step in values["steps"]:
+            call = step["call"] or {"name": None, "arguments": None}
+            arguments = call["arguments"]
+            text = None if arguments is None else _mapping_to_text(arguments, f"{t.id} step {step['index']}")
+            steps.append(step | {"trajectory_id": t.id, "tool": call["name"], "arguments": text})
     return _frame(rows, TRAJECTORIES), _frame(steps, STEPS)
 
 
@@ -206,37 +178,14 @@ def trajectories_from_frames(trajectories: pl.DataFrame, steps: pl.DataFrame) ->
                 f"{STEPS}: a step of {row['trajectory_id']!r}, which {TRAJECTORIES} does not hold", "filter both frames alike"
             )
         call = None if row["tool"] is None else ToolCall(row["tool"], _mapping_from_text(row["arguments"], STEPS))
-        of[row["trajectory_id"]].append(
-            Step(
-                index=row["index"],
-                text=row["text"],
-                token_ids=tuple(row["token_ids"]),
-                logprobs=tuple(row["logprobs"]),
-                call=call,
-                answer=row["answer"],
-                observation=row["observation"],
-                problem=row["problem"],
-                selected=tuple(row["selected"]),
-                injected=row["injected"],
-                rationale=row["rationale"],
-                prompt_tokens=row["prompt_tokens"],
-                seconds=row["seconds"],
-            )
-        )
+        where = f"{STEPS}: step {row['index']} of {row['trajectory_id']!r}"
+        of[row["trajectory_id"]].append(from_values(Step, row | {"call": call}, where, _AGAIN))
     return [
-        Trajectory(
-            id=row["id"],
-            task_id=row["task_id"],
-            rollout=row["rollout"],
-            seed=row["seed"],
-            system=row["system"],
-            question=row["question"],
-            steps=tuple(sorted(of[row["id"]], key=lambda step: step.index)),
-            status=row["status"],
-            answer=row["answer"],
-            reward=row["reward"],
-            error=row["error"],
-            seconds=row["seconds"],
+        from_values(
+            Trajectory,
+            row | {"steps": sorted(of[row["id"]], key=lambda step: step.index)},
+            f"{TRAJECTORIES}: {row['id']!r}",
+            _AGAIN,
         )
         for row in rows
     ]
@@ -244,41 +193,17 @@ def trajectories_from_frames(trajectories: pl.DataFrame, steps: pl.DataFrame) ->
 
 def trajectory_to_dict(trajectory: Trajectory) -> dict[str, Any]:
     """One trajectory as JSON values, for a journal."""
-    fields = {name: getattr(trajectory, name) for name in Trajectory.__dataclass_fields__}
-    fields["steps"] = [_step_to_dict(step) for step in trajectory.steps]
-    return fields
+    return to_values(trajectory)
 
 
 def trajectory_from_dict(record: Mapping[str, Any]) -> Trajectory:
     """The trajectory of :func:`trajectory_to_dict`, also after a trip through JSON.
 
     Raises:
-        DataError: a field is missing or unknown.
+        DataError: a field is missing or of another type.
     """
-    try:
-        return Trajectory(**{**record, "steps": tuple(_step_from_dict(step) for step in record["steps"])})
-    except (KeyError, TypeError) as error:
-        raise DataError(
-            f"not a trajectory (id {record.get('id')!r}): {error}", "delete the journal and run again: its work is done again"
-        ) from error
-
-
-def _step_to_dict(step: Step) -> dict[str, Any]:
-    fields = {name: getattr(step, name) for name in Step.__dataclass_fields__}
-    for name in ("token_ids", "logprobs", "selected"):
-        fields[name] = list(fields[name])
-    if step.call is not None:
-        fields["call"] = {"name": step.call.name, "arguments": dict(step.call.arguments)}
-    return fields
-
-
-def _step_from_dict(record: Mapping[str, Any]) -> Step:
-    fields = dict(record)
-    for name in ("token_ids", "logprobs", "selected"):
-        fields[name] = tuple(fields[name])
-    if fields["call"] is not None:
-        fields["call"] = ToolCall(fields["call"]["name"], fields["call"]["arguments"])
-    return Step(**fields)
+    what = f"not a trajectory (id {record.get('id')!r})"
+    return from_values(Trajectory, record, what, "delete the journal and run again: its work is done again")
 
 
 # -- experience
@@ -291,7 +216,11 @@ def items_to_frame(items: Sequence[ExperienceItem]) -> pl.DataFrame:
         DataError: two items share an id, or evidence is not finite.
     """
     _refuse_repeats([item.id for item in items], "experience items")
-    return _frame([item_to_dict(item, mappings_as_text=True) for item in items], ITEMS)
+    rows = [
+        to_values(item) | {name: _mapping_to_text(getattr(item, name), f"item {item.id}") for name in ("condition", "evidence")}
+        for item in items
+    ]
+    return _frame(rows, ITEMS)
 
 
 def items_from_frame(frame: pl.DataFrame) -> list[ExperienceItem]:
@@ -302,42 +231,14 @@ def items_from_frame(frame: pl.DataFrame) -> list[ExperienceItem]:
     """
     rows = _rows(frame, ITEMS)
     _refuse_repeats([row["id"] for row in rows], ITEMS)
-    return [
-        item_from_dict(
-            {
-                **row,
-                "condition": _mapping_from_text(row["condition"], ITEMS),
-                "evidence": _mapping_from_text(row["evidence"], ITEMS),
-            }
-        )
-        for row in rows
-    ]
-
-
-def item_to_dict(item: ExperienceItem, *, mappings_as_text: bool = False) -> dict[str, Any]:
-    """One item as JSON values."""
-    fields = {name: getattr(item, name) for name in ExperienceItem.__dataclass_fields__}
-    fields["trajectory_ids"] = list(item.trajectory_ids)
-    for name in ("condition", "evidence"):
-        fields[name] = _mapping_to_text(fields[name], f"item {item.id}") if mappings_as_text else dict(fields[name])
-    return fields
-
-
-def item_from_dict(record: Mapping[str, Any]) -> ExperienceItem:
-    """The item of :func:`item_to_dict`.
-
-    Raises:
-        DataError: a field is missing or unknown.
-    """
-    try:
-        return ExperienceItem(**{**record, "trajectory_ids": tuple(record["trajectory_ids"])})
-    except (KeyError, TypeError) as error:
-        raise DataError(f"not an experience item (id {record.get('id')!r}): {error}", "mend or remove that item") from error
+    mappings = ("condition", "evidence")
+    rows = [row | {name: _mapping_from_text(row[name], ITEMS) for name in mappings} for row in rows]
+    return [from_values(ExperienceItem, row, f"{ITEMS}: item {row['id']!r}", _AGAIN) for row in rows]
 
 
 def edits_to_frame(edits: Sequence[PoolEdit]) -> pl.DataFrame:
     """Pool edits as ``edits.parquet``, in their order."""
-    return _frame([edit_to_dict(edit) for edit in edits], EDITS)
+    return _frame([to_values(edit) for edit in edits], EDITS)
 
 
 def edits_from_frame(frame: pl.DataFrame) -> list[PoolEdit]:
@@ -346,25 +247,7 @@ def edits_from_frame(frame: pl.DataFrame) -> list[PoolEdit]:
     Raises:
         DataError: a column is missing or of another type.
     """
-    return [edit_from_dict(row) for row in _rows(frame, EDITS)]
-
-
-def edit_to_dict(edit: PoolEdit) -> dict[str, Any]:
-    """One edit as JSON values."""
-    fields = {name: getattr(edit, name) for name in PoolEdit.__dataclass_fields__}
-    return {**fields, "trajectory_ids": list(edit.trajectory_ids)}
-
-
-def edit_from_dict(record: Mapping[str, Any]) -> PoolEdit:
-    """The edit of :func:`edit_to_dict`.
-
-    Raises:
-        DataError: a field is missing or unknown.
-    """
-    try:
-        return PoolEdit(**{**record, "trajectory_ids": tuple(record["trajectory_ids"])})
-    except (KeyError, TypeError) as error:
-        raise DataError(f"not a pool edit (item {record.get('item_id')!r}): {error}", "mend or remove that edit") from error
+    return [from_values(PoolEdit, row, f"{EDITS}: item {row['item_id']!r}", _AGAIN) for row in _rows(frame, EDITS)]
 
 
 # -- scores
@@ -377,10 +260,7 @@ def scores_to_frame(scores: Sequence[Score]) -> pl.DataFrame:
         DataError: a task, rollout and condition stand twice.
     """
     _refuse_repeats([f"{s.task_id}#{s.rollout} ({s.condition})" for s in scores], "scores")
-    rows = []
-    for score in scores:
-        fields = {name: getattr(score, name) for name in Score.__dataclass_fields__}
-        rows.append({**fields, "metadata": _mapping_to_text(score.metadata, f"score {score.task_id}#{score.rollout}")})
+    rows = [to_values(s) | {"metadata": _mapping_to_text(s.metadata, f"score {s.task_id}#{s.rollout}")} for s in scores]
     return _frame(rows, SCORES)
 
 
@@ -448,9 +328,9 @@ def _mapping_from_text(text: str, where: str) -> dict[str, Any]:
     try:
         mapping = json.loads(text)
     except (ValueError, TypeError) as error:
-        raise DataError(f"{where}: not JSON text: {text!r}", "delete the artifact's folder and run again") from error
+        raise DataError(f"{where}: not JSON text: {text!r}", _AGAIN) from error
     if not isinstance(mapping, dict):
-        raise DataError(f"{where}: not a JSON object: {text!r}", "delete the artifact's folder and run again")
+        raise DataError(f"{where}: not a JSON object: {text!r}", _AGAIN)
     return mapping
 
 

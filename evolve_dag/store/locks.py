@@ -81,6 +81,21 @@ def held(root: Path) -> Iterator[str]:
             lock.release()
 
 
+def discard(root: Path, name: str) -> None:
+    """Remove what a lock has left, unless a living process holds it: the file and the holder's note of a killed one.
+
+    Only of a lock that nobody needs any more: who is about to take it may come to hold a file that is gone, beside another
+    process that holds a new one.
+    """
+    from filelock import FileLock, Timeout
+
+    path = root / "locks" / f"{name}.lock"
+    lock = FileLock(path)
+    with contextlib.suppress(OSError, Timeout), lock.acquire(timeout=0):
+        path.unlink()
+        path.with_suffix(".holder").unlink(missing_ok=True)
+
+
 def _holder(path: Path) -> str:
     for _ in range(5):
         try:

@@ -49,7 +49,7 @@ def load_suite(split: TaskSplit, *, suite: str) -> list[Task]:
             mistakes.append((number, str(error)))
     if split.suite == "dapo":
         objects = _once(objects)
-    if split.stream:
+    if split.stream and not mistakes:
         objects = _next_rows(path, objects, split)
         return tasks_from(path, objects, mistakes, suite=suite, count=None)
     return tasks_from(path, objects, mistakes, suite=suite, count=split.count, skip=split.skip)

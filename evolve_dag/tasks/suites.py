@@ -12,6 +12,7 @@ from evolve_dag.config.schema import CorpusEnvironment, Experiment, PocketEnviro
 from evolve_dag.errors import ConfigError, DataError
 from evolve_dag.protocols import Environment, Verifier
 from evolve_dag.records import Task
+from evolve_dag.store.disk import regular
 
 if TYPE_CHECKING:
     from evolve_dag.environments.pocket.world import World
@@ -85,6 +86,19 @@ def _world(experiment: Experiment, name: SplitName) -> World:
     return World(number)
 
 
+def check_files(experiment: Experiment) -> None:
+    """Read the files of tasks and pages as a run will, so that their mistakes show before anything is made.
+
+    Raises:
+        DataError: a file is wrong, or two splits share a question.
+    """
+    if isinstance(experiment.environment, CorpusEnvironment):
+        from evolve_dag.environments.corpus import load_pages
+
+        load_pages(experiment.environment.pages)
+    check_disjoint(experiment)
+
+
 def check_disjoint(experiment: Experiment) -> None:
     """Held-out and development tasks must not be trained on.
 
@@ -131,6 +145,8 @@ def data_digests(experiment: Experiment) -> dict[str, str]:
         digests["tasks.train.path"] = _rows_digest(experiment, Path(rows))
     if isinstance(experiment.environment, ToolsEnvironment) and experiment.environment.files:
         folder = Path(experiment.environment.files)
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder", "correct environment.files in the experiment file")
         listed = sorted(p for p in folder.rglob("*") if p.is_file())
         content = [f"{p.relative_to(folder).as_posix()}\0{_file_digest(p, 'environment.files')}" for p in listed]
         digests["environment.files"] = f"sha256:{hashlib.sha256(chr(10).join(content).encode()).hexdigest()[:32]}"
@@ -155,9 +171,11 @@ def _tasks_digest(split: str, size: int, modified: int) -> str:
 
 def _file_digest(path: Path, key: str) -> str:
     try:
-        stat = path.stat()
-    except OSError:
+        stat = regular(path)
+    except FileNotFoundError:
         raise DataError(f"{path}: no such file", f"correct {key} in the experiment file") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}", f"correct {key} in the experiment file") from None
     return _hash(str(path), stat.st_size, stat.st_mtime_ns)
 
 

@@ -24,7 +24,7 @@ PARAM_CHARACTERS = 500
 CURVE = ("loss", "divergence", "learning_rate", "gradient_norm", "tokens_per_second", "action_tokens")
 """Columns of the training curve that are sent."""
 
-MEASURED = ("success", "premature", "no_tool", "forced", "unanswered", "failed", "turns", "tokens", "problems")
+MEASURED = ("success", "success_all", "premature", "no_tool", "forced", "unanswered", "failed", "turns", "tokens", "problems")
 """Fields of :class:`~evolve_dag.evaluation.metrics.Metrics` that are sent."""
 
 WITH_INTERVAL = ("success", "premature", "turns")
@@ -182,7 +182,10 @@ def results(facts: IterationFacts, base: IterationRow | None = None) -> list[Poi
     if base is not None and base.without is not None:
         for key, value in _measured(base.without, "without"):
             add(key, value, 0)
-    for condition, metrics in (("without", row.without), ("with", row.with_experience), ("greedy", row.greedy)):
+        for temperature, tried in base.at_temperature.items():
+            add(f"success/base_at_{temperature:g}", tried.success, 0)
+    shown = (("without", row.without), ("with", row.with_experience), ("greedy", row.greedy), ("ceiling", row.ceiling))
+    for condition, metrics in shown:
         if metrics is not None:
             for key, value in _measured(metrics, condition):
                 add(key, value)

@@ -1,6 +1,6 @@
 """Where MLflow is, how it is reached, and what it has been sent already.
 
-Nothing here imports mlflow but :func:`connect`; importing it costs seconds.
+Nothing here imports mlflow but :func:`connect` and the making of a database; importing it costs seconds.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import sqlite3
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,10 @@ from urllib.request import Request, urlopen
 
 from evolve_dag.errors import EvolveError
 from evolve_dag.secrecy import describe_error
+from evolve_dag.store.disk import fsync_folder
+from evolve_dag.store.faults import chain, disk_error, disk_trouble, is_damaged_database
 from evolve_dag.store.journal import Journal
+from evolve_dag.store.locks import locked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,6 +47,8 @@ _DEFAULTS = {
 }
 _PATIENCE = 10.0
 """Seconds until a server that says nothing counts as down."""
+_MAKING_SECONDS = 600.0
+"""How long a process waits for another one that makes the database."""
 
 
 class TrackingError(EvolveError, RuntimeError):
@@ -89,10 +95,28 @@ def mlflow_errors(uri: str) -> Iterator[None]:
     except EvolveError:
         raise
     except Exception as error:  # mlflow, sqlalchemy, requests and botocore share no base class
-        raise TrackingError(
-            f"MLflow at {shown(uri)}: {describe_error(error)}",
-            "nothing is lost: `evolve sync-mlflow` sends what is missing once it works again",
-        ) from error
+        raise TrackingError(f"MLflow at {shown(uri)}: {describe_error(error)}", _remedy(uri, error)) from error
+
+
+def _remedy(uri: str, error: Exception) -> str:
+    behind = list(chain(error))
+    path = _database_file(uri)
+    if path is not None and any(map(is_damaged_database, behind)):
+        return _anew(path)
+    for one in behind:
+        if disk_trouble(one) is not None:
+            return disk_error(one).remedy
+    return "nothing is lost: `evolve sync-mlflow` sends what is missing once it works again"
+
+
+def _database_file(uri: str) -> Path | None:
+    """The SQLite file behind an address; None: it is no such address."""
+    scheme, _, path = uri.partition(":///")
+    return Path(path) if scheme == "sqlite" and path else None
+
+
+def _anew(path: Path) -> str:
+    return f"move {path} away, then `evolve sync-mlflow --again` sends everything anew: all of it is in the artifacts"
 
 
 def connect(root: Path, uri: str) -> MlflowClient:
@@ -100,22 +124,121 @@ def connect(root: Path, uri: str) -> MlflowClient:
 
     Raises:
         TrackingError: mlflow is not installed, the server does not answer within seconds, or the database is of no use.
+        StoreError: the database cannot be written.
     """
-    for name, value in _DEFAULTS.items():
-        os.environ.setdefault(name, value)
     _check_answers(uri)
+    _set_defaults()
     try:
         from mlflow import MlflowClient
     except ImportError as error:
         raise TrackingError(
             f"mlflow cannot be imported: {error}", "pip install 'mlflow>=3.4', or set tracking.mlflow: false"
         ) from None
-    for name in ("mlflow", "alembic"):  # "Creating initial MLflow database tables..."; mlflow sets its level when imported
-        logging.getLogger(name).setLevel(logging.WARNING)
+    _quiet()
+    own = uri == f"sqlite:///{own_database(root)}"
+    if own:
+        prepare_database(root)
     with mlflow_errors(uri):
-        if uri == f"sqlite:///{own_database(root)}":
-            own_database(root).parent.mkdir(parents=True, exist_ok=True)
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+        try:
+            return MlflowClient(tracking_uri=uri, registry_uri=uri)
+        except Exception as error:
+            if not own or any(disk_trouble(one) for one in chain(error)) or "locked" in str(error):
+                raise
+            raise _of_no_use(own_database(root), describe_error(error)) from error
+
+
+def _set_defaults() -> None:
+    """Before mlflow is imported."""
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
+def _quiet() -> None:
+    """Neither what MLflow does at work nor tracebacks of what it raises as well; it sets its level when it is imported."""
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+
+def prepare_database(root: Path) -> None:
+    """Make the store's own database when it is not there, and see that it is one when it is.
+
+    MLflow makes some sixty tables one after the other, and can neither use nor mend a database in which a kill has left fewer.
+    So they are made in a file beside, which is renamed when it is whole.
+
+    Raises:
+        TrackingError: the file is not a database of MLflow.
+        StoreError: it cannot be written.
+        ConcurrencyError: another process makes it and does not come to an end.
+    """
+    path = own_database(root)
+    if not _is_there(path):
+        with locked(root, "mlflow-database", "MLflow's database is being made", _MAKING_SECONDS):
+            if not _is_there(path):
+                _make_database(path)
+    _check_database(path)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _make_database(path: Path) -> None:
+    new = path.with_name(f"{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Left by a maker that was killed. SQLite would roll a journal back into whatever database comes to lie beside it.
+        for leftover in (*path.parent.glob(f"{new.name}*"), path.with_name(f"{path.name}-journal")):
+            leftover.unlink(missing_ok=True)
+        with mlflow_errors(f"sqlite:///{path}"):
+            _make_tables(new)
+        new.replace(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def _make_tables(path: Path) -> None:
+    _set_defaults()
+    from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
+    from sqlalchemy import event
+
+    _quiet()
+    engine = create_sqlalchemy_engine(f"sqlite:///{path}")
+    # Some 250 statements, each committed: they need not reach the disk one by one, the file does before it gets its name.
+    event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous = OFF"))
+    try:
+        _initialize_tables(engine)
+    finally:
+        engine.dispose()
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _check_database(path: Path) -> None:
+    """Whether SQLite can read it and MLflow has made it; MLflow itself would try for minutes.
+
+    Not opened read-only: what a kill has left of a transaction is rolled back by whoever comes first.
+    """
+    try:
+        connection = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=_PATIENCE)
+        try:
+            made = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+        finally:
+            connection.close()
+    except sqlite3.DatabaseError as error:
+        if "locked" in str(error):
+            return  # somebody works with it
+        raise _of_no_use(path, str(error)) from error
+    if made is None:
+        raise _of_no_use(path, "its tables were not made to the end")
+
+
+def _of_no_use(path: Path, why: str) -> TrackingError:
+    return TrackingError(f"{path}: not a database that MLflow can use: {why}", _anew(path))
 
 
 def _check_answers(uri: str) -> None:

@@ -41,19 +41,33 @@ def normalise(text: str) -> str:
     for form in ("NFD", "NFKD", "NFKD"):
         text = unicodedata.normalize(form, text).casefold()
     text = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
-    text = " ".join(text.split())
+    return _without_signs(" ".join(text.split()))
+
+
+def _without_signs(text: str) -> str:
+    """``text`` without the signs around it. From both ends, in place: thousands of brackets may stand in each other."""
+    start, end = 0, len(text)
     while True:
-        bare = _END_MARKS.sub("", text)
-        if bare[:1] + bare[-1:] in _PAIRS and len(bare) > 1:
-            bare = bare[1:-1]
-        bare = bare.strip()
-        if not bare or bare == text:  # an answer of nothing but signs is that answer
-            return text
-        text = bare
+        first, last = start, end
+        while last > first and _is_end_mark(text[last - 1], text[last - 2 : last - 1] if last - 1 > first else ""):
+            last -= 1
+        if last - first > 1 and text[first] + text[last - 1] in _PAIRS:
+            first, last = first + 1, last - 1
+        while first < last and text[first].isspace():
+            first += 1
+        while first < last and text[last - 1].isspace():
+            last -= 1
+        if first == last or (first, last) == (start, end):  # an answer of nothing but signs is that answer
+            return text[start:end]
+        start, end = first, last
+
+
+def _is_end_mark(sign: str, before: str) -> bool:
+    """Whether a sign only ends a sentence: "5!" is a factorial."""
+    return sign in ".,;:。、" or sign.isspace() or (sign in "!?" and not before.isdecimal())
 
 
 _RAISED = re.compile("[⁰¹²³⁴-⁹]+")
-_END_MARKS = re.compile(r"([.,;:。、\s]|(?<!\d)[!?])+$")
 _PAIRS = frozenset(
     {
         '""',

@@ -18,6 +18,7 @@ from evolve_dag.inference.ledger import purpose
 from evolve_dag.inference.structured import ask_json
 from evolve_dag.protocols import LanguageModel, Request, Sampling
 from evolve_dag.records import Message, Task
+from evolve_dag.secrecy import describe_error
 from evolve_dag.store.memory import Memory
 from evolve_dag.verification.exact import normalise
 
@@ -100,7 +101,7 @@ class JudgeVerifier:
                     return ("correct" if answer.value["correct"] == "yes" else "incorrect") if answer.ok else None
                 completion = await self._model().generate(Request(messages, Sampling(temperature=0.0, max_tokens=16)))
         except ModelError as error:
-            log.warning("not judged: %s", error.what)
+            log.warning("not judged: %s", describe_error(error))
             return None
         return read_word(completion.text)
 

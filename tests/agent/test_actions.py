@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evolve_dag.agent.actions import ParsedAction, explain, parse_action, validate_call
+from evolve_dag.agent.actions import ParsedAction, _enclosed, explain, parse_action, validate_call
 from evolve_dag.inference.chat import GRAMMAR_TAGS
 from evolve_dag.protocols import ToolSpec
 from evolve_dag.records import ToolCall
@@ -149,3 +150,15 @@ def test_a_made_up_name_is_not_repeated_at_length() -> None:
     assert problem is not None
     assert len(problem) < 120
     assert "\n" not in problem
+
+
+tags = st.lists(st.sampled_from(["<tool_call>", "</tool_call>", "<answer>", "</answer>", "x", "<", "\n"]), max_size=14).map(
+    "".join
+)
+
+
+@given(tags, st.sampled_from(["tool_call", "answer"]))
+@settings(max_examples=300, deadline=None)
+def test_what_is_enclosed_is_what_a_lazy_pattern_finds(text: str, tag: str) -> None:
+    lazy = re.compile(f"<{tag}>(.*?)</{tag}>", re.S)  # takes quadratic time where tags are not closed
+    assert _enclosed(text, tag) == (lazy.findall(text), lazy.sub("", text))

@@ -13,7 +13,7 @@ from worlds import ANSWER, SEARCH, TASK, Exact, World
 
 from evolve_dag.agent.loop import call_seed, run_episode
 from evolve_dag.config.schema import RolloutSettings
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import ContextOverflowError, ModelError
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.scripted import Reply, ScriptedModel
 from evolve_dag.plain import LAST_STEP
@@ -168,12 +168,38 @@ def test_context_limit_forces_an_answer() -> None:
     assert trajectory.status == "unanswered"
 
 
+class Counting(ScriptedModel):
+    """A model with a tokenizer of one token a character."""
+
+    def count_tokens(self, message: Message) -> int:
+        return len(message.content)
+
+
+def test_the_context_limit_counts_the_tokens_of_a_tokenizer() -> None:
+    page = World(observation="长" * 150)  # 150 characters; at four characters a token they would pass for 37
+    assert run(Counting([SEARCH, ANSWER]), environment=page, max_tokens=155).status == "forced"
+    assert run(Counting([SEARCH, ANSWER]), environment=page, max_tokens=400).status == "answered"
+
+
+def test_without_a_tokenizer_chinese_pages_are_not_taken_for_short() -> None:
+    page = World(observation="北京市长" * 50)  # 200 characters, some 150 to 200 tokens of a multilingual tokenizer
+    assert run([SEARCH, ANSWER], environment=page, max_tokens=160).status == "forced"
+    assert run([SEARCH, ANSWER], environment=World(observation="mayor " * 33), max_tokens=160).status == "answered"
+
+
+def test_a_context_that_overflows_is_the_policys_own_failure() -> None:
+    trajectory = run([SEARCH, ContextOverflowError("the context is 5000 tokens long, the model takes 4096", "shorten it")])
+    assert (trajectory.status, trajectory.answer, trajectory.reward) == ("unanswered", None, 0.0)
+    assert trajectory.error == "ContextOverflowError: the context is 5000 tokens long, the model takes 4096"
+    assert trajectory.turns == 1
+
+
 def test_time_limit_forces_an_answer() -> None:
     trajectory = run(ScriptedModel([SEARCH, ANSWER], delay=0.02), max_seconds=0.01)
     assert (trajectory.turns, trajectory.status) == (2, "forced")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("index\nis gone"), ModelError("the context is too long", "shorten it")])
+@pytest.mark.parametrize("error", [RuntimeError("index\nis gone"), ModelError("the endpoint is down", "start it")])
 def test_failed_rollout_is_a_row(error: Exception) -> None:
     trajectory = run([SEARCH, error])
     assert (trajectory.status, trajectory.answer, trajectory.reward) == ("failed", None, None)

@@ -102,6 +102,7 @@ class FakeSteps:
         ]
         save_contexts(context.build.path, made)
         save_contexts(context.build.path / "retention", [])
+        save_contexts(context.build.path / "drills", [])
         context.build.note(kept=len(made))
 
     def adapter(self, context: base.StepContext) -> None:

@@ -205,6 +205,23 @@ def test_nightly_says_what_is_out_of_date_in_place_of_failing_at_night(
     assert "promotion[tiny|01] is missing or out of date" in decision(memory).reason
 
 
+def test_nightly_waits_for_the_tasks_of_a_stream(fake: FakeSteps, place: Path, memory: dg.DagsterInstance) -> None:
+    (place / "days").mkdir()
+    for name in ("development", "held_out", "days/1"):
+        (place / f"{name}.jsonl").write_text(f'{{"question": "{name}?", "answer": "x"}}\n')
+    (place / "pages.jsonl").write_text('{"title": "a", "text": "b"}\n')
+    tasks = {
+        "train": {"path": "../days", "world": None, "count": None, "stream": True},
+        "development": {"path": "../development.jsonl", "world": None},
+        "held_out": {"path": "../held_out.jsonl", "world": None},
+    }
+    write_config(place / "configs" / "tiny.yaml", environment={"kind": "corpus", "pages": "../pages.jsonl"}, tasks=tasks)
+    assert iteration(memory, 1).success, "its policy is handed over, though there are no tasks for the next night"
+    assert "holds 1 files, one an iteration" in decision(memory).reason
+    (place / "days" / "2.jsonl").write_text('{"question": "Who?", "answer": "x"}\n')
+    assert decision(memory).iteration == 2
+
+
 def test_continue_until_goes_on_and_stops(memory: dg.DagsterInstance) -> None:
     promote(memory, "tiny", 1)
     run = finished_run(memory, {"evolve/until": "3", "dagster/partition": "tiny|01"})

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from evolve_dag.config import registry
 from evolve_dag.definitions import defs
-from evolve_dag.errors import ConcurrencyError, ConfigError, DataError
+from evolve_dag.errors import ConcurrencyError, ConfigError, DataError, StoreError
 from evolve_dag.steps import base
 from evolve_dag.store.artifacts import Store
 from evolve_dag.store.faults import UnexpectedError
@@ -79,6 +79,30 @@ def test_artifacts_without_a_record_are_recorded_but_not_recomputed(
     assert fake.ran == ran
 
 
+def test_a_damaged_database_is_named_and_the_run_goes_on_without_it(fake: FakeSteps, config: Path, on_disk: None) -> None:
+    run(config, iterations=1)
+    ran = list(fake.ran)
+    for database in (ROOT / "dagster" / "schedules" / "schedules.db", ROOT / "dagster" / "history" / "runs.db"):
+        database.write_bytes(b"\x07" * 9000)
+        with pytest.raises(StoreError, match="file is not a database") as caught:
+            run(config, iterations=1)
+        assert f"move {database.resolve()} away" in caught.value.remedy
+        database.unlink()
+        run(config, iterations=1)
+    assert fake.ran == ran, "what is in the store is recorded anew, not made anew"
+
+
+def test_mistakes_in_pages_show_before_anything_is_stored(place: Path) -> None:
+    tasks = {name: {"path": f"{name}.jsonl", "world": None} for name in ("train", "development", "held_out")}
+    for name in tasks:
+        (place / f"{name}.jsonl").write_text(f'{{"question": "{name}?", "answer": "x"}}\n')
+    (place / "pages.jsonl").write_text('{"title": "a"}\n')
+    config = write_config(place / "own.yaml", environment={"kind": "corpus", "pages": "pages.jsonl"}, tasks=tasks)
+    with pytest.raises(DataError, match="'text' is missing"):
+        run(config)
+    assert not ROOT.exists()
+
+
 def test_a_failed_step_leaves_its_predecessors_and_the_next_run_goes_on(fake: FakeSteps, config: Path) -> None:
     fake.fail["adapter"] = DataError("the disk of doom", "mend it")
     with pytest.raises(DataError, match="the disk of doom") as caught:
@@ -113,7 +137,11 @@ def test_the_run_of_a_killed_command_is_ended(fake: FakeSteps, config: Path) -> 
             status=dg.DagsterRunStatus.STARTED,
             tags={launch.LINEAGE_TAG: "tiny"},
         )
+    left = ROOT / "locks" / f"run-{dead.run_id}.lock"
+    left.parent.mkdir(parents=True)
+    left.touch()
     run(config, iterations=1)
+    assert not left.exists()
     with launch.open_instance(ROOT) as instance:
         found = instance.get_run_by_id(dead.run_id)
         assert found is not None

@@ -15,7 +15,7 @@ from evolve_dag.assets.settings import CONFIGURED_STEPS, settings_key
 from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.schema import Experiment
 from evolve_dag.distillation.dataset import load_contexts, save_contexts
-from evolve_dag.errors import OrderError
+from evolve_dag.errors import ModelError, OrderError
 from evolve_dag.steps import base
 from evolve_dag.store.artifacts import Store
 
@@ -95,6 +95,32 @@ def test_a_bug_keeps_its_traceback(fake: FakeSteps, experiment: Experiment, memo
         iteration(memory, 1)
 
 
+@pytest.mark.parametrize("kind", [ModelError, RuntimeError])
+@pytest.mark.parametrize("link", ["itself", "cause", "context"])
+def test_a_secret_in_an_exception_reaches_no_event(
+    kind: type[Exception],
+    link: str,
+    fake: FakeSteps,
+    experiment: Experiment,
+    memory: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Dagster writes an exception into its database with all that led to it."""
+    monkeypatch.setenv("SOME_API_KEY", "Zq9vK2xWb7LmT4YpRg6N")
+    behind = ValueError("Illegal header value b'Bearer Zq9vK2xWb7LmT4YpRg6N'")
+    error = kind("Zq9vK2xWb7LmT4YpRg6N is wrong" if link == "itself" else "no answer")
+    if link == "cause":
+        error.__cause__ = behind
+    elif link == "context":
+        error.__context__ = behind
+    fake.fail["experience"] = error
+    result = iteration(memory, 1, check=False)
+    assert not result.success
+    events = "".join(str(entry) for entry in memory.all_logs(result.run_id))
+    assert f"{'***' if link == 'itself' else 'no answer'}" in events
+    assert "Zq9v" not in events
+
+
 CHANGES: dict[str, tuple[dict[str, object], set[str]]] = {
     "extraction": ({"extraction": {"cap": 5}}, {"experience"}),
     "selector": ({"selection": {"selector": "lexical"}}, {"contexts", "scores"}),
@@ -143,7 +169,7 @@ def test_a_change_travels_down_the_loop_and_into_the_next_iteration(
 def test_every_check_passes_on_sound_artifacts(fake: FakeSteps, experiment: Experiment, memory: dg.DagsterInstance) -> None:
     result = iteration(memory, 1)
     found = {(e.asset_key.to_user_string(), e.check_name): e for e in result.get_asset_check_evaluations()}
-    assert set(found) == {(step, name) for step, named in checks.SPECS.items() for name in named}
+    assert set(found) == {(spec.name, check.name) for spec in base.STEPS for check in spec.checks}
     assert all(evaluation.passed for evaluation in found.values()), found
     clean = found["contexts", "clean"].metadata
     assert (clean["steps"].value, clean["steps_with_experience"].value) == (16, 8)
@@ -190,7 +216,7 @@ def test_a_loss_that_is_no_number_stops_the_run(fake: FakeSteps, experiment: Exp
     assert not any(ran.startswith("scores") for ran in fake.ran)
 
 
-def test_a_pool_over_its_cap_or_out_of_form_is_found(
+def test_a_pool_over_its_cap_or_with_trajectory_detail_is_found(
     fake: FakeSteps, experiment: Experiment, store: Store, memory: dg.DagsterInstance
 ) -> None:
     fake.items = ("Search first: when nothing is known, search.", "Go to http://a.b page 3", "Search first: when lost, search.")
@@ -199,8 +225,8 @@ def test_a_pool_over_its_cap_or_out_of_form_is_found(
     strict = experiment.model_copy(update={"extraction": experiment.extraction.model_copy(update={"cap": 2})})
     found = {r.check_name: r for r in checks.evaluate("experience", artifact, strict)}
     assert not found["within_cap"].passed
-    assert not found["form"].passed
-    assert list(found["form"].metadata["wrong"].value) == ["p0002"]
+    assert not found["detail"].passed
+    assert list(found["detail"].metadata["wrong"].value) == ["p0002"]
 
 
 def test_two_hosts_cannot_run_one_experiment_at_once(

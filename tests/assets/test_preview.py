@@ -37,15 +37,18 @@ def made(fake: FakeSteps, experiment: Experiment, memory: dg.DagsterInstance) ->
 
 
 def test_every_table_has_a_schema_that_says_what_its_columns_mean(made: dg.DagsterInstance) -> None:
-    for step, tables in preview.TABLES.items():
+    for step, spec in base.SPECS.items():
+        if not spec.tables:
+            continue
+        main = spec.tables[0]
         metadata = shown(made, step, "tiny|01")
         schema = metadata["dagster/column_schema"].schema
         assert schema.columns
-        assert [column.name for column in schema.columns if not column.description] == [], tables[0][0]
+        assert [column.name for column in schema.columns if not column.description] == [], main.file
         assert metadata["dagster/row_count"].value > 0
         preview_columns = [column.name for column in metadata["preview"].schema.columns]
-        assert preview_columns == [name for name in tables[0][2] if describe(tables[0][0], name) and name in preview_columns]
-        assert 0 < len(metadata["preview"].records) <= tables[0][1]
+        assert preview_columns == [name for name in main.columns if describe(main.file, name) and name in preview_columns]
+        assert 0 < len(metadata["preview"].records) <= main.rows
 
 
 def test_numbers_have_the_same_keys_in_every_iteration(made: dg.DagsterInstance) -> None:

@@ -10,11 +10,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from evolve_dag.distillation.adapter import (
-    adapter_statistics,
     attach,
     detach,
     load_adapter,
-    merged_model,
+    merge,
     save_adapter,
 )
 from evolve_dag.errors import ConfigError, ModelError, StoreError
@@ -104,37 +103,15 @@ def test_files_are_the_same_bytes_and_name_no_machine(tmp_path: Path) -> None:
     assert str(tmp_path) not in text
 
 
-def test_merged_equals_unmerged_and_leaves_the_base_alone(tmp_path: Path) -> None:
+def test_merged_equals_unmerged_and_another_adapter_can_follow(tmp_path: Path) -> None:
     folder, model = saved(tmp_path / "adapter"), tiny_model()
-    before = logits(model)
-    merged = merged_model(model, folder)
+    before, names = logits(model), list(model.state_dict())
+    merged = merge(load_adapter(model, folder))
     torch.testing.assert_close(logits(merged), logits(load_adapter(tiny_model(), folder)), rtol=1e-4, atol=1e-5)
-    assert torch.equal(logits(model), before)
-    assert list(merged.state_dict()) == list(model.state_dict())
-    assert torch.equal(logits(merged_model(model, None)), before)
+    assert merged is model
+    assert list(merged.state_dict()) == names
+    assert not torch.equal(logits(merged), before)
     attach(merged, rank=2, alpha=4, seed=0)
-    in_place = merged_model(model, folder, in_place=True)
-    assert in_place is model
-    assert not torch.equal(logits(model), before)
-
-
-def test_statistics_against_the_dense_product(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "adapter")
-    weights = load_file(str(folder / "adapter_model.safetensors"))
-    found = adapter_statistics(folder)
-    assert len(found) == 14
-    assert [int(one.module.split(".")[2]) for one in found] == [0] * 7 + [1] * 7
-    for one in found:
-        name = f"base_model.model.{one.module}"
-        dense = 2.0 * weights[f"{name}.lora_B.weight"] @ weights[f"{name}.lora_A.weight"]
-        assert one.norm == pytest.approx(dense.norm().item(), rel=1e-5)
-        assert one.rank == 4
-        assert one.module in dict(tiny_model().named_modules())
-
-
-def test_statistics_of_a_new_adapter_are_zero(tmp_path: Path) -> None:
-    save_adapter(attach(tiny_model(), rank=4, alpha=8, seed=0), tmp_path)
-    assert {one.norm for one in adapter_statistics(tmp_path)} == {0.0}
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
@@ -145,10 +122,9 @@ def test_damaged_files_are_named(name: str, damage: str, tmp_path: Path) -> None
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if damage == "cut" else b"\x00garbage\xff" * 9)
-    for use in (lambda: load_adapter(tiny_model(), tmp_path), lambda: adapter_statistics(tmp_path)):
-        with pytest.raises(StoreError, match=name) as caught:
-            use()
-        assert "materialize adapter again" in str(caught.value)
+    with pytest.raises(StoreError, match=name) as caught:
+        load_adapter(tiny_model(), tmp_path)
+    assert "materialize adapter again" in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"r": 4, "lora_alpha": 8, "peft_type": "PREFIX_TUNING"}', '{"r": "4"}'])

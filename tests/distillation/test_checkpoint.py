@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,7 +37,11 @@ def always_due(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def rows(trained: torch.nn.Module) -> list[DistillationRow]:
-    clean = make_scored_rows(trained, range(8), STEP_WISE)
+    return twice(make_scored_rows(trained, range(8), STEP_WISE))
+
+
+def twice(clean: list[DistillationRow]) -> list[DistillationRow]:
+    """With a retention row of each."""
     return [*clean, *(replace(row, row=replace(row.row, trajectory_id=f"{row.trajectory}@0"), retention=True) for row in clean)]
 
 
@@ -79,7 +84,8 @@ def test_killed_anywhere_the_same_bytes(trained: torch.nn.Module, rows: list[Dis
 def test_rows_that_were_sampled_while_training_are_not_sampled_again(
     trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path
 ) -> None:
-    fresh = make_scored_rows(trained, range(100, 106), STEP_WISE)
+    fresh = twice(make_scored_rows(trained, range(100, 104), STEP_WISE))
+    fresh += fresh[-2:]  # drills bear the names of retention rows
     asked: list[int] = []
 
     def resample(number: int, student: torch.nn.Module) -> list[DistillationRow]:
@@ -137,17 +143,21 @@ def test_the_checkpoint_of_another_training_is_refused(
         assert "belongs to another training" in result.note
 
 
+@pytest.mark.parametrize("missing", [False, True])
 def test_sampled_rows_that_are_damaged_are_refused(
-    trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path
+    trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path, missing: bool
 ) -> None:
-    fresh = make_scored_rows(trained, range(100, 106), STEP_WISE)
+    fresh = twice(make_scored_rows(trained, range(100, 104), STEP_WISE))
     changes: dict[str, Any] = {"refresh": 2, "resample": lambda number, student: fresh}
     whole = run(trained, rows, tmp_path / "whole", **changes)
     kept = tmp_path / "kept"
     with pytest.raises(Killed):
         run(trained, rows, tmp_path / "x", checkpoint=kept, on_step=killed_at(len(whole.curve) - 1), **changes)
-    path = kept / "round-1" / "clean" / "rows.parquet"
-    path.write_bytes(cut(path.read_bytes()))
+    path = kept / "round-1" / "part-001" / "rows.parquet"
+    if missing:
+        shutil.rmtree(path.parent)
+    else:
+        path.write_bytes(cut(path.read_bytes()))
     result = run(trained, rows, tmp_path / "again", checkpoint=kept, **changes)
     assert "lacks its sampled rows" in result.note
     assert (result.adapter / WEIGHTS).read_bytes() == (whole.adapter / WEIGHTS).read_bytes()

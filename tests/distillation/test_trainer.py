@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from distillation_fakes import TinyChat, make_scored_rows, make_trajectory, tiny
 import evolve_dag.distillation.losses as losses_module
 import evolve_dag.distillation.trainer as trainer_module
 from evolve_dag.config.schema import DistillationSettings, Regime
-from evolve_dag.distillation.adapter import load_adapter, merged_model
+from evolve_dag.distillation.adapter import load_adapter, merge
 from evolve_dag.distillation.alignment import align, no_injection, replay_injection
 from evolve_dag.distillation.batch import joined_teacher, step_divergences
 from evolve_dag.distillation.dataset import DistillationRow, make_rows
@@ -48,6 +49,10 @@ def mean_divergence(model: torch.nn.Module, rows: list[DistillationRow]) -> floa
     return float(np.mean([value for steps in step_divergences(model, rows) for value in steps]))
 
 
+def adapted(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    return merge(load_adapter(copy.deepcopy(model), folder))
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "cross_entropy"])
 def test_the_student_moves_to_the_hint_following_teacher(
     divergence: str, trained: torch.nn.Module, held_out: list[DistillationRow], tmp_path: Path
@@ -56,7 +61,7 @@ def test_the_student_moves_to_the_hint_following_teacher(
     rows = make_scored_rows(trained, range(48), STEP_WISE)
     before = mean_divergence(trained, held_out)
     result = run(trained, rows, tmp_path, divergence=divergence, epochs=10)
-    after = mean_divergence(merged_model(trained, result.adapter), held_out)
+    after = mean_divergence(adapted(trained, result.adapter), held_out)
     assert before > 0.4
     assert after < 0.5 * before
     assert not result.unchanged
@@ -156,7 +161,7 @@ def test_nothing_kept_leaves_the_adapter_unchanged(
     from_base = run(trained, [], tmp_path / "3")
     ids = torch.arange(8, 40)[None]
     with torch.no_grad():
-        assert torch.equal(merged_model(trained, from_base.adapter)(input_ids=ids).logits, trained(input_ids=ids).logits)
+        assert torch.equal(adapted(trained, from_base.adapter)(input_ids=ids).logits, trained(input_ids=ids).logits)
 
 
 def test_learning_rate_warms_up_decays_to_a_tenth_and_falls_per_iteration() -> None:
@@ -208,7 +213,7 @@ def test_fresh_trajectories_come_at_even_points_from_the_current_student(
     assert len(first_round) > 2
     assert max(point.tokens for point in first_round) <= 256
     assert lengths  # rounds train on the fresh rows: their divergence at the start is the student's own
-    assert mean_divergence(merged_model(trained, result.adapter), fresh) < asked[1][1]
+    assert mean_divergence(adapted(trained, result.adapter), fresh) < asked[1][1]
 
 
 def test_refresh_without_a_sampler_is_a_mistake(trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path) -> None:

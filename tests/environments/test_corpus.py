@@ -425,5 +425,5 @@ def test_unusable_files(tmp_path: Path, content: bytes, said: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
         CorpusSearch.from_jsonl(tmp_path / "nowhere.jsonl")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="not a file"):
         CorpusSearch.from_jsonl(tmp_path)

@@ -96,6 +96,21 @@ def test_a_redirect_is_checked_like_the_first_address(web: Web, location: str) -
     assert len(web.heard) == 1
 
 
+@pytest.mark.parametrize(
+    "location",
+    [
+        "http://[::1", "http://[", "//[", "http://[::1]x/", "http://example.com:port/", "http://example.com:0/", "//[v1.x]/",
+        "http://\xdf[/",
+        "http://" + "a" * 300 + ".com/", "http://xn--\xfc.com/", "http://%00/", "http:", "http://", "\xa0",
+        "http://a..b/", "[::1]:80",
+    ],
+)  # fmt: skip
+def test_a_redirect_to_what_is_no_address_refuses_the_page(web: Web, location: str) -> None:
+    web.pages["/"] = Reply(status=302, headers={"Location": location})
+    with pytest.raises(ToolError):
+        get(web)
+
+
 def test_a_name_is_resolved_and_judged_on_every_redirect(web: Web) -> None:
     """The first answer is harmless, the second is this machine: the rebinding that a check before the redirects would miss."""
     asked: list[str] = []

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import ipaddress
 import socket
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from evolve_dag.environments.web.guard import Guard, Target, is_public
+from evolve_dag.environments.web.fetch import _request
+from evolve_dag.environments.web.guard import Guard, Target, absolute, is_public
 from evolve_dag.protocols import ToolError
 
 PUBLIC = "93.184.215.14"
@@ -201,6 +203,103 @@ def test_the_block_list_holds_whatever_the_spelling(url: str) -> None:
 )
 def test_the_block_list_leaves_neighbours_alone(url: str) -> None:
     assert not Guard(["huggingface.co", "hf.co"]).blocks(url)
+
+
+IDEOGRAPHIC_DOTS = "\u3002\uff0e\uff61"
+BLOCKED = ["huggingface.co", "hf.co", "bücher.de"]
+
+
+@st.composite
+def spellings(draw: st.DrawFn) -> str:
+    """An address of a blocked host, or of one below it, as a browser would take it."""
+    host = draw(st.sampled_from(BLOCKED))
+    below = draw(st.sampled_from(["", "www.", "a.b.", "xn--bcher-kva.", "1.2.3.4."]))
+    dots = st.sampled_from([".", *IDEOGRAPHIC_DOTS])
+    letters = [
+        draw(st.sampled_from([c, c.upper(), chr(ord(c) + 0xFEE0)])) if c.isascii() and c.isalpha() else c for c in below + host
+    ]
+    spelled = "".join(draw(dots) if c == "." else c for c in letters) + draw(st.sampled_from(["", "."]))
+    port = draw(st.sampled_from(["", ":80", ":443", ":00443", ":", ":8080", ":0"]))
+    rest = draw(st.sampled_from(["", "/", "/a/b", "?q=1", "#x", "/a?b#c", "/%2e%2e/"]))
+    return f"{draw(st.sampled_from(['http', 'https', 'HTTPS']))}://{spelled}{port}{rest}"
+
+
+@given(spellings())
+def test_no_spelling_of_a_blocked_host_is_asked(url: str) -> None:
+    """What the block list promises: hosts."""
+    guard, asked = resolving([PUBLIC])
+    guard = Guard(BLOCKED, resolve=guard._resolve)
+    assert guard.blocks(url)
+    with pytest.raises(ToolError):
+        judge(url, guard)
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://huggingface-co.translate.goog/datasets/x?_x_tr_sl=en",
+        f"https://proxy.example/?u={base64.b64encode(b'https://huggingface.co/datasets/x').decode()}",
+        "https://short.example/3xYz",
+        "https://mirror.example/GAIA/validation.jsonl",
+    ],
+)
+def test_what_the_block_list_does_not_promise(url: str) -> None:
+    """Another host that hides which page it gives: SECURITY.md says so. Its own name can be blocked."""
+    guard, asked = resolving([PUBLIC])
+    assert not Guard(BLOCKED).blocks(url)
+    assert judge(url, Guard(BLOCKED, resolve=guard._resolve)).addresses == (PUBLIC,)
+    assert len(asked) == 1
+    host = url.split("/")[2]
+    assert Guard([*BLOCKED, host.partition(".")[2] if host.endswith("goog") else host]).blocks(url)
+
+
+FRAGMENTS = st.sampled_from(
+    [
+        "http", "https", ":", "//", "/", "@", "[", "]", "::1", "[::1", "[::ffff:1.2.3.4]", "[v1.x]", "[fe80::1%25eth0]",
+        "%25", "%00", "%", "xn--",
+        "xn--a", "xn--\u00fc", "example.com", "a.b", ".", "..", *IDEOGRAPHIC_DOTS, "\u2488", "ß", "\u200d", "\u0301",
+        "\U0001d41a", "\ud800", "\uffff", "\u202e", "-", "_", "0", ":0", ":65536", ":-1", ":80", ":\u0663", "1", "\u0661", "²",
+        "?", "#",
+        "\\", "\t", "a" * 64, "a" * 300, "é", "ا", "א", "\u00ad", "\ufe0f", "İ", "ﬀ", "%E2%80%8B",
+    ]
+)  # fmt: skip
+anything = st.lists(FRAGMENTS | st.text(max_size=4), max_size=8).map("".join)
+hosts = st.lists(
+    st.sampled_from(["example", "com", "a-b", "xn--bcher-kva", "bücher", "1", "münchen", "☃", "中文"]), min_size=2, max_size=4
+)
+addresses = st.builds(
+    "{}{}{}{}".format, st.sampled_from(["http://", "https://"]), hosts.map(".".join), st.just("/") | anything, anything
+)
+
+
+@given(addresses | anything | st.builds("http://{}".format, anything))
+@example("http://[::1")
+@example("http://example.com:0/")
+def test_every_address_is_refused_or_can_be_asked_for(url: str) -> None:
+    guard, _ = resolving([PUBLIC, "2606:4700::1"])
+    try:
+        target = judge(url, guard)
+    except ToolError:
+        return
+    assert target.port in (80, 443)
+    for address in target.addresses:
+        request = _request(target, address)
+        assert request.url.host == address
+        assert (request.url.port or target.port) == target.port
+        assert request.headers["host"].isascii()
+
+
+@given(anything | addresses, st.sampled_from(["http://example.com/", "https://example.com/a/b?c=d", "http://[2606:4700::1]/x"]))
+@example("http://[::1", "http://example.com/")
+@example("//[\xdf]", "http://example.com/")
+@example("//exa\u2100mple.com", "http://example.com/")
+def test_a_page_sends_on_to_an_address_or_is_refused(location: str, base: str) -> None:
+    guard, _ = resolving([PUBLIC])
+    try:
+        judge(absolute(base, location), guard)
+    except ToolError:
+        return
 
 
 def test_an_empty_block_list_blocks_nothing() -> None:

@@ -196,6 +196,7 @@ def test_shares_by_hand() -> None:
     m = measure(mixed(), TASKS, resamples=200)
     assert (m.n, m.tasks, m.judged) == (4, 4, 3)
     assert m.success == pytest.approx(1 / 3), "the one that was not judged is not a wrong one"
+    assert m.success_all == 0.25, "what was not judged lends no success to the whole"
     assert (m.premature, m.no_tool, m.forced, m.unanswered, m.failed) == (0.25, 0.25, 0.0, 0.25, 0.0)
     assert m.turns == pytest.approx((2 + 1 + 2 + 2) / 4)
     assert m.tokens == pytest.approx((5 + 2 + 5 + 6) / 4)
@@ -206,6 +207,7 @@ def test_shares_by_hand() -> None:
     assert m.by["hops"]["1"].success == 1.0
     assert set(m.intervals) == {
         "success",
+        "success_all",
         "premature",
         "no_tool",
         "forced",
@@ -223,6 +225,7 @@ def test_shares_by_hand() -> None:
 def test_nothing_judged_is_unknown() -> None:
     m = measure([trajectory(reward=None)], TASKS, resamples=100)
     assert (m.n, m.judged, m.success, m.intervals["success"]) == (1, 0, None, None)
+    assert m.success_all == 0.0
     assert m.premature == 1.0
 
 
@@ -267,6 +270,13 @@ def test_json_is_lossless_and_the_settings_decide() -> None:
     content = evaluate_summary(mixed(), TASKS.values(), settings)
     assert content == evaluate_summary(mixed(), TASKS, settings)
     assert metrics_from_json(json.loads(json.dumps(content))) == measure(mixed(), TASKS, resamples=150, seed=4)
+
+
+def test_a_summary_of_an_earlier_version_is_read() -> None:
+    content = metrics_to_json(measure(mixed(), TASKS, resamples=100))
+    del content["success_all"], content["intervals"]["success_all"]
+    found = metrics_from_json(content)
+    assert (found.success_all, found.success) == (None, pytest.approx(1 / 3))
 
 
 @pytest.mark.parametrize("broken", [{}, {"n": 1}, None, {"n": "many", "tasks": 1, "judged": 1}])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evolve_dag.errors import AlignmentError
-from evolve_dag.experience.injection import Injector, assert_clean, inject_global, inject_step_wise, one_line
+from evolve_dag.experience.injection import Injector, assert_clean, inject_global, inject_step_wise
 from evolve_dag.experience.pool import Pool
 from evolve_dag.experience.selection.base import Selection
 from evolve_dag.plain import GLOBAL_HEADING, STEP_HEADING
@@ -70,7 +70,7 @@ def test_the_stored_history_never_changes_and_the_views_differ_in_one_message(
         place = changed[0]
         assert teacher.messages[place].content == student[place].content + teacher.text
         assert teacher.messages[place].role == student[place].role
-        assert teacher.text.count("\n") == 1 + sum(bool(one_line(text)) for text in texts)
+        assert teacher.text.count("\n") == 1 + sum(bool(text.split()) for text in texts)
     assert [m.token_ids for m in teacher.messages] == [m.token_ids for m in student]
 
 

@@ -16,7 +16,7 @@ from evolve_dag.experience.phrases import (
     situation_text,
     split,
 )
-from evolve_dag.experience.pool import check_principle_form
+from evolve_dag.experience.pool import principle_problems
 
 
 def test_every_action_that_can_be_advised_has_one_strategy() -> None:
@@ -32,7 +32,7 @@ def test_every_rendering_is_in_principle_form_and_can_be_read_back() -> None:
     conditions += [{"observation": "page", "evidence": "asked", "mark": "old"}]
     for condition, action in product(conditions, [*STRATEGIES, "use:archive", "use:web_lookup-b"]):
         text = render(condition, action)
-        assert check_principle_form(text) == []
+        assert principle_problems(text) == []
         assert action_of(text) == action
         parts = split(text)
         assert parts is not None

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pool_replay import outline, replay
 
 from evolve_dag.errors import DataError
-from evolve_dag.experience.pool import Pool, Proposal, check_principle_form, lift, replay
+from evolve_dag.experience.pool import Pool, Proposal, lift, principle_problems
 from evolve_dag.records import ExperienceItem, PoolEdit
 
 GOOD = "Narrow: when a search returns no results, search only the short name."
@@ -82,7 +83,7 @@ REFUSED = [
     (Proposal("add", text={"content": "x"}), "empty text"),  # type: ignore[arg-type]
     (Proposal("add", item_id="p0001", text=GOOD), "gets its id from the pool"),
     (Proposal("add", text=LONG), "more than 32"),
-    (Proposal("add", text="be careful"), "not of the form"),
+    (Proposal("add", text="be careful"), "2 words say no strategy"),
     (Proposal("add", text="Narrow: when A is shown, search only the short NAME.".lower().capitalize()), "same text"),
     (Proposal("add", text=GOOD, evidence={"lift": float("nan")}), "not a finite number: lift"),
     (Proposal("merge", item_id="p0001"), "which item to merge into"),
@@ -177,27 +178,9 @@ def test_replay_of_all_edits_rebuilds_the_pool(batches: list[tuple[list[Proposal
             assert len(pool) <= cap
         # what an id means can change only by an edit that names it
         assert Pool.from_json(pool.to_json()) == pool
-    assert replay(edits) == pool.outline()
+    assert replay(edits) == outline(pool)
     assert len(set(given_ids)) == len(given_ids)
     assert all(e.iteration >= 1 for e in edits)
-
-
-@pytest.mark.parametrize(
-    ("edits", "what"),
-    [
-        ([PoolEdit("delete", "p0001", 1, "x", None, "")], "unknown here"),
-        ([PoolEdit("add", "p0001", 1, None, None, "")], "no text"),
-        ([PoolEdit("add", "p0001", 1, None, "x", ""), PoolEdit("add", "p0001", 2, None, "y", "")], "given before"),
-        ([PoolEdit("add", "p0001", 1, None, "x", ""), PoolEdit("delete", "p0001", 1, "x", None, ""),
-          PoolEdit("add", "p0001", 2, None, "y", "")], "given before"),
-        ([PoolEdit("add", "p0001", 1, None, "x", ""), PoolEdit("update", "p0001", 2, "y", "z", "")], "reads otherwise"),
-        ([PoolEdit("add", "p0001", 1, None, "x", ""), PoolEdit("update", "p0001", 2, "x", None, "")], "no text after"),
-        ([PoolEdit("add", "p0001", 1, None, "x", ""), PoolEdit("merge", "p0001", 2, "x", "y", "", into="p2")], "not there"),
-    ],
-)  # fmt: skip
-def test_replay_refuses_edits_that_contradict_each_other(edits: list[PoolEdit], what: str) -> None:
-    with pytest.raises(DataError, match=what):
-        replay(edits)
 
 
 def item(**changes: Any) -> dict[str, Any]:
@@ -209,25 +192,24 @@ NONSENSE = [
     ("[]", "must be an object with a list `items`"),
     ('{"items": {}}', "must be an object with a list `items`"),  # the released code writes a dict and reads a list
     ({"items": [], "extra": 1}, "extra: unknown field"),
-    ({"items": [], "version": "1"}, "version: must be a whole number"),
-    ({"items": [], "next_number": -1}, "next_number: must be a whole number"),
-    ({"items": ["text"]}, "item 1: must be an object, not str"),
+    ({"items": [], "version": "1"}, "version: should be a valid integer, not '1'"),
+    ({"items": [], "next_number": -1}, "next_number: should be greater than or equal to 0, not -1"),
+    ({"items": ["text"]}, "item 1: should be an object"),
     ({"items": [{"id": "p0001"}]}, r"item 1 \(p0001\): text: missing"),
-    ({"items": [item(text="  ")]}, "text: must be text"),
-    ({"items": [item(text=3)]}, "text: must be text, not 3"),
-    ({"items": [item(id="")]}, "id: must be text, not empty"),
-    ({"items": [item(id="a b")]}, "id: must be text, not 'a b'"),
-    ({"items": [item(granularity="global")]}, "granularity: must be `principle` or `instance`, not 'global'"),
-    ({"items": [item(granularity=[])]}, "granularity: must be"),
-    ({"items": [item(condition=["tool"])]}, "condition: must be an object of texts"),
-    ({"items": [item(condition={"tool": 1})]}, "condition: must be an object of texts"),
-    ({"items": [item(evidence={"lift": "high"})]}, "evidence: must be an object of finite numbers"),
-    ({"items": [item(evidence={"lift": float("nan")})]}, "evidence: must be an object of finite numbers"),
-    ({"items": [item(evidence={"lift": 10**400})]}, "evidence: must be an object of finite numbers"),
-    ({"items": [item(trajectory_ids="t#0")]}, "trajectory_ids: must be a list of texts"),
-    ({"items": [item(created=1.5)]}, "created: must be a whole number"),
+    ({"items": [item(text="  ")]}, "text: should be text, not '  '"),
+    ({"items": [item(text=3)]}, "text: should be a valid string, not 3"),
+    ({"items": [item(id="")]}, "id: should be letters, digits, `_.-`, not empty"),
+    ({"items": [item(id="a b")]}, "id: should be letters, digits, `_.-`, not 'a b'"),
+    ({"items": [item(granularity="global")]}, "granularity: should be 'principle' or 'instance', not 'global'"),
+    ({"items": [item(granularity=[])]}, "granularity: should be"),
+    ({"items": [item(condition=["tool"])]}, "condition: should be a valid dictionary"),
+    ({"items": [item(condition={"tool": 1})]}, "condition.tool: should be a valid string, not 1"),
+    ({"items": [item(evidence={"lift": "high"})]}, "evidence.lift: should be a valid number, not 'high'"),
+    ({"items": [item(evidence={"lift": float("nan")})]}, "evidence.lift: should be a finite number, not nan"),
+    ({"items": [item(evidence={"lift": 10**400})]}, "evidence.lift: should be a valid number, not 1000"),
+    ({"items": [item(trajectory_ids="t#0")]}, "trajectory_ids: should be a valid list, not 't#0'"),
+    ({"items": [item(created=1.5)]}, "created: should be a valid integer, not 1.5"),
     ({"items": [item(colour="red")]}, "colour: unknown field"),
-    ({"items": [item(text=LONG)]}, "text: .* more than 32"),
     ({"items": [item(), item()]}, r"item 2 \(p0001\): id: already used by item 1"),
     ({"items": [item(id="p0007")], "next_number": 3}, "not below next_number 3"),
 ]
@@ -240,6 +222,14 @@ def test_a_pool_file_edited_into_nonsense_is_refused_by_item_and_field(content: 
         Pool.from_json(text, "pool.json")
     assert caught.value.what.startswith("pool.json: ")
     assert caught.value.remedy
+
+
+def test_what_a_file_states_is_not_questioned() -> None:
+    stated = [item(text=LONG), item(id="p0002", text="See https://example.org.")]
+    pool = Pool.from_json(json.dumps({"items": stated}))
+    assert [i.granularity for i in pool.items] == ["principle", "principle"]
+    refused = pool.apply([Proposal("update", item_id="p0001", text=f"{LONG} Again.")], iteration=1).refused
+    assert "more than 32" in refused[0].why  # a new text is another matter
 
 
 def test_all_mistakes_of_a_file_are_listed_at_once() -> None:
@@ -258,25 +248,19 @@ def test_a_pool_written_by_hand_needs_three_fields() -> None:
     [
         (GOOD, None),
         ("Two words: when a JSON reply is broken, ask again.", None),
-        ("Three whole words: when a, b.", "not of the form"),
-        ("narrow: when a, b.", "not of the form"),
-        ("Narrow: when a search fails.", "not of the form"),
-        ("Narrow: when a, b", "not of the form"),
-        ("", "not of the form"),
+        ("Three whole words: when a, b.", None),
+        ("Targeted retrieval: Construct queries from the rarest terms", None),
+        ("Verify before answering.", None),
+        ("Narrow: search.", "2 words say no strategy"),
+        ("", "0 words say no strategy"),
         (LONG, "more than 32"),
         ("Go: when a page is shown,\ncopy it.", "line"),
         ("Go: when example.com is listed, open it.", "URL or domain"),
         ("Go: when a page is shown, open https://x.y/z now.", "URL or domain"),
         ("Go: when 3 results are shown, stop.", "number"),
-        ("Go: when a page is about Bado Keli, stop.", "entity name .Bado Keli"),
+        ("Go: when a page is about Bado Keli, stop.", "entity name (Bado Keli)"),
     ],
 )
-def test_principle_form(text: str, problem: str | None) -> None:
-    problems = check_principle_form(text)
-    assert (problems == []) if problem is None else any(problem.replace(".", "") in p.replace("(", "") for p in problems)
-
-
-def test_the_outline_ignores_what_edits_do_not_know() -> None:
-    pool = pool_of("a")
-    changed = Pool((replace(pool.items[0], condition={"observation": "page"}),), pool.version, pool.next_number)
-    assert changed.outline() == pool.outline()
+def test_principles_are_refused_for_length_and_detail_alone(text: str, problem: str | None) -> None:
+    problems = principle_problems(text)
+    assert (problems == []) if problem is None else any(problem in p for p in problems)

@@ -133,7 +133,7 @@ def test_sampled_ids_are_copied(chat: ChatFormat) -> None:
     sampled = (5, 9, 7, 5)
     open_turn = Message("assistant", "text that says something else", sampled)
     closed_turn = Message("assistant", "", (*sampled, chat.end_of_turn_id))
-    header = list(chat.assistant_header)
+    header = chat.encode([])  # what opens the next assistant turn
     for message in (open_turn, closed_turn):
         ids = chat.encode([message], generation_prompt=False)
         assert ids[: len(header) + 5] == [*header, *sampled, chat.end_of_turn_id]

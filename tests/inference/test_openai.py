@@ -323,6 +323,8 @@ def test_a_value_that_cannot_be_a_key_is_refused_without_showing_it(key: str, mo
     [
         ({"endpoints": ("api.example.com/v1",)}, "no http address"),
         ({"endpoints": ("file:///etc/passwd",)}, "no http address"),
+        ({"endpoints": ("http://[::1/v1",)}, "no http address"),
+        ({"endpoints": ("http://host:port/v1",)}, "no http address"),
         ({"extra": {"stream": True}}, "extra sets stream"),
         ({"extra": {"n": 4}}, "extra sets n"),
     ],

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.scripted import ScriptedModel
-from evolve_dag.inference.structured import JsonAnswer, ask_json, extract_json
+from evolve_dag.inference.structured import JsonAnswer, _fenced, ask_json, extract_json
 from evolve_dag.protocols import Completion, Request, Sampling
 from evolve_dag.records import Message
 
@@ -24,8 +25,10 @@ SCHEMA = {
 }
 ASK = (Message("system", "You choose."), Message("user", "Choose, in JSON."))
 
-keys = st.text(min_size=1, max_size=8)
-scalars = st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text(max_size=20)
+texts = st.text(max_size=20).filter(lambda text: "think>" not in text and "```" not in text)
+"""Behind prose such a tag ends the reasoning, and such a fence opens code, in a string of the answer too."""
+keys = texts.filter(bool).map(lambda text: text[:8])
+scalars = st.none() | st.booleans() | st.integers(-(10**9), 10**9) | texts
 inner = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(keys, v, max_size=3), max_leaves=12)
 objects = st.dictionaries(keys, inner, max_size=4)
 lists_of_objects = st.lists(objects, min_size=1, max_size=3)
@@ -81,6 +84,9 @@ def test_no_text_raises(text: str) -> None:
         ("17", None),
         ("{}", {}),
         ("[]", []),
+        ('{"a": "half {} [1]', None),
+        ('{"a": "half\\', None),
+        ('{} {"a": "half {"b": 1}', {}),
         ('{"a": "} ] ` {"}', {"a": "} ] ` {"}),
         ('{"a": "quote \\" brace {"}', {"a": 'quote " brace {'}),
         ('{"a": "</think> and <think>"}', {"a": "</think> and <think>"}),
@@ -191,3 +197,13 @@ def test_a_guide_goes_with_the_request_and_judges_nothing() -> None:
     assert answer.value == {"ids": ["a", "b"]}  # more than the guide allows: an endpoint does not know its bounds
     assert [request.answer_schema for request in model.requests] == [guide, guide]
     assert "maxItems" not in model.requests[1].messages[-1].content
+
+
+fences = st.lists(st.sampled_from(["```", "`", "json", "JSON5", " ", "\t", "\r\n", "\n", "x", "{}"]), max_size=14).map("".join)
+
+
+@given(fences)
+@settings(max_examples=300)
+def test_fences_are_what_a_lazy_pattern_finds(text: str) -> None:
+    lazy = re.compile(r"```[ \t]*(?:json5?|jsonc)?[ \t]*\r?\n?(.*?)```", re.S | re.I)  # takes cubic time on "```" and blanks
+    assert _fenced(text) == lazy.findall(text)

@@ -17,7 +17,7 @@ import tiny_tokenizers
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import ContextOverflowError, ModelError
 from evolve_dag.inference import transformers as backend
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.recording import distribution
@@ -297,6 +297,11 @@ def test_model_still_scores_a_padded_batch_like_the_stock_one(qwen3: PreTrainedM
     assert all(torch.isfinite(p.grad).all() for p in ours.parameters() if p.grad is not None)
 
 
+def test_a_message_counts_the_tokens_that_it_adds(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    model, page = load(qwen3, chat), Message("tool", "city Bado Keli: 市长 Rato Miku")
+    assert model.count_tokens(page) == len(chat.encode((SYSTEM, page))) - len(chat.encode((SYSTEM,)))
+
+
 def test_too_long_context_fails_alone(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
     model = load(qwen3, chat)
     long = Request((SYSTEM, Message("user", "Bado Keli " * 400)), Sampling(max_tokens=4), "long")
@@ -305,7 +310,7 @@ def test_too_long_context_fails_alone(qwen3: PreTrainedModel, chat: ChatFormat) 
         return await asyncio.gather(model.generate(long), model.generate(question(1)), return_exceptions=True)
 
     error, completion = asyncio.run(scene())
-    assert isinstance(error, ModelError)
+    assert isinstance(error, ContextOverflowError)
     assert "the model takes 512" in str(error)
     assert "remedy: lower rollout.max_tokens" in str(error)
     check(qwen3, chat, question(1), completion)

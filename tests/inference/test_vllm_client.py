@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import tiny_tokenizers
 
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import ContextOverflowError, ModelError
 from evolve_dag.inference import vllm_probe, vllm_process, vllm_servers
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.vllm import VllmModel
@@ -306,7 +306,7 @@ def test_a_context_that_does_not_fit_is_not_sent(fakes: list[Fake], chat: ChatFo
     answer, error = ask(source, chat, [full, over])
     assert isinstance(answer, Completion)
     assert fakes[0].completions[0]["max_tokens"] == 512 - len(chat.encode(full.messages))
-    assert isinstance(error, ModelError)
+    assert isinstance(error, ContextOverflowError)
     assert "models.policy.context_tokens" in error.remedy
     assert len(fakes[0].completions) == 1
     source.close()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pool_replay import outline, replay
 from typer.testing import CliRunner
 
 from evolve_dag import cli
@@ -16,7 +17,7 @@ from evolve_dag.config.schema import ExtractionSettings
 from evolve_dag.errors import DataError
 from evolve_dag.experience.extraction.mining import extract
 from evolve_dag.experience.injection import assert_clean
-from evolve_dag.experience.pool import Pool, replay
+from evolve_dag.experience.pool import Pool
 from evolve_dag.interop.pools import artifact_of, pool_digest, pool_from_file, read_pool
 from evolve_dag.interop.rollouts import detect, import_file, read_rollouts, rollouts_from_file
 from evolve_dag.lineage import garbage
@@ -30,6 +31,7 @@ from evolve_dag.tasks.jsonl import load_tasks, question_id
 
 PRINCIPLE = "Verify: when a snippet names the answer, open its page first."
 LOOSE = "Source choice: Prefer named sources over assumptions."
+LOCAL = "The mayor of Bado Keli stands on https://example.org/7."
 PROMPT = """**Task:** Solve the input problem by leveraging relevant insights from your accumulated experiences
 
 **ACCUMULATED EXPERIENCES:**
@@ -65,7 +67,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
 def test_every_shape_of_a_pool_gives_the_same_pool(tmp_path: Path, content: object) -> None:
     """PEERS 2: extraction writes a dict, step-wise evaluation wants a list, and its own output crashes it."""
     pool = pool_from_file(write(tmp_path / "experiences.json", content))
-    assert [(i.id, i.text, i.granularity) for i in pool.items] == [("G0", PRINCIPLE, "principle"), ("G7", LOOSE, "instance")]
+    assert [(i.id, i.text, i.granularity) for i in pool.items] == [("G0", PRINCIPLE, "principle"), ("G7", LOOSE, "principle")]
 
 
 def test_texts_without_ids_get_ours(tmp_path: Path) -> None:
@@ -88,19 +90,49 @@ def test_ids_that_cannot_be_ours_are_mapped_and_told(tmp_path: Path) -> None:
     assert reasons["p0004"] == "imported from e.json"
 
 
-def test_items_without_the_form_come_in_as_they_are_and_are_told(tmp_path: Path) -> None:
+def test_items_come_in_as_they_are_and_what_is_odd_is_told(tmp_path: Path) -> None:
     long = "Verify: when a page is open, " + "read " * 40 + "it."
-    content = {"a": long, "b": "See https://example.org at 3 pm.", "c": "<b>Read</b> it.", "d": LOOSE, "e": LOOSE.upper()}
+    content = {"a": long, "b": "See https://example.org at 3 pm.", "c": "<b>Read</b> the page.", "d": LOOSE, "e": LOOSE.upper()}
     found = read_pool(write(tmp_path / "e.json", content))
     assert [item.text for item in found.pool.items] == list(content.values())
-    assert {item.granularity for item in found.pool.items} == {"instance"}
-    notes = "\n".join(found.notes)
-    assert "5 items without the form of a principle" in notes
-    assert "a: 47 words, more than 32" in notes
-    assert "holds a URL or domain (https://)" in notes
-    assert "holds a number (3)" in notes
-    assert "1 item with markup (c)" in notes
-    assert "1 item with the text of another item (e, as d)" in notes
+    assert [item.granularity for item in found.pool.items] == ["principle", "instance", "principle", "principle", "principle"]
+    assert found.notes == (
+        "1 item longer than the 32 words of a new principle (a: 47 words)",
+        "1 item with trajectory detail, taken in as instance-level items "
+        "(b: holds a URL or domain (https://); holds a number (3))",
+        "1 item with markup (c)",
+        "1 item with the text of another item (e, as d)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "granularities"),
+    [
+        ([{"text": LOOSE, "granularity": "instance"}, {"text": LOCAL, "granularity": "principle"}], ["instance", "principle"]),
+        ({"granularity": "instance", "G0": LOOSE, "G1": LOCAL}, ["instance", "instance"]),
+        ({"granularity": "principle", "experiences": [LOOSE, LOCAL]}, ["principle", "principle"]),
+        ({"granularity": "principle", "items": {"G0": {"text": LOOSE, "granularity": "instance"}, "G1": LOCAL}},
+         ["instance", "principle"]),
+        ({"G0": LOOSE, "G1": LOCAL}, ["principle", "instance"]),
+        ({"granularity": LOOSE, "G1": LOCAL}, ["principle", "instance"]),  # an item that bears this id
+    ],
+)  # fmt: skip
+def test_what_the_file_or_the_option_states_wins(tmp_path: Path, content: object, granularities: list[str]) -> None:
+    path = write(tmp_path / "e.json", content)
+    assert [i.granularity for i in read_pool(path).pool.items] == granularities
+    for asked in ("principle", "instance"):
+        assert {i.granularity for i in read_pool(path, granularity=asked).pool.items} == {asked}
+
+
+def test_a_principle_that_is_only_stated_is_told(tmp_path: Path) -> None:
+    found = read_pool(write(tmp_path / "e.json", [{"id": "G0", "text": LOCAL, "granularity": "principle"}]))
+    assert "1 item stated as principle-level, with trajectory detail (G0: holds a URL or domain" in found.notes[0]
+    assert Pool.from_json(found.pool.to_json()) == found.pool  # and can be stored
+
+
+def test_the_option_holds_for_our_own_pools_too(tmp_path: Path) -> None:
+    path = write(tmp_path / "pool.json", Pool((ExperienceItem("p0002", LOOSE, "principle"),), 3).to_json())
+    assert [i.granularity for i in read_pool(path, granularity="instance").pool.items] == ["instance"]
 
 
 def test_our_own_pool_is_read_as_it_is(tmp_path: Path) -> None:
@@ -127,7 +159,9 @@ def test_numbers_of_an_item_are_its_evidence(tmp_path: Path) -> None:
         ('{"G0": "one", "G0": "two"}', "key 'G0' stands 2 times"),
         ('[{"id": "a", "text": "x"}, {"id": "a", "text": "y"}]', r"item 2 \(a\): the same id as item 1 \(a\)"),
         ('{"a": "", "b": null, "c": 3}', r"3 mistakes\n  item 'a': empty\n  item 'b': no text[^\n]*\n  item 'c': no text"),
+        ('[{"text": "x", "granularity": "global"}]', "item 1: granularity: must be `principle` or `instance`, not 'global'"),
         ("[" * 100_000, "nested too deeply"),
+        (f'{{"p1": {"9" * 5000}}}', "too many digits"),
     ],
 )
 def test_bad_pools_are_refused_with_file_and_place(tmp_path: Path, text: str, what: str) -> None:
@@ -173,10 +207,10 @@ def test_an_imported_pool_is_an_experience_artifact(tmp_path: Path) -> None:
     artifact = store.open("experience", done.digest)
     assert open_pool(artifact) == pool_from_file(path)
     edits = edits_from_frame(artifact.frame("edits.parquet"))
-    assert replay(edits) == open_pool(artifact).outline()
+    assert replay(edits) == outline(open_pool(artifact))
     assert {edit.reason for edit in edits} == {"imported from experiences.json"}
     rows = run_sql(store, "select id, granularity, experiment from items order by id").rows()
-    assert rows == [("G0", "principle", "web-imported"), ("G1", "instance", "web-imported")]
+    assert rows == [("G0", "principle", "web-imported"), ("G1", "principle", "web-imported")]
     assert "imported from experiences.json" in json.dumps(trace(store, "G0").to_dict())
     assert render(trace(store, "G0"))
     again = import_file(path, store, experiment="web")
@@ -429,14 +463,15 @@ def test_the_command(extraction: Path, tmp_path: Path) -> None:
     told = json.loads(output)
     assert told["kind"] == "pool"
     assert told["lineage"] == "mine-imported"
-    assert (told["items"], told["principles"], told["ids"]) == (2, 1, ["G0", "G1"])
+    assert (told["items"], told["principles"], told["ids"]) == (2, 2, ["G0", "G1"])
     code, output = evolve("import", str(extraction), "--store", store)
     assert code == 0, output
     assert "rollout.jsonl: 4 rollouts of 2 tasks, 4 judged\n" in output
     assert "tasks.jsonl" in output
     query = output.split('evolve sql "')[1].split('"')[0]
     assert run_sql(Store(store), query).height == 4
-    assert "no such kind" in evolve("import", str(pool), "--kind", "table", "--store", store)[1]
+    assert evolve("import", str(pool), "--kind", "table", "--store", store)[0] == 2
+    assert "have no granularity" in evolve("import", str(extraction), "--granularity", "instance", "--store", store)[1]
     assert (
         "no question"
         in evolve("import", str(write_lines(tmp_path / "x.jsonl", [{"a": 1}])), "--kind", "rollouts", "--store", store)[1]

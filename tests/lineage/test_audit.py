@@ -11,6 +11,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from small_lineage import SMALL, copy_of, iterate
 from typer.testing import CliRunner
 
 from evolve_dag import cli
@@ -20,39 +21,24 @@ from evolve_dag.distillation.dataset import DistillationRow, StepView, load_cont
 from evolve_dag.errors import ConfigError, OrderError
 from evolve_dag.lineage import audit
 from evolve_dag.lineage.audit import ALL, NONE, Internalized, Measurement, Sums, sums
+from evolve_dag.records import PoolEdit
 from evolve_dag.reporting import audit_page, principles, report
 from evolve_dag.reporting.summary import status_json, summarize
-from evolve_dag.steps.base import STEP_ORDER, run_step
 from evolve_dag.store.artifacts import Artifact, Store
 
-SMALL: dict[str, Any] = {
-    "experiment": "audited",
-    "seed": 4,
-    "iterations": 1,
-    "tasks": {
-        "train": {"count": 12, "world": 13},
-        "development": {"count": 4, "world": 22},
-        "held_out": {"count": 6, "world": 32},
-    },
-    "extraction": {"min_support": 3, "confidence": 0.6},
-    # one batch an epoch, without retention: the curve then begins with the divergence of all stored rows
-    "distillation": {"epochs": 4, "retention": 0.0, "tokens_per_batch": 1_000_000, "warmup_steps": 0},
-    "evaluation": {"bootstrap": 200, "greedy": False},
-    "runtime": {"threads": 1, "concurrency": 64},
-}
+# one batch an epoch, without retention: the curve then begins with the divergence of all stored rows
+DISTILLATION = {"epochs": 4, "retention": 0.0, "tokens_per_batch": 1_000_000, "warmup_steps": 0}
+AUDITED = SMALL | {"experiment": "audited", "iterations": 1, "distillation": DISTILLATION}
 
 
 @pytest.fixture(scope="module")
 def experiment() -> Experiment:
-    return Experiment.model_validate(SMALL)
+    return Experiment.model_validate(AUDITED)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, experiment: Experiment) -> Store:
-    store = Store(tmp_path_factory.mktemp("audited"))
-    for step in STEP_ORDER:
-        run_step(step, experiment, 1, store)
-    return store
+def made(small_lineage: Store, tmp_path_factory: pytest.TempPathFactory, experiment: Experiment) -> Store:
+    return iterate(copy_of(small_lineage, tmp_path_factory.mktemp("audited") / "store"), experiment)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +193,7 @@ def test_another_base_model_and_an_unknown_experiment_are_refused(
 ) -> None:
     shutil.copytree(made.root, tmp_path / "store")
     shutil.rmtree(tmp_path / "store" / "cache")
-    other = Experiment.model_validate(SMALL | {"models": {"policy": {"dtype": "bfloat16"}}})
+    other = Experiment.model_validate(AUDITED | {"models": {"policy": {"dtype": "bfloat16"}}})
     with pytest.raises(ConfigError, match="another base model"):
         audit.measure(other, Store(tmp_path / "store"))
     with pytest.raises(OrderError, match="has not been run"):
@@ -215,7 +201,7 @@ def test_another_base_model_and_an_unknown_experiment_are_refused(
 
 
 def test_the_command_prints_a_table_and_json(made: Store, measured: audit.Audit, tmp_path: Path) -> None:
-    (tmp_path / "audited.yaml").write_text(json.dumps(SMALL))
+    (tmp_path / "audited.yaml").write_text(json.dumps(AUDITED))
     table = CliRunner().invoke(cli.app, ["audit", str(tmp_path / "audited.yaml"), "--store", str(made.root)])
     assert table.exit_code == 0, table.output
     assert "inside" in table.output
@@ -270,7 +256,7 @@ def test_what_an_item_did_is_counted_from_the_rows(made: Store, measured: audit.
             one.item.condition[state.feature] for state in one.states if state.feature in one.item.condition
         ], "the state selector chooses where the condition holds"
         assert one.internalized == tuple(found for found in measured.items if found.item == one.item.id)
-    taught = {name for one in facts.principles for edit in one.edits for name in edit.trajectories[: principles.TAUGHT]}
+    taught = {name for one in facts.principles for edit in one.edits for name in edit.trajectory_ids[: principles.TAUGHT]}
     assert set(chain.taught) == taught
 
 
@@ -301,7 +287,7 @@ def test_text_of_artifacts_stays_text(made: Store, measured: audit.Audit) -> Non
     [chain] = facts.chains
     step = principles.ShownStep(0, evil, evil, (evil,))
     shown = principles.Shown(evil, evil, evil, 1.0, evil, (step,))
-    edit = principles.Edit("merge", 1, evil, evil, evil, evil, (evil,))
+    edit = PoolEdit("merge", evil, 1, evil, evil, evil, (evil,), into=evil)
     item = replace(facts.principles[0].item, id=evil, text=evil, evidence={evil: 1.0}, granularity=evil)  # type: ignore[arg-type]
     state = principles.State(evil, evil, 1.0, 0.1)
     one = replace(facts.principles[0], item=item, edits=(edit,), states=(state,))

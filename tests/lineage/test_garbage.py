@@ -262,6 +262,22 @@ def test_quarantine_and_measurements_of_what_is_gone_go_too(store: Store) -> Non
     assert left == sorted([f"{contexts}-{adapter}.json", f"{contexts}-base.json"])
 
 
+def test_what_a_killed_process_was_about_to_write_goes_after_an_hour(store: Store) -> None:
+    left = [
+        store.root / "refs" / "quick" / "01" / ".scores.json.17.23.tmp",
+        store.root / "experiments" / ".quick.json.17.23.tmp",
+    ]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert not [one for one in garbage.find(store).removable if one.what == "temporary"], "it may be being written now"
+    os.utime(left[0], (0, 0))
+    _, removed = garbage.remove(store)
+    assert [one.path for one in removed.removed if one.what == "temporary"] == left[:1]
+    assert not left[0].exists()
+    assert left[1].exists()
+
+
 def test_what_is_young_can_be_left(store: Store) -> None:
     run(experiment(), store)
     run(experiment(seed=1), store)

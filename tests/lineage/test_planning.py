@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from evolve_dag import cli
 from evolve_dag.config import registry
-from evolve_dag.errors import StoreError
+from evolve_dag.errors import DataError, StoreError
 from evolve_dag.lineage import planning
 from evolve_dag.lineage.planning import Plan, plan
 from evolve_dag.steps import base
@@ -195,7 +195,7 @@ def test_what_is_gone_and_what_lies_in_quarantine(store: Store) -> None:
     check(planned, run(experiment(), store))
 
 
-def test_a_damaged_artifact_stops_the_run_there(store: Store) -> None:
+def test_a_damaged_artifact_stops_the_run_there(store: Store, tmp_path: Path) -> None:
     run(experiment(), store)
     ref = store.ref("quick", 1, "scores")
     assert ref is not None
@@ -206,10 +206,34 @@ def test_a_damaged_artifact_stops_the_run_there(store: Store) -> None:
     [one] = planned.of("stop")
     assert str(path) in one.reasons[0].text
     assert "delete folder" in one.reasons[0].text
+    registry_file = tmp_path / "quick.yaml"
+    registry_file.write_text(json.dumps(experiment().model_dump(mode="json", exclude_unset=True)))
+    assert CliRunner().invoke(cli.app, ["plan", str(registry_file), "--store", str(store.root)]).exit_code == 1
     with pytest.raises(StoreError, match=r"made\.json"):
         run(experiment(), store)
     shutil.rmtree(path.parent)
     check(plan(experiment(), store), run(experiment(), store))
+
+
+def test_a_stream_that_ends_stops_the_run_where_it_ends(store: Store, tmp_path: Path) -> None:
+    for name in ("train", "development", "held_out"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": f"{name}?", "answer": "x"}) + "\n")
+    tasks: dict[str, Any] = {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in WORLDS}
+    tasks["train"] |= {"stream": True, "count": 1}
+    (tmp_path / "pages.jsonl").write_text('{"title": "a", "text": "b"}\n')
+    one_night = experiment(tasks=tasks, environment={"kind": "corpus", "pages": str(tmp_path / "pages.jsonl")})
+    run(one_night, store, 1)
+    planned = plan(one_night, store, 2)
+    assert told(planned, "reuse") == {(1, step) for step in STEP_ORDER} | {(2, "policy")}, (
+        "promoted, with no tasks for the next"
+    )
+    assert told(planned, "stop") == {(2, step) for step in STEP_ORDER[1:]}
+    assert "no tasks left" in planned.of("stop")[0].reasons[0].text
+    assert "6 without tasks: a run stops there" in planning.headline(planned)
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"question": 5}\n')
+    with pytest.raises(DataError, match="'question' must be text"):
+        plan(one_night, store, 2)
 
 
 def test_a_damaged_decision_stops_too_and_the_rest_follows(store: Store) -> None:
@@ -298,6 +322,18 @@ def test_the_command_tells_and_writes_nothing(store: Store, tmp_path: Path) -> N
     assert told_json["experiment"] == "quick-s4"
     assert told_json["counts"] == {"reuse": 1, "recompute": 6, "follows": 7, "stop": 0}
     assert everything_below(store.root) == before
+
+
+def test_the_command_refuses_pages_with_mistakes_as_a_run_does(tmp_path: Path) -> None:
+    for name in WORLDS:
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": f"{name}?", "answer": "x"}) + "\n")
+    (tmp_path / "pages.jsonl").write_text('{"title": "a"}\n')
+    tasks = {name: {"path": f"{name}.jsonl", "world": None} for name in WORLDS}
+    content = {"tasks": tasks, "environment": {"kind": "corpus", "pages": "pages.jsonl"}}
+    (tmp_path / "own.yaml").write_text(json.dumps(content))
+    result = CliRunner().invoke(cli.app, ["plan", str(tmp_path / "own.yaml"), "--store", str(tmp_path / "none")])
+    assert isinstance(result.exception, DataError)
+    assert "'text' is missing" in result.exception.what
 
 
 def test_it_needs_no_heavy_library(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ def metrics(success: float, premature: float, turns: float, unanswered: float, *
         half = 1.96 * (share * (1 - share) / n) ** 0.5
         return max(0.0, share - half), min(1.0, share + half)
 
-    shares = {"success": success, "premature": premature, "no_tool": 0.004, "forced": 0.01}
-    shares |= {"unanswered": unanswered, "failed": 0.0}
+    shares = {"success": success, "success_all": success * judged / 512, "premature": premature}
+    shares |= {"no_tool": 0.004, "forced": 0.01, "unanswered": unanswered, "failed": 0.0}
     means = {"turns": turns, "tokens": 19 * turns, "problems": 0.03}
     by_hops = {str(hops): min(1.0, max(0.0, success - 0.15 * (hops - 2))) for hops in (1, 2, 3)}
     return Metrics(

@@ -9,7 +9,7 @@ import pytest
 from lineages import audited, lineage
 
 from evolve_dag.reporting import figures
-from evolve_dag.reporting.figures import Figure
+from evolve_dag.reporting.drawing import Figure
 from evolve_dag.reporting.summary import IterationRow, LineageSummary
 
 ONE = [audited(lineage(declined=(3,)))]

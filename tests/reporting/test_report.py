@@ -9,11 +9,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from lineages import PRINCIPLES, audited, lineage
+from jinja2 import UndefinedError
+from lineages import PRINCIPLES, audited, lineage, metrics
 
 from evolve_dag.errors import DataError, StoreError
 from evolve_dag.evaluation.gate import GateDecision
-from evolve_dag.reporting import markup, report
+from evolve_dag.reporting import pages, report
 from evolve_dag.reporting.summary import IterationRow, LineageSummary
 
 EVIL = "Evil: when </script><script>alert('x')</script> & <img src=x onerror=alert(1)>, {{figures}} \"quote\"."
@@ -73,6 +74,20 @@ def test_it_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
     assert not re.search(r"https?://|@import|url\(|\bsrc=|<link", own)
     assert "default-src 'none'" in own
     assert [file.name for file in path.parent.iterdir()] == ["report.html"], "no temporary file stays"
+
+
+def test_the_ceiling_and_the_base_by_temperature_are_shown_where_they_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch)
+    summary = lineage()
+    assert "ceiling" not in report.render([summary]).lower()
+    base, *rows = summary.rows
+    rows = [replace(row, ceiling=metrics(0.86, 0.1, 4.0, 0.0)) for row in rows]
+    tried = {0.0: metrics(0.31, 0.1, 4.0, 0.0), 1.0: metrics(0.28, 0.1, 4.0, 0.0)}
+    html = report.render([replace(summary, rows=(replace(base, at_temperature=tried), *rows))])
+    assert "The base policy, success by temperature: 0 31.0% (best), 1 28.0%." in html
+    assert html.count("86.0%") == len(rows)
+    names = [trace.get("name") for trace in Page(html).figures[0]["data"]]
+    assert "ceiling" in names
 
 
 def test_text_of_artifacts_is_text(page: Page) -> None:
@@ -216,9 +231,10 @@ def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytes
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_an_unfilled_or_unknown_blank_is_an_error() -> None:
-    assert markup.fill("{{a}} {{b}}", {"a": "{{b}}", "b": "2"}) == "{{b}} 2"
-    with pytest.raises(DataError, match="differ: b"):
-        markup.fill("{{a}} {{b}}", {"a": "1"})
-    with pytest.raises(DataError, match="differ: c"):
-        markup.fill("{{a}}", {"a": "1", "c": "3"})
+def test_what_a_template_was_not_given_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch)
+    monkeypatch.delitem(report._FUNCTIONS, "recipe")
+    with pytest.raises(UndefinedError, match="'recipe' is undefined"):
+        report.render([lineage()])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        pages.render("page.html.jinja", title="", sections={}, drawn=[{"data": [float("nan")]}])

@@ -50,11 +50,26 @@ def test_nothing_is_cut_at_the_width_of_a_terminal(width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
 
 
+@pytest.mark.parametrize("width", [80, 130])
+def test_the_ceiling_and_the_base_by_temperature_are_shown_where_they_were_measured(width: int) -> None:
+    summary = lineage()
+    assert "ceiling" not in shown(summary, width)
+    base, *rows = summary.rows
+    tried = {0.0: metrics(0.31, 0.1, 4.0, 0.0), 0.3: metrics(0.40, 0.1, 4.0, 0.0), 1.0: metrics(0.28, 0.1, 4.0, 0.0)}
+    rows = [replace(row, ceiling=metrics(0.86, 0.1, 4.0, 0.0)) for row in rows]
+    text = shown(replace(summary, rows=(replace(base, at_temperature=tried), *rows)), width)
+    assert "base, success by temperature: 0 31.0%, 0.3 40.0% (best), 1 28.0%" in text
+    assert "86.0%" in line(text, "1 ")
+    assert "ceiling: the policy that entered" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+
+
 def test_unjudged_episodes_are_told() -> None:
     summary = LineageSummary("pocket", (IterationRow(1, without=metrics(0.5, 0.1, 4.0, 0.0, judged=500)),))
     text = shown(summary)
     assert "50.0%*" in text
-    assert "* iteration 1, without: 500 of 512 episodes were judged" in text
+    assert "* iteration 1, without: episodes judged: 500 of 512 (48.8% of all right)" in text
     assert "steps recomputed" not in text
 
 

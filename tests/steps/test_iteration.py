@@ -9,54 +9,37 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from small_lineage import SMALL, copy_of, small
 
-from evolve_dag.config.schema import Experiment
 from evolve_dag.distillation import checkpoint
 from evolve_dag.distillation.dataset import load_contexts
 from evolve_dag.errors import DataError, OrderError, StoreError
+from evolve_dag.experience.pool import Pool
 from evolve_dag.plain import STEP_HEADING
+from evolve_dag.steps import experience
 from evolve_dag.steps.base import STEP_ORDER, entering_policy, resolve, resolve_iteration, run_step, settings_digest
-from evolve_dag.steps.body import Silent
+from evolve_dag.steps.body import Silent, StepContext
 from evolve_dag.steps.contexts import RETENTION
+from evolve_dag.steps.experience import MINED
 from evolve_dag.steps.policies import open_pool
 from evolve_dag.store.artifacts import Store
 from evolve_dag.store.frames import load_trajectories, scores_from_frame
 
-SMALL = {
-    "experiment": "small",
-    "seed": 4,
-    "tasks": {
-        "train": {"count": 12, "world": 13},
-        "development": {"count": 6, "world": 22},
-        "held_out": {"count": 6, "world": 32},
-    },
-    "extraction": {"min_support": 3, "confidence": 0.6},
-    "distillation": {"epochs": 1},
-    "evaluation": {"bootstrap": 200},
-    "runtime": {"threads": 1, "concurrency": 64},
-}  # fmt: skip
-
-
-def small(**changes: object) -> Experiment:
-    return Experiment.model_validate(SMALL | changes)
-
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def made(small_lineage: Store, tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store that holds one iteration of ``small``."""
-    store = Store(tmp_path_factory.mktemp("made"))
-    for step in STEP_ORDER:
-        assert run_step(step, small(), 1, store).recomputed
-    return store
+    return copy_of(small_lineage, tmp_path_factory.mktemp("made") / "store")
 
 
 @pytest.fixture
 def copied(made: Store, tmp_path: Path) -> Store:
-    shutil.copytree(made.root, tmp_path / "store")
-    return Store(tmp_path / "store")
+    return copy_of(made, tmp_path / "store")
 
 
 def test_a_second_run_makes_nothing(made: Store) -> None:
@@ -100,6 +83,7 @@ def test_a_step_needs_what_stands_before_it(tmp_path: Path) -> None:
         ({"evaluation": {"seed": 1}}, {"scores"}),
         ({"distillation": {"learning_rate": 2e-3}}, {"adapter"}),
         ({"regime": {"divergence": "jsd"}}, {"adapter"}),
+        ({"regime": {"refused": True}}, {"contexts", "adapter"}),
         ({"selection": {"selector": "lexical"}}, {"contexts", "scores"}),
         ({"injection": "global"}, {"contexts", "scores"}),
         ({"extraction": {"cap": 5}}, {"experience"}),
@@ -163,9 +147,29 @@ def test_retention_rows_hold_the_experience_and_the_same_actions(made: Store) ->
 def test_scores_say_under_which_condition_and_hold_every_task(made: Store) -> None:
     artifact = made.open("scores", made.ref("small", 1, "scores").digest)
     scores = scores_from_frame(artifact.frame("scores.parquet"))
-    for condition in ("base", "without", "greedy", "development_candidate", "development_champion"):
-        assert len({s.task_id for s in scores if s.condition == condition}) == 6
+    held_out = {"base", "base_at_0", "base_at_0.5", "without", "with", "greedy", "ceiling"}
+    assert {s.condition for s in scores} == held_out | {"development_candidate", "development_champion"}
+    for condition in held_out:
+        assert len([s for s in scores if s.condition == condition]) == 6, "the rollout's own temperature is `base` itself"
     assert set(artifact.json("summary.json")) == {s.condition for s in scores}
+    by_id = {t.id: t for t in load_trajectories(artifact)}
+    read = {c: sum(bool(s.injected) for t in by_id.values() if t.id.startswith(f"{c}/") for s in t.steps) for c in held_out}
+    assert {c for c, steps in read.items() if steps} == {"with", "ceiling"}, "only these two have experience in context"
+
+
+def test_the_base_policy_is_read_at_every_temperature(made: Store) -> None:
+    from evolve_dag.reporting.summary import status_json, summarize
+
+    summary = summarize(made, "small")
+    base, first = summary.rows
+    assert list(base.at_temperature) == [0.0, 0.5, 1.0]
+    assert base.at_temperature[1.0] is base.without
+    assert base.at_temperature[0.0] is base.greedy
+    assert first.ceiling is not None
+    assert "success by temperature: 0 " in summary.base_by_temperature
+    shown = status_json(summary)["iterations"]
+    assert set(shown[0]["at_temperature"]) == {"0", "0.5", "1"}
+    assert shown[1]["ceiling"]["n"] == 6
 
 
 def test_a_broken_adapter_is_declined_and_the_champion_stays(copied: Store) -> None:
@@ -192,6 +196,40 @@ def test_without_any_experience_nothing_is_trained(copied: Store) -> None:
         outcome = run_step(step, silent, 1, copied)
     assert outcome.artifact.summary["unchanged"]
     assert outcome.artifact.summary["note"] == "no experience stood in any context"
+
+
+def test_a_placebo_pool_is_injected_and_mining_goes_on_from_the_mined_one(copied: Store, tmp_path: Path) -> None:
+    disguised = small(extraction=SMALL["extraction"] | {"placebo": True})
+    for step in STEP_ORDER[:3]:
+        artifact = run_step(step, disguised, 1, copied).artifact
+    mined = open_pool(copied.open("experience", copied.ref("small", 1, "experience").digest), MINED)
+    pool = open_pool(artifact)
+    plain = open_pool(copied.open("experience", resolve("experience", small(), 1, copied).digest))
+    assert [item.text for item in mined.items] == [item.text for item in plain.items] != []
+    assert pool.ids == mined.ids
+    assert not {item.text for item in pool.items} & {item.text for item in mined.items}
+    assert [e["after"] for e in artifact.frame("edits.parquet").to_dicts()] == [item.text for item in pool.items]
+
+    (tmp_path / "two").mkdir()
+    build = SimpleNamespace(path=tmp_path / "two", note=lambda **_: None)
+    entering = replace(entering_policy(disguised, 1, copied), experience=artifact.digest, next_item=pool.next_number)
+    inputs = {"trajectories": copied.open("trajectories", resolve("trajectories", disguised, 1, copied).digest)}
+    experience.run(StepContext(disguised, 2, copied, inputs, build, Silent(), entering, None))
+    again, kept = (Pool.from_json((tmp_path / "two" / name).read_text()) for name in (MINED, "pool.json"))
+    common = set(again.ids) & set(mined.ids)
+    assert common
+    for item_id in common:
+        assert again.get(item_id).text == mined.get(item_id).text
+        assert again.get(item_id).updated == 2, "the miner knows its own lesson again"
+        assert kept.get(item_id).text == pool.get(item_id).text, "an item keeps its placebo"
+
+
+def test_cross_entropy_learns_retention_rows_too(copied: Store) -> None:
+    for step in STEP_ORDER[:5]:
+        outcome = run_step(step, small(regime={"divergence": "cross_entropy"}), 1, copied)
+    contexts = copied.open("contexts", outcome.artifact.inputs["contexts"])
+    assert contexts.summary["retention"] > 0
+    assert outcome.artifact.summary["rows"] == contexts.summary["kept"] + contexts.summary["retention"]
 
 
 @pytest.mark.parametrize(

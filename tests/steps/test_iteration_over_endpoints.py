@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
-from misbehaving import Endpoint, at_random
+from misbehaving import Endpoint, Fault, at_random
 
+from evolve_dag import secrecy
 from evolve_dag.config.schema import Experiment
 from evolve_dag.inference.openai import OpenAIModel
 from evolve_dag.steps.base import STEP_ORDER, run_step
@@ -138,3 +141,61 @@ def test_a_fifth_of_the_answers_failing_changes_nothing(tmp_path: Path, quick: N
     assert run_sql(Store(tmp_path / "shaken"), "select count(*) n from calls")["n"][0] == sum(c["calls"] for c in calls)
     roles = {role for step in STEP_ORDER for role in calm[step].summary.get("calls", {})}
     assert roles == {"extractor", "selector", "judge"}
+
+
+KEY = "Zq9vK2xWb7LmT4YpRg6N"
+
+
+def texts_of(store: Path) -> Iterator[tuple[str, str]]:
+    """All that a store's files say, by name: tables and databases unpacked."""
+    for path in store.rglob("*"):
+        if path.suffix == ".parquet":
+            yield path.name, pl.read_parquet(path).write_json()
+        elif path.suffix == ".sqlite":
+            with sqlite3.connect(path) as connection:
+                yield path.name, str(connection.execute("select * from memory").fetchall())
+        elif path.is_file():
+            yield path.name, path.read_bytes().decode("latin-1")
+
+
+def test_an_endpoint_that_says_the_key_back_leaves_no_piece_of_it(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In good answers, which are remembered and learned from, and in errors, which the ledger keeps."""
+    monkeypatch.setattr(secrecy, "_keys", set())
+    monkeypatch.setenv("HELPER_WORD", KEY)
+
+    def echoing(body: dict[str, Any]) -> str:
+        said = helper(body)
+        try:
+            value = json.loads(said)
+        except ValueError:
+            return f"{said} (asked with {KEY})"
+        for name in ("items", "rationale"):
+            if isinstance(value.get(name), str):
+                value[name] += f" {KEY}"
+            elif isinstance(value.get(name), list):
+                value[name] = [{**item, "why": f"as {KEY} says"} for item in value[name]]
+        return json.dumps(value)
+
+    def cut_key(body: dict[str, Any], seen: int) -> Fault | None:
+        number = int(hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest(), 16)
+        always = (
+            "Correct or Incorrect" in str(body) and number % 6 == 0
+        )  # some verdicts never come: those calls end in an error
+        return Fault("500", message="." * (number % 320) + KEY) if seen == 0 or always else None
+
+    with Endpoint(echoing, script=cut_key) as endpoint:
+        content = experiment(endpoint.url).model_dump(mode="json")
+        for role in ("extractor", "selector", "judge"):
+            content["models"][role] |= {"key": "HELPER_WORD", "attempts": 2}
+        content["tasks"]["train"]["count"] = 4
+        told = Experiment.model_validate(content)
+        store = Store(tmp_path)
+        for step in ("policy", "trajectories", "experience"):
+            run_step(step, told, 1, store)
+    assert sum(endpoint.served.faults.values()) > 4
+    pieces = [KEY[n : n + 4] for n in range(len(KEY) - 3)]
+    assert not {(name, piece) for name, text in texts_of(tmp_path) for piece in pieces if piece in text}
+    for name in ("memory.sqlite", "calls.parquet"):  # it was there
+        assert any("***" in text for other, text in texts_of(tmp_path) if other == name), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import threading
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evolve_dag import secrecy
 from evolve_dag.errors import StoreError
 from evolve_dag.store.memory import Memory
 
@@ -61,3 +63,13 @@ def test_keys_differ_exactly_where_values_do(a: object, b: object) -> None:
     assert Memory.key_of("x", a) == Memory.key_of("x", a)
     if repr(a) != repr(b) and a != b:
         assert Memory.key_of(a) != Memory.key_of(b)
+
+
+def test_a_key_that_was_said_back_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrecy, "_keys", set())
+    key = secrecy.read_key("SOME_WORD", {"SOME_WORD": 'Zq9"K2x/b7LmT4YpRg6N'})
+    memory = Memory(tmp_path / "memory.sqlite")
+    memory.put("extraction", "k", json.dumps({"summary": f"asked with {key}", "next": ["password: x"]}))
+    assert json.loads(memory.get("extraction", "k") or "") == {"summary": "asked with ***", "next": ["password: x"]}
+    memory.close()
+    assert not [path for path in tmp_path.iterdir() if b"Zq9" in path.read_bytes()]

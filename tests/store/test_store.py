@@ -24,6 +24,7 @@ from evolve_dag.errors import ConcurrencyError, ConfigError, EvolveError, StoreE
 from evolve_dag.store.artifacts import Artifact, Build, Store
 from evolve_dag.store.faults import is_disk_error
 from evolve_dag.store.journal import Journal
+from evolve_dag.store.locks import discard
 
 CONFIG = {"seed": 1, "nested": {"rates": [0.5, 1.0], "name": "pocket"}}
 INPUTS = {"policy": "ab" * 16}
@@ -560,6 +561,19 @@ def test_a_kill_between_the_rename_and_the_clean_up_is_swept_later(store: Store)
     with store.build("scores", other, code_version="1", config={}, inputs={}):
         assert not left.exists()
     assert store.open("trajectories", DIGEST, verify=True)
+
+
+def test_locks_of_what_is_published_go_and_those_of_what_is_not_stay(store: Store) -> None:
+    make(store)
+    begun, other = Store.digest_of("contexts", "1", {}, {}), Store.digest_of("scores", "1", {}, {})
+    locks = store.root / "locks"
+    (locks / f"build-trajectories-{DIGEST}.holder").write_text("{}")  # of a builder that was killed
+    (locks / f"build-contexts-{begun}.lock").touch()
+    with store.build("scores", other, code_version="1", config={}, inputs={}):
+        left = {f"build-contexts-{begun}.lock", f"build-scores-{other}.lock", f"build-scores-{other}.holder"}
+        assert {path.name for path in locks.iterdir()} == left
+        discard(store.root, f"build-scores-{other}")
+        assert {path.name for path in locks.iterdir()} == left, "it is held"
 
 
 def race(root: str, number: int, start: Any, results: Any) -> None:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from evolve_dag.config.loading import load_experiment
+from evolve_dag.config.loading import is_study, load_experiment
 from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import DataError
-from evolve_dag.tasks.suites import SPLITS, check_disjoint, load_split
+from evolve_dag.tasks.suites import SPLITS, check_disjoint, check_files, data_digests, load_split
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 USERS_DATA = {"qwen3_4b_web", "qwen3_8b_web", "math"}
 """Experiments whose tasks the user must fetch (docs/benchmarks.md)."""
+SHIPPED = [p for p in sorted(CONFIGS.glob("*.yaml")) if p.stem not in USERS_DATA and not is_study(p)]
 
 
 @pytest.mark.parametrize("name", sorted(USERS_DATA))
@@ -25,7 +27,7 @@ def test_tasks_that_must_be_fetched_are_asked_for(name: str) -> None:
         check_disjoint(load_experiment(CONFIGS / f"{name}.yaml"))
 
 
-@pytest.mark.parametrize("path", [p for p in sorted(CONFIGS.glob("*.yaml")) if p.stem not in USERS_DATA], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_every_shipped_experiment_has_its_tasks(path: Path) -> None:
     experiment = load_experiment(path)
     check_disjoint(experiment)
@@ -45,3 +47,51 @@ def test_a_shared_question_of_a_corpus_is_refused(tmp_path: Path) -> None:
     corpus = {"kind": "corpus", "pages": str(tmp_path / "pages.jsonl")}
     with pytest.raises(DataError, match="development"):
         check_disjoint(Experiment.model_validate({"experiment": "x", "environment": corpus, "tasks": tasks}))
+
+
+def of_corpus(folder: Path) -> Experiment:
+    """An experiment over files of its own, all right."""
+    (folder / "pages.jsonl").write_text(json.dumps({"title": "city Beli Zuto", "text": "mayor: person Zali Zeto"}) + "\n")
+    for name in SPLITS:
+        (folder / f"{name}.jsonl").write_text(json.dumps({"question": f"What is {name}?", "answer": "x"}) + "\n")
+    tasks = {name: {"path": str(folder / f"{name}.jsonl")} for name in SPLITS}
+    corpus = {"kind": "corpus", "pages": str(folder / "pages.jsonl")}
+    return Experiment.model_validate({"experiment": "x", "environment": corpus, "tasks": tasks})
+
+
+def test_mistakes_in_pages_show_as_those_in_tasks_do(tmp_path: Path) -> None:
+    experiment = of_corpus(tmp_path)
+    check_files(experiment)
+    (tmp_path / "pages.jsonl").write_text('{"title": "a", "text": "b"}\n{"title": "c"}\n')
+    with pytest.raises(DataError, match=r"pages\.jsonl: 1 mistake\n  line 2: 'text' is missing"):
+        check_files(experiment)
+
+
+@pytest.mark.parametrize("file", ["pages", *SPLITS])
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (os.mkfifo, "it is a pipe"),
+        (lambda path: path.symlink_to("/dev/zero"), "it is a device"),
+        (lambda path: path.mkdir(), "it is a folder"),
+        (lambda path: path.symlink_to(path.name), "cannot be read"),
+    ],
+    ids=["pipe", "device", "folder", "circle"],
+)
+def test_what_is_no_file_is_not_even_opened(tmp_path: Path, file: str, make: object, what: str) -> None:
+    experiment = of_corpus(tmp_path)
+    (tmp_path / f"{file}.jsonl").unlink()
+    make(tmp_path / f"{file}.jsonl")  # type: ignore[operator]
+    with pytest.raises(DataError, match=what) as caught:
+        data_digests(experiment)
+    assert "in the experiment file" in caught.value.remedy
+    with pytest.raises(DataError):
+        check_files(experiment)
+
+
+def test_a_folder_of_files_that_is_not_there_is_named(tmp_path: Path) -> None:
+    tools = {"kind": "tools", "tools": ["file"], "files": str(tmp_path / "nowhere")}
+    experiment = of_corpus(tmp_path).model_dump() | {"environment": tools}
+    with pytest.raises(DataError, match="no such folder") as caught:
+        data_digests(Experiment.model_validate(experiment))
+    assert "environment.files" in caught.value.remedy

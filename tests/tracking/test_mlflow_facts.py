@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from evolve_dag.config.schema import Experiment
 from evolve_dag.records import Trajectory
-from evolve_dag.reporting.figures import Figure
+from evolve_dag.reporting.drawing import Figure
 from evolve_dag.tracking.mlflow_facts import PARAM_CHARACTERS, _calls, masker, params, undecisive
 from evolve_dag.tracking.mlflow_server import (
     SentRecord,
@@ -127,7 +127,7 @@ def test_what_a_server_raises_is_told_without_secrets() -> None:
 
 
 def test_figures_are_drawn_as_png(tmp_path: Path) -> None:
-    from evolve_dag.tracking.mlflow_figures import draw
+    from evolve_dag.reporting.pictures import draw
 
     axis = {"title": {"text": "iteration"}}
     line = {

@@ -20,6 +20,7 @@ import polars as pl
 import pytest
 import yaml
 from filelock import FileLock
+from small_lineage import SMALL, copy_of
 
 from evolve_dag.config import registry
 from evolve_dag.config.schema import Experiment
@@ -31,39 +32,22 @@ from evolve_dag.tracking import mlflow_sync
 from evolve_dag.tracking.mlflow_server import ADDRESS_VARIABLE, URI_VARIABLE, TrackingError, own_database, record_path
 from evolve_dag.tracking.mlflow_sync import start_background_sync, sync, tracking_link
 
-CONFIG: dict[str, Any] = {
-    "experiment": "small",
-    "seed": 4,
-    "iterations": 3,
-    "tasks": {
-        "train": {"count": 12, "world": 13},
-        "development": {"count": 6, "world": 22},
-        "held_out": {"count": 6, "world": 32},
-    },
-    "extraction": {"min_support": 3, "confidence": 0.6},
-    "distillation": {"epochs": 1},
-    "evaluation": {"bootstrap": 200},
-    "tracking": {"trajectories": 2},
-    "runtime": {"threads": 1, "concurrency": 64},
-}
+CONFIG = SMALL | {"tracking": {"trajectories": 2}}
 TABLES = (
     "experiments", "runs", "params", "metrics", "tags", "datasets", "inputs", "trace_info", "trace_tags", "spans",
     "assessments", "registered_models", "model_versions", "registered_model_aliases",
 )  # fmt: skip
-TRACES = 2 * 6
-"""train, teacher, base, without, with, greedy."""
+TRACES = 2 * 9
+"""train, teacher, base at three temperatures, ceiling, without, with, greedy."""
 PICTURES = mlflow_sync._Sender.pictures
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(small_lineage: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with one promoted iteration, and MLflow's own database, empty (making its tables takes seconds)."""
     from mlflow import MlflowClient
 
-    root = tmp_path_factory.mktemp("made") / "store"
-    store, experiment = Store(root), Experiment.model_validate(CONFIG)
-    for step in STEP_ORDER:
-        run_step(step, experiment, 1, store)
+    root = copy_of(small_lineage, tmp_path_factory.mktemp("made") / "store").root
     own_database(root).parent.mkdir(parents=True)
     MlflowClient(f"sqlite:///{own_database(root)}")
     return root

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from evolve_dag.protocols import Verifier
 from evolve_dag.records import Task
-from evolve_dag.verification.exact import ExactVerifier, normalise
+from evolve_dag.verification.exact import _PAIRS, ExactVerifier, _without_signs, normalise
 
 CASES = json.loads(
     """[
@@ -86,3 +87,18 @@ def test_a_word_more_is_wrong_and_dressing_is_not(name: str, word: str) -> None:
     assert reward(name, f"{name} {word}") == 0.0
     assert reward(name, f"{word} {name}") == 0.0
     assert reward(name, f"« {name.swapcase()} ».") == 1.0
+
+
+signs = st.lists(st.sampled_from("\"()[]{}5a!?., '。«»\u0663"), max_size=14).map("".join)
+
+
+@given(signs.map(lambda text: " ".join(text.split())))
+def test_signs_go_as_they_would_one_after_the_other(text: str) -> None:
+    shown, bare = _without_signs(text), text
+    while True:  # the rule as it is said, which takes quadratic time
+        inner = re.sub(r"([.,;:。、\s]|(?<!\d)[!?])+$", "", bare)
+        inner = inner[1:-1] if len(inner) > 1 and inner[0] + inner[-1] in _PAIRS else inner
+        if not inner.strip() or inner.strip() == bare:
+            break
+        bare = inner.strip()
+    assert shown == bare

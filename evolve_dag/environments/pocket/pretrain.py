@@ -18,6 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from evolve_dag.environments.pocket.muon import Muon
 from evolve_dag.environments.pocket.script import DWELL_ON_MARKS, MODES, SIMPLE_MODES, Transcript, transcripts
 from evolve_dag.environments.pocket.tokenizer import END_OF_TURN, PAD, build_tokenizer
 from evolve_dag.environments.pocket.world import PRETRAINING_SEEDS
@@ -205,11 +206,8 @@ def _worker(rank: int, settings: PretrainSettings, out: str, port: int) -> None:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     parameters = matrices + rest
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=settings.muon_rate, weight_decay=settings.weight_decay, adjust_lr_fn="original"),
-        torch.optim.AdamW(rest, lr=settings.adam_rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    base = [settings.muon_rate, settings.adam_rate]
+    muon = Muon(matrices, settings.weight_decay)
+    adam = torch.optim.AdamW(rest, lr=settings.adam_rate, betas=(0.9, 0.98), weight_decay=0.0)
     encode = Encoder(tokenizer)
     simple, full = batches(rank, settings, encode, SIMPLE_MODES), batches(rank, settings, encode, settings.modes)
     weights = torch.tensor([0.0, settings.context_weight, 1.0])
@@ -240,11 +238,11 @@ def _worker(rank: int, settings: PretrainSettings, out: str, port: int) -> None:
             offset += p.numel()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         scale = _rate(step, done, settings)
-        for optimizer, rate in zip(optimizers, base, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * scale
-            optimizer.step()
-            optimizer.zero_grad()
+        muon.step(settings.muon_rate * scale)
+        for group in adam.param_groups:
+            group["lr"] = settings.adam_rate * scale
+        adam.step()
+        model.zero_grad()
         if rank == 0 and step % 1000 == 999:
             save(model, tokenizer, Path(out), settings, recent)
         if rank == 0 and step % 100 == 99:

@@ -14,9 +14,8 @@ import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urljoin
 
-from evolve_dag.environments.web.guard import Guard, Target
+from evolve_dag.environments.web.guard import Guard, Target, absolute
 from evolve_dag.protocols import ToolError
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ async def _follow(url: str, guard: Guard, max_bytes: int, seconds: float, tls: s
         answer = await _ask(target, max_bytes, seconds, tls)
         if isinstance(answer, Fetched):
             return answer
-        url = urljoin(url, answer)
+        url = absolute(url, answer)
     raise ToolError(f"the page sends on more than {MAX_REDIRECTS} times")
 
 

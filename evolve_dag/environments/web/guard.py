@@ -3,6 +3,10 @@
 A name is resolved here, every address it has is checked, and the connection goes to the checked address itself
 (:mod:`fetch`): between check and connection nobody asks the name again (DNS rebinding).
 
+The block list promises hosts: nothing is asked of a blocked host or of one below it, in whatever spelling and after whatever
+redirect. It cannot promise content. An address elsewhere that names a blocked host in plain letters (a proxy's, an archive's)
+is refused too; one that hides the name (``huggingface-co.translate.goog``, base64, a shortener's number) is not seen through.
+
 Sources: the IANA special-purpose address registries for IPv4 and IPv6; RFC 6052 (NAT64), RFC 3056 (6to4), RFC 4380 (Teredo);
 the WHATWG URL standard for hosts that end in a number.
 """
@@ -18,7 +22,7 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
+from urllib.parse import unquote, urljoin
 
 from evolve_dag.protocols import ToolError
 
@@ -79,7 +83,7 @@ class Guard:
     """Decides which addresses may be opened.
 
     Args:
-        blocked: hosts that may not be, with all below them (mirrors of the benchmarks).
+        blocked: hosts that may not be asked, with all below them (mirrors of the benchmarks, and who would fetch them for us).
         ports: that a public host may be asked at.
         allowed: (host, port) pairs that are let through unchecked, for tests and for services that run on this machine.
         resolve: replaces the system's resolver, in tests.
@@ -97,7 +101,7 @@ class Guard:
         self._ports = frozenset(ports)
         self._allowed = frozenset(allowed)
         self._resolve = resolve or system_resolve
-        # A proxy, an archive or a translator would open the blocked page for us: its address names it.
+        # A proxy or an archive would open the blocked page for us: its address often names it.
         names = "|".join(re.escape(host) for host in self.blocked)
         self._mention = re.compile(rf"(?<![a-z0-9-])(?:{names})\.?(?![a-z0-9.-])") if names else None
 
@@ -163,10 +167,23 @@ class Guard:
             rest = unquote(rest)
         if self._blocks_host(host) or (self._mention is not None and self._mention.search(rest.lower())):
             raise ToolError("this address may not be opened: its host is blocked")
-        return parsed, host, port or (443 if parsed.scheme == "https" else 80)
+        usual = 443 if parsed.scheme == "https" else 80
+        return parsed, host, usual if port is None else port
 
     def _blocks_host(self, host: str) -> bool:
         return any(host == blocked or host.endswith(f".{blocked}") for blocked in self.blocked)
+
+
+def absolute(base: str, reference: str) -> str:
+    """Where a page at ``base`` sends on to.
+
+    Raises:
+        ToolError: ``reference`` cannot be read.
+    """
+    try:
+        return urljoin(base, reference)
+    except ValueError:
+        raise ToolError("the page sends on to what is no address") from None
 
 
 async def system_resolve(host: str, port: int) -> list[str]:

@@ -17,6 +17,7 @@ from evolve_dag.environments.web.services import Service
 from evolve_dag.plain import head, one_line, plain
 from evolve_dag.protocols import Request, Sampling, ToolError
 from evolve_dag.records import Message
+from evolve_dag.secrecy import read_key
 from evolve_dag.store.memory import Memory
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class JinaReader:
             ToolError: it may not be opened, or Jina gave no text of it.
         """
         target = await self.guard.check(url)
-        key = self.environment.get(JINA_KEY, "").strip()
+        key = read_key(JINA_KEY, self.environment)
         headers = {"Accept": "application/json", "X-Timeout": str(max(1, int(self.seconds)))}
         headers |= {"Authorization": f"Bearer {key}"} if key else {}
         service = self.service or Service("the reader", self.seconds)

@@ -6,12 +6,13 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from evolve_dag.environments.web.services import Service
 from evolve_dag.errors import ConfigError, ModelError
+from evolve_dag.inference.addresses import http_host
 from evolve_dag.plain import one_line
 from evolve_dag.protocols import ToolError
+from evolve_dag.secrecy import read_key
 
 SERPER = "https://google.serper.dev"
 SERPER_KEY = "SERPER_API_KEY"
@@ -52,12 +53,12 @@ class Searcher:
 
     def check(self) -> None:
         """Whether calls can succeed at all."""
-        if self.provider == "serper" and not self.environment.get(SERPER_KEY, "").strip():
+        if self.provider == "serper" and not read_key(SERPER_KEY, self.environment):
             raise ModelError(
                 f"environment.search: serper needs a key, and {SERPER_KEY} is not set",
                 f"export {SERPER_KEY}=..., or set environment.search: searxng and environment.searxng to your instance",
             )
-        if self.provider == "searxng" and urlsplit(self.base).scheme not in ("http", "https"):
+        if self.provider == "searxng" and http_host(self.base) is None:
             raise ConfigError(
                 f"environment.searxng: {self.base!r} is not the address of an instance",
                 "write e.g. searxng: http://127.0.0.1:8080; the instance must allow format=json",
@@ -81,7 +82,7 @@ class Searcher:
         answer = await service.ask(
             "POST",
             f"{(self.base or SERPER).rstrip('/')}/{kind}",
-            headers={"X-API-KEY": self.environment[SERPER_KEY].strip()},
+            headers={"X-API-KEY": read_key(SERPER_KEY, self.environment)},
             content={"q": query, "num": self.results},  # above 10 a call costs twice
         )
         return read_serper(answer)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 from evolve_dag.errors import ModelError
+from evolve_dag.inference.patience import retry_after
 from evolve_dag.protocols import ToolError
+from evolve_dag.secrecy import without_keys
 
 MAX_BYTES = 10_000_000
 ATTEMPTS = 5
@@ -68,7 +68,7 @@ class Service:
             else:
                 if status == 200:
                     try:
-                        return json.loads(body)
+                        return _without_keys(json.loads(body))
                     except (ValueError, RecursionError):
                         problem = "answered with something that is not JSON"
                 elif _no_credit(status, body) and refused(status) is None:
@@ -82,7 +82,7 @@ class Service:
                     )
                 elif status == 429 or status >= 500:
                     problem = "is overloaded (status 429)" if status == 429 else f"fails (status {status})"
-                    wait = _seconds(after)
+                    wait = retry_after({"retry-after": after} if after else {})
                 else:
                     raise ToolError(refused(status) or f"{self.name} refuses the call (status {status})")
             if attempt + 1 < self.attempts:
@@ -122,6 +122,15 @@ class Service:
                 raise ConnectionError(f"cannot be reached ({type(error).__name__})") from None
 
 
+def _without_keys(value: Any) -> Any:
+    """An answer without our keys: what a service says back would be remembered, and shown to the policy."""
+    if isinstance(value, str):
+        return without_keys(value)
+    if isinstance(value, dict):
+        return {name: _without_keys(inner) for name, inner in value.items()}
+    return [_without_keys(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _no_credit(status: int, body: bytes) -> bool:
     return status == 402 or (status == 400 and b"credit" in body[:1000].lower())
 
@@ -130,14 +139,3 @@ def _tls() -> Any:
     from evolve_dag.environments.web.fetch import usual_tls
 
     return usual_tls()
-
-
-def _seconds(after: str) -> float | None:
-    """``Retry-After``: seconds, or a date."""
-    if after.strip().isdigit():
-        return float(after)
-    try:
-        moment = parsedate_to_datetime(after)
-        return max(0.0, moment.timestamp() - time.time())
-    except (TypeError, ValueError, OverflowError):
-        return None

@@ -19,6 +19,7 @@ from evolve_dag.environments.corpus import argument, tool_prompt
 from evolve_dag.environments.web.files import FileReader
 from evolve_dag.environments.web.guard import Guard
 from evolve_dag.environments.web.reader import (
+    JINA_KEY,
     PROMPT,
     JinaReader,
     LocalReader,
@@ -33,6 +34,7 @@ from evolve_dag.errors import ConfigError, EvolveError, ModelError
 from evolve_dag.plain import head, plain
 from evolve_dag.protocols import ToolError, ToolSpec
 from evolve_dag.records import ToolCall
+from evolve_dag.secrecy import read_key
 from evolve_dag.store.memory import Memory
 
 if TYPE_CHECKING:
@@ -183,6 +185,8 @@ class ToolsWorld:
             attempt(self._searcher.check)
         if "visit" in tools:
             attempt(lambda: need("httpx"))
+            if self.settings.reader == "jina":
+                attempt(lambda: read_key(JINA_KEY))
             if self.settings.reader == "local":
                 attempt(lambda: need("trafilatura"))
                 attempt(lambda: need("markitdown"))

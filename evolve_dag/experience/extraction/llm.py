@@ -28,7 +28,7 @@ from evolve_dag.experience.extraction.llm_plans import Candidate, Tally
 from evolve_dag.experience.extraction.mining import Extraction
 from evolve_dag.experience.features import strip_last_step
 from evolve_dag.experience.llm_text import fence, fit, shorten, trajectory_text
-from evolve_dag.experience.pool import Pool
+from evolve_dag.experience.pool import Pool, counted
 from evolve_dag.protocols import LanguageModel
 from evolve_dag.records import Granularity, Task, Trajectory
 from evolve_dag.store.memory import Memory
@@ -120,9 +120,7 @@ async def extract_with_llm(
         "trajectories": len(trajectories), "judged": judged, "not_judged": len(trajectories) - judged,
         "groups": len(groups), "mixed_groups": len(mixed), **{name: tally[name] for name in _COUNTED},
     }  # fmt: skip
-    for operation, name in (("add", "added"), ("update", "updated"), ("delete", "deleted"), ("merge", "merged")):
-        statistics[name] = sum(edit.operation == operation for edit in edits)
-    statistics |= {"refused": tally["refused"], "items": len(after)}
+    statistics |= {**counted(edits), "refused": tally["refused"], "items": len(after)}
     return Extraction(after, edits, {name: float(value) for name, value in statistics.items()})
 
 

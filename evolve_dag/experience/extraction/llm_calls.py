@@ -77,6 +77,7 @@ class Asker:
         """
 
         async def ask(messages: tuple[Message, ...], sampling: Sampling) -> str | None:
+            # A model that thinks aloud may quote its orders there; what counts comes after.
             completion = await self._model.generate(Request(messages, sampling))
             return completion.text.rpartition("</think>")[2].strip() or None
 
@@ -144,7 +145,7 @@ class Asker:
         self.answered += 1
         if value is None:
             self._tally["unreadable"] += 1
-        elif self._memory is not None:
+        elif self._memory is not None:  # an unreadable answer is not: asked again, the model may do better
             self._memory.put(SPACE, remembered, json.dumps(value))
         return value
 

@@ -16,8 +16,9 @@ from evolve_dag.experience.extraction import llm_plans as plans
 from evolve_dag.experience.extraction.llm_calls import Asker, in_order
 from evolve_dag.experience.extraction.llm_form import Form
 from evolve_dag.experience.extraction.llm_plans import Candidate, Tally
-from evolve_dag.experience.llm_text import fence, one_line, pool_text
+from evolve_dag.experience.llm_text import fence, pool_text
 from evolve_dag.experience.pool import Pool, Proposal
+from evolve_dag.plain import one_line
 from evolve_dag.records import Granularity, PoolEdit
 
 
@@ -151,6 +152,7 @@ class PoolEditor:
             if draft.operation == "delete" and draft.item_id is not None:
                 known = deletes.get(draft.item_id)
                 deletes[draft.item_id] = known.joined(draft) if known else draft
+        # What one group found to be wrong must not come back at once as the addition of another.
         gone = {same_words(self.pool.get(item_id).text) for item_id in deletes}
         texts: list[Draft] = []
         for draft in sorted((d for d in drafts if d.operation != "delete"), key=lambda d: d.operation != "update"):
@@ -286,6 +288,7 @@ class PoolEditor:
                 )
             )
             size -= len(members) - 1
+        # A model that is asked for two deletions gives ten: more than the cap asks would be lost for nothing.
         for item_id, reason in deletes[: max(0, size - cap)]:
             why = f"over the cap of {cap}: {reason or 'least useful'}"
             proposals.append(Proposal("delete", item_id=item_id, trajectory_ids=caused, reason=why))

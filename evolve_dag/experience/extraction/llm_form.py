@@ -1,7 +1,8 @@
 """The form of an item that a language model wrote, checked in code (METHOD: granularity).
 
-A principle reads ``Name: when <situation>, <strategy>.`` and holds no trajectory detail: no URL, no number, no entity of the
-tasks it was learned from. An instance-level item keeps the detail; only its length is bounded.
+A principle is asked for as ``Name: when <situation>, <strategy>.``; other words for a strategy are taken as well. What is
+refused is length, and trajectory detail: a URL, a number, an entity of the tasks it was learned from. An instance-level item
+keeps the detail; only its length is bounded.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from evolve_dag.experience.extraction import llm_plans as plans
 from evolve_dag.experience.extraction.llm_calls import Asker
 from evolve_dag.experience.extraction.llm_guides import ExtractionGuides
 from evolve_dag.experience.features import _STOP_WORDS
-from evolve_dag.experience.llm_text import fence, one_line, shorten
-from evolve_dag.experience.locality import _NAME, task_names
+from evolve_dag.experience.llm_text import fence, shorten
+from evolve_dag.experience.locality import names_in, task_names
 from evolve_dag.experience.phrases import MAX_WORDS
-from evolve_dag.experience.pool import check_principle_form
+from evolve_dag.experience.pool import principle_problems
+from evolve_dag.plain import one_line
 from evolve_dag.records import Granularity, Task, Trajectory
 
 INSTANCE_WORDS = 120
@@ -28,8 +30,6 @@ INSTANCE_WORDS = 120
 _WORD = re.compile(r"[^\W_]+")
 _LONGEST_NAME = 8
 """Words of a name that are compared; a longer answer is a sentence, not a name."""
-_NO_ENTITY = frozenset({"true", "false", "none", "unknown", "neither", "both"})
-"""Answers that are ordinary words."""
 
 
 def tidy(text: str, granularity: Granularity = "principle") -> str:
@@ -41,7 +41,7 @@ def tidy(text: str, granularity: Granularity = "principle") -> str:
         line = line[1:-1].strip()
     if granularity == "instance":
         return line
-    match = re.fullmatch(r"([^\W\d][\w-]*(?: [\w-]+)?)\s*[:：]\s*(when\b.*?)[.!;\s]*", line, re.IGNORECASE)
+    match = re.fullmatch(r"([^\W\d][\w-]*(?: [\w-]+)?)\s*[:：]\s*(when\b.*)", line.rstrip(".!; "), re.IGNORECASE)
     if match is None:
         return line
     name, rest = match.groups()
@@ -64,7 +64,7 @@ def form_problems(text: str, granularity: Granularity, max_words: int, names: fr
         if not text.strip():
             return ["empty"]
         return [f"{words} words, more than {limit}"] if words > limit else []
-    problems = check_principle_form(text)
+    problems = principle_problems(text)
     if limit < words <= MAX_WORDS:
         problems.append(f"{words} words, more than {limit}")
     if name := _entity_in(text, names):
@@ -139,12 +139,12 @@ def entities(task: Task | None, trajectories: Iterable[Trajectory]) -> frozenset
             tokens = _WORD.findall(line)
             ordinary.update((word,) for word in tokens if word[0].islower())
             ordinary.update((a, b) for a, b in pairwise(tokens) if a[0].islower() and b[0].islower())
-            seen.update(_NAME.findall(line))
+            seen.update(names_in(line))
     found: set[str] = set()
     for name in known | seen:
         words = _words(name)
         if task is not None and name == " ".join(task.answer.split()):
-            if len(words) <= _LONGEST_NAME and sum(map(len, words)) > 3 and " ".join(words) not in _NO_ENTITY:
+            if len(words) <= _LONGEST_NAME:
                 found.add(" ".join(words))
             continue
         for stretch in _stretches(words):

@@ -31,7 +31,7 @@ _WORD = "[a-z]{1,14}([-'][a-z]{1,10})?"
 
 
 def principle_pattern(words: int) -> str:
-    """Texts that :func:`~evolve_dag.experience.pool.check_principle_form` accepts, of at most ``words`` words (at least 4):
+    """Texts that :func:`~evolve_dag.experience.pool.principle_problems` accepts, of at most ``words`` words (at least 4):
     lower-case words of the Latin alphabet after the name, so there is no digit, URL or name of something."""
     named = 2 if words > 6 else 1
     free = words - named - 1  # 'when'

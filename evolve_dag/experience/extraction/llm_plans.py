@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from evolve_dag.experience.llm_text import one_line
+from evolve_dag.plain import one_line
 
 Operation = Literal["ADD", "UPDATE", "DELETE", "NONE"]
 Tally = Counter[str]

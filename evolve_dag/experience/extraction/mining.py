@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from evolve_dag.config.schema import ExtractionSettings
 from evolve_dag.experience.extraction import contrast, instance
-from evolve_dag.experience.pool import Pool
+from evolve_dag.experience.graduation import graduations
+from evolve_dag.experience.pool import Pool, counted
 from evolve_dag.records import Granularity, PoolEdit, Trajectory
 
 
@@ -58,17 +59,19 @@ def extract(
         evidence = mined.evidence
         statistics = dict(mined.statistics)
         first = pool.apply(contrast.reconcile(mined, pool), iteration=iteration)
-        second = first.pool.apply(contrast.subsumed(first.pool), iteration=iteration, cap=settings.cap)
+        tidied = first.pool.apply(contrast.subsumed(first.pool), iteration=iteration)
+        leaving = graduations(tidied.pool, trajectories, settings.graduation)
+        second = tidied.pool.apply(leaving, iteration=iteration, cap=settings.cap)
+        edits = (*first.edits, *tidied.edits, *second.edits)
     else:
         evidence = None
         cases = instance.cases(trajectories, seed=key, path=case_path)
         statistics = dict(cases.statistics)
         first = pool.apply(instance.reconcile(cases, pool, cap=settings.cap), iteration=iteration)
         second = first.pool.apply((), iteration=iteration, cap=settings.cap)
-    edits = (*first.edits, *second.edits)
+        edits = (*first.edits, *second.edits)
     after = Pool(second.pool.items, pool.version + bool(edits), second.pool.next_number)  # one extraction, one version
-    for operation, name in (("add", "added"), ("update", "updated"), ("delete", "deleted"), ("merge", "merged")):
-        statistics[name] = float(sum(edit.operation == operation for edit in edits))
+    statistics |= {name: float(count) for name, count in counted(edits).items()}
     statistics["refused"] = float(len(first.refused) + len(second.refused))
     statistics["items"] = float(len(after))
     return Extraction(after, edits, statistics, evidence)

@@ -16,7 +16,7 @@ from evolve_dag.experience.selection.base import ONLY_ANSWER, STOP_WORDS, TOKEN,
 from evolve_dag.records import ExperienceItem, Step
 
 _NEGATIONS = frozenset({"no", "not", "nothing", "none", "never", "without"})
-_NAMED = re.compile(r"\w+(?:\s+[A-Z]\w*)+")
+_NAMED = re.compile(r"(?<!\w)\w++(?:\s++[A-Z]\w*+)++")
 _SYNONYMS = {"see": "point", "redirect": "point", "mov": "point"}
 """Stem -> stem; what a pointer is called on pages and in speech."""
 
@@ -75,7 +75,7 @@ def describe(question: str, steps: Sequence[Step]) -> str:
     if last.problem is not None:
         return f"step {len(steps) + 1}. the last call was refused: {last.problem}"
     lines = returned.splitlines()
-    text = re.sub(r"(?m)^\s*\d+[.)]\s+", "", returned)  # ranks are no counts
+    text = re.sub(r"(?m)^[^\S\n]*+\d+[.)]\s+", "", returned)  # ranks are no counts
     text = re.sub(r"\b(\d+)(?= (?:results?|pages?|matches|hits)\b)", _spell, text)
     parts = [f"step {len(steps) + 1}. last tool: {tool}. it returned: {' '.join(text.split())}."]
     if len(lines) > 1:

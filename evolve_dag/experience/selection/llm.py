@@ -19,12 +19,13 @@ from evolve_dag.errors import ModelError
 from evolve_dag.experience.extraction.llm_guides import choice
 from evolve_dag.experience.extraction.llm_plans import entries, known_id
 from evolve_dag.experience.features import answer_demanded, strip_last_step
-from evolve_dag.experience.llm_text import fence, one_line, pool_text, shorten, state_text
+from evolve_dag.experience.llm_text import fence, pool_text, shorten, state_text
 from evolve_dag.experience.pool import Pool
 from evolve_dag.experience.selection.base import ONLY_ANSWER, Selection
 from evolve_dag.experience.selection.lexical import LexicalSelector
 from evolve_dag.inference.ledger import purpose
 from evolve_dag.inference.structured import ask_json, extract_json
+from evolve_dag.plain import one_line
 from evolve_dag.protocols import LanguageModel, Sampling
 from evolve_dag.records import Message, Step
 from evolve_dag.store.memory import Memory

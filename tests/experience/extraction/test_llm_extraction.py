@@ -13,6 +13,7 @@ from experience_builders import QUESTION, answer, search, trajectory, visit
 from extractor_script import Extractor, data, group, groups, kind_of, pool_of, principle, run, task
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pool_replay import outline, replay
 
 from evolve_dag import prompts
 from evolve_dag.errors import ModelError
@@ -32,7 +33,7 @@ from evolve_dag.experience.extraction.llm_plans import (
     read_reconciliation,
 )
 from evolve_dag.experience.llm_text import fence, fit, shorten, state_text, trajectory_text
-from evolve_dag.experience.pool import Pool, Proposal, replay
+from evolve_dag.experience.pool import Pool, Proposal
 from evolve_dag.inference.ledger import Ledger, metered
 from evolve_dag.records import Message, Task
 from evolve_dag.store.memory import Memory
@@ -453,7 +454,7 @@ def test_ids_are_never_renumbered() -> None:
     third = run(Extractor(), groups(4), second.pool, iteration=3)
     assert third.pool.ids == ("p0002", "p0003", "p0004")
     assert [third.pool.get(i).text for i in ("p0002", "p0003")] == [first.pool.get(i).text for i in ("p0002", "p0003")]
-    assert replay([*first.edits, *second.edits, *third.edits]) == third.pool.outline()
+    assert replay([*first.edits, *second.edits, *third.edits]) == outline(third.pool)
 
 
 # --- the form
@@ -466,7 +467,7 @@ LONG = f"Long: when a page is shown, {'look at it again and ' * 40}answer."
     "bad",
     [
         LONG,  # the released code takes a principle of 200 words
-        "Be careful with searches.",
+        "Be careful.",
         "Open: when the list is shown, open example.com.",
         "Count: when 3 results are shown, open one.",
         "Name: when the page of Zano Pile is shown, stop.",
@@ -474,7 +475,7 @@ LONG = f"Long: when a page is shown, {'look at it again and ' * 40}answer."
         "Name: when a list is shown, answer rato miku.",
     ],
 )
-def test_a_text_without_the_form_is_repaired_once_or_dropped(bad: str) -> None:
+def test_a_text_with_detail_or_of_no_fitting_length_is_repaired_once_or_dropped(bad: str) -> None:
     reply = {"items": [{"text": bad, "why": "w"}]}
     dropped = run(Extractor({"critique": reply, "repair": {"text": bad}}), groups(0))
     assert len(dropped.pool) == 0
@@ -486,6 +487,21 @@ def test_a_text_without_the_form_is_repaired_once_or_dropped(bad: str) -> None:
     assert model.count("repair") == 1
     told = next(data(m, "problems") for kind, m in model.calls if kind == "repair")
     assert told.startswith("- ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Targeted retrieval: Construct queries by combining the rarest terms of the question.",
+        "Verify a snippet on its own page before you rely on it.",
+    ],
+)
+def test_a_strategy_in_other_words_than_ours_is_a_principle(text: str) -> None:
+    """The paper's own pools read so; our form is what the prompt asks for, not what is refused."""
+    model = Extractor({"critique": {"items": [{"text": text, "why": "w"}]}})
+    found = run(model, groups(0))
+    assert [(item.text, item.granularity) for item in found.pool.items] == [(text, "principle")]
+    assert model.count("repair") == 0
 
 
 def test_an_update_without_the_form_leaves_the_item() -> None:
@@ -797,7 +813,7 @@ def test_whatever_the_model_answers_the_pool_stays_valid(draw: Any, granularity:
     added = [e.item_id for e in found.edits if e.operation == "add"]
     assert all(item_id > "p0003" for item_id in added)  # no id is given again
     assert len(set(added)) == len(added)
-    assert replay([*_edits_of("a", "b", "c"), *found.edits]) == found.pool.outline()
+    assert replay([*_edits_of("a", "b", "c"), *found.edits]) == outline(found.pool)
     assert Pool.from_json(found.pool.to_json()) == found.pool
     assert all(e.reason and e.iteration == 2 for e in found.edits)
     # Only a cap that was lowered is nobody's doing.

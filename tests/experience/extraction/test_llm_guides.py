@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from evolve_dag.experience.extraction import llm_plans as plans
 from evolve_dag.experience.extraction.llm_form import form_problems, tidy
 from evolve_dag.experience.extraction.llm_guides import ExtractionGuides, choice, principle_pattern
-from evolve_dag.experience.pool import check_principle_form
+from evolve_dag.experience.pool import principle_problems
 from evolve_dag.experience.selection.llm import SCHEMA
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.folders import POCKET
@@ -54,7 +54,7 @@ def texts(value: Any) -> list[str]:
 @given(st.data(), st.integers(4, 32))
 def test_what_fits_the_pattern_has_the_form(data: st.DataObject, words: int) -> None:
     text = data.draw(st.from_regex(principle_pattern(words), fullmatch=True)).rstrip("\n")
-    assert check_principle_form(text) == []
+    assert principle_problems(text) == []
     assert form_problems(text, "principle", words) == []
     assert tidy(text) == text
 

@@ -1,0 +1,85 @@
+"""Graduation: an item whose advice the policy follows without reading it leaves the context, and comes back as it fades.
+
+What is inside the weights need not stand in the context as well: it takes room, costs tokens, and keeps the night busy with
+what it has learned. A graduated item stays in the pool, with its id and its evidence; when every item has graduated, the
+night has nothing to teach and the adapter stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evolve_dag.experience.features import walk
+from evolve_dag.experience.phrases import action_of
+from evolve_dag.experience.pool import Pool, Proposal
+from evolve_dag.records import ExperienceItem, Trajectory
+
+LEAST_STEPS = 20
+"""Steps in the situation of an item below which nothing is decided about it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Habit:
+    """How often the policy, without the item in its context, does what the item says."""
+
+    steps: int
+    """In the item's situation."""
+    followed: int
+    """Of these."""
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% interval of the share (Wilson's score interval, JASA 22, 1927); (0, 1) without steps."""
+        if not self.steps:
+            return 0.0, 1.0
+        z2, n, share = 1.959964**2, self.steps, self.followed / self.steps
+        middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+        half = (z2 * share * (1 - share) / n + z2**2 / (4 * n**2)) ** 0.5 / (1 + z2 / n)
+        return middle - half, middle + half
+
+
+def habits(items: Sequence[ExperienceItem], trajectories: Sequence[Trajectory]) -> dict[str, Habit]:
+    """The habit of every item that has a condition and an action in our words (the miner's principles have both).
+
+    Args:
+        trajectories: of the policy without experience in its context.
+    """
+    known = {i.id: (set(i.condition.items()), action) for i in items if i.condition and (action := action_of(i.text))}
+    steps, followed = dict.fromkeys(known, 0), dict.fromkeys(known, 0)
+    for trajectory in trajectories:
+        for state, done in walk(trajectory):
+            for item_id, (condition, action) in known.items():
+                if condition <= state.items():
+                    steps[item_id] += 1
+                    followed[item_id] += done == action
+    return {item_id: Habit(steps[item_id], followed[item_id]) for item_id in known}
+
+
+def graduations(pool: Pool, trajectories: Sequence[Trajectory], share: float) -> list[Proposal]:
+    """Who leaves the context and who comes back.
+
+    An item graduates when the policy clearly does what it says in at least ``share`` of its steps (the interval lies above),
+    and comes back when it clearly does so in fewer (the interval lies below); between the two nothing changes.
+
+    Args:
+        trajectories: of this iteration, without experience in context.
+        share: 0..1; 0: nobody graduates, and who has comes back.
+    """
+    if share <= 0:
+        return [_proposal("recall", item, "graduation is switched off") for item in pool.items if item.graduated]
+    found = []
+    for item_id, habit in habits(pool.items, trajectories).items():
+        item, (low, high) = pool.get(item_id), habit.interval
+        told = f"done without it in {habit.followed} of {habit.steps} steps"
+        if habit.steps < LEAST_STEPS:
+            continue
+        if not item.graduated and low >= share:
+            found.append(_proposal("graduate", item, f"{told}: inside the weights"))
+        elif item.graduated and high < share:
+            found.append(_proposal("recall", item, f"{told}: it fades"))
+    return found
+
+
+def _proposal(operation: str, item: ExperienceItem, reason: str) -> Proposal:
+    return Proposal(operation, item_id=item.id, reason=reason)  # type: ignore[arg-type]

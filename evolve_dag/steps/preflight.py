@@ -1,0 +1,20 @@
+"""What can be known to fail before anything is made: files with mistakes, a device that is not there."""
+
+from __future__ import annotations
+
+from evolve_dag.config.schema import Experiment
+from evolve_dag.inference.backends import check_device
+from evolve_dag.tasks.streams import of_iteration
+from evolve_dag.tasks.suites import check_files
+
+
+def preflight(experiment: Experiment, iteration: int) -> None:
+    """Look at what an iteration will read and run on, so that nothing is stored of one that cannot come to its end.
+
+    Raises:
+        DataError: a file of tasks or pages is wrong, or two splits share a question.
+        OrderError: the stream of tasks holds none for this iteration yet.
+        ModelError: ``runtime.device`` cannot be used on this machine.
+    """
+    check_files(of_iteration(experiment, iteration))
+    check_device(experiment.runtime.device)

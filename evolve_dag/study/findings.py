@@ -1,0 +1,185 @@
+"""Everything that a report on a study says, computed once: curves, contrasts, costs, breakdowns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from evolve_dag.study.results import HELD_OUT, Column, Result, Results, breakdowns, temperature_of
+from evolve_dag.study.statistics import AgainstBest, Estimate, against_best, difference, mean
+
+Question = Literal["arm", "night", "first", "best", "base", "experience", "ceiling"]
+
+QUESTIONS: Mapping[Question, str] = {
+    "arm": "against the reference arm, at the same iteration",
+    "night": "against the iteration before (the first: against the base policy)",
+    "first": "against iteration 1",
+    "best": "the last against the best of its own iterations",
+    "base": "against the base policy at its best temperature",
+    "experience": "with experience in context against without",
+    "ceiling": "without experience against the ceiling of the night",
+}
+"""What a contrast asks; all are paired by seed and task, and without experience in context unless said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Success of one policy of an arm under one condition."""
+
+    arm: str
+    iteration: int
+    condition: str
+    success: Estimate
+    seeds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """One paired difference of success."""
+
+    question: Question
+    arm: str
+    iteration: int
+    against: str
+    """The other side: an arm, an iteration, a temperature, a condition."""
+    difference: Estimate
+    naive: Estimate | None = None
+    """Where the other side is the best of several: the difference to the one that looks best on all tasks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What an arm has spent up to an iteration, mean over its seeds, as if it had run alone."""
+
+    arm: str
+    iteration: int
+    sampled: float
+    """Tokens sampled to learn from, all iterations so far."""
+    trained: float
+    """Tokens of trained rows, all iterations so far."""
+    items: float
+    """Items in the pool."""
+    kept: int
+    """Seeds in which the gate kept the champion in this iteration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Success of an arm's iteration on the tasks that share one fact, without experience in context."""
+
+    arm: str
+    iteration: int
+    fact: str
+    value: str
+    success: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What a study has found."""
+
+    results: Results
+    points: tuple[Point, ...]
+    contrasts: tuple[Contrast, ...]
+    costs: tuple[Cost, ...]
+    parts: tuple[Part, ...]
+
+    def last(self, arm: str) -> int:
+        """The last iteration that all seeds of an arm have; 0 when there is none."""
+        return max(self.results.iterations(arm), default=0)
+
+    def point(self, arm: str, iteration: int, condition: str = "without") -> Point | None:
+        return next((p for p in self.points if (p.arm, p.iteration, p.condition) == (arm, iteration, condition)), None)
+
+    def asked(self, question: Question, arm: str | None = None, iteration: int | None = None) -> list[Contrast]:
+        """The contrasts of one question."""
+        return [
+            c for c in self.contrasts if c.question == question and arm in (None, c.arm) and iteration in (None, c.iteration)
+        ]
+
+
+def find(results: Results) -> Findings:
+    """Compute all of it from what was read."""
+    arms = [arm for arm in results.study.arms if results.iterations(arm)]
+    return Findings(
+        results,
+        tuple(point for arm in arms for point in _points(results, arm)),
+        tuple(contrast for arm in arms for contrast in _contrasts(results, arm)),
+        tuple(cost for arm in arms for cost in _costs(results, arm)),
+        tuple(part for arm in arms for part in _parts(results, arm)),
+    )
+
+
+def _points(results: Results, arm: str) -> Iterator[Point]:
+    for k in (0, *results.iterations(arm)):
+        for condition in HELD_OUT:
+            column = results.column(arm, k, condition)
+            success = mean(column)
+            if success is not None:
+                yield Point(arm, k, condition, success, len(column))
+
+
+def _contrasts(results: Results, arm: str) -> Iterator[Contrast]:
+    reference, base = results.study.reference, results.base_columns()
+    iterations = results.iterations(arm)
+    columns = {k: results.column(arm, k) for k in (0, *iterations)}
+    for k in iterations:
+        if arm != reference and k in results.iterations(reference):
+            yield from _contrast("arm", arm, k, reference, columns[k], results.column(reference, k))
+        yield from _contrast("night", arm, k, str(k - 1) if k > 1 else "base", columns[k], columns.get(k - 1, {}))
+        if k > 1:
+            yield from _contrast("first", arm, k, "1", columns[k], columns.get(1, {}))
+        yield from _to_best("base", arm, k, columns[k], {_called(name): column for name, column in base.items()})
+        informed = results.column(arm, k, "with")
+        yield from _contrast("experience", arm, k, "without", informed, columns[k])
+        yield from _contrast("ceiling", arm, k, "ceiling", columns[k], results.column(arm, k, "ceiling"))
+    if len(iterations) > 1:
+        own = {str(k): columns[k] for k in iterations}
+        yield from _to_best("best", arm, iterations[-1], columns[iterations[-1]], own)
+
+
+def _contrast(question: Question, arm: str, k: int, against: str, a: Column, b: Column) -> Iterator[Contrast]:
+    found = difference(a, b)
+    if found is not None:
+        yield Contrast(question, arm, k, against, found)
+
+
+def _to_best(question: Question, arm: str, k: int, policy: Column, others: Mapping[str, Column]) -> Iterator[Contrast]:
+    found: AgainstBest | None = against_best(policy, others) if others else None
+    if found is not None:
+        yield Contrast(question, arm, k, found.best, found.honest, found.naive)
+
+
+def _called(condition: str) -> str:
+    """``base_at_0.3`` -> ``temperature 0.3``."""
+    told = temperature_of(condition)
+    return f"temperature {told}" if told else "the rollouts' temperature"
+
+
+def _costs(results: Results, arm: str) -> Iterator[Cost]:
+    sampled = trained = 0.0
+    for k in results.iterations(arm):
+        rows = results.of(arm, k)
+        sampled += _mean(rows, "sampled")
+        trained += _mean(rows, "trained")
+        kept = sum(row.decision != "promote" for row in rows)
+        yield Cost(arm, k, sampled, trained, _mean(rows, "items"), kept)
+
+
+def _mean(rows: tuple[Result, ...], name: str) -> float:
+    return sum(float(getattr(row, name) or 0) for row in rows) / len(rows)
+
+
+def _parts(results: Results, arm: str) -> Iterator[Part]:
+    for fact, values in breakdowns(results).items():
+        for k in (0, *results.iterations(arm)):
+            column = results.column(arm, k)
+            for value in values:
+                of_value = {
+                    seed: {t: r for t, r in tasks.items() if results.facts.get(t, {}).get(fact) == value}
+                    for seed, tasks in column.items()
+                }
+                success = mean(of_value)
+                if success is not None:
+                    yield Part(arm, k, fact, value, success)

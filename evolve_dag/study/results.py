@@ -1,0 +1,164 @@
+"""What a study has come to, as plain values: read from the store once, for tables, figures and statistics.
+
+An iteration is read by the digests that the study file asks for now, not by what its lineage last used. So what was made under
+another definition of an arm is *not there*; it is never mixed in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from evolve_dag.evaluation.metrics import ALIASES, MOST_VALUES, Metrics, metrics_from_json
+from evolve_dag.steps import base
+from evolve_dag.steps.scores import BASE_AT
+from evolve_dag.store.artifacts import Artifact, Store
+from evolve_dag.study.definition import Cell, Study
+
+Column = Mapping[int, Mapping[str, float]]
+"""Seed -> task -> mean reward of its judged rollouts, 0..1: one policy under one condition."""
+
+HELD_OUT = ("without", "with", "ceiling", "greedy")
+"""Conditions of every iteration, see :mod:`evolve_dag.steps.scores`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One iteration of one cell; 0 is the base policy, known by its conditions alone."""
+
+    arm: str
+    seed: int
+    iteration: int
+    rewards: Mapping[str, Mapping[str, float]]
+    """Condition -> task -> mean reward of its judged rollouts. Of iteration 0: ``without``, and ``base_at_<temperature>``."""
+    metrics: Mapping[str, Metrics]
+    """Condition -> its metrics."""
+    items: int | None = None
+    """Items in the pool E(k)."""
+    decision: str = ""
+    """Of the gate; '' for the base policy."""
+    sampled: int = 0
+    """Tokens sampled to learn from: rollouts, teacher rollouts, refreshes, the extractor's answers. Not: evaluation."""
+    trained: int = 0
+    """Tokens of the rows that were trained on, every epoch counted."""
+    seconds: float = 0.0
+    """Wall time of the processes that made its artifacts; what arms share counts in each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """All iterations of a study that are there."""
+
+    study: Study
+    rows: tuple[Result, ...]
+    """By arm, seed and iteration, 0 first."""
+    facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Held-out task -> facts to break results down by (``depth``)."""
+    missing: Mapping[str, int] = field(default_factory=dict)
+    """Lineage -> iterations that are not there (yet)."""
+
+    def of(self, arm: str, iteration: int) -> tuple[Result, ...]:
+        """One iteration of an arm, by seed."""
+        return tuple(row for row in self.rows if (row.arm, row.iteration) == (arm, iteration))
+
+    def iterations(self, arm: str) -> tuple[int, ...]:
+        """Iterations of an arm that every one of its seeds has, without the base policy.
+
+        A mean over other seeds at every iteration would move for that reason alone.
+        """
+        seeds = {row.seed for row in self.rows if row.arm == arm}
+        found = sorted({row.iteration for row in self.rows if row.arm == arm and row.iteration})
+        return tuple(k for k in found if {row.seed for row in self.of(arm, k)} == seeds)
+
+    def column(self, arm: str, iteration: int, condition: str = "without") -> Column:
+        """Rewards of one policy of an arm under one condition; seeds where it was not measured are left out."""
+        return {row.seed: row.rewards[condition] for row in self.of(arm, iteration) if condition in row.rewards}
+
+    def base_columns(self) -> dict[str, Column]:
+        """The base policy by temperature, as the arms measured it: it is one policy for all of them."""
+        found: dict[str, dict[int, Mapping[str, float]]] = {}
+        for row in self.rows:
+            for condition, rewards in row.rewards.items() if row.iteration == 0 else ():
+                found.setdefault(condition, {}).setdefault(row.seed, rewards)
+        return dict(found)
+
+
+def read(study: Study, store: Store) -> Results:
+    """Read what the store holds of a study; writes nothing.
+
+    Raises:
+        StoreError: an artifact is missing or corrupt.
+        DataError: an artifact's content is not what the steps write.
+    """
+    rows: list[Result] = []
+    facts: dict[str, Mapping[str, str]] = {}
+    missing: dict[str, int] = {}
+    order = {arm: place for place, arm in enumerate(study.arms)}
+    for cell in sorted(study.cells, key=lambda cell: (order[cell.arm], cell.seed)):
+        found = list(_cell(cell, store, facts))
+        rows += found
+        if absent := cell.iterations - sum(row.iteration > 0 for row in found):
+            missing[cell.name] = absent
+    return Results(study, tuple(rows), facts, missing)
+
+
+def _cell(cell: Cell, store: Store, facts: dict[str, Mapping[str, str]]) -> Iterator[Result]:
+    for k, resolved in enumerate(base.resolve_lineage(cell.experiment, cell.iterations, store), 1):
+        if not all(step.digest and step.exists for step in resolved.values()):
+            return
+        made = {name: store.open(name, str(step.digest)) for name, step in resolved.items()}
+        rewards = _rewards(made["scores"], facts)
+        metrics = {name: metrics_from_json(content) for name, content in made["scores"].json("summary.json").items()}
+        if k == 1:
+            first = {"without" if name == "base" else name: name for name in rewards if name.startswith("base")}
+            yield Result(
+                cell.arm, cell.seed, 0, {to: rewards[name] for to, name in first.items()},
+                {to: metrics[name] for to, name in first.items()},
+            )  # fmt: skip
+        yield Result(
+            cell.arm,
+            cell.seed,
+            k,
+            {name: rewards[name] for name in HELD_OUT if name in rewards},
+            {name: metrics[name] for name in HELD_OUT if name in metrics},
+            items=int(made["experience"].summary.get("items") or 0),
+            decision=str(made["promotion"].json("decision.json")["decision"]),
+            sampled=sum(_sampled(made[kind]) for kind in ("trajectories", "experience", "contexts", "adapter")),
+            trained=int(made["adapter"].summary.get("tokens_trained") or 0),
+            seconds=sum(artifact.manifest.seconds for artifact in made.values()),
+        )
+
+
+def _sampled(artifact: Artifact) -> int:
+    calls = artifact.summary.get("calls") or {}
+    others = sum(int(sums.get("completion_tokens") or 0) for sums in calls.values())
+    return int(artifact.summary.get("tokens") or 0) + others
+
+
+def _rewards(scores: Artifact, facts: dict[str, Mapping[str, str]]) -> dict[str, dict[str, float]]:
+    """Condition -> task -> mean reward of its judged rollouts, of the held-out conditions; adds to ``facts``."""
+    import polars as pl
+
+    frame = scores.frame("scores.parquet").filter(~pl.col("condition").str.starts_with("development"))
+    for task, told in frame.unique("task_id").select("task_id", "metadata").iter_rows():
+        facts.setdefault(task, json.loads(told) if told else {})
+    judged = frame.filter(pl.col("reward").is_not_null()).group_by("condition", "task_id").agg(pl.col("reward").mean())
+    found: dict[str, dict[str, float]] = {}
+    for condition, task, reward in judged.sort("condition", "task_id").iter_rows():
+        found.setdefault(condition, {})[task] = reward
+    return found
+
+
+def breakdowns(results: Results) -> dict[str, list[str]]:
+    """Facts of held-out tasks that have several values, few enough to break results down by: name -> values."""
+    values: dict[str, set[str]] = {}
+    for told in results.facts.values():
+        for name, value in told.items():
+            values.setdefault(name, set()).add(str(value))
+    return {name: sorted(found) for name, found in sorted(values.items()) if 1 < len(found) <= MOST_VALUES and name != ALIASES}
+
+
+def temperature_of(condition: str) -> str:
+    """Which temperature a condition of the base policy was sampled at; '' for that of the rollouts."""
+    return condition.removeprefix(BASE_AT) if condition.startswith(BASE_AT) else ""

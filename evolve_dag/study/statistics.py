@@ -1,0 +1,182 @@
+"""Means and paired differences over seeds and tasks, with two intervals each.
+
+``tasks`` holds for the seeds that were run: tasks are resampled within each seed. ``seeds`` holds for another seed as well:
+Student's t over the seeds' own means (task noise is in them). A bootstrap over three to five seeds was tried and is too narrow
+(docs/adr/0018-studies.md). Every seed counts alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evolve_dag.evaluation.intervals import SMALL, Interval, wilson
+from evolve_dag.seeds import stable_hash
+from evolve_dag.study.results import Column
+
+Floats = NDArray[np.float64]
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over seeds of means over tasks."""
+
+    value: float
+    tasks: Interval
+    """95%: other tasks, these seeds."""
+    seeds: Interval | None
+    """95%: other seeds and tasks; None with one seed."""
+    by_seed: Mapping[int, float]
+    n: int
+    """Tasks, of all seeds together."""
+
+    @property
+    def verdict(self) -> str:
+        """``above``, ``below`` or ``open``: where the interval over tasks lies from 0."""
+        return "above" if self.tasks[0] > 0 else "below" if self.tasks[1] < 0 else "open"
+
+
+@dataclass(frozen=True, slots=True)
+class AgainstBest:
+    """A policy against the best of several, the best being chosen by the same kind of results."""
+
+    chosen: tuple[str, str]
+    """Which one was chosen for either half, by the other half."""
+    honest: Estimate
+    """Chosen on one half of the tasks and measured on the other, both ways: the luck of the choice stays out."""
+    naive: Estimate
+    """Chosen and measured on all tasks: too low, by the luck of the one that was chosen."""
+    best: str
+    """The best on all tasks."""
+
+
+def mean(column: Column) -> Estimate | None:
+    """Mean reward, 0..1; None without a task. Below 30 tasks, or when all are equal, the first interval is Wilson's."""
+    values = {seed: np.array([tasks[t] for t in sorted(tasks)]) for seed, tasks in sorted(column.items()) if tasks}
+    if not values:
+        return None
+    flat = np.concatenate(list(values.values()))
+    if len(flat) < SMALL or flat.min() == flat.max():
+        found = _estimate(values, wilson(_mean(values), len(flat), confidence=CONFIDENCE))
+    else:
+        found = _estimate(values, _percentiles(np.mean([_resampled(v, seed) for seed, v in values.items()], axis=0)))
+    return found if found.seeds is None else replace(found, seeds=(max(0.0, found.seeds[0]), min(1.0, found.seeds[1])))
+
+
+def difference(a: Column, b: Column) -> Estimate | None:
+    """Mean of ``a - b`` over the tasks that both know, paired by seed and task; None when there is none.
+
+    As in :func:`evolve_dag.evaluation.intervals.paired_difference`, each seed gets two invented tasks, one won and one lost,
+    before resampling: without them equal results would pass for certain ones.
+    """
+    values = {}
+    for seed in sorted(a.keys() & b.keys()):
+        common = sorted(a[seed].keys() & b[seed].keys())
+        if common:
+            values[seed] = np.array([a[seed][t] - b[seed][t] for t in common])
+    if not values:
+        return None
+    drawn = np.mean([_resampled(np.append(v, [1.0, -1.0]), seed) for seed, v in values.items()], axis=0)
+    return _estimate(values, _percentiles(drawn))
+
+
+def against_best(policy: Column, others: Mapping[str, Column]) -> AgainstBest | None:
+    """``policy`` against the best of ``others``, which may hold it too; None where they share no task.
+
+    Tasks are split into two fixed halves. The choice is made anew in every resample, so its own uncertainty is in the interval.
+    """
+    stacked = _aligned(policy, others)
+    halves = {seed: _halved(matrix_C_T, tasks) for seed, (matrix_C_T, tasks) in stacked.items()}
+    if not halves or any(half.shape[1] == 0 for pair in halves.values() for half in pair):
+        return None
+    names = list(others)
+    means_S_H_C = np.array([[half.mean(axis=1) for half in pair] for pair in halves.values()])
+    drawn_H_R_C = np.mean([[_resampled_columns(half, seed) for half in pair] for seed, pair in halves.items()], axis=0)
+    chosen = [int(means_S_H_C[:, 1 - h, 1:].mean(axis=0).argmax()) for h in (0, 1)]
+    gaps_S = np.mean([means_S_H_C[:, h, 0] - means_S_H_C[:, h, 1 + chosen[h]] for h in (0, 1)], axis=0)
+    drawn_R = np.mean([_gap(drawn_H_R_C[h], drawn_H_R_C[1 - h]) for h in (0, 1)], axis=0)
+    by_seed = dict(zip(halves, map(float, gaps_S), strict=True))
+    count = sum(len(tasks) for _, tasks in stacked.values())
+    around = _percentiles(drawn_R)
+    honest = Estimate(float(gaps_S.mean()), around, _student(by_seed, around), by_seed, count)
+    whole_C = np.mean([matrix.mean(axis=1) for matrix, _ in stacked.values()], axis=0)
+    best = names[int(whole_C[1:].argmax())]
+    naive = difference(policy, others[best])
+    assert naive is not None  # they share tasks
+    return AgainstBest((names[chosen[0]], names[chosen[1]]), honest, naive, best)
+
+
+# -- inside
+
+
+def _estimate(values: Mapping[int, Floats], tasks: Interval | None) -> Estimate:
+    assert tasks is not None  # there are values
+    by_seed = {seed: float(v.mean()) for seed, v in values.items()}
+    return Estimate(_mean(values), tasks, _student(by_seed, tasks), by_seed, sum(len(v) for v in values.values()))
+
+
+def _mean(values: Mapping[int, Floats]) -> float:
+    return float(np.mean([v.mean() for v in values.values()]))
+
+
+def _student(by_seed: Mapping[int, float], tasks: Interval) -> Interval | None:
+    """Student's t over the seeds, and never narrower than for these seeds alone: three of them can agree by luck."""
+    if len(by_seed) < 2:
+        return None
+    from scipy.stats import t
+
+    values = np.array(list(by_seed.values()))
+    half = float(t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)) * float(values.std(ddof=1)) / len(values) ** 0.5
+    return min(float(values.mean()) - half, tasks[0]), max(float(values.mean()) + half, tasks[1])
+
+
+def _resampled(values_T: Floats, seed: int) -> Floats:
+    """(RESAMPLES,) means of resampled tasks. Draws follow from the seed and the number of tasks alone."""
+    return _resampled_columns(values_T[None, :], seed)[:, 0]
+
+
+def _resampled_columns(matrix_C_T: Floats, seed: int) -> Floats:
+    """(RESAMPLES, C) means of the same resampled tasks in every column."""
+    count = matrix_C_T.shape[1]
+    return _weights(seed, count, RESAMPLES) @ matrix_C_T.T / count
+
+
+@lru_cache(maxsize=32)
+def _weights(seed: int, count: int, resamples: int) -> NDArray[np.float32]:
+    """(resamples, count) how often each task is drawn. A report asks for the same ones a thousand times."""
+    generator = np.random.default_rng([seed, count])
+    return generator.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float32)
+
+
+def _percentiles(means_R: Floats) -> Interval:
+    low, high = np.quantile(means_R, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
+    return float(low), float(high)
+
+
+def _aligned(policy: Column, others: Mapping[str, Column]) -> dict[int, tuple[Floats, list[str]]]:
+    """Seed -> rewards (1 + others, tasks) with ``policy`` first, on the tasks that all of them know."""
+    columns = [policy, *others.values()]
+    found = {}
+    for seed in sorted(set.intersection(*(set(column) for column in columns))):
+        tasks = sorted(set.intersection(*(set(column[seed]) for column in columns)))
+        if tasks:
+            found[seed] = (np.array([[column[seed][t] for t in tasks] for column in columns]), tasks)
+    return found
+
+
+def _halved(matrix_C_T: Floats, tasks: list[str]) -> tuple[Floats, Floats]:
+    """The columns of either half of the tasks; which half a task is in follows from its name."""
+    half_T = np.array([stable_hash("half", task) % 2 == 1 for task in tasks])
+    return matrix_C_T[:, ~half_T], matrix_C_T[:, half_T]
+
+
+def _gap(measured_R_C: Floats, choosing_R_C: Floats) -> Floats:
+    """(R,) first column minus the one of the others that ``choosing`` has the highest mean for."""
+    choice_R = choosing_R_C[:, 1:].argmax(axis=1)
+    return measured_R_C[:, 0] - np.take_along_axis(measured_R_C[:, 1:], choice_R[:, None], axis=1)[:, 0]

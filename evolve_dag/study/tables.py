@@ -1,0 +1,289 @@
+"""A study's numbers as Markdown, CSV and JSON: the same bytes for the same results, so that they can be versioned."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evolve_dag.reporting.summary import count, percent, percent_interval
+from evolve_dag.store.disk import write_atomic
+from evolve_dag.store.faults import disk_error
+from evolve_dag.study import figures
+from evolve_dag.study.findings import QUESTIONS, Contrast, Findings, Question
+from evolve_dag.study.published import SOURCE, compared, points
+from evolve_dag.study.statistics import Estimate
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+METHOD = (
+    "Success is on held-out tasks, which decide nothing; actions are sampled. Every seed counts alike. Intervals are 95%. "
+    "The first is over tasks, resampled within each seed: it holds for these seeds. The second is over seeds, Student's t over "
+    "their means: it holds for another seed as well, and is wide with three of them. Differences are paired by seed and task."
+)
+BEST = (
+    "The best of several is chosen on one half of the tasks and measured on the other, both ways, and chosen anew in every "
+    "resample: so the luck of the one that was chosen is not taken for a difference. The naive figure chooses and measures on "
+    "all tasks, and is too low by that luck."
+)
+
+
+def write(findings: Findings, folder: Path) -> list[Path]:
+    """``study.md``, ``study.json``, ``success.csv``, ``contrasts.csv``, ``costs.csv``, ``breakdown.csv``, and pictures.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    from evolve_dag.reporting.pictures import draw
+
+    texts = {
+        "study.md": markdown(findings),
+        "study.json": json.dumps(as_json(findings), indent=1, allow_nan=False) + "\n",
+        "success.csv": _csv(_success_rows(findings)),
+        "contrasts.csv": _csv(_contrast_rows(findings)),
+        "costs.csv": _csv(_cost_rows(findings)),
+        "breakdown.csv": _csv(_breakdown_rows(findings)),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            write_atomic(folder / name, text.encode(), durable=False)
+        drawn = [
+            draw(figure, title, folder / f"{name}.{kind}")
+            for name, (title, figure) in _pictures(findings).items()
+            for kind in ("svg", "png")
+            if figure["data"]
+        ]
+    except OSError as error:
+        raise disk_error(error, folder) from error
+    return [*(folder / name for name in texts), *drawn]
+
+
+def _pictures(findings: Findings) -> dict[str, tuple[str, figures.Figure]]:
+    study = findings.results.study
+    return {
+        "success": (f"Held-out success, {study.reference}", figures.success(findings, study.reference)),
+        "arms": ("Held-out success without experience, every arm", figures.all_arms(findings, study.arms)),
+        "sampled": ("Success over tokens sampled to learn from", figures.against_tokens(findings, "sampled")),
+    }
+
+
+def print_findings(findings: Findings, console: Console) -> None:
+    """Success without experience, arm by arm, in the terminal."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    study = findings.results.study
+    last = max(map(findings.last, study.arms), default=0)
+    table = Table(title=f"study {study.name}: held-out success without experience", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("arm", no_wrap=True)
+    for heading in ("seeds", "base", *map(str, range(1, last + 1)), "last, over tasks"):
+        table.add_column(heading, justify="right")
+    for arm in study.arms:
+        points = [findings.point(arm, k) for k in range(last + 1)]
+        end = findings.point(arm, findings.last(arm))
+        cells = ["–" if point is None else f"{100 * point.success.value:.1f}" for point in points]
+        around = "–" if end is None else percent_interval(end.success.tasks)
+        table.add_row(Text(arm), str(end.seeds) if end else "0", *cells, around)
+    console.print(table)
+    if missing := findings.results.missing:
+        console.print(Text(f"not there yet: {sum(missing.values())} iterations ({_listed(missing)})", style="yellow"))
+
+
+# -- Markdown
+
+
+def markdown(findings: Findings) -> str:
+    """The report as Markdown."""
+    study = findings.results.study
+    seeds = ", ".join(str(seed) for seed in dict.fromkeys(cell.seed for cell in study.cells))
+    lines = [f"# Study {study.name}", ""]
+    if study.settings.description:
+        lines += [study.settings.description, ""]
+    lines += [f"{len(study.arms)} arms, seeds {seeds}. Made by `evolve study {study.file.name}`.", ""]
+    if findings.results.missing:
+        missing = sum(findings.results.missing.values())
+        lines += [f"**Not finished**: {missing} iterations are not there yet ({_listed(findings.results.missing)}).", ""]
+    lines += [METHOD, ""]
+    lines += ["## Success over iterations", "", *_curves(findings)]
+    lines += ["", "## Contrasts", "", BEST, ""]
+    for question, told in QUESTIONS.items():
+        asked = shown_contrasts(findings, question)
+        if asked:
+            lines += [f"### {_heading(told)}", "", *_contrasts(question, asked), ""]
+    lines += ["## Tokens, pool and gate", "", *_costs(findings), ""]
+    for fact in dict.fromkeys(part.fact for part in findings.parts):
+        lines += [f"## Success by {fact}, last iteration, without experience", "", *_by_fact(findings, fact), ""]
+    lines += ["## The paper's figures beside ours", "", f"Published figures: {SOURCE}, on another world and another model.", ""]
+    lines += _table(["finding", "paper", "here"], [[f.claim, f.paper, f.here or "no arm"] for f in compared(findings)])
+    return "\n".join(lines) + "\n"
+
+
+def _heading(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _listed(missing: Mapping[str, int]) -> str:
+    told = [f"{name}: {number}" for name, number in missing.items()]
+    return ", ".join(told[:8]) + (f" and {len(told) - 8} more" if len(told) > 8 else "")
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def shown(estimate: Estimate | None) -> str:
+    """``34.4% (31.0–37.9; seeds 20.1–48.7)``."""
+    if estimate is None:
+        return "–"
+    seeds = "" if estimate.seeds is None else f"; seeds {percent_interval(estimate.seeds)}"
+    return f"{percent(estimate.value)} ({percent_interval(estimate.tasks)}{seeds})"
+
+
+def _curves(findings: Findings) -> list[str]:
+    study = findings.results.study
+    last = max(map(findings.last, study.arms), default=0)
+    rows = []
+    for arm in study.arms:
+        for condition in ("without", "with", "ceiling", "greedy"):
+            at = {k: findings.point(arm, k, condition) for k in range(last + 1)}
+            known = [p for p in at.values() if p is not None]
+            if known:
+                cells = [percent(p.success.value) if p else "–" for p in at.values()]
+                rows.append([arm, condition, str(known[-1].seeds), *cells, shown(known[-1].success)])
+    heads = ["arm", "condition", "seeds", "base", *map(str, range(1, last + 1)), "last, with intervals"]
+    return _table(heads, rows)
+
+
+def shown_contrasts(findings: Findings, question: Question) -> list[Contrast]:
+    """Of questions that are asked at every iteration of every arm, some: all of the reference arm, the last of the others."""
+    reference = findings.results.study.reference
+    return [
+        c
+        for c in findings.asked(question)
+        if c.arm == reference or c.iteration == max(o.iteration for o in findings.asked(question, c.arm))
+    ]
+
+
+def _contrasts(question: Question, asked: Sequence[Contrast]) -> list[str]:
+    heads = ["arm", "iteration", "against", "difference (over tasks; over seeds)", "verdict over tasks"]
+    naive = any(c.naive for c in asked)
+    rows = [
+        [c.arm, str(c.iteration), c.against, points(c.difference), c.difference.verdict, *([points(c.naive)] if naive else [])]
+        for c in asked
+    ]
+    return _table([*heads, *(["naive"] if naive else [])], rows)
+
+
+def _costs(findings: Findings) -> list[str]:
+    rows = []
+    for arm in findings.results.study.arms:
+        own = [cost for cost in findings.costs if cost.arm == arm]
+        if own:
+            kept = ", ".join(f"{c.kept} in {c.iteration}" for c in own if c.kept) or "none"
+            items = ", ".join(f"{c.items:.3g}" for c in own)
+            rows.append(
+                [arm, str(own[-1].iteration), count(round(own[-1].sampled)), count(round(own[-1].trained)), items, kept]
+            )
+    return _table(["arm", "iterations", "tokens sampled", "tokens trained", "items in the pool", "declined by the gate"], rows)
+
+
+def _by_fact(findings: Findings, fact: str) -> list[str]:
+    values = sorted({part.value for part in findings.parts if part.fact == fact})
+    rows = []
+    for arm in findings.results.study.arms:
+        own = {p.value: p.success for p in findings.parts if (p.arm, p.fact, p.iteration) == (arm, fact, findings.last(arm))}
+        if own:
+            rows.append(
+                [arm, *(f"{percent(own[v].value)} ({percent_interval(own[v].tasks)})" if v in own else "–" for v in values)]
+            )
+    return _table(["arm", *(f"{fact} {value}" for value in values)], rows)
+
+
+# -- CSV and JSON
+
+
+def _csv(rows: Iterator[Mapping[str, Any]]) -> str:
+    listed = list(rows)
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in listed for key in row)), lineterminator="\n")
+    writer.writeheader()
+    for row in listed:
+        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+    return stream.getvalue()
+
+
+def _numbers(estimate: Estimate, name: str) -> dict[str, Any]:
+    low, high = estimate.seeds or (None, None)
+    return {
+        name: estimate.value,
+        "tasks_low": estimate.tasks[0],
+        "tasks_high": estimate.tasks[1],
+        "seeds_low": low,
+        "seeds_high": high,
+        "tasks": estimate.n,
+    }
+
+
+def _success_rows(findings: Findings) -> Iterator[dict[str, Any]]:
+    """Every seed, and all of them together (``seed`` empty)."""
+    for p in findings.points:
+        where = {"arm": p.arm, "iteration": p.iteration, "condition": p.condition}
+        yield {**where, "seed": "", **_numbers(p.success, "success")}
+    for row in findings.results.rows:
+        for condition, metrics in row.metrics.items():
+            low, high = metrics.intervals.get("success") or (None, None)
+            yield {
+                "arm": row.arm, "iteration": row.iteration, "condition": condition, "seed": row.seed,
+                "success": metrics.success, "tasks_low": low, "tasks_high": high, "tasks": metrics.tasks,
+                "judged": metrics.judged, "episodes": metrics.n, "premature": metrics.premature, "no_tool": metrics.no_tool,
+                "unanswered": metrics.unanswered, "failed": metrics.failed, "turns": metrics.turns,
+            }  # fmt: skip
+
+
+def _contrast_rows(findings: Findings) -> Iterator[dict[str, Any]]:
+    for c in findings.contrasts:
+        where = {"question": c.question, "arm": c.arm, "iteration": c.iteration, "against": c.against}
+        naive = {} if c.naive is None else {"naive": c.naive.value}
+        seeds = {f"seed_{seed}": value for seed, value in c.difference.by_seed.items()}
+        yield {**where, **_numbers(c.difference, "difference"), "verdict": c.difference.verdict, **naive, **seeds}
+
+
+def _cost_rows(findings: Findings) -> Iterator[dict[str, Any]]:
+    """What each cell spent in each iteration."""
+    for row in findings.results.rows:
+        if row.iteration:
+            yield {
+                "arm": row.arm, "seed": row.seed, "iteration": row.iteration, "tokens_sampled": row.sampled,
+                "tokens_trained": row.trained, "items": row.items, "decision": row.decision, "seconds": round(row.seconds, 1),
+            }  # fmt: skip
+
+
+def _breakdown_rows(findings: Findings) -> Iterator[dict[str, Any]]:
+    for p in findings.parts:
+        yield {"arm": p.arm, "iteration": p.iteration, "fact": p.fact, "value": p.value, **_numbers(p.success, "success")}
+
+
+def as_json(findings: Findings) -> dict[str, Any]:
+    """Everything, as JSON values."""
+    results = findings.results
+    return {
+        "study": results.study.name,
+        "description": results.study.settings.description,
+        "reference": results.study.reference,
+        "arms": {
+            arm: {"seeds": [cell.seed for cell in results.study.of_arm(arm)], "iterations": list(results.iterations(arm))}
+            for arm in results.study.arms
+        },
+        "missing": dict(results.missing),
+        "success": list(_success_rows(findings)),
+        "contrasts": list(_contrast_rows(findings)),
+        "costs": list(_cost_rows(findings)),
+        "breakdown": list(_breakdown_rows(findings)),
+        "paper": [{"claim": f.claim, "paper": f.paper, "here": f.here} for f in compared(findings)],
+    }

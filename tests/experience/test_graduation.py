@@ -1,0 +1,106 @@
+"""Graduation: what the weights hold leaves the context, and comes back when it fades."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from pool_replay import outline, replay
+
+from evolve_dag.experience.graduation import LEAST_STEPS, Habit, graduations, habits
+from evolve_dag.experience.pool import Pool, Proposal
+from evolve_dag.records import ExperienceItem, Step, ToolCall, Trajectory
+
+ITEM = ExperienceItem(
+    "p0001",
+    "Narrow: when a search returns no results, search only the short name.",
+    "principle",
+    {"observation": "empty"},
+)
+POOL = Pool((ITEM,))
+
+
+def episode(number: int, query: str) -> Trajectory:
+    """A search that finds nothing, then ``query``, then an answer."""
+    first = Step(0, "", (), (), ToolCall("search", {"query": "the mayor of the city of Bado Keli"}), observation="no results")
+    second = Step(1, "", (), (), ToolCall("search", {"query": query}), observation="no results")
+    answer = Step(2, "", (), (), answer="x")
+    return Trajectory(
+        f"t{number}#0", f"t{number}", 0, 0, "", "What is the mayor of city Bado Keli?", (first, second, answer), "answered"
+    )
+
+
+def nights(followed: int, others: int) -> list[Trajectory]:
+    short = [episode(n, "Bado Keli") for n in range(followed)]
+    return short + [episode(1000 + n, "the mayor of the city that is named Bado") for n in range(others)]
+
+
+def test_the_habit_counts_the_steps_of_the_situation():
+    # Each episode stands twice before an empty search; the second time it answers.
+    found = habits(POOL.items, nights(3, 1))["p0001"]
+    assert (found.steps, found.followed) == (8, 3)
+
+
+@pytest.mark.parametrize(
+    ("steps", "followed", "low", "high"), [(0, 0, 0.0, 1.0), (100, 90, 0.8256, 0.9448), (10, 10, 0.7225, 1.0)]
+)
+def test_the_interval_is_wilsons(steps, followed, low, high):
+    assert Habit(steps, followed).interval == pytest.approx((low, high), abs=1e-4)
+
+
+def test_an_item_that_the_policy_follows_by_itself_graduates_and_stays_in_the_pool():
+    [proposal] = graduations(POOL, nights(40, 0), 0.35)
+    assert (proposal.operation, proposal.item_id) == ("graduate", "p0001")
+    after, edits, refused = POOL.apply([proposal], iteration=3)
+    assert not refused
+    assert after.items == (replace(ITEM, graduated=3),)
+    assert after.active.items == ()
+    assert Pool.from_json(after.to_json()) == after
+    assert edits[0].before == edits[0].after == ITEM.text
+
+
+def test_it_comes_back_when_the_behaviour_fades():
+    graduated = Pool((replace(ITEM, graduated=3),))
+    [proposal] = graduations(graduated, nights(2, 40), 0.4)
+    assert proposal.operation == "recall"
+    assert graduated.apply([proposal], iteration=5).pool.active.items == (ITEM,)
+
+
+@pytest.mark.parametrize("graduated", [0, 2])
+def test_between_the_two_nothing_changes(graduated):
+    assert graduations(Pool((replace(ITEM, graduated=graduated),)), nights(32, 8), 0.4) == []
+
+
+def test_few_steps_decide_nothing():
+    assert graduations(POOL, nights(LEAST_STEPS // 2 - 1, 0), 0.01) == []
+
+
+def test_switched_off_nobody_graduates_and_who_has_comes_back():
+    assert graduations(POOL, nights(40, 0), 0.0) == []
+    [proposal] = graduations(Pool((replace(ITEM, graduated=3),)), [], 0.0)
+    assert proposal.operation == "recall"
+
+
+def test_an_item_in_other_words_is_left_alone():
+    other = Pool((replace(ITEM, text="Check the source: look twice before answering."),))
+    assert graduations(other, nights(40, 0), 0.1) == []
+
+
+@pytest.mark.parametrize(("operation", "graduated"), [("graduate", 2), ("recall", 0)])
+def test_what_is_so_already_is_refused(operation, graduated):
+    pool = Pool((replace(ITEM, graduated=graduated),))
+    assert pool.apply([Proposal(operation, item_id="p0001")], iteration=4).refused
+
+
+def test_graduated_items_do_not_count_for_the_cap():
+    pool = Pool(
+        (replace(ITEM, graduated=2), replace(ITEM, id="p0002", text="Match: when a page is shown, open the page it names."))
+    )
+    assert pool.apply([], iteration=4, cap=1).pool == pool
+
+
+def test_replay_knows_graduation():
+    pool, added, _ = Pool().apply([Proposal("add", text=ITEM.text, condition=ITEM.condition)], iteration=1)
+    pool, moved, _ = pool.apply([Proposal("graduate", item_id="p0001"), Proposal("recall", item_id="p0001")], iteration=2)
+    assert [edit.operation for edit in moved] == ["graduate", "recall"]
+    assert replay([*added, *moved]) == outline(pool)

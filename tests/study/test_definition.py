@@ -1,0 +1,139 @@
+"""Study files: cells, worlds by seed, and every mistake at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from studies import study, write
+
+from evolve_dag.config.loading import load_experiment
+from evolve_dag.config.schema import STREAM_WORLDS
+from evolve_dag.errors import ConfigError
+from evolve_dag.study.definition import Choice, load_study
+
+
+def mistakes(path: Path, choice: Choice | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_study(path, choice)
+    return caught.value.what
+
+
+def test_a_cell_is_an_experiment_with_the_worlds_of_its_seed(tmp_path: Path) -> None:
+    found = study(tmp_path, held_out=9, threads=3)
+    assert [cell.name for cell in found.cells] == [
+        "tiny.plain-s4", "tiny.greedy-s4", "tiny.plain-s5", "tiny.greedy-s5",
+    ]  # fmt: skip
+    e = found.cells[3].experiment
+    tasks = e.tasks
+    assert (tasks.train.world, tasks.development.world, tasks.held_out.world) == (1005, 2005, 3005)
+    assert (tasks.train.count, tasks.held_out.count, tasks.train.stream) == (12, 9, True)
+    assert (e.seed, e.iterations, e.rollout.temperature, e.runtime.threads) == (5, 2, 0.0, 3)
+    assert found.reference == "plain"
+
+
+def test_worlds_of_a_stream_lie_below_the_next_ones(tmp_path: Path) -> None:
+    study(tmp_path, seeds=[STREAM_WORLDS - 3001])
+    assert "number the worlds of all splits below" in mistakes(write(tmp_path, seeds=[STREAM_WORLDS - 3000]))
+
+
+def test_arms_may_have_seeds_and_iterations_of_their_own(tmp_path: Path) -> None:
+    arms = {"short": {"config": "arm.yaml", "seeds": [5], "iterations": 1}, "long": "arm.yaml"}
+    found = study(tmp_path, arms=arms, iterations=3)
+    assert [(cell.arm, cell.seed, cell.iterations) for cell in found.cells] == [
+        ("short", 5, 1), ("long", 5, 3), ("long", 4, 3),
+    ]  # fmt: skip
+
+
+def test_keys_of_the_study_lie_over_the_file_and_those_of_the_arm_over_both(tmp_path: Path) -> None:
+    arms = {"a": "arm.yaml", "b": {"config": "arm.yaml", "set": {"distillation": {"epochs": 5}}}}
+    a, b = study(tmp_path, seeds=[1], arms=arms, set={"distillation": {"epochs": 3, "rank": 4}}).cells
+    assert (a.experiment.distillation.epochs, a.experiment.distillation.rank) == (3, 4)
+    assert (b.experiment.distillation.epochs, b.experiment.distillation.rank) == (5, 4)
+
+
+def test_the_command_line_takes_a_part(tmp_path: Path) -> None:
+    found = study(tmp_path, Choice(arms=("greedy",), seeds=(7, 5), iterations=4, held_out=3, processes=9))
+    assert [(cell.name, cell.iterations) for cell in found.cells] == [("tiny.greedy-s7", 4), ("tiny.greedy-s5", 4)]
+    assert found.cells[0].experiment.tasks.held_out.count == 3
+    assert (found.settings.processes, found.reference) == (9, "greedy")
+
+
+def test_every_mistake_of_the_study_and_its_arms_in_one_message(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("distillation: {epochs: none}\ngranularity: both\n")
+    arms = {
+        "plain": {"config": "arm.yaml", "set": {"distilation": {"epochs": 1}, "seed": 4, "tasks": {"train": {"world": 3}}}},
+        "gone": "gone.yaml",
+        "bad": {"config": "bad.yaml", "seeds": [5, 5]},
+        "none": {"config": "arm.yaml", "seeds": []},
+    }
+    told = mistakes(write(tmp_path, arms=arms, seeds=[4, 4], reference="plane", paper={"on_policy": "unknown"}))
+    for expected in (
+        "seeds: 4 stands twice",
+        "arms.bad.seeds: 5 stands twice",
+        "arms.none.seeds: none",
+        "reference: no arm 'plane'",
+        "paper.on_policy: no arm 'unknown'",
+        "arms.plain.set.seed: the study says it itself: `seeds`",
+        "arms.plain.set.tasks.train.world: the study says it itself: `worlds`",
+        "did you mean 'distillation'?",
+        "gone.yaml: no such file",
+        "bad.yaml: distillation.epochs",
+        "bad.yaml: granularity",
+    ):
+        assert expected in told, expected
+    assert told.count("distilation") == 1, "a mistake that all seeds share is told once"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"seeds": []}, "seeds"),
+        ({"seeds": None}, "seeds: missing"),
+        ({"seeds": [-1]}, "seeds"),
+        ({"seeds": ["4"]}, "seeds"),
+        ({"arms": {}}, "arms"),
+        ({"arms": ["pocket.yaml"]}, "arms"),
+        ({"arms": {"No": "arm.yaml"}}, "arms.No"),
+        ({"arms": {"a": {"konfig": "arm.yaml"}}}, "arms.a.konfig: unknown key"),
+        ({"iterations": 0}, "iterations"),
+        ({"process": 3}, "did you mean 'processes'"),
+        ({"study": "UPPER"}, "study"),
+        ({"arms": {"a" * 60: "arm.yaml"}}, "experiment"),
+    ],
+)
+def test_wrong_keys_are_named(tmp_path: Path, changes: dict, expected: str) -> None:
+    assert expected in mistakes(write(tmp_path, **changes))
+
+
+def test_an_experiment_is_no_study(tmp_path: Path) -> None:
+    write(tmp_path)
+    with pytest.raises(ConfigError, match=r"arm\.yaml: is no study") as caught:
+        load_study(tmp_path / "arm.yaml")
+    assert "evolve run" in caught.value.remedy
+
+
+def test_what_the_command_line_asks_for_must_be_there(tmp_path: Path) -> None:
+    told = mistakes(write(tmp_path), Choice(arms=("nobody",), seeds=(1, 1)))
+    assert "--arm nobody: no such arm: plain, greedy" in told
+    assert "--seed 1 stands twice" in told
+
+
+def test_paths_in_a_study_are_relative_to_the_study(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below/arm.yaml").write_text("start_pool: own.json\n")
+    own, laid = study(
+        tmp_path, seeds=[1], arms={"own": "below/arm.yaml", "laid": {"config": "arm.yaml", "set": {"start_pool": "pool.json"}}}
+    ).cells
+    assert own.experiment.start_pool == str(tmp_path / "below/own.json")
+    assert laid.experiment.start_pool == str(tmp_path / "pool.json")
+
+
+def test_the_shipped_studies_load_and_open_with_their_purpose() -> None:
+    for path in sorted((Path(__file__).parents[2] / "configs").glob("study*.yaml")):
+        found = load_study(path)
+        assert f"evolve study configs/{path.name}" in path.read_text()
+        assert len(found.arms) > 1
+        assert set(yaml.safe_load(path.read_text())["arms"]) == set(found.arms)
+        assert all(load_experiment(path.parent / arm.config) for arm in found.settings.arms.values())

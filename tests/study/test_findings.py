@@ -1,0 +1,147 @@
+"""What a report on a study says, as files and as a page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from invented import results
+from rich.console import Console
+from studies import study
+
+from evolve_dag.study import page, published, tables
+from evolve_dag.study.findings import QUESTIONS, Findings, find
+from evolve_dag.study.results import Results
+
+EVIL = "</script><script>alert('x')</script> {{ 7 * 7 }} <b>bold</b>"
+CURVES = {"plain": (0.1, 0.2, 0.35, 0.5), "flat": (0.1, 0.1, 0.1), "peak": (0.1, 0.6, 0.4, 0.3)}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Findings:
+    paper = {"step_wise": "plain", "global_injection": "flat", "on_policy": "peak", "instance": "flat"}
+    return find(results(tmp_path_factory.mktemp("study"), CURVES, description=EVIL, paper=paper, missing={"tiny.flat-s4": 1}))
+
+
+def test_every_question_is_asked_where_it_makes_sense(found: Findings) -> None:
+    asked = {question: [(c.arm, c.iteration, c.against) for c in found.asked(question)] for question in QUESTIONS}
+    assert asked["arm"] == [
+        ("flat", 1, "plain"), ("flat", 2, "plain"), ("peak", 1, "plain"), ("peak", 2, "plain"), ("peak", 3, "plain"),
+    ]  # fmt: skip
+    assert ("plain", 1, "base") in asked["night"]
+    assert ("plain", 3, "2") in asked["night"]
+    assert [(arm, k) for arm, k, _ in asked["first"]] == [("plain", 2), ("plain", 3), ("flat", 2), ("peak", 2), ("peak", 3)]
+    assert asked["best"] == [("plain", 3, "3"), ("flat", 2, "1"), ("peak", 3, "1")]
+    assert {against for _, _, against in asked["base"]} == {"temperature 0.3"}
+    assert len(asked["experience"]) == len(asked["ceiling"]) == 8
+
+
+def test_differences_have_the_sign_that_is_said(found: Findings) -> None:
+    [last] = found.asked("best", "peak")
+    assert last.difference.verdict == "below"
+    assert last.difference.value == pytest.approx(-0.3, abs=0.08)
+    [against] = found.asked("arm", "peak", 1)
+    assert against.difference.value > 0, "peak minus plain"
+    assert found.asked("experience", "plain", 1)[0].difference.value > 0, "with minus without"
+
+
+def test_costs_add_up_and_say_where_the_gate_kept_the_champion(found: Findings) -> None:
+    own = [cost for cost in found.costs if cost.arm == "plain"]
+    assert [cost.sampled for cost in own] == [40_000, 80_000, 120_000]
+    assert own[-1].trained == 3 * 305_000
+    assert [cost.kept for cost in own] == [0, 1, 0]
+    assert [cost.items for cost in own] == [4, 5, 6]
+
+
+def test_files_hold_the_same_numbers_and_are_the_same_bytes_again(found: Findings, tmp_path: Path) -> None:
+    names = {path.name for path in tables.write(found, tmp_path / "a")}
+    assert {"study.md", "study.json", "success.csv", "contrasts.csv", "costs.csv", "breakdown.csv", "arms.svg"} <= names
+    tables.write(found, tmp_path / "b")
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    content = json.loads((tmp_path / "a/study.json").read_text())
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "a/contrasts.csv").read_text())))
+    assert len(rows) == len(content["contrasts"]) == len(found.contrasts)
+    assert float(rows[0]["difference"]) == pytest.approx(content["contrasts"][0]["difference"], rel=1e-5)
+    seeds = [row for row in content["success"] if (row["arm"], row["iteration"], row["condition"]) == ("plain", 1, "without")]
+    assert [row["seed"] for row in seeds] == ["", 4, 5, 6]
+    assert seeds[0]["success"] == pytest.approx(sum(row["success"] for row in seeds[1:]) / 3)
+    assert str(tmp_path) not in (tmp_path / "a/study.json").read_text()
+
+
+def test_markdown_says_what_is_missing_and_how_the_best_was_chosen(found: Findings) -> None:
+    text = tables.markdown(found)
+    assert "**Not finished**: 1 iterations are not there yet (tiny.flat-s4: 1)" in text
+    assert "chosen on one half of the tasks and measured on the other" in text
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith("|---"):
+            assert line.count("|") == lines[number - 1].count("|") == lines[number + 1].count("|")
+
+
+def test_the_papers_figures_stand_beside_ours_with_their_source(found: Findings) -> None:
+    claims = published.compared(found)
+    assert published.SOURCE == "arXiv:2606.04703"
+    by_claim = {claim.claim.split()[0]: claim for claim in claims}
+    assert by_claim["Step-wise"].here.startswith(f"{found.point('plain', 1).success.value:.1%} and ")
+    assert "points" in by_claim["Step-wise"].here
+    assert "31.2 and 23.2" in by_claim["Step-wise"].paper
+    assert "global 2.0% at iteration 2; step-wise 2.0% at iteration 3" in by_claim["Global"].here
+    assert "base 4.00; on-policy 5.00; off-policy 5.00" in by_claim["On-policy"].here
+
+
+def test_without_arms_for_the_paper_nothing_is_claimed(tmp_path: Path) -> None:
+    claims = published.compared(find(results(tmp_path, {"a": (0.1, 0.2)}, seeds=[4])))
+    assert {claim.here for claim in claims} == {""}
+
+
+@pytest.fixture
+def html(found: Findings, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "/* plotly */")
+    return page.render(found)
+
+
+def test_the_page_loads_nothing_and_text_is_text(html: str) -> None:
+    assert not re.search(r"https?://|@import|url\(|\bsrc=|<link", html)
+    assert "default-src 'none'" in html
+    assert EVIL not in html
+    assert "&lt;/script&gt;&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; {{ 7 * 7 }}" in html
+
+
+def test_the_page_shows_every_arm_and_every_figure_has_data(html: str) -> None:
+    figures = json.loads(re.search(r'id="figures">(.*?)</script>', html, re.S)[1])
+    assert len(figures) == html.count('class="plot"')
+    assert all(any(len(trace["x"]) for trace in figure["data"]) for figure in figures)
+    for arm in CURVES:
+        assert f"<b>{arm}</b>" in html or f">{arm}<" in html
+    for told in QUESTIONS.values():
+        assert told[1:] in html
+
+
+def test_a_study_that_has_not_begun_has_a_page_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "")
+    asked = study(tmp_path)
+    nothing = find(Results(asked, (), {}, {cell.name: 2 for cell in asked.cells}))
+    assert "8 iterations of 4 lineages are not there yet" in page.render(nothing)
+    assert "Not finished" in tables.markdown(nothing)
+    stream = io.StringIO()
+    tables.print_findings(nothing, Console(file=stream, width=200))
+    assert "not there yet: 8 iterations" in stream.getvalue()
+
+
+def test_one_seed_has_no_interval_over_seeds(tmp_path: Path) -> None:
+    alone = find(results(tmp_path, {"a": (0.1, 0.2), "b": (0.1, 0.3)}, seeds=[4]))
+    assert all(point.success.seeds is None for point in alone.points)
+    assert "seeds" not in tables.shown(alone.points[0].success)
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_terminal_shows_a_line_per_arm(found: Findings, width: int) -> None:
+    stream = io.StringIO()
+    tables.print_findings(found, Console(file=stream, width=width))
+    for arm in CURVES:
+        assert any(line.strip().startswith(arm) for line in stream.getvalue().splitlines())

@@ -1,0 +1,115 @@
+"""Reading a study from a store: by the digests that the file asks for, whatever the lineages last used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from studies import study
+
+from evolve_dag.evaluation.metrics import evaluate_summary, score_trajectories
+from evolve_dag.records import Step, Task, Trajectory
+from evolve_dag.steps import base
+from evolve_dag.steps.base import STEP_ORDER, run_step
+from evolve_dag.steps.body import StepContext
+from evolve_dag.store.artifacts import Store
+from evolve_dag.store.frames import scores_to_frame
+from evolve_dag.study.definition import Study
+from evolve_dag.study.results import breakdowns, read
+
+TASKS = {f"h{n}": Task(f"h{n}", "What?", "Rato", metadata={"depth": str(n % 2), "id": str(n)}) for n in range(20)}
+CONDITIONS = ("without", "with", "greedy", "development_candidate", "development_champion")
+
+
+def rollouts(right: int) -> list[Trajectory]:
+    """One of every task; the first ``right`` are right, the last one is not judged."""
+    return [
+        Trajectory(
+            f"{name}#0", name, 0, 1, "system", "What?", (Step(0, "Rato", (1, 2), (-0.1, -0.1), answer="Rato"),), "answered",
+            "Rato", None if n == 19 else float(n < right),
+        )
+        for n, name in enumerate(TASKS)
+    ]  # fmt: skip
+
+
+def scores(context: StepContext) -> None:
+    first = ("base", "base_at_0") if context.iteration == 1 else ()
+    found, summary = [], {}
+    for place, condition in enumerate((*first, *CONDITIONS)):
+        done = rollouts(context.iteration + place)
+        found += score_trajectories(done, TASKS, condition)
+        summary[condition] = evaluate_summary(done, TASKS, context.experiment.evaluation)
+    scores_to_frame(found).write_parquet(context.build.path / "scores.parquet")
+    (context.build.path / "summary.json").write_text(json.dumps(summary))
+
+
+def promotion(context: StepContext) -> None:
+    leaving = {"base": context.entering.base, "adapter": context.inputs["adapter"].digest, "experience": None, "next_item": 1}
+    decision = {"decision": "promote", "reasons": ["x"], "evidence": {}, "policy": leaving}
+    (context.build.path / "decision.json").write_text(json.dumps(decision))
+
+
+def noted(**facts: object) -> Callable[[StepContext], None]:
+    return lambda context: context.build.note(**facts)
+
+
+BODIES = {
+    "policy": noted(),
+    "trajectories": noted(tokens=100),
+    "experience": noted(items=3, calls={"extractor": {"completion_tokens": 7}}),
+    "contexts": noted(tokens=50),
+    "adapter": noted(tokens=0, tokens_trained=900),
+    "scores": scores,
+    "promotion": promotion,
+}
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Study, Store]:
+    """A study whose last cell has one of two iterations."""
+    monkeypatch.setattr(base, "_body", BODIES.__getitem__)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    found, store = study(tmp_path, set={"evaluation": {"bootstrap": 100}}), Store(tmp_path / "store")
+    for cell in found.cells:
+        for k in range(1, cell.iterations + (cell is not found.cells[-1])):
+            for step in STEP_ORDER:
+                run_step(step, cell.experiment, k, store)
+    return found, store
+
+
+def test_every_iteration_of_every_cell_is_read(made: tuple[Study, Store]) -> None:
+    found = read(*made)
+    everything = [(arm, seed, k) for arm in ("plain", "greedy") for seed in (4, 5) for k in (0, 1, 2)]
+    assert [(r.arm, r.seed, r.iteration) for r in found.rows] == everything[:-1]
+    assert dict(found.missing) == {"tiny.greedy-s5": 1}
+    assert found.iterations("plain") == (1, 2)
+    assert found.iterations("greedy") == (1,), "a mean over other seeds would not be the same curve"
+    base_row, first, _ = found.rows[:3]
+    assert set(base_row.rewards) == {"without", "base_at_0"}
+    assert base_row.metrics["without"].success == pytest.approx(1 / 19)
+    assert set(first.rewards) == {"without", "with", "greedy"}, "development tasks are the gate's"
+    assert sum(first.rewards["without"].values()) == 3
+    assert "h19" not in first.rewards["without"], "not judged is not wrong"
+    assert (first.items, first.decision, first.sampled, first.trained) == (3, "promote", 157, 900)
+    assert found.column("plain", 2, "with").keys() == {4, 5}
+    assert set(found.base_columns()) == {"without", "base_at_0"}
+
+
+def test_facts_with_few_values_break_results_down(made: tuple[Study, Store]) -> None:
+    assert breakdowns(read(*made)) == {"depth": ["0", "1"]}
+
+
+def test_what_was_made_under_another_definition_is_not_there(made: tuple[Study, Store], tmp_path: Path) -> None:
+    _, store = made
+    changed = study(tmp_path, set={"evaluation": {"bootstrap": 100, "seed": 1}})
+    found = read(changed, store)
+    assert found.rows == ()
+    assert sum(found.missing.values()) == 8
+
+
+def test_reading_a_store_that_holds_nothing(tmp_path: Path) -> None:
+    found = read(study(tmp_path), Store(tmp_path / "empty"))
+    assert found.rows == ()
+    assert not (tmp_path / "empty").exists()
