@@ -8,6 +8,7 @@ stands on action tokens, and the output layer runs nowhere else.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,8 @@ from evolve_dag.errors import ModelError
 if TYPE_CHECKING:
     from torch import nn
 
+log = logging.getLogger(__name__)
+
 BETAS = (0.9, 0.99)
 """Adam: runs are tens to hundreds of steps, so the second moment must forget faster than the usual 0.999."""
 
@@ -35,9 +38,6 @@ FINAL_FRACTION = 0.1
 
 COUNTERS = ("round", "refreshes", "empty_refreshes")
 """What a checkpoint keeps of a run beside weights, moments and curve."""
-
-TOKENS_PER_PASS = 8192
-"""Most tokens of one forward and backward pass; a larger batch is added up from several."""
 
 MAX_SKIPPED_IN_A_ROW = 3
 """One bad batch is skipped and counted; more than this in a row is a broken run."""
@@ -94,7 +94,7 @@ class DistillationResult:
     """No update was made (nothing to learn from): the adapter is the one that training began with."""
     seconds: float
     note: str = ""
-    """Why nothing was learned, or why a checkpoint was not used."""
+    """Why nothing was learned, why a checkpoint was not used, that memory ran out."""
 
 
 Resample = Callable[[int, "nn.Module"], list[DistillationRow]]
@@ -114,6 +114,8 @@ def distill(
     iteration: int = 1,
     threads: int = 1,
     device: str = "cpu",
+    tokens_per_pass: int = 8192,
+    activation_checkpointing: bool = False,
     base: str = "",
     checkpoint: Path | None = None,
     resample: Resample | None = None,
@@ -130,6 +132,9 @@ def distill(
         out: folder for the adapter.
         init_adapter: adapter(k-1); None starts with one that changes nothing.
         iteration: k; the learning rate falls by ``learning_rate_decay`` per iteration.
+        tokens_per_pass: most distinct tokens of one forward and backward pass (more if one row alone is longer); the gradients
+            of a batch are added up over as many as it takes. Where memory runs out, passes are halved once.
+        activation_checkpointing: see :class:`Forward`; the same adapter from less memory and more time.
         base: identity of the base model, written into the adapter's config.
         checkpoint: folder in which the state is kept while training (how often: :meth:`Checkpoint.due`). What a killed
             training of the same arguments left there is used; what another left is refused, and the result's note says so.
@@ -138,7 +143,7 @@ def distill(
             process as well.
 
     Raises:
-        ModelError: the model cannot be loaded, or more than 3 batches in a row gave no finite gradient.
+        ModelError: the model cannot be loaded, more than 3 batches in a row gave no finite gradient, or memory ran out again.
         AlignmentError: a row has no teacher although the divergence needs one.
         ConfigError, StoreError: ``init_adapter`` does not fit or is corrupt.
     """
@@ -163,7 +168,8 @@ def distill(
         # Dropout of the base would make the student another policy than the one that acts: none of it.
         wrapped.eval()
         fuse(wrapped)
-        run = _Run(wrapped, rows, settings, regime, seed, iteration, threads)
+        forward = Forward(wrapped, recompute=activation_checkpointing)
+        run = _Run(wrapped, forward, rows, settings, regime, seed, iteration, threads, tokens_per_pass)
         kept = None
         if checkpoint is not None:
             decided = {"settings": settings.model_dump(), "regime": regime.model_dump(), "seed": seed, "iteration": iteration}
@@ -178,9 +184,9 @@ def distill(
     curve = run.curve
     skipped = sum(point.skipped for point in curve)
     unchanged = skipped == len(curve)
-    note = kept.refused if kept is not None else ""
+    notes = [kept.refused if kept is not None else "", run.halved]
     if unchanged:
-        note = "no trajectory was kept" if not rows else "every batch was skipped"
+        notes.append("no trajectory was kept" if not rows else "every batch was skipped")
     return DistillationResult(
         adapter=out,
         curve=tuple(curve),
@@ -192,7 +198,7 @@ def distill(
         empty_refreshes=run.empty_refreshes,
         unchanged=unchanged,
         seconds=time.perf_counter() - started,
-        note=note,
+        note="; ".join(filter(None, notes)),
     )
 
 
@@ -225,23 +231,28 @@ class _Run:
     def __init__(
         self,
         wrapped: Any,
+        forward: Forward,
         rows: Sequence[DistillationRow],
         settings: DistillationSettings,
         regime: Regime,
         seed: int,
         iteration: int,
         threads: int,
+        tokens_per_pass: int,
     ) -> None:
         import torch
 
         self.wrapped = wrapped
-        self.forward = Forward(wrapped)
+        self.forward = forward
         self.rows = rows
         self.settings = settings
         self.regime = regime
         self.seed = seed
         self.iteration = iteration
         self.threads = threads
+        self.tokens_per_pass = tokens_per_pass
+        self.halved = ""
+        """That and where passes were halved; '' as long as memory was enough."""
         self.parameters = {name: one for name, one in wrapped.named_parameters() if one.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay
@@ -345,8 +356,7 @@ class _Run:
         rate = learning_rate(self.settings, step, total, self.iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        sums = self._accumulate(rows)
+        sums = self._gradients(rows, step)
         norm = math.nan
         if math.isfinite(sums.loss):
             norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.gradient_clip))
@@ -370,6 +380,38 @@ class _Run:
             skipped=not usable,
         )
 
+    def _gradients(self, rows: Sequence[DistillationRow], step: int) -> _Sums:
+        """:meth:`_accumulate` from nothing; where memory runs out, once more in smaller passes.
+
+        Raises:
+            ModelError: memory ran out a second time, or no pass can be smaller.
+        """
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                return self._accumulate(rows)
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                told = str(error).splitlines()[0]
+            self._halve(rows, step, told)  # out of the handler: the traceback held every tensor of the pass
+
+    def _halve(self, rows: Sequence[DistillationRow], step: int, told: str) -> None:
+        ids, tokens = [row.row.ids for row in rows], self.tokens_per_pass
+        before = len(self.forward.passes(ids, tokens))
+        while tokens > 1 and len(self.forward.passes(ids, tokens)) == before:
+            tokens //= 2
+        if self.halved or tokens == 1:
+            again = " again" if self.halved else ""
+            raise ModelError(
+                f"training step {step}: memory ran out{again} in passes of {self.tokens_per_pass} tokens: {told}",
+                "set runtime.activation_checkpointing, lower runtime.tokens_per_pass or rollout.max_tokens, or free memory "
+                "(`evolve doctor` with the experiment file calculates what it takes)",
+            )
+        self.halved = f"out of memory at step {step}: passes of {tokens} tokens in place of {self.tokens_per_pass} since then"
+        log.warning("%s", self.halved)
+        self.tokens_per_pass = tokens
+
     def _accumulate(self, rows: Sequence[DistillationRow]) -> _Sums:
         """Add up the gradients of one optimizer step, forward pass by forward pass.
 
@@ -380,7 +422,7 @@ class _Run:
         weights = [self.settings.retention_weight if row.retention else 1.0 for row in rows]
         total = sum(weight * row.action_tokens for weight, row in zip(weights, rows, strict=True))
         sums = _Sums()
-        for chosen in self.forward.passes([row.row.ids for row in rows], TOKENS_PER_PASS):
+        for chosen in self.forward.passes([row.row.ids for row in rows], self.tokens_per_pass):
             part = [rows[index] for index in chosen]
             found = row_losses(self.forward, part, self.regime.divergence, jsd_weight=self.settings.jsd_weight)
             counts = torch.tensor([row.action_tokens for row in part])
@@ -394,6 +436,14 @@ class _Run:
                 break
             loss_N.sum().backward()
         return sums
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Devices raise ``torch.OutOfMemoryError``; the CPU's allocator, and some devices, have words only."""
+    import torch
+
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(one in str(error) for one in words)
 
 
 @dataclass(slots=True)

@@ -66,6 +66,8 @@ def run(context: StepContext) -> None:
         iteration=context.iteration,
         threads=experiment.runtime.threads,
         device=experiment.runtime.device,
+        tokens_per_pass=experiment.runtime.tokens_per_pass,
+        activation_checkpointing=experiment.runtime.activation_checkpointing,
         base=entering.base,
         checkpoint=context.build.checkpoint("training"),
         resample=resample,
