@@ -1,4 +1,5 @@
-"""What is told when a run fails while nobody looks: a line in the log with the remedy, and a call to a webhook."""
+"""What is told while nobody looks: a run that failed, with the remedy, and a champion that had to give way to an earlier one. A
+line in the log, and a call to a webhook."""
 
 import json
 import logging
@@ -6,6 +7,7 @@ import os
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -19,6 +21,8 @@ from evolve_dag.secrecy import excerpt
 TIMEOUT_SECONDS = 5.0
 PAUSES = (1.0, 3.0)
 """Seconds before the second and the third attempt."""
+EACH_TICK = 50
+"""Promotions that one tick looks at."""
 LONGEST = 2000
 """Characters of the message that are told."""
 
@@ -37,16 +41,61 @@ def failure_watch(context: dg.RunFailureSensorContext, store: StoreResource) -> 
     context.log.error(line)
     if told["will_retry"]:
         return dg.SkipReason(f"{line}\nIt is started again by itself.")
+    return dg.SkipReason(f"{line}{_posted(context, store.path, told)}")
+
+
+@dg.sensor(
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    minimum_interval_seconds=30,
+    description="Logs that the best champion so far came back, and posts it where `schedule.webhook` of its experiment says.",
+)
+def restore_watch(context: dg.SensorEvaluationContext, store: StoreResource) -> dg.SensorResult:
+    """Looks at every promotion since the last tick, in order; the first tick only notes where it begins."""
+    begun = context.cursor is not None
+    where = dg.AssetRecordsFilter(dg.AssetKey("promotion"), after_storage_id=int(context.cursor or 0))
+    records = context.instance.fetch_materializations(where, limit=EACH_TICK if begun else 1, ascending=begun).records
+    lines = []
+    for told in filter(None, map(_restored, records if begun else [])):
+        line = f"{told['experiment']}: iteration {told['iteration']}: {told['message']}"
+        context.log.warning(line)
+        lines.append(f"{line}{_posted(context, store.path, told)}")
+    newest = max((record.storage_id for record in records), default=context.cursor or 0)
+    return dg.SensorResult(skip_reason="\n".join(lines) or "no champion was restored", cursor=str(newest))
+
+
+def _restored(record: dg.EventLogRecord) -> dict[str, Any] | None:
+    """What is posted about a materialized promotion; None unless it restored the best champion just now."""
+    made = record.asset_materialization
+    if made is None or made.partition is None:
+        return None
+    facts = {
+        name: value.value for name, value in made.metadata.items() if name in ("decision", "reasons", "best", "recomputed")
+    }
+    if facts.get("decision") != "restore" or not facts.get("recomputed", True):
+        return None
+    name, iteration = partitions.split(made.partition)
+    return {
+        "experiment": name,
+        "iteration": iteration,
+        "run_id": record.run_id,
+        "decision": "restore",
+        "champion": facts.get("best"),
+        "message": f"the best champion so far (iteration {facts.get('best')}) comes back:\n{facts.get('reasons')}",
+    }
+
+
+def _posted(context: dg.RunFailureSensorContext | dg.SensorEvaluationContext, root: Path, told: dict[str, Any]) -> str:
+    """Post to the experiment's webhook, if it has one; what became of it, as a line."""
     try:
-        variable = registry.load(store.path, told["experiment"]).schedule.webhook
+        variable = registry.load(root, told["experiment"]).schedule.webhook
     except EvolveError as error:
-        return dg.SkipReason(f"{line}\nnot posted: {error.what}")
+        return f"\nnot posted: {error.what}"
     if not variable:
-        return dg.SkipReason(line)
+        return ""
     problem = post(os.environ.get(variable, ""), told)
     if problem:
         context.log.warning(f"the webhook in {variable} was not reached: {problem}")
-    return dg.SkipReason(f"{line}\nwebhook: {problem or 'posted'}")
+    return f"\nwebhook: {problem or 'posted'}"
 
 
 def failed_steps(instance: dg.DagsterInstance, run_id: str) -> list[tuple[str, str]]:

@@ -36,7 +36,7 @@ def _result(verdict: Verdict, blocking: bool) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
         check_name=verdict.check,
         passed=verdict.passed,
-        severity=dg.AssetCheckSeverity.ERROR if blocking else dg.AssetCheckSeverity.WARN,
+        severity=dg.AssetCheckSeverity.ERROR if blocking or verdict.serious else dg.AssetCheckSeverity.WARN,
         description=verdict.text or None,
         metadata={name: _shown(value) for name, value in verdict.evidence.items()},
     )

@@ -19,7 +19,13 @@ def build(store: StoreResource | None = None, session: Session | None = None) ->
         assets=[*settings_assets, *loop_assets],
         jobs=[automation.iteration_job, automation.settings_job],
         schedules=[] if session else automation.nightly_schedules(store.path),
-        sensors=[automation.config_watch, automation.continue_until, recovery.lost_runs, alerts.failure_watch],
+        sensors=[
+            automation.config_watch,
+            automation.continue_until,
+            recovery.lost_runs,
+            alerts.failure_watch,
+            alerts.restore_watch,
+        ],
         resources={"store": store, "session": session or Session()},
         # A process per step would cost 4-5 s each; in one process it is 0.3 s.
         executor=dg.in_process_executor,

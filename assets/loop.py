@@ -95,7 +95,7 @@ def _announce_policy(context: dg.AssetExecutionContext, policy: base.Resolved, s
     sets when the asset's own body runs: without them it would compare times instead of data versions.
     """
     name, _ = partitions.split(context.partition_key)
-    context.instance.add_dynamic_partitions(partitions.ITERATION, [partitions.iteration_key(policy.iteration)])
+    partitions.add_iteration(context.instance, policy.iteration)
     tags = {
         DATA_VERSION_TAG: str(policy.digest),
         DATA_VERSION_IS_USER_PROVIDED_TAG: "true",

@@ -41,5 +41,26 @@ def split(partition_key: str) -> tuple[str, int]:
 
 def add_partitions(instance: dg.DagsterInstance, names: list[str], iterations_up_to: int) -> None:
     """Make experiments and iterations 1..n known to Dagster; adding twice is harmless."""
-    instance.add_dynamic_partitions(EXPERIMENT, names)
-    instance.add_dynamic_partitions(ITERATION, iteration_keys(iterations_up_to))
+    _add(instance, EXPERIMENT, names)
+    _add(instance, ITERATION, iteration_keys(iterations_up_to))
+
+
+def add_iteration(instance: dg.DagsterInstance, iteration: int) -> None:
+    """Make one iteration known to Dagster; adding twice is harmless."""
+    _add(instance, ITERATION, [iteration_key(iteration)])
+
+
+def _add(instance: dg.DagsterInstance, definition: str, keys: list[str]) -> None:
+    """Add keys, also while other processes add the same ones.
+
+    Dagster looks which are new and then inserts them all, in two statements: who comes second in between fails on the key
+    that is there by then. Each time that this happens at least one more key is there, so it ends.
+    """
+    from sqlalchemy.exc import IntegrityError
+
+    for _ in keys:
+        try:
+            return instance.add_dynamic_partitions(definition, keys)
+        except IntegrityError:
+            continue
+    return instance.add_dynamic_partitions(definition, keys)

@@ -12,6 +12,7 @@ from evolve_dag.assets.resources import SessionParam, StoreResource, failures
 
 from evolve_dag.config.schema import Experiment
 from evolve_dag.steps.base import SPECS, STEPS, settings_digest
+from evolve_dag.steps.slices import slice_of
 
 OWNERS = tuple(os.environ.get("EVOLVE_OWNERS", "team:evolve-dag").split(","))
 """Who answers for the assets, as Dagster shows it: `EVOLVE_OWNERS`, addresses or `team:<name>`, separated by commas."""
@@ -28,7 +29,7 @@ def settings_key(step: str) -> dg.AssetKey:
 def settings_metadata(step: str, experiment: Experiment) -> dict[str, dg.MetadataValue]:
     """What the slice says, for people."""
     return {
-        "settings": dg.MetadataValue.json(experiment.slice(*SPECS[step].config)),
+        "settings": dg.MetadataValue.json(experiment.slice(*slice_of(SPECS[step], experiment).keys)),
         "experiment": dg.MetadataValue.text(experiment.experiment),
     }
 

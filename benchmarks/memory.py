@@ -1,6 +1,6 @@
 """Memory of a training step: calculated before the run, and measured.
 
-    python benchmarks/memory.py              # ten minutes on one core, up to 4 GB
+    python benchmarks/memory.py              # five minutes on one core, up to 4 GB
 
 Every case trains one step in a process of its own; measured is the growth of its largest resident size from before the model
 was made: once where what is freed goes back at once (MALLOC_MMAP_THRESHOLD_), and once as glibc does by itself, which keeps
@@ -34,12 +34,6 @@ CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "pocket, hidden 128 x 4": ("qwen3", "float32", 16_384, {"hidden_size": 128, "num_hidden_layers": 4, "vocab_size": 702}),
     "hidden 256 x 6": ("qwen3", "float32", 8192, {"hidden_size": 256, "num_hidden_layers": 6, "vocab_size": 2048}),
     "SmolLM2, hidden 576 x 30": ("llama", "float32", 1024, {"hidden_size": 576, "num_hidden_layers": 30, "vocab_size": 49_152}),
-    "hidden 1024 x 4, bfloat16": (
-        "qwen3",
-        "bfloat16",
-        2048,
-        {"hidden_size": 1024, "num_hidden_layers": 4, "vocab_size": 151_936},
-    ),
 }
 """Name -> architecture, number format, tokens, shape."""
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}

@@ -12,10 +12,9 @@ from __future__ import annotations
 import argparse
 from random import Random
 
-from evolve_dag.config.schema import ExtractionSettings
 from evolve_dag.environments.pocket.script import FastSearch, ScriptedAgent, action_text, habitual, moves
 from evolve_dag.environments.pocket.world import Question, World
-from evolve_dag.experience.extraction.mining import extract
+from evolve_dag.experience.extraction.mining import ContrastExtraction, extract
 from evolve_dag.experience.features import Tracker
 from evolve_dag.experience.phrases import action_of
 from evolve_dag.experience.pool import Pool
@@ -79,7 +78,7 @@ def play(
 
 def nights(seed: int, count: int, tasks: int, group: int, memory: float, obedience: float) -> list[float]:
     """Success on 512 held-out questions before the first night and after each."""
-    settings = ExtractionSettings(min_support=5, cap=24, memory=memory)
+    settings = ContrastExtraction(min_support=5, cap=24, memory=memory)
     held_out = World(3000 + seed)
     asked = [held_out.question(Random(f"{seed}/{n}")) for n in range(512)]
     searching, pool, curve, evidence = FastSearch(held_out), Pool(), [], None

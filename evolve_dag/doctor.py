@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from evolve_dag.config import registry
+from evolve_dag.config.parts import parts
 from evolve_dag.errors import EvolveError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def examine(root: Path, experiment: Experiment | None = None) -> Iterator[Findin
         _threads,
         _weights,
         _configs,
+        lambda: _gates(root),
         lambda: _registry(root),
         lambda: _store(root),
         lambda: _dagster_home(root),
@@ -222,6 +224,15 @@ def _configs() -> Iterator[Finding]:
         )
 
 
+def _gates(root: Path) -> Iterator[Finding]:
+    from evolve_dag.lineage.power import warning
+    from evolve_dag.store.artifacts import Store
+
+    for entry in registry.scan(registry.configs_folder())[0]:
+        if told := warning(entry.load(), Store(root)):
+            yield Finding("note", f"experiment {entry.name}", told)
+
+
 def _registry(root: Path) -> Iterator[Finding]:
     for path in sorted((root / "experiments").glob("*.json")):
         try:
@@ -274,9 +285,11 @@ def _databases(root: Path) -> Iterator[Finding]:
 def _optional() -> Iterator[Finding]:
     features = {
         "dagster_webserver": "the web interface (evolve ui): pip install dagster-webserver",
-        "trafilatura": "the live web (environment.kind: tools): pip install 'evolve-dag[web]'",
-        "markitdown": "PDF and Office files (environment.kind: tools): pip install 'evolve-dag[web]'",
-        "math_verify": "answers in mathematics (verification.kind: mathematics): pip install 'evolve-dag[math]'",
+        **{
+            library: f"`{choice.place}: {name}`: pip install 'evolve-dag[{extra}]'"
+            for choice, name, row in parts()
+            for library, extra in row.libraries.items()
+        },
         "gguf": "model folders from GGUF files (evolve model): pip install 'evolve-dag[gguf]'",
         "s3fs": "a store on object storage (EVOLVE_MIRROR): pip install 'evolve-dag[s3]'",
         "pytest": "the tests (make test): pip install -e '.[dev]'",
@@ -295,6 +308,6 @@ def _sandbox() -> Iterator[Finding]:
 
 
 def _keys() -> Iterator[Finding]:
-    names = ("OPENAI_API_KEY", "SERPER_API_KEY", "JINA_API_KEY", "VLLM_API_KEY", "MLFLOW_TRACKING_URI", "EVOLVE_MIRROR")
+    names = [*(name for _, _, row in parts() for name in row.variables), "MLFLOW_TRACKING_URI", "EVOLVE_MIRROR"]
     found = [name for name in names if os.environ.get(name)]  # never their values
     yield Finding("ok", "environment", f"set: {', '.join(found)}" if found else f"none of {', '.join(names)} is set")

@@ -6,6 +6,10 @@ can still catch ``ValueError`` or ``OSError``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 
 class EvolveError(Exception):
     """Root of the family.
@@ -51,3 +55,28 @@ class ContextOverflowError(ModelError):
 
 class AlignmentError(EvolveError, ValueError):
     """Student and teacher views do not share the same action ids, or history holds experience."""
+
+
+_slice_errors: ContextVar[list[SliceError] | None] = ContextVar("slice_errors", default=None)
+
+
+class SliceError(EvolveError, RuntimeError):
+    """A step reads a setting, a model or a prompt that is not in its digest: it would be served stale results."""
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        super().__init__(what, remedy)
+        if (seen := _slice_errors.get()) is not None:
+            seen.append(self)
+
+
+@contextmanager
+def no_slice_error() -> Iterator[None]:
+    """Raises, at its end, also a :class:`SliceError` that was caught inside: an episode that failed for it is no result."""
+    seen: list[SliceError] = []
+    token = _slice_errors.set(seen)
+    try:
+        yield
+    finally:
+        _slice_errors.reset(token)
+    if seen:
+        raise seen[0]

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from evolve_dag.errors import ConfigError
+from evolve_dag.errors import ConfigError, SliceError
 
 ROOT = Path(__file__).parent
 _BLANK = re.compile(r"\{\{([a-z][a-z0-9_]*)\}\}")
@@ -47,13 +50,36 @@ class Prompt:
         return _BLANK.sub(lambda match: str(values[match.group(1)]), self.text)
 
 
-@lru_cache(maxsize=64)
+_declared: ContextVar[frozenset[str] | None] = ContextVar("declared_prompts", default=None)
+
+
+@contextmanager
+def only(names: frozenset[str]) -> Iterator[None]:
+    """While it lasts, no other prompt can be loaded here: those of a step are in its digest."""
+    before = _declared.set(names)
+    try:
+        yield
+    finally:
+        _declared.reset(before)
+
+
 def load(name: str) -> Prompt:
     """The prompt ``<package>/<name>``, e.g. ``experience/critique_web``.
 
     Raises:
         ConfigError: there is no such file.
+        SliceError: a step runs, and its digest does not hold this prompt.
     """
+    declared = _declared.get()
+    if declared is not None and name not in declared:
+        raise SliceError(
+            f"prompt {name} is used by a step, but is not in its digest", "name it under `prompts` in the row of the part"
+        )
+    return _read(name)
+
+
+@lru_cache(maxsize=64)
+def _read(name: str) -> Prompt:
     try:
         return Prompt(name, (ROOT / _file(name)).read_text(encoding="utf-8"))
     except OSError:
@@ -64,7 +90,7 @@ def digest(*names: str) -> str:
     """One hash over several prompts, whatever their order."""
     total = hashlib.sha256()
     for name in sorted(set(names)):
-        content = load(name).text.encode()
+        content = _read(name).text.encode()
         total.update(f"{name}\0{len(content)}\0".encode() + content)
     return f"sha256:{total.hexdigest()[:32]}"
 

@@ -7,8 +7,8 @@ written and read by :mod:`evolve_dag.store.artifacts`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 LARGEST_SEED = 2**64 - 1
 """What torch takes; numpy and random take more."""
@@ -17,10 +17,9 @@ Role = Literal["system", "user", "assistant", "tool"]
 Granularity = Literal["principle", "instance"]
 InjectionPattern = Literal["none", "global", "step_wise"]
 Source = Literal["teacher", "student"]
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "cross_entropy"]
 TrajectoryStatus = Literal["answered", "forced", "unanswered", "failed"]
 PoolOperation = Literal["add", "update", "delete", "merge", "graduate", "recall"]
-Decision = Literal["promote", "keep"]
+Decision = Literal["promote", "keep", "restore"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +178,26 @@ class PoolEdit:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """What the gate carries from night to night: who holds, who was the best, how sure it is that things got worse since."""
+
+    champion: int = 0
+    """Iteration whose candidate holds; 0: the base policy."""
+    best: int = 0
+    """Iteration of the best champion so far."""
+    adapter: str | None = None
+    """Digest of the best one's adapter; None for the bare base model."""
+    experience: str | None = None
+    """Digest of the best one's experience pool; None for an empty one."""
+    capital: tuple[float, ...] = ()
+    """What bettors on a loss have made since then, see :mod:`evolve_dag.evaluation.betting`; () at the start."""
+    nights: int = 0
+    """Candidates since the best that were compared with it."""
+    lost: float = 0.0
+    """Success that these lost against it, mean over the nights; negative: gained."""
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyRef:
     """What enters iteration k: policy(k) = base model + adapter(k-1) + experience pool(k-1)."""
 
@@ -193,6 +212,15 @@ class PolicyRef:
     next_item: int = 1
     """First number that an item of E(k) may bear. It counts past the items of declined candidates, whose pool is gone but
     whose ids stay in the record: an id is never given twice."""
+    standing: Standing = Standing()
+    """The gate's affair: it decides what the gate compares, and nothing of what the policy is."""
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What the policy is, as plain values."""
+        values = asdict(self)
+        del values["standing"]
+        return values
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,17 +34,17 @@ def test_a_prompt_that_is_not_there_is_named() -> None:
 
 def test_the_digest_follows_the_text_and_not_the_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(prompts, "ROOT", tmp_path)
-    prompts.load.cache_clear()
+    prompts._read.cache_clear()
     (tmp_path / "a" / "prompts").mkdir(parents=True)
     for name, text in (("one", "1"), ("two", "2")):
         (tmp_path / "a" / "prompts" / f"{name}.md").write_text(text)
     before = prompts.digest("a/one", "a/two")
     assert before == prompts.digest("a/two", "a/one")
     assert before != prompts.digest("a/one")
-    prompts.load.cache_clear()
+    prompts._read.cache_clear()
     (tmp_path / "a" / "prompts" / "two.md").write_text("2 reworded")
     assert prompts.digest("a/one", "a/two") != before
-    prompts.load.cache_clear()
+    prompts._read.cache_clear()
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from evolve_dag.config.parts import Chosen, chosen
 from evolve_dag.config.schema import Experiment, contradictions
+from evolve_dag.config.section import PATH, S, Section, marked
 from evolve_dag.config.yamlfile import read_mapping
 from evolve_dag.errors import ConfigError
 
@@ -48,13 +50,12 @@ def read_experiment(
         raise ConfigError(f"{path}: is a study, not an experiment", f"run it as one: evolve study {path}")
     merged.setdefault("experiment", path.stem)
     for part in over:
-        own, where = deepcopy(dict(part)), stated_in or path
-        mistakes += _absolute_paths(own, where)
-        _overlay(merged, own, "", where, origin)
+        _overlay(merged, deepcopy(dict(part)), "", stated_in or path, origin)
     try:
         experiment = Experiment.model_validate(merged)
     except ValidationError as error:
         return None, mistakes + [_describe(item, merged, origin, path) for item in error.errors()]
+    experiment = _absolute(experiment, "", lambda key: _origin(origin, key, path), mistakes)
     mistakes += [f"{_origin(origin, key, path)}: {key}: {what}" for key, what in contradictions(experiment)]
     return (None if mistakes else experiment), mistakes
 
@@ -73,15 +74,6 @@ def numbered(mistakes: Sequence[str]) -> str:
     return f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}{lines}"
 
 
-_PATH_KEYS = (
-    "start_pool",
-    "environment.pages",
-    "environment.files",
-    *(f"tasks.{split}.path" for split in ("train", "development", "held_out")),
-    *(f"models.{role}.path" for role in ("policy", "extractor", "selector", "judge", "embedding")),
-)
-
-
 def _merge_chain(path: Path, seen: tuple[Path, ...], mistakes: list[str]) -> tuple[dict[str, Any], dict[str, Path]]:
     """Content of ``path`` laid over what it extends, and the file that each dotted key came from; adds to ``mistakes``."""
     try:
@@ -95,7 +87,6 @@ def _merge_chain(path: Path, seen: tuple[Path, ...], mistakes: list[str]) -> tup
     content, wrong_here = read_mapping(path)
     mistakes += [f"{path}: {wrong}" for wrong in wrong_here]
     parent = content.pop("extends", None)
-    mistakes += _absolute_paths(content, path)
     if parent is None:
         base: dict[str, Any] = {}
         origin: dict[str, Path] = {}
@@ -109,24 +100,19 @@ def _merge_chain(path: Path, seen: tuple[Path, ...], mistakes: list[str]) -> tup
     return base, origin
 
 
-def _absolute_paths(content: dict[str, Any], path: Path) -> list[str]:
-    """Resolve every path in ``content`` against the file that states it; returns what is wrong with them."""
-    found = ((dotted, _make_absolute(content, dotted, path)) for dotted in _PATH_KEYS)
-    return [f"{path}: {dotted}: {wrong}" for dotted, wrong in found if wrong]
-
-
-def _make_absolute(content: dict[str, Any], dotted: str, path: Path) -> str | None:
-    """Resolve one path against the file that states it; returns what is wrong with it."""
-    *parents, last = dotted.split(".")
-    node: Any = content
-    for part in parents:
-        node = node.get(part) if isinstance(node, dict) else None
-    if isinstance(node, dict) and isinstance(node.get(last), str) and node[last] not in ("", "pocket"):
-        try:
-            node[last] = str((path.parent / node[last]).resolve())
-        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a zero byte
-            return f"no file can be there: {error}"
-    return None
+def _absolute(section: S, prefix: str, base: Callable[[str], Path], mistakes: list[str]) -> S:
+    """The section with its paths resolved against the file that states each (``base``); adds to ``mistakes``."""
+    changes: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        key, value = f"{prefix}{name}", getattr(section, name)
+        if isinstance(value, Section):
+            changes[name] = _absolute(value, f"{key}.", base, mistakes)
+        elif marked(field, PATH) and value and value != "pocket":
+            try:
+                changes[name] = str((base(key).parent / value).resolve())
+            except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a zero byte
+                mistakes.append(f"{base(key)}: {key}: no file can be there: {error}")
+    return section.model_copy(update=changes)
 
 
 def _overlay(base: dict[str, Any], over: Mapping[str, Any], prefix: str, path: Path, origin: dict[str, Path]) -> None:
@@ -138,15 +124,43 @@ def _overlay(base: dict[str, Any], over: Mapping[str, Any], prefix: str, path: P
             current, value = _as_regime(current), _as_regime(value)
             if isinstance(value, dict) and "preset" in value:
                 current = None
-        replaces_kind = key == "environment" and isinstance(value, dict) and "kind" in value
-        if isinstance(value, dict) and isinstance(current, dict) and not replaces_kind:
-            merged = dict(current)
+        if isinstance(value, dict) and isinstance(current, dict):
+            merged = _inherited(dotted, current, value)
             _overlay(merged, value, f"{dotted}.", path, origin)
             base[key] = merged
         else:
             base[key] = value
             for inner in _keys(value, dotted):
                 origin[inner] = path
+
+
+def _inherited(dotted: str, current: dict[str, Any], value: dict[str, Any]) -> dict[str, Any]:
+    """What a section keeps of the one it is laid over: where it names another part, only the keys that this part has too.
+
+    An environment that names its kind starts anew, whatever stood there.
+    """
+    chooser = _chooser(dotted)
+    if chooser is None or chooser.key not in value:
+        return dict(current)
+    if dotted == "environment":
+        return {}
+    settings = chooser.settings(value)
+    if settings is None or chooser.name(value) == chooser.name(current):
+        return dict(current)
+    return {key: inner for key, inner in current.items() if key in settings.model_fields}
+
+
+def _chooser(dotted: str, model: type[Section] = Experiment) -> Chosen | None:
+    """What decides the class of the section at a dotted key of ``model``; None where it is the same for all."""
+    holder: Any = model
+    *parents, last = dotted.split(".")
+    for name in parents:
+        field = holder.model_fields.get(name)
+        holder = field.annotation if field is not None else None
+        if not (isinstance(holder, type) and issubclass(holder, Section)):
+            return None
+    field = holder.model_fields.get(last)
+    return chosen(field) if field is not None else None
 
 
 def _as_regime(value: Any) -> Any:
@@ -170,22 +184,15 @@ def _origin(origin: Mapping[str, Path], key: str, default: Path) -> Path:
 
 def _describe(error: Any, merged: Mapping[str, Any], origin: Mapping[str, Path], path: Path) -> str:
     location = [str(part) for part in error["loc"]]
-    for depth, tag in ((1, "kind"), (2, "backend")):  # pydantic names a union's branch; the reader's key has no such part
-        node: Any = merged
-        for part in location[:depth]:
-            node = node.get(part) if isinstance(node, dict) else None
-        branch = node if isinstance(node, str) else node.get(tag, "transformers") if isinstance(node, dict) else None
-        if len(location) > depth and location[0] == ("environment", "models")[depth - 1] and location[depth] == branch:
-            del location[depth]
-    return f"{_origin(origin, '.'.join(location), path)}: {described({**error, 'loc': location}, Experiment)}"
+    return f"{_origin(origin, '.'.join(location), path)}: {described(error, Experiment, merged)}"
 
 
-def described(error: Any, model: type[BaseModel]) -> str:
-    """One mistake that pydantic found, as ``key: what is wrong``."""
+def described(error: Any, model: type[Section], content: Mapping[str, Any]) -> str:
+    """One mistake that pydantic found in ``content``, as ``key: what is wrong``."""
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        what = f"unknown key{_did_you_mean(location, model)}"
+        what = f"unknown key{_did_you_mean(location, model, content)}"
     elif error["type"] == "missing":
         what = "missing"
     else:
@@ -196,14 +203,25 @@ def described(error: Any, model: type[BaseModel]) -> str:
     return f"{key or 'file'}: {what}"
 
 
-def _did_you_mean(location: list[str], model: type[BaseModel]) -> str:
+def _did_you_mean(location: list[str], model: type[Section], whole: Mapping[str, Any]) -> str:
+    """What an unknown key may be: one of another part, or one that reads alike."""
     import difflib
 
-    node: Any = model
-    for part in location[:-1]:
-        field = node.model_fields.get(part) if isinstance(node, type) and issubclass(node, BaseModel) else None
-        node = field.annotation if field is not None else None
-    if not (isinstance(node, type) and issubclass(node, BaseModel)):
+    *parents, last = location
+    section: Any = model
+    content: Any = whole
+    for depth, name in enumerate(parents, 1):
+        content = content.get(name) if isinstance(content, dict) else None
+        chooser = _chooser(".".join(parents[:depth]), model)
+        if chooser is not None and isinstance(content, dict):
+            section, mine = chooser.settings(content), chooser.name(content)
+            others = [other for other in chooser.names if last in chooser.fields(other)]
+            if others and depth == len(parents):
+                return f": it belongs to `{chooser.key}: {' or '.join(others)}`, and this is `{chooser.key}: {mine}`"
+        else:
+            field = section.model_fields.get(name) if isinstance(section, type) and issubclass(section, Section) else None
+            section = field.annotation if field is not None else None
+    if not (isinstance(section, type) and issubclass(section, Section)):
         return ""
-    close = difflib.get_close_matches(location[-1], list(node.model_fields), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else f"; known here: {', '.join(node.model_fields)}"
+    close = difflib.get_close_matches(last, list(section.model_fields), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else f"; known here: {', '.join(section.model_fields)}"

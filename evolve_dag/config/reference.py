@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel
 
-from evolve_dag.config.schema import (
-    CorpusEnvironment,
-    Experiment,
-    OpenAIModelSettings,
-    PocketEnvironment,
-    ToolsEnvironment,
-    TransformersModelSettings,
-    VllmModelSettings,
-)
+from evolve_dag.config.parts import CHOICES, Chosen, chosen, known
+from evolve_dag.config.schema import Experiment, Models
+from evolve_dag.config.section import Section
 from evolve_dag.config.study import ArmSettings, StudySettings
 
 INTRODUCTION = """# Every key of an experiment file
 
-Made from `evolve_dag/config/schema.py` by `python -m evolve_dag.config.reference`; do not edit by hand.
+Made from the settings classes by `python -m evolve_dag.config.reference`; do not edit by hand.
 
 An experiment file is YAML. `extends: other.yaml` starts from another file (a path relative to this one) and lays this
 one's keys over it. Unknown keys, wrong types and combinations that cannot work are refused, all in one message.
 Paths are relative to the file that states them. `regime` takes a preset (`off_policy`, `on_policy`), or a preset and
 changes to it: `regime: {preset: off_policy, divergence: cross_entropy}`. Keys under `runtime` say how fast, never what:
 they are in no digest.
+
+Some sections name a *part* (`selection.selector`, `environment.kind`, ...): they have the keys of that part, listed below the
+table, and no others. Where a file names another part than the one it extends, it keeps of the section what this part has too;
+an environment starts anew.
 
 | key | type | default | meaning |
 |---|---|---|---|
@@ -40,10 +37,13 @@ HEAD = INTRODUCTION[INTRODUCTION.rindex("| key |") :]
 def reference() -> str:
     """The page."""
     parts = [INTRODUCTION, _table(_rows(Experiment, ""))]
+    for name, field in Experiment.model_fields.items():
+        if (chooser := chosen(field)) is not None:
+            parts += _sections(chooser, f"{name}.")
+    policy = chosen(Models.model_fields["extractor"])
+    assert policy is not None
+    parts += _sections(policy, "")
     for title, section in (
-        ("A model in this process: `backend: transformers`", TransformersModelSettings),
-        ("A model that vLLM serves: `backend: vllm`", VllmModelSettings),
-        ("A model behind an endpoint: `backend: openai`", OpenAIModelSettings),
         ("A study file, for `evolve study`", StudySettings),
         ("An arm of a study: an experiment file, or a mapping", ArmSettings),
     ):
@@ -51,32 +51,55 @@ def reference() -> str:
     return "".join(parts)
 
 
+def _sections(chooser: Chosen, prefix: str) -> Iterator[str]:
+    """A table for every part that can be named."""
+    for name in chooser.names:
+        settings = chooser.settings({chooser.key: name})
+        assert settings is not None
+        rows = _table(_rows(settings, prefix, skip=chooser.key))
+        yield f"\n## `{prefix}{chooser.key}: {name}`\n\n{_line(settings.__doc__)}\n"
+        yield f"\n{HEAD}{rows}" if rows else ""
+
+
 def _table(rows: Iterator[tuple[str, str, str, str]]) -> str:
     return "".join(f"| `{key}` | {kind} | {default} | {meaning} |\n" for key, kind, default, meaning in rows)
 
 
-def _rows(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+def _rows(section: type[Section], prefix: str, skip: str = "") -> Iterator[tuple[str, str, str, str]]:
     for name, field in section.model_fields.items():
-        key = f"{prefix}{name}"
-        inner = field.annotation
-        if key == "environment":
-            for kind in (PocketEnvironment, CorpusEnvironment, ToolsEnvironment):
-                yield from _rows(kind, "environment.")
-        elif prefix == "models.":
+        key, inner, says = f"{prefix}{name}", field.annotation, _line(field.description)
+        if name == skip:
+            continue
+        if prefix == "models.":
             default = "none" if field.default is None else _text(getattr(field.default, "path", field.default))
-            kinds = "a model" if key == "models.policy" else "`policy` or a model" if field.default == "policy" else "a model"
-            yield key, kinds, default, " ".join((field.description or "").split())
-        elif isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield key, "`policy` or a model" if field.default == "policy" else "a model", default, says
+        elif (chooser := chosen(field)) is not None:
+            yield (
+                f"{key}.{chooser.key}",
+                _names(chooser.names),
+                _text(chooser.default),
+                " ".join((chooser.base.__doc__ or "").split()),
+            )
+        elif (named := known(field)) is not None:
+            yield key, _names(CHOICES[named.choice].rows), _text(field.default), says
+        elif isinstance(inner, type) and issubclass(inner, Section):
             yield from _rows(inner, f"{key}.")
         else:
             default = "required" if field.is_required() else "none" if field.default_factory else _text(field.default)
-            bounds = _bounds(field.metadata)
-            yield key, _type(inner) + bounds, default, " ".join((field.description or "").split())
+            yield key, _type(inner) + _bounds(field.metadata), default, says
+
+
+def _line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _names(names: Iterable[str]) -> str:
+    return " \\| ".join(f"`{name}`" for name in names)
 
 
 def _type(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
-        return " \\| ".join(f"`{value}`" for value in get_args(annotation))
+        return _names(get_args(annotation))
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join("nothing" if a is type(None) else _type(a) for a in get_args(annotation))
     if get_origin(annotation) is Annotated:

@@ -9,32 +9,24 @@ how fast, never what.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Strict,
-    Tag,
-    field_validator,
-    model_validator,
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SerializeAsAny, Strict, field_validator, model_validator
+
+from evolve_dag.config.parts import (
+    CHOICES,
+    Chosen,
+    EnvironmentSettings,
+    ExtractionSettings,
+    Known,
+    SelectionSettings,
+    VerificationSettings,
+    part,
+    part_of,
 )
-
 from evolve_dag.config.scheduling import check_cron, check_timezone
-from evolve_dag.records import LARGEST_SEED, Divergence, Granularity, InjectionPattern, Source
-
-MOST = 10_000_000
-"""Bound of every number that counts something: a slip of the hand, not a need, lies above it."""
-
-
-class Section(BaseModel):
-    """A part of an experiment file; unknown keys and silent type conversions are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
-
+from evolve_dag.config.section import MOST, PATH, RUNTIME, Section, Strings, marked
+from evolve_dag.records import LARGEST_SEED, Granularity, InjectionPattern, Source
 
 REGIME_PRESETS: Mapping[str, Mapping[str, Any]] = {
     "off_policy": {"source": "teacher", "divergence": "forward_kl", "rejection": True},
@@ -47,7 +39,7 @@ class Regime(Section):
 
     source: Source = "teacher"
     """Who samples the trajectories that are learned from: the experience-aware teacher or the student."""
-    divergence: Divergence = "forward_kl"
+    divergence: Annotated[str, AfterValidator(Known("divergence"))] = "forward_kl"
     """What is minimised between teacher p and student q on every action token."""
     rejection: bool = True
     """Keep only successful trajectories."""
@@ -70,30 +62,38 @@ class Regime(Section):
         return {"refused": stated.get("source") == "student", **stated}
 
 
-Strings = Annotated[tuple[str, ...], Strict(False)]
-"""YAML knows lists only."""
-RUNTIME: dict[str, Any] = {"runtime": True}
-"""Marks a key that says how fast or where, never what: it is in no slice, so in no digest."""
+class ModelSettings(Section):
+    """A language model; its backend says where it runs."""
+
+    backend: str
+    """Where it runs."""
 
 
-class TransformersModelSettings(Section):
+class PolicySettings(ModelSettings):
+    """A model whose weights we hold: a policy must be one."""
+
+    path: str = Field(json_schema_extra=PATH)
+    """Folder that ``from_pretrained`` reads; ``pocket`` is the policy that ships with the package."""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Number format of the weights."""
+
+
+class TransformersModelSettings(PolicySettings):
     """A model in this process."""
 
     backend: Literal["transformers"] = "transformers"
     """In this process, through transformers."""
-    path: str = "pocket"
+    path: str = Field("pocket", json_schema_extra=PATH)
     """``pocket`` (the policy that ships with the package) or a folder that ``from_pretrained`` reads."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the weights."""
 
 
-class VllmModelSettings(Section):
+class VllmModelSettings(PolicySettings):
     """A model that vLLM samples from; its weights are opened here too, to teach and to learn."""
 
-    backend: Literal["vllm"]
+    backend: Literal["vllm"] = "vllm"
     """Through vLLM: an engine in a process of its own, or servers that run already."""
-    path: str
-    """Folder that ``from_pretrained`` reads; ``pocket`` is the policy that ships with the package."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the weights."""
     servers: Strings = Field((), json_schema_extra=RUNTIME)
@@ -115,10 +115,10 @@ class VllmModelSettings(Section):
     """Longest wait for one answer."""
 
 
-class OpenAIModelSettings(Section):
+class OpenAIModelSettings(ModelSettings):
     """A model behind an OpenAI-compatible endpoint. The key comes from the environment, never from this file."""
 
-    backend: Literal["openai"]
+    backend: Literal["openai"] = "openai"
     """Any OpenAI-compatible endpoint."""
     model: str
     """The model's name at the endpoint."""
@@ -130,7 +130,7 @@ class OpenAIModelSettings(Section):
     """What the endpoint offers for answers in JSON; without it the answer is parsed, and repaired once."""
     context_tokens: int = Field(32_768, ge=256, le=MOST)
     """Its context limit. A longer request keeps head and tail of its longest message, and says that it was cut."""
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = Field({})
     """Further fields of every request's body, e.g. ``chat_template_kwargs: {enable_thinking: false}``."""
     concurrency: int = Field(32, ge=1, le=MOST, json_schema_extra=RUNTIME)
     """Calls in flight, all endpoints together."""
@@ -146,145 +146,38 @@ class OpenAIModelSettings(Section):
     """US dollars per million sampled tokens."""
 
 
-PolicySettings = TransformersModelSettings | VllmModelSettings
-"""Models whose weights we hold: a policy must be one."""
-ModelSettings = TransformersModelSettings | VllmModelSettings | OpenAIModelSettings
 HelperRole = Literal["extractor", "selector", "judge", "embedding"]
-
-
-def _branch(value: Any) -> str | None:
-    if isinstance(value, str):
-        return value
-    return value.get("backend") if isinstance(value, dict) else getattr(value, "backend", None)
-
-
 HelperSettings = Annotated[
-    Annotated[Literal["policy"], Tag("policy")]
-    | Annotated[TransformersModelSettings, Tag("transformers")]
-    | Annotated[VllmModelSettings, Tag("vllm")]
-    | Annotated[OpenAIModelSettings, Tag("openai")],
-    Discriminator(_branch),
+    Literal["policy"] | SerializeAsAny[ModelSettings],
+    BeforeValidator(Chosen("backend", "transformers", ModelSettings, ("policy",))),
 ]
 
 
 class Models(Section):
     """Language models by role. ``policy`` in place of a model means: the policy itself (self-generated experience)."""
 
-    policy: Annotated[PolicySettings, Field(discriminator="backend")] = TransformersModelSettings()
+    policy: Annotated[SerializeAsAny[PolicySettings], BeforeValidator(Chosen("backend", "transformers", PolicySettings))] = (
+        TransformersModelSettings()
+    )
     """The model that acts, teaches and learns."""
     extractor: HelperSettings = "policy"
     """Who writes experience (``extraction.extractor: llm``) and sums up web pages: the policy itself, or a model of its own."""
     selector: HelperSettings = "policy"
     """Who chooses items (``selection.selector: llm``)."""
-    judge: Annotated[ModelSettings, Field(discriminator="backend")] | None = None
+    judge: Annotated[
+        SerializeAsAny[ModelSettings] | None, BeforeValidator(Chosen("backend", "transformers", ModelSettings, (None,)))
+    ] = None
     """Who judges answers (``verification.kind: judge``); never the policy."""
     embedding: Annotated[
-        Annotated[Literal["policy"], Tag("policy")] | Annotated[TransformersModelSettings, Tag("transformers")],
-        Discriminator(_branch),
+        Literal["policy"] | SerializeAsAny[TransformersModelSettings],
+        BeforeValidator(Chosen("backend", "transformers", TransformersModelSettings, ("policy",))),
     ] = "policy"
     """Whose hidden states compare items and states (``selection.selector: embedding``); ``policy``: the base model's."""
-
-    @field_validator("policy", "extractor", "selector", "judge", "embedding", mode="before")
-    @classmethod
-    def _default_backend(cls, value: Any) -> Any:
-        return {"backend": "transformers", **value} if isinstance(value, dict) else value
 
     def settings(self, role: HelperRole) -> ModelSettings | None:
         """The model of a role; the policy's where the file says ``policy``."""
         value: ModelSettings | str | None = getattr(self, role)
         return self.policy if isinstance(value, str) else value
-
-
-class PocketEnvironment(Section):
-    """A generated closed corpus about invented entities."""
-
-    kind: Literal["pocket"] = "pocket"
-    """A generated world."""
-    results: int = Field(3, ge=1, le=10)
-    """Pages that one search lists."""
-
-
-class CorpusEnvironment(Section):
-    """Search and visit over your own pages."""
-
-    kind: Literal["corpus"]
-    """Your own pages."""
-    pages: str
-    """JSONL file, one page a line: ``{"title": ..., "text": ...}``; relative to the file that names it."""
-    results: int = Field(3, ge=1, le=20)
-    """Pages that one search lists."""
-    snippet_characters: int = Field(160, ge=20, le=2000)
-    """Length of the excerpt in a listing."""
-    title_weight: float = Field(3.0, ge=0)
-    """Weight of a word in a title, against ``text_weight`` for one in the text (BM25 fields)."""
-    text_weight: float = Field(1.0, ge=0)
-    """0 searches titles only."""
-    minimum_match: float = Field(0.0, ge=0, le=1)
-    """Least share of a query's words that a page must hold; 0 lists any page with one of them."""
-    system: str = ""
-    """The whole system message, in place of ours, which describes every tool as JSON schema; empty: ours."""
-
-
-ToolName = Literal["search", "visit", "scholar", "python", "file"]
-
-
-class ToolsEnvironment(Section):
-    """The live web and a sandbox: the paper's five tools, or some of them."""
-
-    kind: Literal["tools"]
-    """The live web, a python sandbox, files."""
-    system: str = ""
-    """The whole system message, in place of ours, which describes every tool as JSON schema; empty: ours."""
-    tools: Annotated[tuple[ToolName, ...], Strict(False)] = Field(
-        ("search", "visit", "scholar", "python", "file"), min_length=1
-    )
-    """Which tools the policy has."""
-    search: Literal["serper", "searxng"] = "serper"
-    """Who answers ``search``: Serper (key in ``SERPER_API_KEY``) or a SearXNG instance."""
-    searxng: str = ""
-    """Address of the SearXNG instance."""
-    reader: Literal["local", "jina"] = "local"
-    """Who turns a page into text for ``visit``: this process, or Jina's reader (key in ``JINA_API_KEY``, optional)."""
-    results: int = Field(10, ge=1, le=20)
-    """Entries that one search lists."""
-    summarize: bool = True
-    """Whether the extractor model sums a visited page up for the stated goal; else its beginning is shown."""
-    page_characters: int = Field(12_000, ge=200, le=200_000)
-    """Most characters of a page that the policy or the extractor reads."""
-    page_bytes: int = Field(5_000_000, ge=10_000, le=MOST)
-    """Larger bodies are refused."""
-    blocked: Strings = ("huggingface.co", "hf-mirror.com", "hf.co")
-    """Hosts, with all below them, that no tool may ask: mirrors of the benchmarks. A page elsewhere that holds the same is not
-    known to it: name translators and archives here too (``translate.goog``, ``web.archive.org``) where that matters."""
-    files: str = ""
-    """Folder that the ``file`` tool may read; relative to the file that names it."""
-    cache: Literal["day", "none"] = "day"
-    """``day``: an address fetched today is not fetched again today."""
-    timeout_seconds: float = Field(30.0, gt=0)
-    """Longest wait for a page or a search."""
-    python_seconds: float = Field(10.0, gt=0, le=600)
-    """Processor and wall time of one ``python`` call."""
-    python_megabytes: int = Field(512, ge=64, le=MOST)
-    """Memory of one ``python`` call."""
-
-
-class VerificationSettings(Section):
-    """How a final answer is judged (METHOD step 2)."""
-
-    kind: Literal["exact", "contains", "mathematics", "judge"] = "exact"
-    """``exact``: normalized text. ``contains``: the reference stands in a short answer as whole words.
-    ``mathematics``: equal as mathematics (math-verify). ``judge``: a model's verdict."""
-    verdict: Literal["word", "json"] = "word"
-    """What the judge is asked for: one word (WebWalkerQA, GAIA) or JSON (BrowseComp-ZH)."""
-
-
-SuiteName = Literal["jsonl", "webwalkerqa", "gaia_text_103", "browsecomp_zh", "aime", "dapo"]
-
-
-STREAM_WORLDS = 10_000
-"""Distance between the pocket worlds of neighbouring iterations of a stream. Worlds of the other splits lie below it."""
-MOST_STREAM_ITERATIONS = 90
-"""Iterations whose worlds lie below those of measuring and pretraining (environments/pocket)."""
 
 
 class TaskSplit(Section):
@@ -294,11 +187,11 @@ class TaskSplit(Section):
     """How many tasks; None takes all of the file."""
     world: int | None = Field(None, ge=0, le=MOST)
     """Pocket world that the tasks are about; every split needs its own."""
-    path: str | None = None
+    path: str | None = Field(None, json_schema_extra=PATH)
     """File of tasks; JSONL with ``{"id"?, "question", "answer"}`` a line, or what ``suite`` says."""
-    suite: SuiteName = "jsonl"
+    suite: Annotated[str, AfterValidator(Known("suite"))] = "jsonl"
     """Format of the file: docs/benchmarks.md says where each comes from and what its licence is."""
-    fields: dict[str, str] = {}
+    fields: dict[str, str] = Field({})
     """Our name -> the file's name, for ``id``, ``question``, ``answer`` and facts to break results down by."""
     skip: int = Field(0, ge=0, le=MOST)
     """Tasks to leave out before ``count`` are drawn (the order of the draw is fixed), so that splits can share one file."""
@@ -336,63 +229,6 @@ class RolloutSettings(Section):
     """Wall time of one episode; past it the next call is told to answer."""
     plain_answers: bool = False
     """Whether a turn without a tool call is the final answer, as chat models are wont to give it; else it is malformed."""
-
-
-class ExtractionSettings(Section):
-    """Scored trajectories -> experience pool E(k) (METHOD step 3)."""
-
-    extractor: Literal["contrast", "llm"] = "contrast"
-    """``contrast``: mines state -> action patterns that separate success from failure; needs no LLM. ``llm``: the paper's
-    chain of summary, critique, decision and reconciliation."""
-    cap: int = Field(12, ge=1, le=MOST)
-    """Most items in the pool."""
-    min_support: int = Field(10, ge=1, le=MOST)
-    """Trajectories that must show a pattern."""
-    min_lift: float = Field(0.05, ge=0.0)
-    """Least gain in group-centred success of the action over the others in the same state."""
-    confidence: float = Field(0.95, gt=0.5, lt=1.0)
-    """Level at which the lower end of the lift's interval must be above zero."""
-    memory: float = Field(0.8, ge=0, le=1)
-    """``contrast``: what evidence of the iteration before still counts, of two before its square, and so on; 0: none."""
-    placebo: bool = False
-    """``contrast``, a control: every mined principle stands in the pool with another action than the one that was mined."""
-    graduation: float = Field(0.0, ge=0, lt=1)
-    """``contrast``: an item leaves the context once the policy, without experience, clearly does what it says in this share of
-    the steps in its situation, and comes back when it clearly does so less often. 0: items stay."""
-    domain: Literal["web", "mathematics"] = "web"
-    """Wording of the prompts of ``llm``."""
-    batch_tasks: int = Field(4, ge=1, le=MOST)
-    """``llm``: tasks whose decisions are reconciled together."""
-    candidates: int = Field(3, ge=1, le=10)
-    """``llm``: most candidate items per group of mixed outcomes."""
-    temperature: float = Field(0.3, ge=0)
-    """``llm``: of the extractor's calls."""
-    max_tokens: int = Field(2048, ge=32, le=MOST)
-    """``llm``: most tokens of one of its answers."""
-    max_words: int = Field(32, ge=4, le=32)
-    """``llm``: longest principle."""
-    max_characters: int = Field(24_000, ge=500, le=MOST)
-    """``llm``: most characters of trajectories in one call; head and tail of what is longer."""
-
-
-class SelectionSettings(Section):
-    """Which items fit the current state (METHOD: step_wise)."""
-
-    selector: Literal["state", "lexical", "embedding", "llm"] = "state"
-    """``state``: the item's condition holds. ``lexical``: word overlap of item and state, BM25. ``embedding``: nearest hidden
-    states. ``llm``: ``models.selector`` chooses; an invalid or empty choice falls back to ``lexical`` and is counted."""
-    min_items: int = Field(3, ge=0, le=50)
-    """``llm``: fewest items it is asked for (fewer where the pool or ``max_items`` is smaller)."""
-    max_items: int = Field(3, ge=1, le=50)
-    """Most items per step."""
-    temperature: float = Field(0.3, ge=0)
-    """``llm``: of the selector's calls."""
-    top_p: float = Field(0.9, gt=0, le=1)
-    """``llm``: nucleus of the selector's calls."""
-    max_tokens: int = Field(512, ge=32, le=MOST)
-    """``llm``: most tokens of one choice."""
-    max_characters: int = Field(8_000, ge=500, le=MOST)
-    """``llm``: most characters of question and steps in one call; head and tail of what is longer."""
 
 
 class DistillationSettings(Section):
@@ -456,10 +292,14 @@ class EvaluationSettings(Section):
 
 
 class GateSettings(Section):
-    """When a candidate is declined (METHOD step 7); decided on development tasks, paired."""
+    """When a candidate is declined and when the best champion so far comes back (METHOD step 7); decided on development tasks,
+    paired."""
 
     confidence: float = Field(0.95, gt=0.5, lt=1.0)
-    """A loss of success counts when the interval of the paired difference lies below zero."""
+    """A loss of success counts when the interval of the paired difference to the best champion lies below minus ``margin``; a
+    drift over the nights when the chance that such evidence ever comes up by luck is at most 1 - ``confidence``."""
+    margin: float = Field(0.0025, ge=0.0, lt=0.25)
+    """Non-inferiority: loss of success against the best champion that is let pass; 0.01 is one point."""
     max_premature_rise: float = Field(0.10, ge=0.0, le=1.0)
     """Largest rise of the premature-answer rate."""
     max_turn_ratio: float = Field(2.0, gt=1.0)
@@ -503,6 +343,12 @@ class RuntimeSettings(Section):
     the memory, for about a third more time."""
 
 
+ENVIRONMENT = Chosen("environment", "pocket", EnvironmentSettings)
+VERIFICATION = Chosen("verifier", "exact", VerificationSettings)
+EXTRACTION = Chosen("extractor", "contrast", ExtractionSettings)
+SELECTION = Chosen("selector", "state", SelectionSettings)
+
+
 class Experiment(Section):
     """One experiment file, resolved."""
 
@@ -519,17 +365,23 @@ class Experiment(Section):
     injection: InjectionPattern = "step_wise"
     """How items stand in the teacher's context: chosen anew at each step, the whole pool before the task, or not at all."""
     regime: Regime = Regime()
-    start_pool: str = ""
+    start_pool: str = Field("", json_schema_extra=PATH)
     """File of an experience pool to start from, ours or what `evolve import` reads; empty: an empty pool."""
     models: Models = Models()
-    environment: Annotated[PocketEnvironment | CorpusEnvironment | ToolsEnvironment, Field(discriminator="kind")] = (
-        PocketEnvironment()
+    environment: Annotated[SerializeAsAny[EnvironmentSettings], BeforeValidator(ENVIRONMENT)] = Field(
+        default_factory=ENVIRONMENT.default_settings
     )
     tasks: Tasks = Tasks()
-    verification: VerificationSettings = VerificationSettings()
+    verification: Annotated[SerializeAsAny[VerificationSettings], BeforeValidator(VERIFICATION)] = Field(
+        default_factory=VERIFICATION.default_settings
+    )
     rollout: RolloutSettings = RolloutSettings()
-    extraction: ExtractionSettings = ExtractionSettings()
-    selection: SelectionSettings = SelectionSettings()
+    extraction: Annotated[SerializeAsAny[ExtractionSettings], BeforeValidator(EXTRACTION)] = Field(
+        default_factory=EXTRACTION.default_settings
+    )
+    selection: Annotated[SerializeAsAny[SelectionSettings], BeforeValidator(SELECTION)] = Field(
+        default_factory=SELECTION.default_settings
+    )
     distillation: DistillationSettings = DistillationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
@@ -551,8 +403,8 @@ class Experiment(Section):
         out: dict[str, Any] = {}
         for key in keys:
             value: Any = self
-            for part in key.split("."):
-                value = getattr(value, part)
+            for name in key.split("."):
+                value = getattr(value, name)
             out[key] = _decisive(value)
         return out
 
@@ -562,30 +414,14 @@ def _decisive(value: Any) -> Any:
     if not isinstance(value, BaseModel):
         return list(value) if isinstance(value, tuple) else value
     fields = type(value).model_fields
-    names = [name for name, field in fields.items() if field.json_schema_extra != RUNTIME]
+    names = [name for name, field in fields.items() if not marked(field, RUNTIME)]
     return {name: _decisive(getattr(value, name)) for name in names}
 
 
-def _stream_mistakes(e: Experiment, name: str, split: TaskSplit) -> list[tuple[str, str]]:
-    if not split.stream:
-        return []
-    found = []
-    if name != "train":
-        found.append(("stream", "only training tasks are a stream: what is compared over iterations must stay the same"))
-    if e.environment.kind != "pocket" and split.count is None and split.path is not None and not Path(split.path).is_dir():
-        found.append(("count", "missing: how many rows of the file an iteration takes"))
-    worlds = [s.world for s in (e.tasks.train, e.tasks.development, e.tasks.held_out) if s.world is not None]
-    if e.environment.kind == "pocket" and max(worlds, default=0) >= STREAM_WORLDS:
-        found.append(("world", f"a stream goes on in steps of {STREAM_WORLDS}: number the worlds of all splits below that"))
-    if e.environment.kind == "pocket" and e.iterations >= MOST_STREAM_ITERATIONS:
-        found.append(("stream", f"the pocket world has fresh worlds for {MOST_STREAM_ITERATIONS - 1} iterations"))
-    return found
-
-
 def contradictions(e: Experiment) -> list[tuple[str, str]]:
-    """Combinations that cannot work: ``(key, what is wrong)``."""
+    """Combinations that cannot work: ``(key, what is wrong)``; what only a part can know, its row says."""
     found: list[tuple[str, str]] = []
-    if e.injection == "none" and e.regime.divergence != "cross_entropy":
+    if e.injection == "none" and part("divergence", e.regime.divergence).loss is not None:
         found.append(
             (
                 "injection",
@@ -595,48 +431,18 @@ def contradictions(e: Experiment) -> list[tuple[str, str]]:
         )
     if e.distillation.refresh > 1 and e.regime.source != "student":
         found.append(("distillation.refresh", "only source: student samples anew while training: set it to 1"))
-    if e.verification.kind == "judge" and e.models.judge is None:
-        found.append(("models.judge", "missing: verification.kind is judge, so name the model that judges"))
-    if e.environment.kind == "tools":
-        if e.environment.search == "searxng" and not e.environment.searxng:
-            found.append(("environment.searxng", "missing: the address of the SearXNG instance"))
-        if "file" in e.environment.tools and not e.environment.files:
-            found.append(("environment.files", "missing: the folder that the file tool may read; or leave `file` out of tools"))
-    if e.extraction.extractor == "llm" and e.granularity == "principle" and e.selection.selector == "state":
-        found.append(
-            (
-                "selection.selector",
-                "'state' needs conditions, which only `extractor: contrast` writes: use lexical or llm",
-            )
-        )
-    if e.extraction.placebo and (e.extraction.extractor != "contrast" or e.granularity != "principle" or e.start_pool):
-        found.append(
-            ("extraction.placebo", "only mined principles have one: `extractor: contrast`, no instances, no start_pool")
-        )
-    if e.extraction.extractor == "contrast" and e.extraction.domain != "web":
-        found.append(("extraction.domain", "only `extractor: llm` has a wording for mathematics"))
-    for part, wrong in (("cron", check_cron(e.schedule.cron)), ("timezone", check_timezone(e.schedule.timezone))):
+    if e.distillation.drills and part("divergence", e.regime.divergence).loss is None:
+        what = f"drills are learned from the teacher's distribution, which {e.regime.divergence} has not: set it to 0"
+        found.append(("distillation.drills", what))
+    for wrong_here, wrong in (("cron", check_cron(e.schedule.cron)), ("timezone", check_timezone(e.schedule.timezone))):
         if wrong is not None:
-            found.append((f"schedule.{part}", wrong))
-    splits = {name: getattr(e.tasks, name) for name in ("train", "development", "held_out")}
-    for name, split in splits.items():
-        key = f"tasks.{name}"
-        if e.environment.kind == "pocket":
-            if split.path is not None:
-                found.append(
-                    (f"{key}.path", "the pocket world makes its own tasks: remove it, or set environment.kind to corpus")
-                )
-            if split.suite != "jsonl" or split.fields or split.skip:
-                found.append((key, "suite, fields and skip are for files; the pocket world makes its own tasks"))
-            if split.world is None:
-                found.append((f"{key}.world", "missing: the number of the pocket world"))
-            if split.count is None:
-                found.append((f"{key}.count", "missing: how many tasks"))
-        elif split.path is None:
-            found.append((f"{key}.path", "missing: a file of tasks"))
-        found.extend((f"{key}.{last}", what) for last, what in _stream_mistakes(e, name, split))
-    pairs = [("train", "development"), ("train", "held_out"), ("development", "held_out")]
-    for a, b in pairs:
-        if e.environment.kind == "pocket" and splits[a].world is not None and splits[a].world == splits[b].world:
-            found.append((f"tasks.{b}.world", f"the same world as tasks.{a}: splits must not share a world"))
+            found.append((f"schedule.{wrong_here}", wrong))
+    for name in ("development", "held_out"):
+        if getattr(e.tasks, name).stream:
+            what = "only training tasks are a stream: what is compared over iterations must stay the same"
+            found.append((f"tasks.{name}.stream", what))
+    for choice, place in CHOICES.items():
+        if place.section is not None:
+            settings = getattr(e, place.section)
+            found.extend(part_of(choice, settings).mistakes(settings, e))
     return found

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, Strict, field_validator
 
-from evolve_dag.config.schema import MOST, Section
+from evolve_dag.config.section import MOST, Section
 from evolve_dag.records import LARGEST_SEED
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, le=LARGEST_SEED)], ...], Strict(False)]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from evolve_dag.config.parts import part
 from evolve_dag.distillation.dataset import DistillationRow
 from evolve_dag.distillation.forward import Forward
 from evolve_dag.errors import AlignmentError
-from evolve_dag.records import Divergence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,12 @@ class Losses:
     """``(N,)`` nats, without gradient: forward KL from teacher to student; NaN without a teacher."""
 
 
-def row_losses(forward: Forward, rows: Sequence[DistillationRow], divergence: Divergence, *, jsd_weight: float = 0.5) -> Losses:
+def row_losses(forward: Forward, rows: Sequence[DistillationRow], divergence: str, **options: Any) -> Losses:
     """Losses of ``rows`` in one forward pass, whose output layer runs on action positions only.
+
+    Args:
+        divergence: its name, as in the experiment file.
+        options: the divergence's own keys, e.g. ``jsd_weight``.
 
     Raises:
         AlignmentError: the rows' teachers are of different kinds or widths.
@@ -47,7 +51,7 @@ def row_losses(forward: Forward, rows: Sequence[DistillationRow], divergence: Di
         forward.head,
         teacher=teacher,
         sampled_N=torch.tensor([one for row in rows for one in row.row.action_ids], device=forward.device),
-        jsd_weight=jsd_weight,
+        **options,
     )
     return Losses(*found)
 
@@ -105,9 +109,9 @@ def step_divergences(model: Any, rows: Sequence[DistillationRow], *, tokens_per_
     try:
         with torch.no_grad(), forward.ready():
             for chosen in forward.passes([row.row.ids for row in rows], tokens_per_pass):
-                part = [rows[index] for index in chosen]
-                tokens = row_losses(forward, part, "forward_kl").divergence
-                values = iter(tokens.split([end - start for row in part for start, end in row.row.spans]))
+                here = [rows[index] for index in chosen]
+                tokens = row_losses(forward, here, "forward_kl").divergence
+                values = iter(tokens.split([end - start for row in here for start, end in row.row.spans]))
                 for index in chosen:
                     found[index] = tuple(float(next(values).mean()) for _ in rows[index].row.spans)
     finally:
@@ -115,9 +119,9 @@ def step_divergences(model: Any, rows: Sequence[DistillationRow], *, tokens_per_
     return found
 
 
-def require_teachers(rows: Sequence[DistillationRow], divergence: Divergence) -> None:
+def require_teachers(rows: Sequence[DistillationRow], divergence: str) -> None:
     """Raises: AlignmentError, a row has no teacher although the divergence needs one."""
-    if divergence == "cross_entropy":
+    if part("divergence", divergence).loss is None:
         return
     for row in rows:
         if row.teacher is None:

@@ -135,7 +135,7 @@ def retention_rows(
 
 
 def sharpened(rows: Sequence[DistillationRow], temperature: float) -> list[DistillationRow]:
-    """``rows`` whose teacher is surer of what it prefers at the steps where it read experience; nothing else changes.
+    """``rows``, clean or retention rows, whose teacher is surer of what it prefers where it read experience.
 
     Every night's student is the next night's teacher. A teacher at temperature 1 hands on its own noise, so a lesson that is
     handed on loses a little every time; below 1, it comes back to what the teacher prefers.
@@ -147,7 +147,7 @@ def sharpened(rows: Sequence[DistillationRow], temperature: float) -> list[Disti
 
 
 def _sharpened(row: DistillationRow, temperature: float) -> DistillationRow:
-    if row.teacher is None or row.retention:
+    if row.teacher is None:
         return row
     read = [bool(context.injected) for context in row.contexts]
     tokens = np.repeat(read, [end - start for start, end in row.row.spans])

@@ -5,10 +5,7 @@ size. All values are in nats. A top-k teacher is compared on K + 1 classes: its 
 everything else together (the tail). Merging classes can only lower a KL divergence (data processing
 inequality), so the top-k value is a lower bound of the full one, and equals it for K = V.
 
-    forward_kl      KL(p || q) = sum_v p (log p - log q)              mass-covering; the off-policy preset
-    reverse_kl      KL(q || p) = sum_v q (log q - log p)              mode-seeking; the on-policy preset
-    jsd             w KL(p || m) + (1 - w) KL(q || m),  m = w p + (1 - w) q
-    cross_entropy   -log q(sampled token)                             plain fine-tuning; the control
+The divergences themselves are rows of divergences.py.
 
 The number that training minimises is the (weighted) mean over all action tokens of a batch: a long action counts by
 its tokens, tokens outside actions do not count at all.
@@ -17,17 +14,15 @@ its tokens, tokens outside actions do not count at all.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from evolve_dag.records import Divergence
-
-LOG_FLOOR = -30.0
-"""Least teacher log-probability that reverse KL sees. A token that the teacher calls impossible (-inf) would
-make the loss infinite for any student; e^-30 is far below what float32 probabilities resolve."""
+from evolve_dag.config.parts import part
+from evolve_dag.distillation.divergences import Divergence, forward_kl
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits held at once (16 MB in float32, what a cache holds)."""
@@ -81,46 +76,22 @@ def student_classes(logits_N_V: Tensor, teacher: Teacher) -> Tensor:
     return torch.cat([kept, torch.logsumexp(others, dim=-1, keepdim=True) - log_z], dim=1)
 
 
-def _expectation(log_weight: Tensor, difference: Tensor) -> Tensor:
-    """sum of exp(log_weight) * difference over the last axis, where weight 0 times infinity is 0."""
-    weight = log_weight.exp()
-    return (weight * torch.where(weight > 0, difference, torch.zeros_like(difference))).sum(-1)
-
-
-def forward_kl(p_N_K: Tensor, q_N_K: Tensor) -> Tensor:
-    """KL(p || q) per token, ``(N,)``, from log-probabilities of teacher p and student q."""
-    return _expectation(p_N_K, p_N_K - q_N_K)
-
-
-def reverse_kl(p_N_K: Tensor, q_N_K: Tensor) -> Tensor:
-    """KL(q || p) per token, ``(N,)``; the teacher's log-probabilities are floored at :data:`LOG_FLOOR`."""
-    return _expectation(q_N_K, q_N_K - p_N_K.clamp(min=LOG_FLOOR))
-
-
-def jsd(p_N_K: Tensor, q_N_K: Tensor, weight: float) -> Tensor:
-    """Generalised Jensen-Shannon divergence per token, ``(N,)``; at most the entropy of ``weight``.
-
-    Args:
-        weight: share of the teacher in the mixture, between 0 and 1 (both excluded).
-    """
-    mixture = torch.logaddexp(p_N_K + math.log(weight), q_N_K + math.log1p(-weight))
-    return weight * _expectation(p_N_K, p_N_K - mixture) + (1 - weight) * _expectation(q_N_K, q_N_K - mixture)
-
-
 def token_losses(
-    kind: Divergence,
+    kind: str,
     logits_N_V: Tensor,
     *,
     teacher: Teacher | None = None,
     sampled_N: Tensor | None = None,
-    jsd_weight: float = 0.5,
+    **options: float,
 ) -> tuple[Tensor, Tensor]:
     """Loss and divergence of every action token.
 
     Args:
         logits_N_V: student logits; half-precision is widened to float32 first.
+        kind: name of a divergence, as in the experiment file.
         teacher: needed by every kind but ``cross_entropy``.
         sampled_N: sampled ids, needed by ``cross_entropy``.
+        options: the divergence's own keys, e.g. ``jsd_weight``.
 
     Returns:
         ``(N,)`` what is minimised, and ``(N,)`` the forward KL without gradient (NaN without a teacher): the
@@ -136,7 +107,7 @@ def token_losses(
         q = student_classes(logits, teacher)
     if sampled_N is not None:
         sampled = torch.log_softmax(logits, dim=-1).gather(1, sampled_N[:, None]).squeeze(1)
-    return _losses(kind, p, q, sampled, jsd_weight)
+    return _losses(kind, p, q, sampled, options)
 
 
 def _widened(logits: Tensor) -> Tensor:
@@ -144,37 +115,32 @@ def _widened(logits: Tensor) -> Tensor:
 
 
 def _losses(
-    kind: Divergence, p: Tensor | None, q: Tensor | None, sampled: Tensor | None, jsd_weight: float
+    kind: str, p: Tensor | None, q: Tensor | None, sampled: Tensor | None, options: Mapping[str, float]
 ) -> tuple[Tensor, Tensor]:
     """Loss and forward KL from log-probabilities of teacher, student and the sampled token."""
-    if kind == "cross_entropy":
+    divergence: Divergence = part("divergence", kind)
+    if divergence.loss is None:
         if sampled is None:
-            raise ValueError("cross_entropy needs the sampled ids")
+            raise ValueError(f"{kind} needs the sampled ids")
         loss = -sampled
     elif p is None or q is None:
         raise ValueError(f"{kind} needs the teacher's log-probabilities")
-    elif kind == "forward_kl":
-        loss = forward_kl(p, q)
-    elif kind == "reverse_kl":
-        loss = reverse_kl(p, q)
-    elif kind == "jsd":
-        loss = jsd(p, q, jsd_weight)
     else:
-        raise ValueError(f"unknown divergence {kind!r}: one of forward_kl, reverse_kl, jsd, cross_entropy")
+        loss = divergence.loss(p, q, **options)
     if p is None or q is None:
         return loss, torch.full_like(loss, math.nan).detach()
     return loss, forward_kl(p, q.detach()).detach()
 
 
 def token_losses_from_hidden(
-    kind: Divergence,
+    kind: str,
     hidden_N_H: Tensor,
     head: nn.Linear,
     *,
     teacher: Teacher | None = None,
     sampled_N: Tensor | None = None,
-    jsd_weight: float = 0.5,
     chunk: int | None = None,
+    **options: float,
 ) -> tuple[Tensor, Tensor]:
     """:func:`token_losses` on hidden states of the action positions, with no more than ``chunk`` rows of logits at a time.
 
@@ -186,7 +152,7 @@ def token_losses_from_hidden(
         chunk: action tokens whose logits are held at once; None: :func:`default_chunk`. The value does not change.
     """
     size = chunk or default_chunk(head.weight.shape[0])
-    losses, divergences = _FusedLosses.apply(hidden_N_H, kind, head, teacher, sampled_N, jsd_weight, size)
+    losses, divergences = _FusedLosses.apply(hidden_N_H, kind, head, teacher, sampled_N, options, size)
     return losses, divergences
 
 
@@ -202,11 +168,11 @@ class _FusedLosses(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_N_H: Tensor,
-        kind: Divergence,
+        kind: str,
         head: nn.Linear,
         teacher: Teacher | None,
         sampled_N: Tensor | None,
-        jsd_weight: float,
+        options: Mapping[str, float],
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         gradient = torch.empty_like(hidden_N_H) if ctx.needs_input_grad[0] else None
@@ -218,7 +184,7 @@ class _FusedLosses(torch.autograd.Function):
                 head(hidden_N_H[rows]),
                 None if teacher is None else teacher[rows],
                 None if sampled_N is None else sampled_N[rows],
-                jsd_weight,
+                options,
             )
             if gradient is not None:
                 gradient[rows] = d_logits.to(head.weight.dtype) @ head.weight
@@ -235,7 +201,7 @@ class _FusedLosses(torch.autograd.Function):
 
 
 def _chunk_losses(
-    kind: Divergence, logits_N_V: Tensor, teacher: Teacher | None, sampled_N: Tensor | None, jsd_weight: float
+    kind: str, logits_N_V: Tensor, teacher: Teacher | None, sampled_N: Tensor | None, options: Mapping[str, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, divergence and the gradient of the loss with respect to the logits; overwrites ``logits_N_V``."""
     logits = _widened(logits_N_V)
@@ -243,21 +209,21 @@ def _chunk_losses(
     if teacher is not None:
         kept = teacher.ids
     if kept is not None and kept.shape[1] < logits.shape[1]:
-        return _few_classes(kind, logits, kept, teacher, sampled_N, jsd_weight)
+        return _few_classes(kind, logits, kept, teacher, sampled_N, options)
     with torch.enable_grad():
         logits = logits.detach().requires_grad_()
-        loss, divergence = token_losses(kind, logits, teacher=teacher, sampled_N=sampled_N, jsd_weight=jsd_weight)
+        loss, divergence = token_losses(kind, logits, teacher=teacher, sampled_N=sampled_N, **options)
         (d_logits,) = torch.autograd.grad(loss.sum(), logits)
     return loss.detach(), divergence, d_logits
 
 
 def _few_classes(
-    kind: Divergence,
+    kind: str,
     logits_N_V: Tensor,
     kept_ids_N_K: Tensor,
     teacher: Teacher | None,
     sampled_N: Tensor | None,
-    jsd_weight: float,
+    options: Mapping[str, float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`_chunk_losses` where only K of the tokens have a class of their own.
 
@@ -273,7 +239,7 @@ def _few_classes(
     others = total.log() + largest
     with torch.enable_grad():
         leaves = [leaf.requires_grad_() for leaf in (kept, others, sampled) if leaf is not None]
-        loss, divergence = _class_losses(kind, kept, others, sampled, teacher, jsd_weight)
+        loss, divergence = _class_losses(kind, kept, others, sampled, teacher, options)
         d_kept, d_others, *d_sampled = torch.autograd.grad(loss.sum(), leaves, materialize_grads=True)
     d_logits = weights.mul_(d_others / total).scatter_(1, kept_ids_N_K, d_kept)
     if sampled_N is not None:
@@ -282,12 +248,12 @@ def _few_classes(
 
 
 def _class_losses(
-    kind: Divergence,
+    kind: str,
     kept_N_K: Tensor,
     others_N_1: Tensor,
     sampled_N_1: Tensor | None,
     teacher: Teacher | None,
-    jsd_weight: float,
+    options: Mapping[str, float],
 ) -> tuple[Tensor, Tensor]:
     """:func:`token_losses` from the logits of the kept tokens, the log-sum-exp of the others and the sampled token's logit."""
     log_z = torch.logaddexp(torch.logsumexp(kept_N_K, -1, keepdim=True), others_N_1)
@@ -297,4 +263,4 @@ def _class_losses(
         q = torch.cat([kept_N_K, others_N_1], 1) - log_z
     if sampled_N_1 is not None:
         sampled = (sampled_N_1 - log_z).squeeze(1)
-    return _losses(kind, p, q, sampled, jsd_weight)
+    return _losses(kind, p, q, sampled, options)

@@ -17,6 +17,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evolve_dag.config.parts import part
 from evolve_dag.config.schema import DistillationSettings, Regime
 from evolve_dag.distillation.adapter import attach, detach, merge, save_adapter
 from evolve_dag.distillation.batch import require_teachers, row_losses
@@ -247,6 +248,7 @@ class _Run:
         self.rows = rows
         self.settings = settings
         self.regime = regime
+        self.options = {key: getattr(settings, key) for key in part("divergence", regime.divergence).keys}
         self.seed = seed
         self.iteration = iteration
         self.threads = threads
@@ -423,11 +425,11 @@ class _Run:
         total = sum(weight * row.action_tokens for weight, row in zip(weights, rows, strict=True))
         sums = _Sums()
         for chosen in self.forward.passes([row.row.ids for row in rows], self.tokens_per_pass):
-            part = [rows[index] for index in chosen]
-            found = row_losses(self.forward, part, self.regime.divergence, jsd_weight=self.settings.jsd_weight)
-            counts = torch.tensor([row.action_tokens for row in part])
+            here = [rows[index] for index in chosen]
+            found = row_losses(self.forward, here, self.regime.divergence, **self.options)
+            counts = torch.tensor([row.action_tokens for row in here])
             weight_N = torch.tensor([weights[index] for index in chosen]).repeat_interleave(counts).to(found.loss)
-            retention_N = torch.tensor([row.retention for row in part]).repeat_interleave(counts).to(found.loss.device)
+            retention_N = torch.tensor([row.retention for row in here]).repeat_interleave(counts).to(found.loss.device)
             loss_N = found.loss * weight_N / total
             sums.loss += float(loss_N.sum().detach())
             sums.retention_loss += float(loss_N[retention_N].sum().detach())

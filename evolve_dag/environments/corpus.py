@@ -14,9 +14,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field
+
+from evolve_dag.config.parts import EnvironmentSettings
+from evolve_dag.config.section import PATH
+from evolve_dag.environments.base import EnvironmentPart, Place, file_tasks
 from evolve_dag.errors import DataError
+from evolve_dag.inference.folders import is_pocket
 from evolve_dag.jsonlines import SHOWN, Mistake, kind_of, read_objects, refuse, text_mistakes
 from evolve_dag.protocols import ToolError, ToolSpec
 from evolve_dag.records import ToolCall
@@ -36,6 +42,8 @@ that match equally well tie exactly, alone or in a batch."""
 MEMO = 8192
 """Searches whose answers are remembered."""
 
+CORPUS_PROMPT = "tools: search, visit"
+"""The one system message over a corpus that the pocket policy knows; any other model is told the tools in full."""
 Terms = tuple[str, ...]
 """Distinct lower-cased words of a query, sorted; everything that a search depends on."""
 
@@ -529,3 +537,44 @@ def window(line: str, terms: Terms, characters: int) -> str:
         held.subtract(own)
     text = line[best_start : min(best_end, best_start + room)]
     return (f"{mark} " if best_start > 0 else "") + text + (f" {mark}" if best_start + len(text) < len(line) else "")
+
+
+class CorpusEnvironment(EnvironmentSettings):
+    """Search and visit over your own pages."""
+
+    kind: Literal["corpus"] = "corpus"
+    """Your own pages."""
+    pages: str = Field(json_schema_extra=PATH)
+    """JSONL file, one page a line: ``{"title": ..., "text": ...}``; relative to the file that names it."""
+    results: int = Field(3, ge=1, le=20)
+    """Pages that one search lists."""
+    snippet_characters: int = Field(160, ge=20, le=2000)
+    """Length of the excerpt in a listing."""
+    title_weight: float = Field(3.0, ge=0)
+    """Weight of a word in a title, against ``text_weight`` for one in the text (BM25 fields)."""
+    text_weight: float = Field(1.0, ge=0)
+    """0 searches titles only."""
+    minimum_match: float = Field(0.0, ge=0, le=1)
+    """Least share of a query's words that a page must hold; 0 lists any page with one of them."""
+    system: str = ""
+    """The whole system message, in place of ours, which describes every tool as JSON schema; empty: ours."""
+
+
+def _make(settings: CorpusEnvironment, place: Place) -> CorpusSearch:
+    return CorpusSearch.from_jsonl(
+        settings.pages,
+        results=settings.results,
+        snippet_characters=settings.snippet_characters,
+        title_weight=settings.title_weight,
+        text_weight=settings.text_weight,
+        minimum_match=settings.minimum_match,
+        system_prompt=CORPUS_PROMPT if is_pocket(place.policy) else settings.system or None,
+    )
+
+
+CORPUS = EnvironmentPart(
+    settings=CorpusEnvironment,
+    make=_make,
+    mistakes=lambda settings, experiment: file_tasks(experiment),
+    check=lambda settings: load_pages(settings.pages),
+)

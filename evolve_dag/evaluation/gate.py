@@ -1,19 +1,28 @@
-"""The gate: does the candidate replace the champion? (METHOD step 7)
+"""The gate: does the candidate replace the champion, or does the best champion so far come back? (METHOD step 7)
 
-Candidate and champion are compared on the same development tasks, task by task. Held-out scores never come here: a task that
-decides something can no longer report anything.
+The candidate is compared with the best champion so far, task by task, on the same development tasks under the same draws.
+Held-out scores never come here: a task that decides something can no longer report anything.
+
+Two questions are asked. *Tonight*: has the candidate lost something against the best? Then it is declined and the champion
+stays. *Over the nights*: have the candidates since the best lost something that no single night could show? What they lost adds
+up in :mod:`evolve_dag.evaluation.betting`, and when that is established the best comes back.
+
+A candidate takes the best one's place only when it is significantly better, not when it looks better: one that was chosen for
+its luck falls back without having lost anything, and the evidence would begin anew with every lucky night.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import DataError
-from evolve_dag.evaluation.intervals import by_task, paired_difference
-from evolve_dag.records import Decision, Score
+from evolve_dag.evaluation import betting
+from evolve_dag.evaluation.betting import Capital
+from evolve_dag.evaluation.intervals import POWER, by_task, detectable, paired, paired_difference, spread
+from evolve_dag.records import Decision, Score, Standing
 from evolve_dag.store.jsonvalues import from_values, to_values
 
 if TYPE_CHECKING:
@@ -22,6 +31,10 @@ if TYPE_CHECKING:
 RESAMPLES = 4000
 LEAST_JUDGED = 0.5
 """Share of the tasks that must be judged on both sides. A candidate that fails on the hard tasks must not win on the rest."""
+MOST_OF_A_DECLINED = 4.0
+"""Factor by which a candidate that is declined may raise the evidence of a drift: one night that went wrong is no drift."""
+
+Evidence = Mapping[str, float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,94 +42,212 @@ class GateDecision:
     """What the gate decided, and on what."""
 
     decision: Decision
-    """``promote``: the candidate becomes the champion. ``keep``: the champion stays."""
+    """``promote``: the candidate becomes the champion. ``keep``: the champion stays. ``restore``: the best champion so far
+    comes back."""
     reasons: tuple[str, ...]
-    """Sentences for a reader: on ``keep`` what went wrong, on ``promote`` what was compared."""
-    evidence: Mapping[str, float | None]
+    """Sentences for a reader: on ``keep`` and ``restore`` what went wrong, on ``promote`` what was compared."""
+    evidence: Evidence
     """The numbers compared; None where a number is not known."""
+    standing: Standing = field(default_factory=Standing)
+    """Who holds and who is the best from now on, and the evidence that goes on."""
 
 
-def decide(candidate: Sequence[Score], champion: Sequence[Score], settings: GateSettings, seed: int) -> GateDecision:
-    """Promote the candidate unless it lost something.
+@dataclass(frozen=True, slots=True)
+class _Finding:
+    """One thing that was looked at."""
 
-    Declines when too few tasks were judged on both sides, on a significant loss of success (the interval of the paired
-    difference lies wholly below 0), on a rise of premature answers above ``max_premature_rise``, and on a ratio of mean turns
-    above ``max_turn_ratio``. All checks run, so ``reasons`` names every one that failed.
+    sentence: str
+    bad: bool
+    evidence: Evidence
+
+
+Rewards = Mapping[str, Sequence[float]]
+"""Task -> its rewards."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sides:
+    """Candidate and best champion on the same tasks."""
+
+    candidate: Sequence[Score]
+    best: Sequence[Score]
+
+    @property
+    def tasks(self) -> int:
+        return len({s.task_id for s in self.candidate})
+
+    @property
+    def judged(self) -> tuple[Rewards, Rewards]:
+        """What was judged of each."""
+        candidate, best = (by_task([s.task_id for s in side], [s.reward for s in side]) for side in (self.candidate, self.best))
+        return candidate, best
+
+    @property
+    def all(self) -> tuple[Rewards, Rewards]:
+        """Everything, with 0 for what was not judged."""
+        candidate, best = (
+            by_task([s.task_id for s in side], [s.reward or 0.0 for s in side]) for side in (self.candidate, self.best)
+        )
+        return candidate, best
+
+    def means(self, field: str) -> tuple[float, float]:
+        """Mean over tasks of a number of each side."""
+        return _task_mean(self.candidate, field), _task_mean(self.best, field)
+
+
+def decide(
+    candidate: Sequence[Score],
+    best: Sequence[Score],
+    settings: GateSettings,
+    seed: int,
+    *,
+    iteration: int = 1,
+    standing: Standing = Standing(),
+) -> GateDecision:
+    """Promote the candidate unless it lost something, or those since the best did.
+
+    Declined is a candidate when too few tasks were judged on both sides, on a significant loss of success (the interval of the
+    paired difference lies wholly below ``-margin``, among the judged tasks or among all), on a rise of premature answers above
+    ``max_premature_rise``, and on a ratio of mean turns above ``max_turn_ratio``. All checks run, so ``reasons`` names every
+    one that failed.
 
     Args:
         candidate: scores of the new policy on the development tasks, of one condition.
-        champion: scores of the policy that holds, on the same tasks.
+        best: scores of the best champion so far, on the same tasks, under the same draws.
         settings: thresholds.
         seed: decides the resamples of the interval.
+        iteration: the candidate's.
+        standing: who holds, who is the best, and the evidence so far.
 
     Raises:
         DataError: the two sides are not scores of the same tasks, or a side holds a rollout twice.
     """
-    for name, scores in (("candidate", candidate), ("champion", champion)):
+    for name, scores in (("candidate", candidate), ("best champion", best)):
         _refuse_duplicates(name, scores)
-    _refuse_mismatch({s.task_id for s in candidate}, {s.task_id for s in champion})
-
-    rewards = [by_task([s.task_id for s in side], [s.reward for s in side]) for side in (candidate, champion)]
-    tasks = len({s.task_id for s in candidate})
-    judged = len(rewards[0].keys() & rewards[1].keys())
-    evidence: dict[str, float | None] = {"tasks": tasks, "judged_tasks": judged, "confidence": settings.confidence}
-    bad: list[str] = []
-    good: list[str] = []
-
-    compared = paired_difference(*rewards, resamples=RESAMPLES, confidence=settings.confidence, seed=seed)
-    if judged == 0 or judged < LEAST_JUDGED * tasks:
-        bad.append(
-            f"too few to compare: {judged} of {tasks} development tasks were judged for both candidate and champion, "
-            f"at least {LEAST_JUDGED:.0%} must be"
-        )
-    if compared is not None:
-        difference, (low, high) = compared
-        common = rewards[0].keys() & rewards[1].keys()
-        means = [sum(sum(side[t]) / len(side[t]) for t in common) / len(common) for side in rewards]
-        evidence |= {"success_candidate": means[0], "success_champion": means[1]}
-        evidence |= {"success_difference": difference, "success_low": low, "success_high": high}
-        sentence = (
-            f"success {means[0]:.1%} against {means[1]:.1%}: {100 * difference:+.1f} points, "
-            f"{settings.confidence:.0%} interval {100 * low:+.1f} to {100 * high:+.1f}"
-        )
-        (bad if high < 0 else good).append(f"significant loss of {sentence}" if high < 0 else sentence)
-
-    if tasks:
-        premature = [_task_mean(side, "premature") for side in (candidate, champion)]
-        rise = premature[0] - premature[1]
-        evidence |= {"premature_candidate": premature[0], "premature_champion": premature[1], "premature_rise": rise}
-        evidence["max_premature_rise"] = settings.max_premature_rise
-        sentence = f"premature answers {premature[0]:.1%} against {premature[1]:.1%}: {100 * rise:+.1f} points"
-        limit = f"at most {100 * settings.max_premature_rise:+.1f} allowed"
-        (bad if rise > settings.max_premature_rise else good).append(f"{sentence}, {limit}")
-
-        turns = [_task_mean(side, "turns") for side in (candidate, champion)]
-        ratio = turns[0] / turns[1] if turns[1] else None
-        evidence |= {"turns_candidate": turns[0], "turns_champion": turns[1], "turn_ratio": ratio}
-        evidence["max_turn_ratio"] = settings.max_turn_ratio
-        if ratio is None:
-            good.append(f"mean turns {turns[0]:.2f}; the champion took none, so there is no ratio")
-        else:
-            sentence = f"mean turns {turns[0]:.2f} against {turns[1]:.2f}: {ratio:.2f} times as many"
-            limit = f"at most {settings.max_turn_ratio:.2f} allowed"
-            (bad if ratio > settings.max_turn_ratio else good).append(f"{sentence}, {limit}")
-
-    return GateDecision("keep" if bad else "promote", tuple(bad or good), evidence)
+    _refuse_mismatch({s.task_id for s in candidate}, {s.task_id for s in best})
+    sides = _Sides(candidate, best)
+    findings = list(_findings(sides, settings, seed))
+    bad = tuple(finding.sentence for finding in findings if finding.bad)
+    drift, after = _drift(sides, settings, standing, declined=bool(bad))
+    evidence: dict[str, float | None] = {"confidence": settings.confidence, "margin": settings.margin}
+    for finding in (*findings, drift):
+        evidence |= finding.evidence
+    back = replace(after, champion=standing.best, capital=(), nights=0, lost=0.0)
+    if drift.bad and standing.champion != standing.best:
+        return GateDecision("restore", (drift.sentence, *bad), evidence, back)
+    if drift.bad:  # nothing to go back to: the champion is the best
+        return GateDecision("keep", (*bad, drift.sentence), evidence, back)
+    if bad:
+        return GateDecision("keep", bad, evidence, after)
+    good = [finding.sentence for finding in findings if finding.sentence]
+    good += [drift.sentence] if after.nights > 1 else []
+    better = (evidence.get("success_low") or 0.0) > 0
+    if better:
+        restarted = Capital(after.capital).restarted().logs
+        return GateDecision("promote", tuple(good), evidence, Standing(iteration, iteration, capital=restarted))
+    return GateDecision("promote", tuple(good), evidence, replace(after, champion=iteration))
 
 
 def gate_to_json(decision: GateDecision) -> dict[str, Any]:
-    """``{"decision": "promote", "reasons": [...], "evidence": {"success_difference": 0.12, ...}}``."""
+    """``{"decision": "promote", "reasons": [...], "evidence": {"success_difference": 0.12, ...}, "standing": {...}}``."""
     return to_values(decision)
 
 
 def gate_from_json(content: Mapping[str, Any]) -> GateDecision:
-    """Read what :func:`gate_to_json` wrote; further keys are ignored.
+    """Read what :func:`gate_to_json` wrote; further keys are ignored, and earlier versions wrote no standing.
 
     Raises:
         DataError: a key is missing or holds something else.
     """
     remedy = "the file was written by another version or changed by hand: run the promotion of this iteration again"
     return from_values(GateDecision, content, "gate decision", remedy)
+
+
+def _findings(sides: _Sides, settings: GateSettings, seed: int) -> Iterator[_Finding]:
+    """Everything that is asked about tonight."""
+    tasks, (candidate, best) = sides.tasks, sides.judged
+    common = len(candidate.keys() & best.keys())
+    few = common == 0 or common < LEAST_JUDGED * tasks
+    sentence = (
+        f"too few to compare: {common} of {tasks} development tasks were judged for both candidate and best champion, "
+        f"at least {LEAST_JUDGED:.0%} must be"
+    )
+    yield _Finding(sentence if few else "", few, {"tasks": tasks, "judged_tasks": common})
+    if common:
+        yield _success(candidate, best, settings, seed)
+    if any(score.reward is None for score in (*sides.candidate, *sides.best)):
+        yield _success(*sides.all, settings, seed, of="all_")
+    if tasks:
+        yield _premature(sides, settings)
+        yield _turns(sides, settings)
+
+
+def _success(candidate: Rewards, best: Rewards, settings: GateSettings, seed: int, of: str = "") -> _Finding:
+    """Has the candidate lost more than the margin?"""
+    compared = paired_difference(candidate, best, resamples=RESAMPLES, confidence=settings.confidence, seed=seed)
+    assert compared is not None
+    difference, (low, high) = compared
+    common = candidate.keys() & best.keys()
+    means = [sum(sum(side[t]) / len(side[t]) for t in common) / len(common) for side in (candidate, best)]
+    sd = spread(paired(candidate, best))
+    smallest = settings.margin + detectable(sd, len(common), confidence=settings.confidence)
+    what = "success of all, unjudged ones counted as wrong," if of else "success"
+    sentence = (
+        f"{what} {means[0]:.1%} against {means[1]:.1%}: {100 * difference:+.1f} points, "
+        f"{settings.confidence:.0%} interval {100 * low:+.1f} to {100 * high:+.1f} "
+        f"(a loss of {100 * smallest:.1f} points would be seen with {POWER:.0%} power)"
+    )
+    bad = high < -settings.margin
+    numbers = {"candidate": means[0], "best": means[1], "difference": difference, "low": low, "high": high}
+    numbers |= {"sd": sd, "detectable": smallest}
+    evidence = {f"success_{of}{name}": value for name, value in numbers.items()}
+    return _Finding(f"significant loss of {sentence}" if bad else sentence, bad, evidence)
+
+
+def _premature(sides: _Sides, settings: GateSettings) -> _Finding:
+    candidate, best = sides.means("premature")
+    rise, most = candidate - best, settings.max_premature_rise
+    return _Finding(
+        f"premature answers {candidate:.1%} against {best:.1%}: {100 * rise:+.1f} points, at most {100 * most:+.1f} allowed",
+        rise > most,
+        {"premature_candidate": candidate, "premature_best": best, "premature_rise": rise, "max_premature_rise": most},
+    )
+
+
+def _turns(sides: _Sides, settings: GateSettings) -> _Finding:
+    candidate, best = sides.means("turns")
+    ratio, most = candidate / best if best else None, settings.max_turn_ratio
+    numbers = {"turns_candidate": candidate, "turns_best": best, "turn_ratio": ratio, "max_turn_ratio": most}
+    if ratio is None:
+        return _Finding(f"mean turns {candidate:.2f}; the best champion took none, so there is no ratio", False, numbers)
+    sentence = f"mean turns {candidate:.2f} against {best:.2f}: {ratio:.2f} times as many, at most {most:.2f} allowed"
+    return _Finding(sentence, ratio > most, numbers)
+
+
+def _drift(sides: _Sides, settings: GateSettings, standing: Standing, *, declined: bool) -> tuple[_Finding, Standing]:
+    """Have the candidates since the best, this one included, lost more than the margin on average?"""
+    candidate, best = sides.judged
+    losses_T = paired(best, candidate)
+    needed = 1 / (1 - settings.confidence)
+    before = Capital(standing.capital) if standing.capital else Capital()
+    capital = before.after(losses_T, settings.margin)
+    if declined:
+        capital = capital.at_most(max(before.total, 1 / needed) * MOST_OF_A_DECLINED)
+    nights = standing.nights + 1
+    lost = (standing.lost * standing.nights + float(losses_T.mean())) / nights if len(losses_T) else standing.lost
+    smallest = settings.margin + betting.detectable(spread(losses_T), max(1, len(losses_T)) * nights, level=1 / needed)
+    bad = capital.total >= needed
+    since = f"iteration {standing.best}" if standing.best else "the base policy"
+    sentence = (
+        f"over {nights} nights the candidates since {since} lost {100 * lost:.1f} points on average against it: evidence "
+        f"{capital.total:.2g}, {'established at' if bad else 'established from'} {needed:.3g} "
+        f"(an average of {100 * smallest:.1f} points would be with {POWER:.0%} power)"
+    )
+    numbers = {"drift_evidence": capital.total, "drift_needed": needed, "drift_nights": nights, "drift_loss": lost}
+    return (
+        _Finding(sentence, bad, numbers | {"drift_detectable": smallest}),
+        replace(standing, capital=capital.logs, nights=nights, lost=lost),
+    )
 
 
 def _task_mean(scores: Sequence[Score], field: str) -> float:
@@ -136,12 +267,12 @@ def _refuse_duplicates(name: str, scores: Sequence[Score]) -> None:
         )
 
 
-def _refuse_mismatch(candidate: set[str], champion: set[str]) -> None:
-    if candidate == champion:
+def _refuse_mismatch(candidate: set[str], best: set[str]) -> None:
+    if candidate == best:
         return
-    alone = sorted(candidate ^ champion)
-    side = "candidate" if alone[0] in candidate else "champion"
+    alone = sorted(candidate ^ best)
+    side = "candidate" if alone[0] in candidate else "best champion"
     raise DataError(
-        f"gate: candidate and champion hold different tasks: {len(alone)} on one side only, first {alone[0]!r} ({side})",
+        f"gate: candidate and best champion hold different tasks: {len(alone)} on one side only, first {alone[0]!r} ({side})",
         "score both on the same development tasks",
     )

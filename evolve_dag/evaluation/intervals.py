@@ -7,7 +7,9 @@ number of tasks alone, so two policies measured on the same tasks see the same r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from math import ceil
 from statistics import NormalDist
 
 import numpy as np
@@ -18,6 +20,12 @@ Floats = NDArray[np.float64]
 
 SMALL = 30
 """Below so many tasks a percentile interval of a share is too narrow; Wilson's is used."""
+
+INVENTED = (1.0, -1.0)
+"""Differences of two tasks that are added before resampling, see :func:`paired_difference`."""
+
+POWER = 0.8
+"""Chance with which a loss that is called detectable would be seen."""
 
 _CHUNK = 4_000_000
 """Weights held at once; bounds memory on large suites without changing a single draw."""
@@ -132,30 +140,72 @@ def paired_difference(
     Returns:
         ``(difference, (low, high))``, the difference always inside; None when no task is known to both.
     """
-    common = sorted(task for task in a if task in b and len(a[task]) and len(b[task]))
-    if not common:
+    differences_T = paired(a, b)
+    if not len(differences_T):
         return None
-    differences_T = np.array([np.mean(a[task]) - np.mean(b[task]) for task in common])
     difference = float(differences_T.mean())
     if share:
-        differences_T = np.append(differences_T, [1.0, -1.0])
+        differences_T = np.append(differences_T, INVENTED)
     low, high = _percentiles(_resampled_ratio(differences_T, np.ones_like(differences_T), resamples, seed), confidence)
     return difference, (min(low, difference), max(high, difference))
 
 
+def paired(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> Floats:
+    """Mean of ``a`` less mean of ``b`` for each task that both sides know, tasks in sorted order. Returns (T,)."""
+    common = sorted(task for task in a if task in b and len(a[task]) and len(b[task]))
+    return np.array([sum(a[task]) / len(a[task]) - sum(b[task]) / len(b[task]) for task in common], dtype=np.float64)
+
+
+def spread(differences_T: Floats) -> float:
+    """Standard deviation of one task's difference, with the two invented tasks of :func:`paired_difference`: never 0."""
+    return float(np.append(differences_T, INVENTED).std())
+
+
+def detectable(sd: float, tasks: int, *, confidence: float = 0.95, power: float = POWER) -> float:
+    """Smallest loss whose interval lies below zero in ``power`` of the cases (normal approximation).
+
+    Args:
+        sd: standard deviation of one task's difference.
+        tasks: how many are compared, at least 1.
+    """
+    return _reach(confidence, power) * sd / tasks**0.5
+
+
+def tasks_for(loss: float, sd: float, *, confidence: float = 0.95, power: float = POWER) -> int:
+    """How many tasks make ``loss`` :func:`detectable`."""
+    return ceil((_reach(confidence, power) * sd / loss) ** 2)
+
+
+def _reach(confidence: float, power: float) -> float:
+    normal = NormalDist()
+    return normal.inv_cdf(0.5 + confidence / 2) + normal.inv_cdf(power)
+
+
 def _resampled_ratio(sums_T: Floats, counts_T: Floats, resamples: int, seed: int) -> Floats:
     """Mean of each resample: drawn tasks' sums over drawn tasks' counts. Returns (resamples,)."""
-    tasks = len(sums_T)
-    generator = np.random.default_rng(seed)
     both_T_2 = np.stack([sums_T, counts_T], axis=1)
-    rows = max(1, _CHUNK // tasks)
-    chunks = []
-    for start in range(0, resamples, rows):
-        # how often each task is drawn; rows are drawn one after the other, so chunks change nothing
-        weights_R_T = generator.multinomial(tasks, np.full(tasks, 1 / tasks), size=min(rows, resamples - start))
-        drawn_R_2 = weights_R_T.astype(np.float64) @ both_T_2
-        chunks.append(drawn_R_2[:, 0] / drawn_R_2[:, 1])
-    return np.concatenate(chunks)
+    drawn_R_2 = np.concatenate([weights_R_T @ both_T_2 for weights_R_T in _draws(len(sums_T), resamples, seed)])
+    return drawn_R_2[:, 0] / drawn_R_2[:, 1]
+
+
+def _draws(tasks: int, resamples: int, seed: int) -> Iterator[Floats]:
+    """How often each task is drawn, in chunks of (rows, T); a single chunk is kept, since many numbers are asked about the same
+    tasks."""
+    if resamples * tasks <= _CHUNK:
+        yield _drawn_at_once(tasks, resamples, seed)
+        return
+    generator, rows = np.random.default_rng(seed), max(1, _CHUNK // tasks)
+    for start in range(0, resamples, rows):  # rows are drawn one after the other, so chunks change nothing
+        yield _draw(generator, tasks, min(rows, resamples - start))
+
+
+@lru_cache(maxsize=4)
+def _drawn_at_once(tasks: int, resamples: int, seed: int) -> Floats:
+    return _draw(np.random.default_rng(seed), tasks, resamples)
+
+
+def _draw(generator: np.random.Generator, tasks: int, rows: int) -> Floats:
+    return generator.multinomial(tasks, np.full(tasks, 1 / tasks), size=rows).astype(np.float64)
 
 
 def _percentiles(means_R: Floats, confidence: float) -> Interval:

@@ -1,44 +1,82 @@
-"""Settings -> a language model that answers."""
+"""The backends, one row each: settings -> a language model that answers. The models' own modules are heavy; this one is not."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from evolve_dag.config.schema import ModelSettings, OpenAIModelSettings, RuntimeSettings, VllmModelSettings
+from evolve_dag.config.parts import Part, part_of
+from evolve_dag.config.schema import (
+    ModelSettings,
+    OpenAIModelSettings,
+    PolicySettings,
+    RuntimeSettings,
+    TransformersModelSettings,
+    VllmModelSettings,
+)
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.folders import base_identity, model_folder
+from evolve_dag.inference.ledger import Ledger, metered
+from evolve_dag.protocols import LanguageModel
 
 if TYPE_CHECKING:
-    from evolve_dag.inference.ledger import Ledger
     from evolve_dag.inference.transformers import TransformersModel
-    from evolve_dag.protocols import LanguageModel
+
+S = TypeVar("S", bound=ModelSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What a model is opened with."""
+
+    role: str
+    """Whom it serves, for the ledger."""
+    runtime: RuntimeSettings
+    adapter: Path | None = None
+    """Folder of the adapter that it wears, where it holds weights."""
+    ledger: Ledger | None = None
+    """Where an endpoint writes its calls down."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendPart(Part[S]):
+    """The row of a backend."""
+
+    make: Callable[[S, Opening], LanguageModel]
+    """(settings, what it is opened with) -> the model. Raises ModelError: it cannot be loaded or reached."""
+    identity: Callable[[S], str]
+    """What the model *is*, wherever it runs: the hash of its weights, or its name at an endpoint."""
+    keeps_ledger: bool = False
+    """Whether it writes its calls into the ledger itself."""
 
 
 def open_backend(
     settings: ModelSettings, *, role: str, runtime: RuntimeSettings, adapter: Path | None = None, ledger: Ledger | None = None
 ) -> LanguageModel:
-    """A model of any backend, with ``adapter`` where it is ours. Calls to endpoints go into ``ledger``.
+    """A model of any backend, with ``adapter`` where it is ours. Its calls go into ``ledger``.
 
     Raises:
         ModelError: it cannot be loaded or reached; the message says what to mend.
     """
-    if isinstance(settings, OpenAIModelSettings):
-        from evolve_dag.inference.openai import OpenAIModel
-
-        return OpenAIModel(settings, role=role, ledger=ledger)
-    if isinstance(settings, VllmModelSettings):
-        from evolve_dag.inference.vllm import open_vllm
-
-        return open_vllm(settings, runtime=runtime, adapter=adapter)
-    return open_transformers(settings, runtime=runtime, adapter=adapter)
+    row: BackendPart[ModelSettings] = part_of("backend", settings)
+    model = row.make(settings, Opening(role, runtime, adapter, ledger))
+    if ledger is None or row.keeps_ledger:
+        return model
+    return metered(model, role=role, model_name=row.identity(settings), ledger=ledger)
 
 
-def open_transformers(settings: ModelSettings, *, runtime: RuntimeSettings, adapter: Path | None = None) -> TransformersModel:
+def identity(settings: ModelSettings) -> str:
+    """What a model *is*, wherever it runs."""
+    found: str = part_of("backend", settings).identity(settings)
+    return found
+
+
+def open_transformers(settings: PolicySettings, *, runtime: RuntimeSettings, adapter: Path | None = None) -> TransformersModel:
     """The weights of ``settings`` in this process, whatever serves them elsewhere; the adapter is merged in."""
     from evolve_dag.inference.transformers import TransformersModel
 
-    assert not isinstance(settings, OpenAIModelSettings)  # a policy is one of PolicySettings
     return TransformersModel.load(
         model_folder(settings),
         adapter_dir=adapter,
@@ -68,8 +106,28 @@ def check_device(device: str) -> None:
         ) from None
 
 
-def identity(settings: ModelSettings) -> str:
-    """What a model *is*, wherever it runs: the hash of its weights, or its name at an endpoint."""
-    if isinstance(settings, OpenAIModelSettings):
-        return f"openai:{settings.model}"
-    return base_identity(settings)
+def _openai(settings: OpenAIModelSettings, opening: Opening) -> LanguageModel:
+    from evolve_dag.inference.openai import OpenAIModel
+
+    return OpenAIModel(settings, role=opening.role, ledger=opening.ledger)
+
+
+def _vllm(settings: VllmModelSettings, opening: Opening) -> LanguageModel:
+    from evolve_dag.inference.vllm import open_vllm
+
+    return open_vllm(settings, runtime=opening.runtime, adapter=opening.adapter)
+
+
+def _transformers(settings: TransformersModelSettings, opening: Opening) -> LanguageModel:
+    return open_transformers(settings, runtime=opening.runtime, adapter=opening.adapter)
+
+
+TRANSFORMERS = BackendPart(settings=TransformersModelSettings, make=_transformers, identity=base_identity)
+VLLM = BackendPart(settings=VllmModelSettings, make=_vllm, identity=base_identity, variables=("VLLM_API_KEY",))
+OPENAI = BackendPart(
+    settings=OpenAIModelSettings,
+    make=_openai,
+    identity=lambda settings: f"openai:{settings.model}",
+    keeps_ledger=True,
+    variables=("OPENAI_API_KEY",),
+)

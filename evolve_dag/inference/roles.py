@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from evolve_dag.config.schema import PolicySettings
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.backends import identity, open_backend
 from evolve_dag.inference.folders import model_folder
@@ -83,10 +84,7 @@ class Roles:
             settings = self.experiment.models.settings(role)
             if settings is None:
                 raise ModelError(f"models.{role} is not set", f"name a model under models.{role} in the experiment file")
-            model = open_backend(settings, role=role, runtime=self.experiment.runtime, ledger=self.ledger)
-            if settings.backend != "openai" and self.ledger is not None:
-                model = metered(model, role=role, model_name=identity(settings), ledger=self.ledger)
-            self._open[role] = model
+            self._open[role] = open_backend(settings, role=role, runtime=self.experiment.runtime, ledger=self.ledger)
         return self._open[role]
 
     def later(self, role: HelperRole) -> Callable[[], LanguageModel]:
@@ -105,8 +103,7 @@ class Roles:
     def embedding_folder(self) -> Path:
         """Folder of the model that embeds."""
         settings = self.experiment.models.settings("embedding")
-        assert settings is not None
-        assert settings.backend != "openai"
+        assert isinstance(settings, PolicySettings)
         return model_folder(settings)
 
     async def close(self) -> None:

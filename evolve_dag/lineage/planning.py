@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from evolve_dag.errors import StoreError
+from evolve_dag.lineage import power
 from evolve_dag.steps import base
 from evolve_dag.steps.promotion import next_policy
 from evolve_dag.store.artifacts import MANIFEST
@@ -83,6 +84,8 @@ class Plan:
     """K: iterations 1..K are brought up to date."""
     steps: tuple[PlannedStep, ...]
     """Seven an iteration, in the order of the run."""
+    notes: tuple[str, ...] = ()
+    """What should be known before the run, e.g. that the gate is short of tasks."""
 
     def of(self, action: Action) -> tuple[PlannedStep, ...]:
         """The steps with one action."""
@@ -99,6 +102,7 @@ class Plan:
             "experiment": self.experiment,
             "iterations": self.iterations,
             "up_to_date": self.up_to_date,
+            "notes": list(self.notes),
             "counts": {action: len(self.of(action)) for action in ("reuse", "recompute", "follows", "stop")},
             "steps": [
                 {
@@ -161,7 +165,8 @@ def plan(experiment: Experiment, store: Store, iterations: int | None = None) ->
         entering = _leaving(steps[-1], experiment, store)
         if isinstance(entering, str):
             assumed = _as_before(steps[-1], experiment, store)
-    return Plan(experiment.experiment, count, tuple(steps))
+    notes = tuple(filter(None, [power.warning(experiment, store)]))
+    return Plan(experiment.experiment, count, tuple(steps), notes)
 
 
 def render(planned: Plan, *, reuse: bool = False) -> RenderableType:
@@ -175,6 +180,7 @@ def render(planned: Plan, *, reuse: bool = False) -> RenderableType:
     from rich.text import Text
 
     lines: list[RenderableType] = [Text(headline(planned), style="bold")]
+    lines += [Text(note, style="yellow") for note in planned.notes]
     styles = {"reuse": "green", "recompute": "bold yellow", "stop": "bold red", "follows": "dim"}
     for k in range(1, planned.iterations + 1):
         rows = [step for step in planned.steps if step.iteration == k]
@@ -315,6 +321,9 @@ def _changes(expected: base.Resolved, used: Mapping[str, Any]) -> Iterator[Reaso
         if key.startswith("policy."):
             part = key.removeprefix("policy.")
             yield Reason("upstream", f"{part} that enters: {_short(old)} -> {_short(new)}", part, before, after)
+        elif key.startswith("standing"):
+            text = f"what the gate carries over, {key.removeprefix('standing.')}: {_short(old)} -> {_short(new)}"
+            yield Reason("upstream", text, "standing", before, after)
         elif _is_hash(old) and _is_hash(new):
             yield Reason("config", f"{key}: its content changed ({_short(old)} -> {_short(new)})", key, before, after)
         else:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from evolve_dag.evaluation.metrics import Metrics
 from evolve_dag.lineage import audit
 from evolve_dag.reporting.drawing import Figure, Point, axes, bar, bars, line, over_iterations, title
-from evolve_dag.reporting.summary import EDITS, IterationRow, LineageSummary, step_names
+from evolve_dag.reporting.summary import EDITS, STAYS, IterationRow, LineageSummary, step_names
 from evolve_dag.steps.base import STEP_ORDER
 
 Condition = Literal["without", "with_experience", "greedy", "ceiling"]
@@ -297,7 +297,7 @@ def _label(row: IterationRow) -> str:
 
 
 def _declined(summary: LineageSummary) -> frozenset[int]:
-    return frozenset(row.iteration for row in summary.rows if row.gate is not None and row.gate.decision == "keep")
+    return frozenset(row.iteration for row in summary.rows if row.gate is not None and row.gate.decision in STAYS)
 
 
 def _name(

@@ -18,6 +18,7 @@ from evolve_dag.evaluation.metrics import Metrics
 from evolve_dag.lineage import audit
 from evolve_dag.reporting import figures, pages
 from evolve_dag.reporting.summary import (
+    STAYS,
     LineageSummary,
     StepRow,
     count,
@@ -26,6 +27,7 @@ from evolve_dag.reporting.summary import (
     number_interval,
     percent,
     percent_interval,
+    standing_note,
     step_names,
 )
 from evolve_dag.store.disk import write_atomic
@@ -221,17 +223,18 @@ def _by_experiment(summaries: Sequence[LineageSummary]) -> dict[str, list[Lineag
 
 def _recipe(summary: LineageSummary) -> str:
     """The three dimensions, where the artifacts tell them (METHOD)."""
-    parts = [summary.settings.get("granularity"), summary.settings.get("injection")]
-    regime = summary.settings.get("regime")
-    if isinstance(regime, Mapping):
-        rejection = "with rejection" if regime.get("rejection") else "without rejection"
-        parts += [f"source {regime.get('source')}", regime.get("divergence"), rejection]
+    settings = summary.settings
+    parts = [settings.get("granularity"), settings.get("injection")]
+    if "regime.source" in settings:
+        rejection = "with rejection" if settings.get("regime.rejection") else "without rejection"
+        parts += [f"source {settings['regime.source']}", settings.get("regime.divergence"), rejection]
     told = [str(part) for part in parts if part]
     return f" · {', '.join(told)}" if told else ""
 
 
 _FUNCTIONS = {
-    "ALL": audit.ALL, "NONE": audit.NONE, "HEADLINE": HEADLINE, "RESULTS": RESULTS, "figures": figures,
+    "ALL": audit.ALL, "NONE": audit.NONE, "HEADLINE": HEADLINE, "RESULTS": RESULTS, "STAYS": STAYS,
+    "figures": figures, "standing_note": standing_note,
     "step_names": step_names, "recipe": _recipe, "breakdowns": _breakdowns, "trained": _trained, "paid": _paid,
     "measured": _measured, "spent": _spent, "as_json": _as_json,
 }  # fmt: skip

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evolve_dag.errors import DataError, OrderError
 from evolve_dag.evaluation.gate import GateDecision, gate_from_json, gate_to_json
@@ -27,6 +27,7 @@ from evolve_dag.evaluation.metrics import Metrics, metrics_from_json, metrics_to
 from evolve_dag.records import ExperienceItem
 from evolve_dag.steps.base import STEP_ORDER
 from evolve_dag.steps.scores import BASE_AT
+from evolve_dag.store.artifacts import joined_config
 
 if TYPE_CHECKING:
     from evolve_dag.lineage.audit import Internalized
@@ -101,6 +102,15 @@ class IterationRow:
     steps: tuple[StepRow, ...] = ()
 
 
+class Distance(NamedTuple):
+    """Success of the champion less that of the best champion so far, on the same development tasks, 1 = all of them."""
+
+    difference: float
+    low: float
+    """Of its interval."""
+    high: float
+
+
 @dataclass(frozen=True, slots=True)
 class LineageSummary:
     """One experiment, as far as it has come."""
@@ -134,10 +144,32 @@ class LineageSummary:
     @property
     def champion(self) -> int | None:
         """Iteration whose candidate holds; 0 is the base policy; None before the first decision."""
-        decided = [row for row in self.rows if row.gate is not None]
-        if not decided:
+        holds: int | None = None
+        for row in self.rows:
+            if row.gate is not None:
+                kept = {"promote": row.iteration, "keep": holds or 0, "restore": row.gate.standing.champion}
+                holds = kept[row.gate.decision]
+        return holds
+
+    @property
+    def best(self) -> int | None:
+        """Iteration of the best champion so far; 0 is the base policy; None where it is not known."""
+        standing = next((row.gate.standing for row in reversed(self.rows) if row.gate is not None), None)
+        if standing is None or standing.champion != self.champion:  # a decision of before the best was recorded
             return None
-        return max((row.iteration for row in decided if row.gate and row.gate.decision == "promote"), default=0)
+        return standing.best
+
+    @property
+    def distance(self) -> Distance | None:
+        """How far the champion is from the best one, as it was measured when it was the candidate; None before a decision."""
+        champion, best = self.champion, self.best
+        if champion is None or best is None:
+            return None
+        gate = next((row.gate for row in self.rows if row.iteration == champion and row.gate is not None), None)
+        if champion == best or gate is None:
+            return Distance(0.0, 0.0, 0.0)
+        found = [gate.evidence.get(f"success_{name}") for name in ("difference", "low", "high")]
+        return Distance(*found) if all(value is not None for value in found) else None  # type: ignore[arg-type]
 
     @property
     def seconds(self) -> float:
@@ -190,14 +222,13 @@ def summarize(
         if outdated or not _follows(artifacts, by_iteration.get(iteration - 1, {})):
             outdated.append(iteration)
             continue
-        for artifact in artifacts.values():
-            settings |= artifact.manifest.config
+        settings |= joined_config(artifacts.values())
         scores = _json(artifacts.get("scores"), "summary.json")
         if iteration == 1 and scores.get("base") is not None:
             rows.append(_base_row(scores, artifacts["scores"]))
         row = _row(iteration, found, artifacts, scores, recomputed or {})
         rows.append(replace(row, internalized=tuple(one for one in measured if one.iteration == iteration)))
-    for entry in ("iteration", "policy"):  # part of what is computed, no setting
+    for entry in ("iteration", "policy", "standing"):  # part of what is computed, no setting
         settings.pop(entry, None)
     return LineageSummary(
         experiment,
@@ -279,11 +310,42 @@ def _row(
     )
 
 
+STAYS: Mapping[str, str] = {"keep": "the champion stays", "restore": "the best champion so far comes back"}
+"""Decision -> what becomes of the champion, where the candidate does not take its place."""
+
+
+def standing_note(summary: LineageSummary) -> str:
+    """Who holds, how far it is from the best champion so far, and what the nights since say; '' before the first decision."""
+    gate = next((row.gate for row in reversed(summary.rows) if row.gate is not None), None)
+    if gate is None:
+        return ""
+    told = f"The champion is {_policy_of(summary.champion)}."
+    if summary.best is None or summary.best == summary.champion:
+        return told if summary.best is None else f"{told} It is the best so far."
+    told += f" The best so far is {_policy_of(summary.best)}."
+    if (distance := summary.distance) is not None:
+        low, high = (f"{100 * bound:+.1f}" for bound in (distance.low, distance.high))
+        told += f" Champion against best: {100 * distance.difference:+.1f} points ({low} to {high})."
+    standing, evidence = gate.standing, {name: gate.evidence.get(f"drift_{name}") for name in ("evidence", "needed")}
+    if standing.nights and None not in evidence.values():
+        told += (
+            f" Candidates since the best: {-100 * standing.lost:+.1f} points on average over {standing.nights} nights; "
+            f"evidence of a drift {evidence['evidence']:.2g}, established from {evidence['needed']:.3g}."
+        )
+    return told
+
+
+def _policy_of(iteration: int | None) -> str:
+    return f"the candidate of iteration {iteration}" if iteration else "the base policy"
+
+
 def status_json(summary: LineageSummary) -> dict[str, Any]:
     """The summary as JSON values: what ``evolve status --json`` prints."""
     return {
         "experiment": summary.experiment,
         "champion": summary.champion,
+        "best": summary.best,
+        "distance_to_best": summary.distance._asdict() if summary.distance else None,
         "command": summary.command,
         "seconds": summary.seconds,
         "tokens": summary.tokens,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from evolve_dag.evaluation.metrics import Metrics
 from evolve_dag.reporting.summary import (
+    STAYS,
     IterationRow,
     LineageSummary,
     StepRow,
@@ -18,6 +19,7 @@ from evolve_dag.reporting.summary import (
     percent,
     percent_interval,
     recompute_note,
+    standing_note,
     step_names,
 )
 
@@ -41,9 +43,12 @@ def print_summary(summary: LineageSummary, console: Console) -> None:
     for note in _notes(summary):
         console.print(Text(note, style="dim"))
     for row in summary.rows:
-        if row.gate is not None and row.gate.decision == "keep":
+        if row.gate is not None and row.gate.decision in STAYS:
             # Text, not a string: reasons are data and may hold brackets, which rich would read as markup
-            console.print(Text(f"iteration {row.iteration}: the champion stays: {'; '.join(row.gate.reasons)}", style="yellow"))
+            told = f"iteration {row.iteration}: {STAYS[row.gate.decision]}: {'; '.join(row.gate.reasons)}"
+            console.print(Text(told, style="yellow"))
+    if note := standing_note(summary):
+        console.print(Text(note))
     console.print()
     console.print(step_table(summary))
     if recompute_note(summary):

@@ -9,6 +9,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.agent.rollouts import gather_rollouts
+from evolve_dag.config.parts import CHOICES, part
 from evolve_dag.config.schema import Experiment
 from evolve_dag.distillation.alignment import select_rows
 from evolve_dag.distillation.dataset import DistillationRow, load_contexts, sharpened
@@ -39,9 +40,8 @@ def run(context: StepContext) -> None:
     contexts = context.inputs["contexts"].path
     rows = load_contexts(contexts)
     nothing_taught = not any(c.injected for row in rows for c in row.contexts)
-    rows = sharpened(rows, experiment.distillation.teacher_temperature)
-    rows += load_contexts(contexts / RETENTION) + load_contexts(contexts / DRILLS)
-    if nothing_taught and experiment.regime.divergence != "cross_entropy":
+    rows = _sharp(experiment, rows + load_contexts(contexts / RETENTION) + load_contexts(contexts / DRILLS))
+    if nothing_taught and part("divergence", experiment.regime.divergence).loss is not None:
         rows = []  # teacher and student are one: Adam would turn rounding noise into full steps
     settings = experiment.models.policy
     started = False
@@ -95,6 +95,12 @@ def run(context: StepContext) -> None:
         divergence_last=_mean(divergences[-5:]),
         tokens=resample.tokens if resample else 0,
     )
+
+
+def _sharp(experiment: Experiment, rows: list[DistillationRow]) -> list[DistillationRow]:
+    if part("divergence", experiment.regime.divergence).loss is None:
+        return rows
+    return sharpened(rows, experiment.distillation.teacher_temperature)
 
 
 def _mean(values: list[float]) -> float | None:
@@ -167,8 +173,8 @@ class _Resample:
             if experiment.models.policy.backend != "transformers":
                 opened.close()
             with open_teacher(adapter_folder(context.store, adapter), context.roles, policy) as teacher:
-                found = score(experiment, kept, teacher, Silent()).all
-        return sharpened(found, experiment.distillation.teacher_temperature)
+                scored = score(experiment, kept, teacher, Silent())
+        return _sharp(experiment, [*scored.rows, *scored.retention, *scored.drills])
 
 
 def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
@@ -185,15 +191,27 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
     yield Verdict("finite_loss", not bad and not broken and skipped <= MAX_SKIPPED * curve.height, evidence)
 
 
+def _unread(experiment: Experiment) -> tuple[str, ...]:
+    """What decided the contexts alone, keys of other divergences, and what concerns rows or a teacher that are not there."""
+    settings, divergence = experiment.distillation, part("divergence", experiment.regime.divergence)
+    own = divergence.keys
+    others = {key for name in CHOICES["divergence"].rows for key in part("divergence", name).keys if key not in own}
+    alone = experiment.injection == "none" or not (settings.retention or settings.drills)
+    weight = ("retention_weight",) if alone else ()
+    sharp = ("teacher_temperature",) if divergence.loss is None else ()
+    return tuple(f"distillation.{key}" for key in ("top_k", "retention", "drills", *weight, *sharp, *others))
+
+
 SPEC = StepSpec(
     "adapter",
     "LoRA weights that make the student without experience act like the teacher with it, and the training curve.",
-    version="6",
-    config=("seed", "regime", "distillation"),
+    version="8",
+    config=("seed", "regime.divergence", "distillation"),
     inputs=("policy", "experience", "contexts"),
     run=run,
     kinds=frozenset({"pytorch", "huggingface"}),
     iteration=True,
+    unread=_unread,
     checks=(Check("finite_loss", "Every loss of the training curve is a number.", blocking=True),),
     examine=examine,
     tables=(

@@ -6,36 +6,38 @@ code path. The chain through an iteration (METHOD, the loop)::
 
     policy -> trajectories -> experience -> contexts -> adapter -> scores -> promotion ..> policy of the next iteration
 
-A step's digest covers its code version, the slice of config that it reads (with files replaced by the hash of their
-content, so it does not depend on where a checkout lies) and the digests of what it read. A policy's digest covers
+A step's digest covers its code version, the slice of config that it reads (slices.py: with files replaced by the hash of
+their content, so it does not depend on where a checkout lies) and the digests of what it read. A policy's digest covers
 what it *is* (base, adapter, pool), not how it was decided: a gate with another threshold and the same verdict leaves
-the next iteration untouched.
+the next iteration untouched. A digest names what decided an artifact, not its bytes: stored log-probabilities differ in
+the sixth digit with concurrency and threads, and the first artifact that is published stands.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from evolve_dag.config.schema import Experiment, ToolsEnvironment
-from evolve_dag.errors import OrderError
-from evolve_dag.inference.backends import identity
+from evolve_dag import prompts
+from evolve_dag.config.schema import Experiment
+from evolve_dag.errors import OrderError, StoreError, no_slice_error
 from evolve_dag.inference.folders import base_identity
 from evolve_dag.inference.ledger import Ledger
 from evolve_dag.inference.roles import Roles
-from evolve_dag.prompts import digest
-from evolve_dag.records import PolicyRef
+from evolve_dag.records import PolicyRef, Standing
 from evolve_dag.steps import adapter, contexts, experience, policy, promotion, scores, trajectories
 from evolve_dag.steps.body import Body, Progress, Silent, StepContext
+from evolve_dag.steps.slices import decisive, visible
 from evolve_dag.steps.spec import StepSpec
 from evolve_dag.store.artifacts import Artifact, Store
 from evolve_dag.store.frames import CALLS, calls_to_frame
 from evolve_dag.store.memory import Memory
 from evolve_dag.tasks.streams import of_iteration
-from evolve_dag.tasks.suites import data_digests
 
 STEPS: tuple[StepSpec, ...] = (
     policy.SPEC,
@@ -47,7 +49,7 @@ STEPS: tuple[StepSpec, ...] = (
     promotion.SPEC,
 )
 """The loop: its steps in the order in which an iteration makes them."""
-SPECS: Mapping[str, StepSpec] = {spec.name: spec for spec in STEPS}
+SPECS: dict[str, StepSpec] = {spec.name: spec for spec in STEPS}
 STEP_ORDER = tuple(SPECS)
 
 
@@ -58,55 +60,20 @@ def code_version(name: str) -> str:
 
 def settings(name: str, experiment: Experiment) -> dict[str, Any]:
     """The slice of config that the step reads, files and models replaced by the hash of their content."""
-    values = experiment.slice(*SPECS[name].config)
-    for split in ("tasks.train", "tasks.development", "tasks.held_out"):
-        values.get(split, {}).pop("stream", None)  # which tasks it came to is said by the world, or by the rows' hash
-    files = data_digests(experiment) if "environment" in values else {}  # every step that reads tasks reads that too
-    for key, found in files.items():
-        holder, _, last = key.rpartition(".")
-        if holder in values:
-            values[holder][last] = found
-    for role in ("policy", "extractor", "selector", "judge", "embedding"):
-        model = values.get(f"models.{role}")
-        if isinstance(model, dict) and "path" in model:
-            model["path"] = base_identity(getattr(experiment.models, role))
-    return _used(values, experiment)
-
-
-def _used(values: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
-    """Without the models that nobody asks under these settings, with the prompts of those that are asked."""
-    if experiment.extraction.extractor != "llm":
-        values.pop("models.extractor", None)
-    elif "extraction" in values:
-        from evolve_dag.experience.extraction.llm import prompt_names
-
-        values["prompts"] = digest(*prompt_names(experiment.granularity, experiment.extraction.domain))
-    if experiment.selection.selector != "llm":
-        values.pop("models.selector", None)
-    elif "selection" in values:
-        from evolve_dag.experience.selection.llm import PROMPT as SELECTION
-
-        values["prompts.selection"] = digest(SELECTION)
-    if experiment.selection.selector != "embedding":
-        values.pop("models.embedding", None)
-    if experiment.verification.kind != "judge":
-        values.pop("models.judge", None)
-    elif "verification" in values:
-        from evolve_dag.verification.judge import prompt_name
-
-        values["prompts.verification"] = digest(prompt_name(experiment.verification.verdict))
-    if "environment" in values and isinstance(experiment.environment, ToolsEnvironment) and experiment.environment.summarize:
-        from evolve_dag.environments.web.reader import PROMPT as SUMMARY
-
-        settings = experiment.models.settings("extractor")
-        assert settings is not None
-        values |= {"summarizer": identity(settings), "prompts.summary": digest(SUMMARY)}
-    return values
+    return decisive(SPECS[name], experiment)
 
 
 def settings_digest(name: str, experiment: Experiment) -> str:
     """Digest of the config slice alone, for the config assets."""
     return Store.digest_of(f"config/{name}", "1", settings(name, of_iteration(experiment, 1)), {})
+
+
+def sources(name: str) -> list[StepSpec]:
+    """A step, and before it in the loop all that it is made from."""
+    found = {name}
+    for spec in reversed(SPECS.values()):
+        found |= set(spec.inputs) if spec.name in found else set()
+    return [spec for spec in SPECS.values() if spec.name in found]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,16 +110,14 @@ def resolve_iteration(experiment: Experiment, iteration: int, store: Store) -> d
 
 def resolve_lineage(experiment: Experiment, iterations: int, store: Store) -> Iterator[dict[str, Resolved]]:
     """All seven steps of iterations 1, 2, ...; the last one is the first that is not promoted, or number ``iterations``."""
-    from evolve_dag.steps.promotion import next_policy
-
     entering = first_policy(experiment)
     for k in range(1, iterations + 1):
         resolved = {name: resolve_from(name, experiment, k, store, entering) for name in STEP_ORDER}
         yield resolved
-        promotion = resolved["promotion"]
-        if promotion.digest is None or not promotion.exists:
+        decided = resolved["promotion"]
+        if decided.digest is None or not decided.exists:
             return
-        entering = next_policy(store.open("promotion", promotion.digest), k + 1)
+        entering = promotion.next_policy(store.open("promotion", decided.digest), k + 1)
 
 
 def entering_policy(experiment: Experiment, iteration: int | None, store: Store) -> PolicyRef:
@@ -189,7 +154,8 @@ def first_policy(experiment: Experiment) -> PolicyRef:
 
     path = Path(experiment.start_pool)
     pool = pool_from_file(path)
-    return replace(ref, experience=pool_digest(pool, path.name), next_item=pool.next_number)
+    digest = pool_digest(pool, path.name)
+    return replace(ref, experience=digest, next_item=pool.next_number, standing=Standing(experience=digest))
 
 
 def _entering(experiment: Experiment, iteration: int, store: Store) -> PolicyRef | str:
@@ -215,7 +181,7 @@ def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store
     inputs: dict[str, str] = {}
     missing = None
     if name == "policy":
-        config |= {"policy": asdict(entering)}
+        config |= {"policy": entering.content}
     else:
         for upstream in spec.inputs:
             found = resolve_from(upstream, experiment, iteration, store, entering)
@@ -226,6 +192,8 @@ def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store
                 missing = found.missing or f"{upstream}[{partition(experiment, iteration)}]"
     if spec.iteration:
         config |= {"iteration": iteration}
+    if spec.standing:
+        config |= {"standing": {field: getattr(entering.standing, field) for field in spec.standing}}
     digest = Store.digest_of(name, spec.version, config, inputs)
     return Resolved(name, iteration, digest, store.exists(name, digest), inputs, config, missing)
 
@@ -248,10 +216,38 @@ def _body(name: str) -> Body:
     return SPECS[name].run
 
 
+def _twin(expected: Resolved, store: Store) -> Artifact | None:
+    """A sound artifact that differs from the expected one in the ``derived`` keys of its step alone."""
+    spec = SPECS[expected.name]
+    if not spec.derived:
+        return None
+    wanted = _but_for(spec.derived, expected.config), dict(expected.inputs)
+    for kind, digest in store.listing():
+        if kind == spec.name:
+            with suppress(StoreError):  # what is damaged is no twin; whoever needs it says so
+                artifact = store.read(kind, digest)
+                made = artifact.manifest
+                same = (_but_for(spec.derived, made.config), dict(made.inputs)) == wanted
+                if same and made.code_version == spec.version:
+                    artifact.verify()
+                    return artifact
+    return None
+
+
+def _but_for(keys: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
+    """A slice without some of its keys, as it comes back from a manifest."""
+    kept: dict[str, Any] = json.loads(json.dumps(dict(config)))
+    for key in keys:
+        section, _, last = key.rpartition(".")
+        kept.get(section, {}).pop(last, None)
+    return kept
+
+
 def _make(expected: Resolved, experiment: Experiment, entering: PolicyRef, store: Store, progress: Progress) -> None:
     """Run the body of a step, in one event loop, and publish what it made."""
     assert expected.digest is not None  # what is missing was told before
     name, spec = expected.name, SPECS[expected.name]
+    spec.guard(experiment)
     inputs = {upstream: store.open(upstream, digest) for upstream, digest in expected.inputs.items()}
     with store.build(
         name, expected.digest, code_version=spec.version, config=dict(expected.config), inputs=dict(expected.inputs)
@@ -259,8 +255,11 @@ def _make(expected: Resolved, experiment: Experiment, entering: PolicyRef, store
         if build.artifact is not None:
             return  # another process has made it while this one waited for the lock
         ledger = Ledger(build.ledger_path)
-        with Roles(experiment, ledger=ledger, memory=Memory(store.root / "cache" / "memory.sqlite")) as roles:
-            _body(name)(StepContext(experiment, expected.iteration, store, inputs, build, progress, entering, roles))
+        memory = Memory(store.root / "cache" / "memory.sqlite")
+        shown, names = visible(sources(name), experiment)
+        twin = _twin(expected, store)
+        with Roles(shown, ledger=ledger, memory=memory) as roles, prompts.only(names), no_slice_error():
+            _body(name)(StepContext(shown, expected.iteration, store, inputs, build, progress, entering, roles, twin))
         if totals := ledger.totals():
             build.note(calls=totals)
             calls_to_frame(ledger.calls()).write_parquet(build.path / CALLS)

@@ -49,6 +49,8 @@ class StepContext:
     entering: PolicyRef
     roles: Roles
     """The models that may be asked, and :meth:`~evolve_dag.inference.roles.Roles.run` for what is awaited."""
+    twin: Artifact | None = None
+    """An artifact of this step that differs in the spec's ``derived`` keys alone: what it sampled stands."""
 
 
 Body = Callable[[StepContext], None]

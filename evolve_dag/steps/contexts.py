@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from evolve_dag.config.schema import Experiment
 from evolve_dag.distillation.alignment import (
     Inject,
+    Kept,
     TeacherContext,
     align_all,
     no_injection,
@@ -26,6 +27,7 @@ from evolve_dag.distillation.teacher import TeacherScorer
 from evolve_dag.evaluation.metrics import counts
 from evolve_dag.experience.drills import Place, drills
 from evolve_dag.experience.injection import injected
+from evolve_dag.experience.pool import Pool
 from evolve_dag.protocols import ExperienceSource
 from evolve_dag.records import InjectionPattern, Trajectory
 from evolve_dag.seeds import stable_hash
@@ -40,6 +42,7 @@ from evolve_dag.steps.policies import (
     open_teacher,
     roll_out,
     selector_statistics,
+    without_choice,
 )
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
@@ -57,6 +60,43 @@ DRILLS = "drills"
 
 def run(context: StepContext) -> None:
     """Sample or take trajectories, keep what the regime keeps, align and score by the teacher."""
+    experiment = context.experiment
+    pool = open_pool(context.inputs["experience"])
+    if experiment.injection == "none" or pool.active.items:
+        made = _teach(context, pool)
+    else:  # the teacher would be the student: nothing is sampled to find that out
+        made = _Taught([], select_rows([], experiment.regime.rejection), Scored([], [], []), None)
+    folder, scored = context.build.path, made.scored
+    save_trajectories(folder, made.trajectories)
+    save_contexts(folder, scored.rows)
+    save_contexts(folder / RETENTION, scored.retention)
+    save_contexts(folder / DRILLS, scored.drills)
+    chosen = [len(c.selected) for row in scored.rows for c in row.contexts]
+    context.build.note(
+        **counts(made.trajectories) | ({} if experiment.regime.source == "teacher" else {"tokens": 0}),
+        kept=len(scored.rows),
+        retention=len(scored.retention),
+        drills=len(scored.drills),
+        **{f"dropped_{k}": v for k, v in made.selection.counts.items() if k != "kept"},
+        steps=len(chosen),
+        action_tokens=sum(row.action_tokens for row in scored.rows),
+        items_per_step=sum(chosen) / max(1, len(chosen)),
+        steps_without_item=sum(n == 0 for n in chosen),
+        **selector_statistics(made.source),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Taught:
+    """What the teacher did, and what is learned from it."""
+
+    trajectories: list[Trajectory]
+    selection: Kept
+    scored: Scored
+    source: ExperienceSource | None
+
+
+def _teach(context: StepContext, pool: Pool) -> _Taught:
     from evolve_dag.inference.transformers import TransformersModel
 
     experiment = context.experiment
@@ -64,7 +104,7 @@ def run(context: StepContext) -> None:
     adapter = context.entering.adapter
     with ExitStack() as opened:
         model = opened.enter_context(open_policy(context.store, adapter, context.roles))
-        source = experience_source(experiment, open_pool(context.inputs["experience"]), context.roles)
+        source = experience_source(experiment, pool, context.roles)
         recording = None
         if experiment.regime.source == "teacher":
             if isinstance(model, TransformersModel):
@@ -85,24 +125,7 @@ def run(context: StepContext) -> None:
             opened.close()  # what samples gives its memory back before the weights are opened here
         with open_teacher(adapter_folder(context.store, adapter), context.roles, model) as teacher:
             scored = score(experiment, selection.kept, teacher, context.progress, recording)
-    folder = context.build.path
-    save_trajectories(folder, trajectories)
-    save_contexts(folder, scored.rows)
-    save_contexts(folder / RETENTION, scored.retention)
-    save_contexts(folder / DRILLS, scored.drills)
-    chosen = [len(c.selected) for row in scored.rows for c in row.contexts]
-    context.build.note(
-        **counts(trajectories) if experiment.regime.source == "teacher" else {**counts(trajectories), "tokens": 0},
-        kept=len(scored.rows),
-        retention=len(scored.retention),
-        drills=len(scored.drills),
-        **{f"dropped_{k}": v for k, v in selection.counts.items() if k != "kept"},
-        steps=len(chosen),
-        action_tokens=sum(row.action_tokens for row in scored.rows),
-        items_per_step=sum(chosen) / max(1, len(chosen)),
-        steps_without_item=sum(n == 0 for n in chosen),
-        **selector_statistics(source),
-    )
+    return _Taught(trajectories, selection, scored, source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +138,6 @@ class Scored:
     """With the teacher's experience in it (``distillation.retention``)."""
     drills: list[DistillationRow]
     """With advice drawn at random in it (``distillation.drills``)."""
-
-    @property
-    def all(self) -> list[DistillationRow]:
-        return [*self.rows, *self.retention, *self.drills]
 
 
 def score(
@@ -139,7 +158,7 @@ def score(
     inject = no_injection if experiment.injection == "none" else replay_injection(experiment.injection)
     keep_step = None if experiment.regime.refused else without_problems
     aligned = align_all(kept, model.chat, inject, keep_step)
-    if experiment.regime.divergence == "cross_entropy" and experiment.injection == "none":
+    if experiment.injection == "none":  # then nothing is compared with a teacher (config/schema.py: contradictions)
         return Scored(make_rows(aligned, None), [], [])
     texts = drills(kept, experiment.distillation.drills, experiment.seed)
     drilled = align_all(
@@ -226,10 +245,15 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
     yield Verdict("same_actions", not other_ids, evidence)
 
 
+def _unread(experiment: Experiment) -> tuple[str, ...]:
+    scored = ("distillation.top_k", "distillation.retention", "distillation.drills")
+    return (*without_choice(experiment), *(scored if experiment.injection == "none" else ()))
+
+
 SPEC = StepSpec(
     "contexts",
     "Step-aligned contexts: the student's clean view, the teacher's view with experience, the shared action tokens.",
-    version="8",
+    version="10",
     config=(
         "seed",
         *INJECTION_KEYS,
@@ -246,6 +270,7 @@ SPEC = StepSpec(
     run=run,
     kinds=frozenset({"parquet", "polars"}),
     iteration=True,
+    unread=_unread,
     checks=(
         Check("clean", "No clean row of the student holds experience.", blocking=True),
         Check(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from typing import Any
 
+from evolve_dag.config.parts import part_of
 from evolve_dag.config.schema import Experiment
+from evolve_dag.experience.extraction.base import Extraction, ExtractorPart, Material
 from evolve_dag.experience.extraction.contrast import Evidence
-from evolve_dag.experience.extraction.mining import Extraction, extract
-from evolve_dag.experience.extraction.placebo import placebo
 from evolve_dag.experience.locality import locality, trajectory_detail
 from evolve_dag.experience.pool import Pool, counted
 from evolve_dag.records import Task, Trajectory
@@ -23,7 +24,7 @@ from evolve_dag.tasks.suites import load_tasks_of
 EVIDENCE = "evidence.json"
 """Beside the pool: the sums that extraction rests on, see :class:`~evolve_dag.experience.extraction.contrast.Evidence`."""
 MINED = "mined.json"
-"""With ``extraction.placebo``: the pool as it was mined, from which the next iteration goes on mining."""
+"""Beside the pool of a placebo: the one that was mined, from which the next iteration goes on mining."""
 
 
 def run(context: StepContext) -> None:
@@ -34,12 +35,10 @@ def run(context: StepContext) -> None:
     pool = open_pool(entering, MINED) if entering and MINED in entering.manifest.files else open_pool(entering)
     pool = replace(pool, next_number=max(pool.next_number, context.entering.next_item))
     tasks = load_tasks_of(experiment, "train")
-    found = _extract(context, trajectories, tasks, pool)
+    found = _extract(context, trajectories, tasks, pool, open_pool(entering))
     folder = context.build.path
-    if experiment.extraction.placebo:
-        (folder / MINED).write_text(found.pool.to_json(), encoding="utf-8")
-        disguised = placebo(found.pool, found.edits, trajectories, before=open_pool(entering), seed=experiment.seed)
-        found = replace(found, pool=disguised.pool, edits=disguised.edits)
+    if found.mined is not None:
+        (folder / MINED).write_text(found.mined.to_json(), encoding="utf-8")
     if found.evidence is not None:
         (folder / EVIDENCE).write_text(found.evidence.to_json(), encoding="utf-8")
     (folder / "pool.json").write_text(found.pool.to_json(), encoding="utf-8")
@@ -65,47 +64,30 @@ def _evidence(context: StepContext) -> Evidence | None:
     return Evidence.from_json(artifact.file(EVIDENCE).read_text(encoding="utf-8"))
 
 
-def _extract(context: StepContext, trajectories: Sequence[Trajectory], tasks: Sequence[Task], pool: Pool) -> Extraction:
-    experiment, settings = context.experiment, context.experiment.extraction
-    if settings.extractor == "contrast":
-        context.progress.start("extraction", 1)
-        found = extract(
-            trajectories,
-            pool,
-            granularity=experiment.granularity,
-            settings=settings,
-            iteration=context.iteration,
-            seed=experiment.seed,
-            before=_evidence(context),
-        )
-        context.progress.advance()
-        context.progress.finish()
-        return found
-    from evolve_dag.experience.extraction.llm import extract_with_llm
-
-    roles = context.roles
+def _extract(
+    context: StepContext, trajectories: Sequence[Trajectory], tasks: Sequence[Task], pool: Pool, shown: Pool
+) -> Extraction:
+    experiment, roles = context.experiment, context.roles
+    row: ExtractorPart[Any] = part_of("extractor", experiment.extraction)
     with ExitStack() as opened:
-        if experiment.models.extractor == "policy":
+        if any(getattr(experiment.models, role) == "policy" for role in row.roles(experiment.extraction)):
             opened.enter_context(open_policy(context.store, context.entering.adapter, roles))
         context.progress.start("extraction", len({t.task_id for t in trajectories}))
         try:
-            return roles.run(
-                extract_with_llm(
-                    trajectories,
-                    tasks,
-                    pool,
-                    model=roles.model("extractor"),
-                    identity=roles.identity("extractor"),
-                    granularity=experiment.granularity,
-                    settings=settings,
-                    iteration=context.iteration,
-                    seed=experiment.seed,
-                    memory=roles.memory,
-                    concurrency=experiment.runtime.concurrency,
-                    characters=settings.max_characters,
-                    on_progress=lambda: context.progress.advance(),
-                )
+            material = Material(
+                trajectories,
+                tasks,
+                pool,
+                shown,
+                experiment.granularity,
+                context.iteration,
+                experiment.seed,
+                before=_evidence(context),
+                roles=roles,
+                concurrency=experiment.runtime.concurrency,
+                on_progress=context.progress.advance,
             )
+            return roles.run(row.make(experiment.extraction, material))
         finally:
             context.progress.finish()
 
@@ -124,8 +106,8 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
 SPEC = StepSpec(
     "experience",
     "The experience pool E(k), every pool edit, and which trajectories taught what.",
-    version="6",
-    config=("seed", "granularity", "extraction", "models.extractor"),
+    version="7",
+    config=("seed", "granularity", "extraction"),
     inputs=("policy", "trajectories"),
     run=run,
     kinds=frozenset({"parquet", "polars"}),

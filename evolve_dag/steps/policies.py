@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from evolve_dag.agent.rollouts import gather_rollouts
+from evolve_dag.config.parts import part_of
 from evolve_dag.evaluation.gate import LEAST_JUDGED
 from evolve_dag.inference.backends import identity, open_backend, open_transformers
 from evolve_dag.inference.ledger import metered
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from evolve_dag.config.schema import Experiment
     from evolve_dag.experience.pool import Pool
+    from evolve_dag.experience.selection.base import SelectorPart
     from evolve_dag.inference.roles import Roles
     from evolve_dag.inference.transformers import TransformersModel
     from evolve_dag.protocols import ExperienceSource
@@ -29,9 +31,9 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=LanguageModel)
 
-TASK_KEYS = ("environment", "rollout", "verification", "models.judge")
+TASK_KEYS = ("environment", "rollout", "verification")
 """Config keys of whatever asks tasks."""
-INJECTION_KEYS = ("injection", "selection", "models.selector", "models.embedding")
+INJECTION_KEYS = ("injection", "selection")
 """Config keys of whatever places experience in a context."""
 
 
@@ -104,32 +106,26 @@ def open_pool(artifact: Artifact | None, name: str = "pool.json") -> Pool:
     return Pool.from_json(path.read_text(encoding="utf-8"), str(path))
 
 
-def experience_source(experiment: Experiment, pool: Pool, roles: Roles | None = None) -> ExperienceSource | None:
+def experience_source(experiment: Experiment, pool: Pool, roles: Roles) -> ExperienceSource | None:
     """The pool as it stands in the teacher's context; None when there is nothing to inject.
 
     Args:
         roles: who is asked where the selector is a model; it says its identity now, so open the policy first.
     """
     from evolve_dag.experience.injection import Injector
-    from evolve_dag.experience.selection.choose import make_selector
 
     pool = pool.active
     if experiment.injection == "none" or not pool.items:
         return None
-    settings = experiment.selection
-    if roles is None or settings.selector in ("state", "lexical"):
-        selector = make_selector(settings)
-    elif settings.selector == "embedding":
-        selector = make_selector(settings, embedding_folder=roles.embedding_folder)
-    else:
-        selector = make_selector(
-            settings,
-            model=roles.later("selector"),
-            identity=roles.identity("selector"),
-            memory=roles.memory,
-            seed=experiment.seed,
-        )
-    return Injector(experiment.injection, pool, selector)
+    if experiment.injection != "step_wise":
+        return Injector(experiment.injection, pool)
+    row: SelectorPart[Any] = part_of("selector", experiment.selection)
+    return Injector(experiment.injection, pool, row.make(experiment.selection, roles, experiment.seed))
+
+
+def without_choice(experiment: Experiment) -> tuple[str, ...]:
+    """``selection``, where no item is chosen: the whole pool stands in the context, or none of it."""
+    return () if experiment.injection == "step_wise" else ("selection",)
 
 
 def selector_statistics(source: ExperienceSource | None) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from evolve_dag.steps.body import StepContext
@@ -19,7 +18,7 @@ def run(context: StepContext) -> None:
 
         found = read_pool(start)
         artifact_of(found.pool, context.store, Path(start).name, renamed=found.renamed)
-    (context.build.path / "policy.json").write_text(json.dumps(asdict(ref), indent=2) + "\n")
+    (context.build.path / "policy.json").write_text(json.dumps(ref.content, indent=2) + "\n")
     context.build.note(adapter=ref.adapter, experience=ref.experience, base=ref.base)
 
 
@@ -31,5 +30,6 @@ SPEC = StepSpec(
     inputs=(),
     run=run,
     kinds=frozenset({"json"}),
+    told=("start_pool",),  # the policy that enters names its pool
     hidden=frozenset({"adapter", "experience"}),
 )

@@ -1,61 +1,111 @@
-"""Step ``promotion``: the gate's recorded decision; on ``keep`` the champion stays (METHOD step 7)."""
+"""Step ``promotion``: the gate's recorded decision (METHOD step 7).
+
+On ``promote`` the candidate becomes the champion, on ``keep`` the champion stays, on ``restore`` the best one comes back.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields, replace
 
 from evolve_dag.config.schema import Experiment
-from evolve_dag.evaluation.gate import decide, gate_from_json, gate_to_json
-from evolve_dag.records import PolicyRef
+from evolve_dag.errors import StoreError
+from evolve_dag.evaluation.gate import GateDecision, decide, gate_from_json, gate_to_json
+from evolve_dag.records import PolicyRef, Standing
 from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import open_pool
-from evolve_dag.steps.scores import DEVELOPMENT
+from evolve_dag.steps.scores import AGAINST, DEVELOPMENT
 from evolve_dag.steps.spec import Check, StepSpec, Verdict
 from evolve_dag.store.artifacts import Artifact
 from evolve_dag.store.frames import SCORES, scores_from_frame
 
 
 def run(context: StepContext) -> None:
-    """Compare candidate and champion on the development tasks and record what becomes of it."""
-    scores = scores_from_frame(context.inputs["scores"].frame(SCORES))
-    candidate, champion = ([s for s in scores if s.condition == condition] for condition in DEVELOPMENT)
-    decision = decide(candidate, champion, context.experiment.gate, context.experiment.seed)
-    entering = context.entering
-    promoted = decision.decision == "promote"
-    leaving = {
-        "base": entering.base,
-        "adapter": context.inputs["adapter"].digest if promoted else entering.adapter,
-        "experience": context.inputs["experience"].digest if promoted else entering.experience,
-        "next_item": open_pool(context.inputs["experience"]).next_number,
-    }
-    content = {**gate_to_json(decision), "policy": leaving}
-    (context.build.path / "decision.json").write_text(json.dumps(content, indent=1) + "\n")
-    context.build.note(decision=decision.decision, reasons=list(decision.reasons))
+    """Compare candidate and best champion on the development tasks and record what becomes of it."""
+    scored = context.inputs["scores"]
+    scores = scores_from_frame(scored.frame(SCORES))
+    candidate, best = ([s for s in scores if s.condition == condition] for condition in DEVELOPMENT)
+    standing, gone = context.entering.standing, list[str]()
+    if scored.summary[AGAINST] != standing.best:
+        gone.append(f"{_gone(standing)}: the champion is the best from now on")
+        standing = _champion_alone(context.entering)
+    experiment, iteration = context.experiment, context.iteration
+    gate = decide(candidate, best, experiment.gate, experiment.seed, iteration=iteration, standing=standing)
+    if gate.decision == "restore" and (lost := _missing(context, gate.standing)):
+        because = f"{_gone(gate.standing)} ({lost}), so the champion stays and is the best from now on"
+        gate = replace(gate, decision="keep", reasons=(*gate.reasons, because), standing=_champion_alone(context.entering))
+    leaving = _leaving(context, gate)
+    if gate.standing.best == iteration:
+        standing = replace(gate.standing, adapter=leaving.adapter, experience=leaving.experience)
+        gate = replace(gate, standing=standing)
+    gate = replace(gate, reasons=(*gate.reasons, *gone))
+    policy = {key: value for key, value in leaving.content.items() if key != "iteration"}
+    (context.build.path / "decision.json").write_text(json.dumps({**gate_to_json(gate), "policy": policy}, indent=1) + "\n")
+    after = gate.standing
+    context.build.note(decision=gate.decision, reasons=list(gate.reasons), champion=after.champion, best=after.best)
 
 
 def next_policy(promotion: Artifact, iteration: int) -> PolicyRef:
     """policy(k+1) as the promotion of iteration k recorded it."""
-    leaving = promotion.json("decision.json")["policy"]
-    return PolicyRef(iteration, leaving["base"], leaving["adapter"], leaving["experience"], leaving["next_item"])
+    content = promotion.json("decision.json")
+    policy = PolicyRef(iteration, **content["policy"])
+    if "standing" in content:
+        return replace(policy, standing=gate_from_json(content).standing)
+    return replace(policy, standing=Standing(adapter=policy.adapter, experience=policy.experience))
+
+
+def _leaving(context: StepContext, gate: GateDecision) -> PolicyRef:
+    """The policy that the decision leaves; item ids count on, whoever's pool it has."""
+    entering = replace(context.entering, next_item=open_pool(context.inputs["experience"]).next_number)
+    if gate.decision == "promote":
+        return replace(entering, adapter=context.inputs["adapter"].digest, experience=context.inputs["experience"].digest)
+    if gate.decision == "restore":
+        return replace(entering, adapter=gate.standing.adapter, experience=gate.standing.experience)
+    return entering
+
+
+def _champion_alone(entering: PolicyRef) -> Standing:
+    """The champion as the best, since the best one cannot come back."""
+    champion = entering.standing.champion
+    return Standing(champion, champion, entering.adapter, entering.experience)
+
+
+def _missing(context: StepContext, best: Standing) -> str:
+    """What the store lacks of the best champion, named without its path; empty where it has everything."""
+    for kind, digest in (("adapter", best.adapter), ("experience", best.experience)):
+        if digest is None:
+            continue
+        try:
+            context.store.open(kind, digest).verify()
+        except StoreError:
+            return f"{kind} {digest[:8]}"
+    return ""
+
+
+def _gone(best: Standing) -> str:
+    return f"the best champion so far, of iteration {best.best}, cannot come back: it is gone from the store, or damaged"
 
 
 def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
     """Whether the candidate passed."""
     gate = gate_from_json(artifact.json("decision.json"))
     evidence = {name: float(f"{value:.4g}") for name, value in gate.evidence.items() if value is not None}
-    yield Verdict("gate", gate.decision == "promote", evidence, "; ".join(gate.reasons))
+    restored = gate.decision == "restore"
+    yield Verdict("gate", gate.decision == "promote", evidence, "; ".join(gate.reasons), serious=restored)
 
 
 SPEC = StepSpec(
     "promotion",
-    "The gate's decision with its reasons; on `keep` the champion stays. Commits the policy of the next iteration.",
-    version="2",
+    "The gate's decision with its reasons: `promote`, `keep` (the champion stays) or `restore` (the best champion so far comes "
+    "back). Commits the policy of the next iteration.",
+    version="3",
     config=("gate", "seed"),
     inputs=("policy", "experience", "adapter", "scores"),
+    standing=tuple(field.name for field in fields(Standing)),
     run=run,
     kinds=frozenset({"json"}),
-    checks=(Check("gate", "The candidate passed the gate; otherwise the champion stays."),),
+    checks=(Check("gate", "The candidate passed the gate; otherwise the champion stays, or the best one so far comes back."),),
     examine=examine,
     hidden=frozenset({"reasons"}),
 )

@@ -6,7 +6,7 @@ assets with their checks and previews, the plan, the trace and the reports read 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,8 @@ class Verdict:
     """JSON values: counts, and culprits as a list or a mapping."""
     text: str = ""
     """Why, where the numbers do not say it."""
+    serious: bool = False
+    """Whether a failure is shown as an error though it stops nothing."""
 
 
 Examine = Callable[[Artifact, Experiment], Iterator[Verdict]]
@@ -55,8 +57,16 @@ class Table:
     """Column -> what it means here, where that is not what its name means elsewhere."""
 
 
-def _nothing(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
+def _no_verdict(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
     return iter(())
+
+
+def _no_key(experiment: Experiment) -> tuple[str, ...]:
+    return ()
+
+
+def _no_guard(experiment: Experiment) -> None:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +79,7 @@ class StepSpec:
     version: str
     """Raise it when the code of the step makes something else of the same inputs."""
     config: tuple[str, ...]
-    """Config keys that the step reads."""
+    """Config keys that the step reads; the models and prompts of the parts in them come by themselves (slices.py)."""
     inputs: tuple[str, ...]
     """Steps of the same iteration whose artifacts it reads."""
     run: Body
@@ -77,8 +87,18 @@ class StepSpec:
     """What its artifact is made of, as Dagster shows it."""
     iteration: bool = False
     """Does the number of the iteration enter (fresh draws in every iteration)?"""
+    unread: Callable[[Experiment], Iterable[str]] = _no_key
+    """Which of these keys, or of those below them, it does not read under this experiment."""
+    told: tuple[str, ...] = ()
+    """Keys that it reads besides, because what comes of them is in its digest in another form."""
+    derived: tuple[str, ...] = ()
+    """Keys that decide only what is computed from what it sampled: an artifact that differs in them alone is its twin."""
+    guard: Callable[[Experiment], None] = _no_guard
+    """What must hold of the whole experiment before the step is made; it raises, and decides nothing of what is made."""
+    standing: tuple[str, ...] = ()
+    """Fields of the gate's :class:`~evolve_dag.records.Standing` that the step reads."""
     checks: tuple[Check, ...] = ()
-    examine: Examine = _nothing
+    examine: Examine = _no_verdict
     tables: tuple[Table, ...] = ()
     """The first is the main one."""
     hidden: frozenset[str] = frozenset()

@@ -19,7 +19,6 @@ from evolve_dag.tasks.suites import check_disjoint, load_split
 def run(context: StepContext) -> None:
     """Roll out policy(k) without experience in its context, so that what it lacks shows."""
     experiment = context.experiment
-    check_disjoint(experiment)
     split = load_split(experiment, "train", context.roles)
     with open_policy(context.store, context.entering.adapter, context.roles) as model:
         trajectories = roll_out(
@@ -42,12 +41,13 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
 SPEC = StepSpec(
     "trajectories",
     "A group of rollouts per training task, without experience, verified; a reward may be null: not judged.",
-    version="5",
+    version="6",
     config=("seed", "tasks.train", *TASK_KEYS),
     inputs=("policy",),
     run=run,
     kinds=frozenset({"parquet", "polars"}),
     iteration=True,
+    guard=check_disjoint,
     checks=(Check("judged", f"At least {LEAST_JUDGED:.0%} of the trajectories could be judged."),),
     examine=examine,
     tables=(Table(TRAJECTORIES, ("task_id", "question", "answer", "reward", "status", "turns", "tokens")),),

@@ -25,7 +25,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -561,6 +561,16 @@ class Store:
             _, kind, digest = path.stem.split("-")
             if (self.root / "objects" / kind / digest).is_dir():
                 discard(self.root, path.stem)
+
+
+def joined_config(artifacts: Iterable[Artifact]) -> dict[str, Any]:
+    """What artifacts were made with, in one; of a section that several read different keys of, all these keys."""
+    joined: dict[str, Any] = {}
+    for artifact in artifacts:
+        for key, value in artifact.manifest.config.items():
+            both = isinstance(value, dict) and isinstance(joined.get(key), dict)
+            joined[key] = joined[key] | value if both else value
+    return joined
 
 
 def _recompute(folder: Path) -> str:

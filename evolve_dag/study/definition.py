@@ -94,7 +94,7 @@ def load_study(path: Path | str, choice: Choice | None = None) -> Study:
     try:
         settings = StudySettings.model_validate({"study": path.stem, **content})
     except ValidationError as error:
-        mistakes += [f"{path}: {described(item, StudySettings)}" for item in error.errors()]
+        mistakes += [f"{path}: {described(item, StudySettings, content)}" for item in error.errors()]
         raise _refused(path, mistakes) from None
     mistakes += [f"{path}: {mistake}" for mistake in _contradictions(settings)]
     settings, unknown = _chosen(settings, choice or Choice())
@@ -201,6 +201,6 @@ def _experiment(
     try:
         experiment = Experiment.model_validate(values)
     except ValidationError as error:
-        return None, [described(item, Experiment) for item in error.errors()]
+        return None, [described(item, Experiment, values) for item in error.errors()]
     wrong = [f"{key}: {what}" for key, what in contradictions(experiment)]
     return (None if wrong else experiment), wrong

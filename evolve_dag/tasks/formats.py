@@ -13,9 +13,11 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evolve_dag.config.parts import part
 from evolve_dag.errors import DataError, OrderError
 from evolve_dag.jsonlines import Mistake, read_objects
 from evolve_dag.records import Task
@@ -27,6 +29,16 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """The row of a suite: how its authors publish a task."""
+
+    read: Callable[[Row], Row]
+    """A row of the file -> ``id``, ``question``, ``answer`` and facts to break results down by."""
+    once: bool = False
+    """Whether the published file holds every problem many times over."""
+
+
 def load_suite(split: TaskSplit, *, suite: str) -> list[Task]:
     """Tasks of one split's file.
 
@@ -36,7 +48,7 @@ def load_suite(split: TaskSplit, *, suite: str) -> list[Task]:
     assert split.path is not None
     path = Path(split.path)
     rows, mistakes = read_rows(path)
-    mapping = SUITES[split.suite]
+    format: Suite = part("suite", split.suite)
     objects: list[tuple[int, Row]] = []
     for number, row in rows:
         unknown = [theirs for theirs in split.fields.values() if theirs not in row]
@@ -44,10 +56,10 @@ def load_suite(split: TaskSplit, *, suite: str) -> list[Task]:
             mistakes.append((number, f"no field {unknown[0]!r} (fields: {', '.join(row)})"))
             continue
         try:
-            objects.append((number, _mapped(row, split.fields) if split.fields else mapping(row)))
+            objects.append((number, _mapped(row, split.fields) if split.fields else format.read(row)))
         except _RowError as error:
             mistakes.append((number, str(error)))
-    if split.suite == "dapo":
+    if format.once:
         objects = _once(objects)
     if split.stream and not mistakes:
         objects = _next_rows(path, objects, split)
@@ -154,15 +166,12 @@ def _dapo(row: Row) -> Row:
     }
 
 
-SUITES: Mapping[str, Callable[[Row], Row]] = {
-    "jsonl": _plain,
-    "webwalkerqa": _webwalkerqa,
-    "gaia_text_103": _gaia,
-    "browsecomp_zh": _browsecomp_zh,
-    "aime": _aime,
-    "dapo": _dapo,
-}
-"""Name in the experiment file -> how a row reads."""
+JSONL = Suite(_plain)
+WEBWALKERQA = Suite(_webwalkerqa)
+GAIA_TEXT_103 = Suite(_gaia)
+BROWSECOMP_ZH = Suite(_browsecomp_zh)
+AIME = Suite(_aime)
+DAPO = Suite(_dapo, once=True)
 
 
 def decrypt(text: str, canary: str) -> str:
@@ -176,7 +185,7 @@ def decrypt(text: str, canary: str) -> str:
 
 
 def _once(objects: list[tuple[int, Row]]) -> list[tuple[int, Row]]:
-    """The published file holds every problem many times over."""
+    """Every problem as it stands first."""
     seen: dict[tuple[str, str], tuple[int, Row]] = {}
     for number, row in objects:
         seen.setdefault((str(row.get("question")), str(row.get("answer"))), (number, row))

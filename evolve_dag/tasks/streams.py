@@ -10,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evolve_dag.config.schema import STREAM_WORLDS, Experiment, PocketEnvironment, TaskSplit
+from evolve_dag.config.parts import part_of
+from evolve_dag.config.schema import Experiment, TaskSplit
 from evolve_dag.errors import DataError, OrderError
 
 if TYPE_CHECKING:
@@ -27,10 +28,8 @@ def of_iteration(experiment: Experiment, iteration: int) -> Experiment:
     train = experiment.tasks.train
     if not train.stream:
         return experiment
-    if isinstance(experiment.environment, PocketEnvironment):
-        own: Mapping[str, object] = {"world": (train.world or 0) + STREAM_WORLDS * (iteration - 1)}
-    else:
-        own = _of_files(train, iteration, experiment.experiment)
+    fresh = part_of("environment", experiment.environment).fresh
+    own = _of_files(train, iteration, experiment.experiment) if fresh is None else fresh(train, iteration)
     tasks = experiment.tasks.model_copy(update={"train": train.model_copy(update=own)})
     return experiment.model_copy(update={"tasks": tasks})
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolve_dag.reporting.summary import EDITS, IterationRow, LineageSummary
 from evolve_dag.secrecy import masker
+from evolve_dag.store.artifacts import joined_config
 
 if TYPE_CHECKING:
     from evolve_dag.config.schema import Experiment
@@ -29,6 +30,9 @@ MEASURED = ("success", "success_all", "premature", "no_tool", "forced", "unanswe
 
 WITH_INTERVAL = ("success", "premature", "turns")
 """Those of them whose interval is sent too, as ``success/without_low`` and ``success/without_high``."""
+
+GATE = ("success_difference", "success_low", "success_high", "success_detectable", "drift_evidence", "drift_loss")
+"""Evidence of the gate that is sent: the candidate against the best champion so far."""
 
 _UNSENT_SECTIONS = ("runtime", "tracking", "schedule", "iterations", "description")
 """Keys that decide no result; a lineage may change them, and MLflow's parameters never change."""
@@ -111,10 +115,8 @@ def milliseconds(stamp: str) -> int:
 
 def settings(facts: IterationFacts) -> dict[str, Any]:
     """The config slices that the iteration's artifacts were made with."""
-    merged: dict[str, Any] = {}
-    for artifact in facts.artifacts.values():
-        merged |= artifact.manifest.config
-    return {key: value for key, value in sorted(merged.items()) if key not in ("iteration", "policy")}
+    merged = joined_config(facts.artifacts.values())
+    return {key: value for key, value in sorted(merged.items()) if key not in ("iteration", "policy", "standing")}
 
 
 def params(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -195,6 +197,8 @@ def results(facts: IterationFacts, base: IterationRow | None = None) -> list[Poi
     for name, value in row.locality.items():
         add(f"pool/share_{name}", value)
     add("promoted", float(facts.promoted))
+    for name in GATE:
+        add(f"gate/{name}", row.gate.evidence.get(name) if row.gate is not None else None)
     for name in ("rows", "kept", "loss_first", "loss_last", "divergence_first", "divergence_last"):
         add(f"training/{name}", row.training.get(name))
     add("cost/seconds", sum(step.seconds for step in row.steps))

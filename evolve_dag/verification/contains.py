@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
+from evolve_dag.config.parts import VerificationSettings
 from evolve_dag.records import Task
+from evolve_dag.verification.base import VerifierPart
 from evolve_dag.verification.exact import normalise
 
 MAX_WORDS = 30
@@ -30,3 +33,16 @@ class ContainsVerifier:
 
 def _stands_in(reference: str, given: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(reference)}(?!\w)", given) is not None
+
+
+class ContainsVerification(VerificationSettings):
+    """The reference stands in a short answer as whole words."""
+
+    kind: Literal["contains"] = "contains"
+    """The answer holds the reference."""
+
+
+CONTAINS = VerifierPart(
+    settings=ContainsVerification,
+    make=lambda settings, roles: ContainsVerifier(),
+)

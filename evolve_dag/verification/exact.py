@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from typing import Literal
 
+from evolve_dag.config.parts import VerificationSettings
 from evolve_dag.records import Task
+from evolve_dag.verification.base import VerifierPart
 
 
 class ExactVerifier:
@@ -91,4 +94,17 @@ _PAIRS = frozenset(
         "〈〉",
         "【】",
     }
+)
+
+
+class ExactVerification(VerificationSettings):
+    """Normalized text is equal."""
+
+    kind: Literal["exact"] = "exact"
+    """The answer is the reference, but for case, articles and punctuation."""
+
+
+EXACT = VerifierPart(
+    settings=ExactVerification,
+    make=lambda settings, roles: ExactVerifier(),
 )

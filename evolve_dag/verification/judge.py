@@ -13,13 +13,17 @@ from collections.abc import Callable
 from typing import Literal
 
 from evolve_dag import prompts
+from evolve_dag.config.parts import VerificationSettings
+from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.ledger import purpose
+from evolve_dag.inference.roles import Roles
 from evolve_dag.inference.structured import ask_json
 from evolve_dag.protocols import LanguageModel, Request, Sampling
 from evolve_dag.records import Message, Task
 from evolve_dag.secrecy import describe_error
 from evolve_dag.store.memory import Memory
+from evolve_dag.verification.base import VerifierPart
 from evolve_dag.verification.exact import normalise
 
 log = logging.getLogger(__name__)
@@ -133,3 +137,32 @@ def _shorten(answer: str) -> str:
 def _data(text: str) -> str:
     """``text`` that cannot close the tag it stands in."""
     return _TAG.sub(lambda match: match.group().replace("<", "‹").replace(">", "›"), text)
+
+
+class JudgeVerification(VerificationSettings):
+    """The verdict of the model ``models.judge``."""
+
+    kind: Literal["judge"] = "judge"
+    """A model says whether the answer is right."""
+    verdict: Verdict = "word"
+    """What the judge is asked for: one word (WebWalkerQA, GAIA) or JSON (BrowseComp-ZH)."""
+
+
+def _make(settings: JudgeVerification, roles: Roles | None) -> JudgeVerifier:
+    assert roles is not None
+    return JudgeVerifier(roles.later("judge"), verdict=settings.verdict, identity=roles.identity("judge"), memory=roles.memory)
+
+
+def _mistakes(settings: JudgeVerification, experiment: Experiment) -> list[tuple[str, str]]:
+    if experiment.models.judge is not None:
+        return []
+    return [("models.judge", "missing: verification.kind is judge, so name the model that judges")]
+
+
+JUDGE = VerifierPart(
+    settings=JudgeVerification,
+    make=_make,
+    roles=lambda settings: ("judge",),
+    prompts=lambda settings, experiment: (prompt_name(settings.verdict),),
+    mistakes=_mistakes,
+)

@@ -9,9 +9,13 @@ import multiprocessing
 import threading
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as Late
+from typing import Literal
 
+from evolve_dag.config.parts import VerificationSettings
 from evolve_dag.errors import ModelError
 from evolve_dag.records import Task
+from evolve_dag.verification.base import VerifierPart
+from evolve_dag.verification.equality import equal
 from evolve_dag.verification.exact import normalise
 
 log = logging.getLogger(__name__)
@@ -51,35 +55,11 @@ class MathematicsVerifier:
 def _compare(reference: str, answer: str) -> float | None:
     pool = _pool()
     try:
-        return pool.submit(_equal, reference, answer).result(SECONDS)
+        return pool.submit(equal, reference, answer).result(SECONDS)
     except (Late, BrokenExecutor) as error:
         log.warning("not judged: comparing %.60r with %.60r: %s", answer, reference, type(error).__name__)
         _drop(pool)
         return None
-
-
-def _equal(reference: str, answer: str) -> float | None:
-    """Runs in the worker's main thread."""
-    from math_verify import parse, verify
-    from math_verify.errors import TimeoutException
-
-    try:
-        gold = parse(_anchored(reference), raise_on_error=True)
-        if not gold:
-            return 0.0  # no mathematics, and not the same text
-        # An answer in a sentence is searched for its last expression first; a bare expression is taken as LaTeX.
-        candidates = (answer, _anchored(answer))
-        return 1.0 if any(verify(gold, parse(one, raise_on_error=True), raise_on_error=True) for one in candidates) else 0.0
-    except (TimeoutError, TimeoutException):
-        return None
-    except Exception as error:
-        log.warning("not judged: %s", type(error).__name__)
-        return None
-
-
-def _anchored(text: str) -> str:
-    """A bare expression between dollar signs, so that it is read as LaTeX; text that has an anchor stays."""
-    return text if "$" in text or "\\boxed" in text or "\\(" in text else f"${text}$"
 
 
 _lock = threading.Lock()
@@ -104,3 +84,17 @@ def _drop(pool: ProcessPoolExecutor) -> None:
     for process in list((getattr(pool, "_processes", None) or {}).values()):
         process.kill()
     pool.shutdown(wait=False, cancel_futures=True)
+
+
+class MathematicsVerification(VerificationSettings):
+    """Equal as mathematics (math-verify)."""
+
+    kind: Literal["mathematics"] = "mathematics"
+    """The answer equals the reference as mathematics."""
+
+
+MATHEMATICS = VerifierPart(
+    settings=MathematicsVerification,
+    make=lambda settings, roles: MathematicsVerifier(),
+    libraries={"math_verify": "math"},
+)

@@ -114,13 +114,13 @@ class FakeSteps:
     def scores(self, context: base.StepContext) -> None:
         made: list[Score] = []
         summary = {}
-        for condition in ("base", "without", "with", "development_candidate", "development_champion"):
+        for condition in ("base", "without", "with", "development_candidate", "development_best"):
             rollouts = trajectories(1)
             made += score_trajectories(rollouts, TASKS, condition)
             summary[condition] = evaluate_summary(rollouts, TASKS, context.experiment.evaluation)
         scores_to_frame(made).write_parquet(context.build.path / "scores.parquet")
         (context.build.path / "summary.json").write_text(json.dumps(summary))
-        context.build.note(tokens=20)
+        context.build.note(tokens=20, against=context.entering.standing.best)
 
 
 def write_config(path: Path, **changes: object) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 import dagster as dg
 import pytest
 from assets_helpers import FakeSteps, iteration, write_config
-from evolve_dag.assets import alerts
+from evolve_dag.assets import alerts, partitions
 from evolve_dag.assets.resources import StoreResource
 
 from evolve_dag.config import registry
@@ -178,3 +178,63 @@ def test_nobody_at_home_and_nonsense_fail_nothing() -> None:
     assert "after 3 attempts" in str(alerts.post(nobody, BODY, pauses=(0.0, 0.0)))
     for address in ("", "file:///etc/passwd", "ftp://example.org", "http://", "http://[::1", "http://a b/"):
         assert alerts.post(address, BODY, pauses=(0.0, 0.0)), address
+
+
+# -- a champion that had to give way
+
+
+def decided(instance: dg.DagsterInstance, iteration: int, decision: str, **metadata: object) -> None:
+    partitions.add_partitions(instance, ["tiny"], iteration)
+    key = partitions.loop_key("tiny", iteration)
+    facts = {"decision": decision, "reasons": dg.MetadataValue.md("- lost 2.0 points"), "best": 3, "recomputed": True}
+    instance.report_runless_asset_event(dg.AssetMaterialization("promotion", partition=key, metadata=facts | metadata))
+
+
+def look(instance: dg.DagsterInstance, cursor: str | None) -> tuple[str, str]:
+    """What ``restore_watch`` says, and where the next tick begins."""
+    context = dg.build_sensor_context(instance=instance, cursor=cursor, resources={"store": StoreResource()})
+    result = alerts.restore_watch(context)
+    assert isinstance(result, dg.SensorResult)
+    return str(result.skip_reason.skip_message if result.skip_reason else ""), str(result.cursor)
+
+
+def test_a_restored_champion_is_posted_once(
+    place: Path, memory: dg.DagsterInstance, hook: Hook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NIGHT_HOOK", hook.address)
+    register(place, webhook="NIGHT_HOOK")
+    _, cursor = look(memory, None)
+    decided(memory, 5, "promote")
+    decided(memory, 6, "restore")
+    decided(memory, 7, "keep")
+    said, cursor = look(memory, cursor)
+    assert said.endswith("webhook: posted")
+    [got] = hook.got
+    assert (got["experiment"], got["iteration"], got["decision"], got["champion"]) == ("tiny", 6, "restore", 3)
+    assert got["message"] == "the best champion so far (iteration 3) comes back:\n- lost 2.0 points"
+    assert look(memory, cursor) == ("no champion was restored", cursor)
+    assert len(hook.got) == 1
+
+
+def test_what_was_restored_before_the_first_look_or_found_again_is_no_news(
+    place: Path, memory: dg.DagsterInstance, hook: Hook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NIGHT_HOOK", hook.address)
+    register(place, webhook="NIGHT_HOOK")
+    decided(memory, 1, "restore")
+    _, cursor = look(memory, None)
+    decided(memory, 2, "restore", recomputed=False)
+    assert look(memory, cursor)[0] == "no champion was restored"
+    assert hook.got == []
+
+
+def test_a_webhook_that_is_down_loses_the_message_and_nothing_else(
+    place: Path, memory: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alerts, "PAUSES", (0.0,))
+    register(place, webhook="NOT_SET")
+    _, cursor = look(memory, None)
+    decided(memory, 2, "restore")
+    said, following = look(memory, cursor)
+    assert "iteration 2: the best champion so far (iteration 3) comes back" in said
+    assert following != cursor

@@ -35,7 +35,7 @@ def test_every_cell_of_the_grid_is_there_once() -> None:
     for path in sorted(EXPERIMENTS):
         e = load_experiment(path)
         for name, preset in REGIME_PRESETS.items():
-            plain = e.selection.selector == "state" and e.environment.kind == "pocket" and e.distillation.retention > 0
+            plain = e.selection.selector == "state" and e.environment.kind == "pocket" and e.distillation.drills > 0
             if e.regime == Regime.model_validate(preset) and plain and not e.extraction.placebo:
                 cells.append((e.granularity, e.injection, name))
     wanted = [
@@ -68,7 +68,7 @@ def test_all_mistakes_come_in_one_message_with_file_and_key(tmp_path: Path) -> N
         ("distillation: {refresh: 3}\n", "distillation.refresh"),
         ("regime: sideways\n", "regime"),
         ("regime: {preset: off_policy, sorce: student}\n", "regime.sorce"),
-        ("environment: {kind: moon}\n", "environment"),
+        ("environment: {kind: moon}\n", "environment.kind"),
         ("experiment: Not A Name\n", "experiment"),
         ("rollout: {temperature: .nan}\n", "rollout.temperature"),
     ],

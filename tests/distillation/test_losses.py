@@ -16,6 +16,7 @@ from evolve_dag.distillation.losses import (
 )
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")
+OPTIONS = {"jsd": {"jsd_weight": 0.3}}
 
 
 def log(*probabilities: float) -> torch.Tensor:
@@ -131,7 +132,7 @@ def test_gradients_against_finite_differences(kind: str, k: int) -> None:
     sampled = torch.tensor([1, 0, 5])
 
     def loss(x: torch.Tensor) -> torch.Tensor:
-        return token_losses(kind, x, teacher=teacher, sampled_N=sampled, jsd_weight=0.3)[0].sum()
+        return token_losses(kind, x, teacher=teacher, sampled_N=sampled, **OPTIONS.get(kind, {}))[0].sum()
 
     assert torch.autograd.gradcheck(loss, (logits.requires_grad_(),))
 
@@ -148,10 +149,10 @@ def fused_and_plain(
         hidden = torch.linspace(-2, 2, 6 * len(sampled), dtype=torch.float64).reshape(-1, 6).sin().to(dtype).requires_grad_()
         if fused:
             loss, divergence = token_losses_from_hidden(
-                kind, hidden, head, teacher=teacher, sampled_N=sampled, jsd_weight=0.3, chunk=chunk
+                kind, hidden, head, teacher=teacher, sampled_N=sampled, chunk=chunk, **OPTIONS.get(kind, {})
             )
         else:
-            loss, divergence = token_losses(kind, head(hidden), teacher=teacher, sampled_N=sampled, jsd_weight=0.3)
+            loss, divergence = token_losses(kind, head(hidden), teacher=teacher, sampled_N=sampled, **OPTIONS.get(kind, {}))
         (loss * weight).sum().backward()
         results.append([loss.detach(), divergence, hidden.grad])
     return results[0], results[1]
@@ -249,4 +250,4 @@ def test_what_is_missing_is_said() -> None:
     with pytest.raises(ValueError, match="teacher"):
         token_losses("jsd", log(*Q))
     with pytest.raises(ValueError, match="unknown divergence 'kl'"):
-        token_losses("kl", log(*Q), teacher=Teacher(log(*P)))  # type: ignore[arg-type]
+        token_losses("kl", log(*Q), teacher=Teacher(log(*P)))

@@ -19,9 +19,9 @@ def targets(vocabulary: int = 7, tokens: int = 4, top_k: int | None = None) -> T
     return TeacherTargets(logprobs[:, :top_k], ids, np.logaddexp.reduce(logprobs[:, top_k:], axis=1))
 
 
-def row(teacher: TeacherTargets, *, retention: bool = False) -> DistillationRow:
+def row(teacher: TeacherTargets) -> DistillationRow:
     views = (StepView(0, (), "", 2), StepView(1, ("E1",), "Experience: ...", 9))
-    return DistillationRow(StudentRow("t#0", (1, 2, 3, 4, 5, 6), (0, 1), ((1, 3), (4, 6))), views, teacher, retention)
+    return DistillationRow(StudentRow("t#0", (1, 2, 3, 4, 5, 6), (0, 1), ((1, 3), (4, 6))), views, teacher)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 0.5, 2.0])
@@ -39,13 +39,12 @@ def test_the_tail_is_one_class() -> None:
     assert (found.logprobs[:, 0] > targets(top_k=3).logprobs[:, 0]).all()
 
 
-def test_only_steps_with_experience_and_only_clean_rows_change() -> None:
+def test_only_steps_with_experience_change() -> None:
     given = targets(top_k=3)
-    clean, retained = sharpened([row(given), row(given, retention=True)], 0.5)
-    assert clean.teacher is not None
-    assert retained.teacher is given
-    np.testing.assert_array_equal(clean.teacher.logprobs[:2], given.logprobs[:2])
-    assert (clean.teacher.logprobs[2:, 0] > given.logprobs[2:, 0]).all()
+    (found,) = sharpened([row(given)], 0.5)
+    assert found.teacher is not None
+    np.testing.assert_array_equal(found.teacher.logprobs[:2], given.logprobs[:2])
+    assert (found.teacher.logprobs[2:, 0] > given.logprobs[2:, 0]).all()
 
 
 def test_impossible_tokens_stay_impossible() -> None:

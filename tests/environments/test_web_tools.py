@@ -14,13 +14,13 @@ from web_fakes import Reply, Web
 from evolve_dag.agent import loop
 from evolve_dag.agent.actions import validate_call
 from evolve_dag.agent.loop import LAST_STEP, run_episode
-from evolve_dag.config.schema import RolloutSettings, ToolsEnvironment
+from evolve_dag.config.schema import RolloutSettings
 from evolve_dag.environments.web import sandbox, tools
 from evolve_dag.environments.web.guard import Guard
 from evolve_dag.environments.web.sandbox import Outcome
 from evolve_dag.environments.web.search import Searcher
 from evolve_dag.environments.web.services import Service
-from evolve_dag.environments.web.tools import ToolsWorld, program_output
+from evolve_dag.environments.web.tools import ToolsEnvironment, ToolsWorld, program_output
 from evolve_dag.errors import ConfigError, ModelError
 from evolve_dag.experience.injection import Injector
 from evolve_dag.experience.pool import Pool

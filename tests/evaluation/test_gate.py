@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from evolve_dag.config.schema import GateSettings
 from evolve_dag.errors import DataError
 from evolve_dag.evaluation.gate import decide, gate_from_json, gate_to_json
-from evolve_dag.records import Score
+from evolve_dag.records import Score, Standing
 
 SETTINGS = GateSettings()
 
@@ -103,7 +103,7 @@ def test_a_champion_without_turns_has_no_ratio() -> None:
 
 
 def test_other_tasks_are_refused() -> None:
-    with pytest.raises(DataError, match=r"different tasks: 1 on one side only, first 't003' \(champion\)"):
+    with pytest.raises(DataError, match=r"different tasks: 1 on one side only, first 't003' \(best champion\)"):
         decide(side([1.0] * 3), side([1.0] * 4), SETTINGS, 0)
 
 
@@ -154,13 +154,139 @@ def test_order_of_rows_decides_nothing(values: list[tuple[float, bool, int]], ra
 
 
 def test_json_is_lossless() -> None:
-    d = decide(side([1.0] * 5), side([0.0] * 5, turns=0), SETTINGS, 0)
+    before = Standing(3, 2, "a" * 32, None, (0.1, 0.2, 0.3, 0.4, 0.5), 4, 0.01)
+    d = decide(side([1.0] * 5), side([0.0] * 5, turns=0), SETTINGS, 0, iteration=4, standing=before)
     assert gate_from_json(json.loads(json.dumps(gate_to_json(d)))) == d
 
 
 @pytest.mark.parametrize(
-    "broken", [{}, {"decision": "maybe", "reasons": [], "evidence": {}}, {"decision": "keep", "reasons": 3, "evidence": {}}]
+    "broken",
+    [
+        {},
+        {"decision": "maybe", "reasons": [], "evidence": {}},
+        {"decision": "keep", "reasons": 3, "evidence": {}},
+        {"decision": "keep", "reasons": [], "evidence": {}, "standing": {"champion": 1, "capital": ["x"]}},
+    ],
 )
 def test_a_broken_decision_is_a_data_error(broken: dict) -> None:
     with pytest.raises(DataError, match="gate decision"):
         gate_from_json(broken)
+
+
+def test_a_decision_of_an_earlier_version_is_read() -> None:
+    assert gate_from_json({"decision": "keep", "reasons": ["x"], "evidence": {}}).standing == Standing()
+
+
+# -- both rates
+
+
+def test_what_was_not_judged_does_not_make_a_candidate_better() -> None:
+    """13.3% of all and 22.7% of the judged against 32.0% was once promoted."""
+    champion = side([1.0] * 48 + [0.0] * 102)
+    candidate = side([1.0] * 20 + [0.0] * 68 + [None] * 62)
+    d = decide(candidate, champion, SETTINGS, 0)
+    assert d.decision == "keep"
+    assert d.evidence["success_all_candidate"] == pytest.approx(20 / 150)
+    assert d.evidence["success_all_best"] == pytest.approx(0.32)
+    assert any(reason.startswith("significant loss of success of all") for reason in d.reasons)
+
+
+def test_where_everything_is_judged_there_is_one_rate() -> None:
+    d = decide(side([1.0] * 5), side([1.0] * 5), SETTINGS, 0)
+    assert not [key for key in d.evidence if key.startswith("success_all")]
+
+
+# -- the margin, and what could have been seen
+
+
+def test_a_loss_within_the_margin_is_let_pass() -> None:
+    champion, candidate = side([1.0] * 90 + [0.0] * 10), side([1.0] * 82 + [0.0] * 18)
+    assert decide(candidate, champion, SETTINGS, 0).decision == "keep"
+    assert decide(candidate, champion, SETTINGS.model_copy(update={"margin": 0.1}), 0).decision == "promote"
+
+
+def test_every_decision_says_what_it_could_have_seen() -> None:
+    champion = [1.0, 0.0] * 64
+    d = decide(side([1 - r if i < 16 else r for i, r in enumerate(champion)]), side(champion), SETTINGS, 0)
+    sd = (18 / 130) ** 0.5  # 16 tasks of 128 differ, and two are invented
+    assert d.evidence["success_sd"] == pytest.approx(sd)
+    assert d.evidence["success_detectable"] == pytest.approx(SETTINGS.margin + (1.959964 + 0.841621) * sd / 128**0.5, rel=1e-5)
+    assert "(a loss of 9.5 points would be seen with 80% power)" in d.reasons[0]
+
+
+# -- over the nights
+
+
+def lost(worse: int, better: int = 0, tasks: int = 200) -> tuple[list[Score], list[Score]]:
+    """Candidate and best: of ``tasks`` so many got worse and so many better."""
+    best = [1.0] * (tasks // 2 + worse) + [0.0] * (tasks // 2 - worse)
+    candidate = [0.0] * worse + best[worse : tasks - better] + [1.0] * better
+    return side(candidate), side(best)
+
+
+def through(nights: list[tuple[int, int]], standing: Standing = Standing(), first: int = 1) -> list:
+    decisions = []
+    for k, (worse, better) in enumerate(nights, first):
+        decisions.append(decide(*lost(worse, better), SETTINGS, 0, iteration=k, standing=standing))
+        standing = decisions[-1].standing
+    return decisions
+
+
+def test_a_slow_loss_adds_up_until_the_best_comes_back() -> None:
+    nights = through([(7, 3)] * 20)
+    decisions = [d.decision for d in nights]
+    assert decisions[0] == "promote", "two points are no significant loss of a single night"
+    at = decisions.index("restore")
+    assert 3 <= at <= 12
+    assert set(decisions[:at]) == {"promote"}
+    restored = nights[at]
+    assert restored.reasons[0].startswith(
+        f"over {at + 1} nights the candidates since the base policy lost 2.0 points on average"
+    )
+    assert restored.standing == Standing(), "the base policy is the champion again, and bets begin anew"
+    assert nights[at - 1].standing.champion == at
+
+
+def test_gains_and_losses_that_cancel_out_restore_nothing() -> None:
+    assert {d.decision for d in through([(5, 5), (7, 3), (3, 7)] * 10)} == {"promote"}
+
+
+def test_one_night_that_went_wrong_is_no_drift() -> None:
+    even, wrong = through([(5, 5), (60, 0)])
+    assert (even.decision, wrong.decision) == ("promote", "keep")
+    assert wrong.evidence["drift_evidence"] <= 4 * (even.evidence["drift_evidence"] or 0) + 1e-9
+    assert wrong.standing.champion == 1
+
+
+def test_nights_that_all_go_wrong_are_one() -> None:
+    decisions = [d.decision for d in through([(5, 5), *[(60, 0)] * 4])]
+    assert decisions == ["promote", "keep", "keep", "restore", "keep"]
+
+
+def test_there_is_nothing_to_go_back_to_while_the_best_holds() -> None:
+    nights = through([(60, 0)] * 6)
+    assert {d.decision for d in nights} == {"keep"}
+    assert {d.standing.champion for d in nights} == {0}
+
+
+def test_only_a_significantly_better_candidate_becomes_the_best() -> None:
+    lucky, better = through([(5, 9), (2, 40)])
+    assert (lucky.standing.champion, lucky.standing.best) == (1, 0)
+    assert (better.standing.champion, better.standing.best) == (2, 2)
+    assert better.standing.nights == 0
+    assert sum(better.standing.capital) <= 0, "what was won on the one before is not carried over"
+
+
+night = st.tuples(st.integers(0, 60), st.integers(0, 60))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(night, min_size=1, max_size=6))
+def test_who_holds_is_the_candidate_the_champion_or_the_best(nights: list[tuple[int, int]]) -> None:
+    before = Standing()
+    for k, d in enumerate(through(nights), 1):
+        assert d.standing.champion == {"promote": k, "keep": before.champion, "restore": before.best}[d.decision]
+        assert d.standing.best in (before.best, k)
+        assert d.decision != "restore" or before.champion != before.best
+        assert (d.standing.best == k) == (d.decision == "promote" and (d.evidence["success_low"] or 0) > 0)
+        before = d.standing

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evolve_dag.evaluation.intervals import by_task, mean_interval, paired_difference, share_interval, wilson
+from evolve_dag.evaluation.intervals import (
+    by_task,
+    detectable,
+    mean_interval,
+    paired_difference,
+    share_interval,
+    tasks_for,
+    wilson,
+)
 
 SIMULATIONS = 500
 
@@ -173,3 +181,21 @@ def test_a_policy_does_not_differ_from_itself(values: dict[str, list[float]]) ->
     assert found is not None
     assert found[0] == 0.0
     assert found[1][0] <= 0.0 <= found[1][1]
+
+
+def test_what_is_detectable_by_hand_and_back() -> None:
+    assert detectable(0.5, 400) == pytest.approx((1.959964 + 0.841621) * 0.5 / 20, rel=1e-6)
+    assert tasks_for(0.05, 0.5) == 785
+    assert detectable(0.5, 785) <= 0.05 < detectable(0.5, 784)
+
+
+def test_a_detectable_loss_is_significant_in_four_of_five() -> None:
+    rng, tasks, sd = np.random.default_rng(9), 200, 0.4
+    loss, seen = detectable(sd, tasks), 0
+    for _ in range(200):
+        u = rng.random(tasks)
+        drawn = (u < (sd**2 - loss) / 2).astype(float) - (u > 1 - (sd**2 + loss) / 2)
+        found = paired_difference({str(t): [d] for t, d in enumerate(drawn)}, {str(t): [0.0] for t in range(tasks)})
+        assert found is not None
+        seen += found[1][1] < 0
+    assert 0.7 < seen / 200 < 0.9

@@ -10,9 +10,8 @@ from typing import Any
 
 from experience_builders import answer, search, trajectory, visit
 
-from evolve_dag.config.schema import ExtractionSettings
-from evolve_dag.experience.extraction.llm import extract_with_llm
-from evolve_dag.experience.extraction.mining import Extraction
+from evolve_dag.experience.extraction.base import Extraction
+from evolve_dag.experience.extraction.llm import LLMExtraction, extract_with_llm
 from evolve_dag.experience.pool import Pool, Proposal
 from evolve_dag.protocols import Completion, Request
 from evolve_dag.records import Message, Task, Trajectory
@@ -129,7 +128,6 @@ def run(
     iteration: int = 2,
     memory: Any = None,
     concurrency: int = 8,
-    characters: int = 24_000,
     on_progress: Callable[[], None] | None = None,
     **settings: Any,
 ) -> Extraction:
@@ -141,12 +139,11 @@ def run(
             model=model,
             identity="scripted",
             granularity=granularity,
-            settings=ExtractionSettings(extractor="llm", **{"cap": 50, **settings}),
+            settings=LLMExtraction(**{"cap": 50, **settings}),
             iteration=iteration,
             seed=7,
             memory=memory,
             concurrency=concurrency,
-            characters=characters,
             on_progress=on_progress,
         )
     )

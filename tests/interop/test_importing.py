@@ -13,9 +13,8 @@ from pool_replay import outline, replay
 from typer.testing import CliRunner
 
 from evolve_dag import cli
-from evolve_dag.config.schema import ExtractionSettings
 from evolve_dag.errors import DataError
-from evolve_dag.experience.extraction.mining import extract
+from evolve_dag.experience.extraction.mining import ContrastExtraction, extract
 from evolve_dag.experience.injection import assert_clean
 from evolve_dag.experience.pool import Pool
 from evolve_dag.interop.pools import artifact_of, pool_digest, pool_from_file, read_pool
@@ -426,7 +425,7 @@ def test_imported_rollouts_can_be_queried_traced_and_extracted_from(extraction: 
     assert trace(store, "8#1").to_dict()["origins"]
     trajectories = load_trajectories(store.open("trajectories", done.digest))
     assert trajectories == rollouts_from_file(extraction)
-    settings = ExtractionSettings(min_support=1)
+    settings = ContrastExtraction(min_support=1)
     learned = extract(trajectories, Pool(), granularity="instance", settings=settings, iteration=1, seed=0)
     assert learned.statistics["judged"] == 4
     assert {item.trajectory_ids for item in learned.pool.items} == {("8#0",), ("35#1",)}

@@ -20,6 +20,7 @@ from evolve_dag.distillation import checkpoint
 from evolve_dag.distillation.dataset import load_contexts
 from evolve_dag.errors import DataError, OrderError, StoreError
 from evolve_dag.experience.pool import Pool
+from evolve_dag.inference.roles import Roles
 from evolve_dag.plain import STEP_HEADING
 from evolve_dag.steps import experience
 from evolve_dag.steps.base import STEP_ORDER, entering_policy, resolve, resolve_iteration, run_step, settings_digest
@@ -83,11 +84,12 @@ def test_a_step_needs_what_stands_before_it(tmp_path: Path) -> None:
         ({"evaluation": {"seed": 1}}, {"scores"}),
         ({"distillation": {"learning_rate": 2e-3}}, {"adapter"}),
         ({"regime": {"divergence": "jsd"}}, {"adapter"}),
-        ({"regime": {"refused": True}}, {"contexts", "adapter"}),
+        ({"regime": {"refused": True}}, {"contexts"}),
         ({"selection": {"selector": "lexical"}}, {"contexts", "scores"}),
         ({"injection": "global"}, {"contexts", "scores"}),
         ({"extraction": {"cap": 5}}, {"experience"}),
         ({"granularity": "instance"}, {"experience"}),
+        ({"evaluation": {"bootstrap": 500}}, {"scores"}),
         ({"rollout": {"max_steps": 9}}, {"trajectories", "contexts", "scores"}),
         ({"seed": 5}, {"trajectories", "experience", "contexts", "adapter", "promotion"}),
         ({"models": {"policy": {"dtype": "bfloat16"}}}, {"policy"}),
@@ -148,7 +150,7 @@ def test_scores_say_under_which_condition_and_hold_every_task(made: Store) -> No
     artifact = made.open("scores", made.ref("small", 1, "scores").digest)
     scores = scores_from_frame(artifact.frame("scores.parquet"))
     held_out = {"base", "base_at_0", "base_at_0.5", "without", "with", "greedy", "ceiling"}
-    assert {s.condition for s in scores} == held_out | {"development_candidate", "development_champion"}
+    assert {s.condition for s in scores} == held_out | {"development_candidate", "development_best"}
     for condition in held_out:
         assert len([s for s in scores if s.condition == condition]) == 6, "the rollout's own temperature is `base` itself"
     assert set(artifact.json("summary.json")) == {s.condition for s in scores}
@@ -172,6 +174,23 @@ def test_the_base_policy_is_read_at_every_temperature(made: Store) -> None:
     assert shown[1]["ceiling"]["n"] == 6
 
 
+def test_other_intervals_need_no_other_episodes(copied: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = copied.open("scores", resolve("scores", small(), 1, copied).digest)
+    finer = small(evaluation=SMALL["evaluation"] | {"bootstrap": 300})
+    monkeypatch.setattr("evolve_dag.steps.scores.roll_out", None)
+    after = run_step("scores", finer, 1, copied).artifact
+    assert after.digest != before.digest
+    assert load_trajectories(after) == load_trajectories(before)
+    assert after.frame("scores.parquet").equals(before.frame("scores.parquet"))
+    assert after.json("summary.json") != before.json("summary.json")
+    assert {**after.summary} == {**before.summary}
+    monkeypatch.undo()
+    (copied.folder("scores", before.digest) / "steps.parquet").write_bytes(b"?")
+    copied.quarantine("scores", after.digest)
+    again = run_step("scores", finer, 1, copied).artifact  # a damaged twin is none: the episodes are sampled anew
+    assert again.frame("scores.parquet").drop("seconds", strict=False).height == after.frame("scores.parquet").height
+
+
 def test_a_broken_adapter_is_declined_and_the_champion_stays(copied: Store) -> None:
     """A learning rate that wrecks the policy: the gate keeps the champion and the loop can go on."""
     wrecked = small(distillation={"epochs": 8, "learning_rate": 0.3, "warmup_steps": 0}, tasks=SMALL["tasks"] | {
@@ -189,13 +208,16 @@ def test_a_broken_adapter_is_declined_and_the_champion_stays(copied: Store) -> N
     assert entering_policy(wrecked, 2, copied).next_item == declined.next_number
 
 
-def test_without_any_experience_nothing_is_trained(copied: Store) -> None:
+def test_without_any_experience_nothing_is_sampled_for_it_and_nothing_trained(copied: Store) -> None:
     """Teacher and student are one then, and Adam would turn rounding noise into full steps."""
     silent = small(extraction={"min_support": 10_000})
-    for step in STEP_ORDER[:5]:
-        outcome = run_step(step, silent, 1, copied)
-    assert outcome.artifact.summary["unchanged"]
-    assert outcome.artifact.summary["note"] == "no experience stood in any context"
+    made = {step: run_step(step, silent, 1, copied).artifact for step in STEP_ORDER}
+    assert (made["contexts"].summary["trajectories"], made["contexts"].summary["tokens"]) == (0, 0)
+    assert made["adapter"].summary["unchanged"]
+    assert made["adapter"].summary["note"] == "no experience stood in any context"
+    scores = made["scores"].json("summary.json")
+    assert scores["development_candidate"] == scores["development_best"]
+    assert "with" not in scores
 
 
 def test_a_placebo_pool_is_injected_and_mining_goes_on_from_the_mined_one(copied: Store, tmp_path: Path) -> None:
@@ -214,7 +236,8 @@ def test_a_placebo_pool_is_injected_and_mining_goes_on_from_the_mined_one(copied
     build = SimpleNamespace(path=tmp_path / "two", note=lambda **_: None)
     entering = replace(entering_policy(disguised, 1, copied), experience=artifact.digest, next_item=pool.next_number)
     inputs = {"trajectories": copied.open("trajectories", resolve("trajectories", disguised, 1, copied).digest)}
-    experience.run(StepContext(disguised, 2, copied, inputs, build, Silent(), entering, None))
+    with Roles(disguised) as roles:
+        experience.run(StepContext(disguised, 2, copied, inputs, build, Silent(), entering, roles))
     again, kept = (Pool.from_json((tmp_path / "two" / name).read_text()) for name in (MINED, "pool.json"))
     common = set(again.ids) & set(mined.ids)
     assert common

@@ -9,7 +9,7 @@ import yaml
 from studies import study, write
 
 from evolve_dag.config.loading import load_experiment
-from evolve_dag.config.schema import STREAM_WORLDS
+from evolve_dag.environments.pocket.tools import STREAM_WORLDS
 from evolve_dag.errors import ConfigError
 from evolve_dag.study.definition import Choice, load_study
 

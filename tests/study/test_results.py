@@ -20,7 +20,7 @@ from evolve_dag.study.definition import Study
 from evolve_dag.study.results import breakdowns, read
 
 TASKS = {f"h{n}": Task(f"h{n}", "What?", "Rato", metadata={"depth": str(n % 2), "id": str(n)}) for n in range(20)}
-CONDITIONS = ("without", "with", "greedy", "development_candidate", "development_champion")
+CONDITIONS = ("without", "with", "greedy", "development_candidate", "development_best")
 
 
 def rollouts(right: int) -> list[Trajectory]:

@@ -15,13 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evolve_dag.config.schema import SuiteName, TaskSplit
+from evolve_dag.config.parts import CHOICES
+from evolve_dag.config.schema import TaskSplit
 from evolve_dag.errors import DataError
 from evolve_dag.records import Task
-from evolve_dag.tasks.formats import SUITES, decrypt, load_suite
+from evolve_dag.tasks.formats import decrypt, load_suite
 
 
-def load(path: Path, suite: SuiteName = "jsonl", **keys: Any) -> list[Task]:
+def load(path: Path, suite: str = "jsonl", **keys: Any) -> list[Task]:
     return load_suite(TaskSplit(path=str(path), suite=suite, **keys), suite="test")
 
 
@@ -134,8 +135,8 @@ def test_a_list_in_json_and_a_wrapped_one(tmp_path: Path) -> None:
         assert [task.question for task in load(tmp_path / "t.json")] == ["q"]
 
 
-@pytest.mark.parametrize("suite", sorted(SUITES))
-def test_broken_rows_are_told_by_line(tmp_path: Path, suite: SuiteName) -> None:
+@pytest.mark.parametrize("suite", sorted(CHOICES["suite"].rows))
+def test_broken_rows_are_told_by_line(tmp_path: Path, suite: str) -> None:
     path = jsonl(tmp_path, [{}, {"question": "", "answer": ""}, [], "text"])
     with pytest.raises(DataError) as caught:
         load(path, suite)

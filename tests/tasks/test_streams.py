@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from evolve_dag.config.loading import load_experiment
-from evolve_dag.config.schema import STREAM_WORLDS, Experiment
+from evolve_dag.config.schema import Experiment
+from evolve_dag.environments.pocket.tools import STREAM_WORLDS
 from evolve_dag.errors import ConfigError, OrderError
 from evolve_dag.steps.base import resolve, run_step, settings
 from evolve_dag.store.artifacts import Store

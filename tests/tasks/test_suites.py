@@ -11,7 +11,8 @@ import pytest
 from evolve_dag.config.loading import is_study, load_experiment
 from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import DataError
-from evolve_dag.tasks.suites import SPLITS, check_disjoint, check_files, data_digests, load_split
+from evolve_dag.steps.base import settings
+from evolve_dag.tasks.suites import SPLITS, check_disjoint, check_files, load_split
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -83,7 +84,7 @@ def test_what_is_no_file_is_not_even_opened(tmp_path: Path, file: str, make: obj
     (tmp_path / f"{file}.jsonl").unlink()
     make(tmp_path / f"{file}.jsonl")  # type: ignore[operator]
     with pytest.raises(DataError, match=what) as caught:
-        data_digests(experiment)
+        settings("scores" if file in ("development", "held_out") else "trajectories", experiment)
     assert "in the experiment file" in caught.value.remedy
     with pytest.raises(DataError):
         check_files(experiment)
@@ -93,5 +94,5 @@ def test_a_folder_of_files_that_is_not_there_is_named(tmp_path: Path) -> None:
     tools = {"kind": "tools", "tools": ["file"], "files": str(tmp_path / "nowhere")}
     experiment = of_corpus(tmp_path).model_dump() | {"environment": tools}
     with pytest.raises(DataError, match="no such folder") as caught:
-        data_digests(Experiment.model_validate(experiment))
+        settings("trajectories", Experiment.model_validate(experiment))
     assert "environment.files" in caught.value.remedy

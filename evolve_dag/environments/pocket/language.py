@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from random import Random
 
+from evolve_dag.environments.corpus import CORPUS_PROMPT
+
 NAME_WORDS = [
     "Beli",
     "Bemi",
@@ -144,8 +146,6 @@ ROW_MOVES: Mapping[str, Callable[[Sequence[int]], int]] = {
 }
 """Move -> place of the row that it answers, given the rows' numbers from top to bottom."""
 
-CORPUS_PROMPT = "tools: search, visit"
-"""System message over a corpus without entries."""
 SYSTEM_PROMPT = ", ".join([CORPUS_PROMPT, *TOOLS])
 """System message of the pocket world."""
 

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import hashlib
 from functools import cached_property
+from typing import Literal
 
+from pydantic import Field
+
+from evolve_dag.config.parts import EnvironmentSettings
+from evolve_dag.config.schema import Experiment, TaskSplit
+from evolve_dag.environments.base import EnvironmentPart, Place
 from evolve_dag.environments.corpus import TOOLS as CORPUS_TOOLS
 from evolve_dag.environments.corpus import CorpusSearch
 from evolve_dag.environments.pocket.language import SYSTEM_PROMPT, TOOLS
-from evolve_dag.environments.pocket.world import MINIMUM_MATCH, RESULTS, World
+from evolve_dag.environments.pocket.world import MINIMUM_MATCH, PRETRAINING_SEEDS, RESULTS, World
 from evolve_dag.protocols import ToolSpec
-from evolve_dag.records import ToolCall
+from evolve_dag.records import Task, ToolCall
 
+STREAM_WORLDS = 10_000
+"""Distance between the worlds of neighbouring iterations of a stream. Worlds of the other splits lie below it."""
+MOST_STREAM_ITERATIONS = 90
+"""Iterations whose worlds lie below those of measuring and pretraining."""
 CONSULTED = tuple(ToolSpec(name, "Look up what stands under a mark.", {"entry": "The marked name."}) for name in TOOLS)
 
 
 class PocketTools:
-    """An :class:`~evolve_dag.environments.base.Environment` over one pocket world.
+    """An :class:`~evolve_dag.protocols.Environment` over one pocket world.
 
     Args:
         world: what is asked about.
@@ -55,3 +65,57 @@ class PocketTools:
         if call.name in TOOLS:
             return self.world.consult(call.name, call.arguments["entry"])
         return await self.corpus.call(call)
+
+
+class PocketEnvironment(EnvironmentSettings):
+    """A generated closed corpus about invented entities."""
+
+    kind: Literal["pocket"] = "pocket"
+    """A generated world."""
+    results: int = Field(3, ge=1, le=10)
+    """Pages that one search lists."""
+
+
+def _make(settings: PocketEnvironment, place: Place) -> PocketTools:
+    return PocketTools(World(place.split.world or 0), settings.results)
+
+
+def _tasks(split: TaskSplit, name: str) -> tuple[Task, ...]:
+    return tuple(World(split.world or 0).tasks(split.count or 0, f"pocket/{name}"))
+
+
+def _mistakes(settings: PocketEnvironment, experiment: Experiment) -> list[tuple[str, str]]:
+    found = []
+    splits: dict[str, TaskSplit] = {name: getattr(experiment.tasks, name) for name in ("train", "development", "held_out")}
+    for name, split in splits.items():
+        key = f"tasks.{name}"
+        if split.path is not None:
+            found.append((f"{key}.path", "the pocket world makes its own tasks: remove it, or set environment.kind to corpus"))
+        if split.suite != "jsonl" or split.fields or split.skip:
+            found.append((key, "suite, fields and skip are for files; the pocket world makes its own tasks"))
+        if split.world is None:
+            found.append((f"{key}.world", "missing: the number of the pocket world"))
+        elif split.world >= PRETRAINING_SEEDS:
+            found.append((f"{key}.world", f"{split.world} is a pretraining world: use a number below {PRETRAINING_SEEDS}"))
+        if split.count is None:
+            found.append((f"{key}.count", "missing: how many tasks"))
+        twins = [other for other in splits if other != name and splits[other].world == split.world]
+        if split.world is not None and twins and list(splits).index(twins[0]) < list(splits).index(name):
+            found.append((f"{key}.world", f"the same world as tasks.{twins[0]}: splits must not share a world"))
+    if splits["train"].stream:
+        if max((split.world or 0) for split in splits.values()) >= STREAM_WORLDS:
+            what = f"a stream goes on in steps of {STREAM_WORLDS}: number the worlds of all splits below that"
+            found.append(("tasks.train.world", what))
+        if experiment.iterations >= MOST_STREAM_ITERATIONS:
+            what = f"the pocket world has fresh worlds for {MOST_STREAM_ITERATIONS - 1} iterations"
+            found.append(("tasks.train.stream", what))
+    return found
+
+
+POCKET = EnvironmentPart(
+    settings=PocketEnvironment,
+    make=_make,
+    tasks=_tasks,
+    fresh=lambda split, iteration: {"world": (split.world or 0) + STREAM_WORLDS * (iteration - 1)},
+    mistakes=_mistakes,
+)

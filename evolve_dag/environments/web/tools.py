@@ -12,9 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+from pydantic import Field, Strict
 
 from evolve_dag import prompts
+from evolve_dag.config.parts import EnvironmentSettings
+from evolve_dag.config.schema import Experiment
+from evolve_dag.config.section import FOLDER, MOST, Strings
+from evolve_dag.environments.base import EnvironmentPart, Place, file_tasks
 from evolve_dag.environments.corpus import argument, tool_prompt
 from evolve_dag.environments.web.files import FileReader
 from evolve_dag.environments.web.guard import Guard
@@ -38,7 +44,6 @@ from evolve_dag.secrecy import read_key
 from evolve_dag.store.memory import Memory
 
 if TYPE_CHECKING:
-    from evolve_dag.config.schema import ToolsEnvironment
     from evolve_dag.protocols import LanguageModel
 
 RENDERING = "web/1"
@@ -77,6 +82,54 @@ SPECS = {
         {"name": "Name of the file; archive.zip/name for a file within an archive."},
     ),
 }
+
+
+ToolName = Literal["search", "visit", "scholar", "python", "file"]
+
+
+class ToolsEnvironment(EnvironmentSettings):
+    """The live web and a sandbox: the paper's five tools, or some of them."""
+
+    kind: Literal["tools"] = "tools"
+    """The live web, a python sandbox, files."""
+    system: str = ""
+    """The whole system message, in place of ours, which describes every tool as JSON schema; empty: ours."""
+    tools: Annotated[tuple[ToolName, ...], Strict(False)] = Field(
+        ("search", "visit", "scholar", "python", "file"), min_length=1
+    )
+    """Which tools the policy has."""
+    search: Literal["serper", "searxng"] = "serper"
+    """Who answers ``search``: Serper (key in ``SERPER_API_KEY``) or a SearXNG instance."""
+    searxng: str = ""
+    """Address of the SearXNG instance."""
+    reader: Literal["local", "jina"] = "local"
+    """Who turns a page into text for ``visit``: this process, or Jina's reader (key in ``JINA_API_KEY``, optional)."""
+    results: int = Field(10, ge=1, le=20)
+    """Entries that one search lists."""
+    summarize: bool = True
+    """Whether the extractor model sums a visited page up for the stated goal; else its beginning is shown."""
+    page_characters: int = Field(12_000, ge=200, le=200_000)
+    """Most characters of a page that the policy or the extractor reads."""
+    page_bytes: int = Field(5_000_000, ge=10_000, le=MOST)
+    """Larger bodies are refused."""
+    blocked: Strings = ("huggingface.co", "hf-mirror.com", "hf.co")
+    """Hosts, with all below them, that no tool may ask: mirrors of the benchmarks. A page elsewhere that holds the same is not
+    known to it: name translators and archives here too (``translate.goog``, ``web.archive.org``) where that matters."""
+    files: str = Field("", json_schema_extra=FOLDER)
+    """Folder that the ``file`` tool may read; relative to the file that names it."""
+    cache: Literal["day", "none"] = "day"
+    """``day``: an address fetched today is not fetched again today."""
+    timeout_seconds: float = Field(30.0, gt=0)
+    """Longest wait for a page or a search."""
+    python_seconds: float = Field(10.0, gt=0, le=600)
+    """Processor and wall time of one ``python`` call."""
+    python_megabytes: int = Field(512, ge=64, le=MOST)
+    """Memory of one ``python`` call."""
+
+    @property
+    def sums_up(self) -> bool:
+        """Whether a model is asked to sum up pages."""
+        return self.summarize and "visit" in self.tools
 
 
 class ToolsWorld:
@@ -133,7 +186,7 @@ class ToolsWorld:
                 settings.timeout_seconds,
             )
         self._summarizer: Summarizer | None = None
-        if settings.summarize and extractor is not None:
+        if settings.sums_up and extractor is not None:
             self._summarizer = Summarizer(extractor, self._identity, memory)
         # '' would be the folder that the process was started in.
         folder = Path(settings.files) if settings.files else None
@@ -157,7 +210,7 @@ class ToolsWorld:
             "rendering": RENDERING,
             "settings": settings,
             "system_prompt": self._system_prompt,
-            "summary": [self._identity(), prompts.digest(PROMPT)] if self.settings.summarize else None,
+            "summary": [self._identity(), prompts.digest(PROMPT)] if self.settings.sums_up else None,
             "files": _folder_content(Path(self.settings.files))
             if self._files is not None and "file" in self.settings.tools
             else None,
@@ -190,7 +243,7 @@ class ToolsWorld:
             if self.settings.reader == "local":
                 attempt(lambda: need("trafilatura"))
                 attempt(lambda: need("markitdown"))
-            if self.settings.summarize and self._summarizer is None:
+            if self.settings.sums_up and self._summarizer is None:
                 found.append(ConfigError("environment.summarize: no model to sum pages up with", "set models.extractor"))
         if "python" in tools:
             attempt(open_sandbox)
@@ -337,3 +390,34 @@ def _folder_content(folder: Path) -> list[list[str]]:
             with path.open("rb") as handle:
                 found.append([path.relative_to(folder).as_posix(), hashlib.file_digest(handle, "sha256").hexdigest()])
     return found
+
+
+def _make(settings: ToolsEnvironment, place: Place) -> ToolsWorld:
+    roles = place.roles
+    return ToolsWorld(
+        settings,
+        extractor=roles.later("extractor") if roles is not None and settings.sums_up else None,
+        identity=(lambda: roles.identity("extractor")) if roles is not None and settings.sums_up else "",
+        memory=roles.memory if roles is not None else None,
+    )
+
+
+def _mistakes(settings: ToolsEnvironment, experiment: Experiment) -> list[tuple[str, str]]:
+    found = file_tasks(experiment)
+    if settings.search == "searxng" and not settings.searxng:
+        found.append(("environment.searxng", "missing: the address of the SearXNG instance"))
+    if "file" in settings.tools and not settings.files:
+        what = "missing: the folder that the file tool may read; or leave `file` out of tools"
+        found.append(("environment.files", what))
+    return found
+
+
+TOOLS = EnvironmentPart(
+    settings=ToolsEnvironment,
+    make=_make,
+    roles=lambda settings: ("extractor",) if settings.sums_up else (),
+    prompts=lambda settings, experiment: (PROMPT,) if settings.sums_up else (),
+    mistakes=_mistakes,
+    libraries={"trafilatura": "web", "markitdown": "web"},
+    variables=("SERPER_API_KEY", "JINA_API_KEY"),
+)

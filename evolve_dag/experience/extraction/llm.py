@@ -18,14 +18,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from evolve_dag.config.schema import ExtractionSettings
+from pydantic import Field
+
+from evolve_dag.config.parts import ExtractionSettings
+from evolve_dag.config.section import MOST
 from evolve_dag.errors import ModelError
 from evolve_dag.experience.extraction import llm_plans as plans
+from evolve_dag.experience.extraction.base import Extraction, ExtractorPart, Material
 from evolve_dag.experience.extraction.llm_calls import Asker, in_order
 from evolve_dag.experience.extraction.llm_edits import Lesson, PoolEditor, same_words, union
 from evolve_dag.experience.extraction.llm_form import Form, entities
 from evolve_dag.experience.extraction.llm_plans import Candidate, Tally
-from evolve_dag.experience.extraction.mining import Extraction
 from evolve_dag.experience.features import strip_last_step
 from evolve_dag.experience.llm_text import fence, fit, shorten, trajectory_text
 from evolve_dag.experience.pool import Pool, counted
@@ -34,12 +37,32 @@ from evolve_dag.records import Granularity, Task, Trajectory
 from evolve_dag.store.memory import Memory
 
 Domain = Literal["web", "mathematics"]
-CHARACTERS = 24_000
-"""Characters of recorded material in one prompt, about 6,000 tokens."""
 _COUNTED = (
     "candidates", "dropped_form", "repaired", "unknown_ids", "unreadable", "failed_calls", "undecided", "duplicates", "surplus",
     "unknown_operations", "overruled", "joined", "consolidations", "over_cap",
 )  # fmt: skip
+
+
+class LLMExtraction(ExtractionSettings):
+    """The paper's chain of summary, critique, decision and reconciliation, by the model ``models.extractor``."""
+
+    extractor: Literal["llm"] = "llm"
+    """A language model writes the lessons."""
+    domain: Domain = "web"
+    """Wording of the prompts."""
+    batch_tasks: int = Field(4, ge=1, le=MOST)
+    """Tasks whose decisions are reconciled together."""
+    candidates: int = Field(3, ge=1, le=10)
+    """Most candidate items per group of mixed outcomes."""
+    temperature: float = Field(0.3, ge=0)
+    """Of the extractor's calls."""
+    max_tokens: int = Field(2048, ge=32, le=MOST)
+    """Most tokens of one of its answers."""
+    max_words: int = Field(32, ge=4, le=32)
+    """Longest principle."""
+    max_characters: int = Field(24_000, ge=500, le=MOST)
+    """Most characters of trajectories in one call, about 6,000 tokens; longer ones keep the head and tail of their longest
+    parts."""
 
 
 def prompt_names(granularity: Granularity, domain: Domain) -> tuple[str, ...]:
@@ -57,13 +80,12 @@ async def extract_with_llm(
     model: LanguageModel,
     identity: str,
     granularity: Granularity,
-    settings: ExtractionSettings,
+    settings: LLMExtraction,
     iteration: int,
     seed: int,
     memory: Memory | None = None,
     concurrency: int = 16,
     on_progress: Callable[[], None] | None = None,
-    characters: int = CHARACTERS,
 ) -> Extraction:
     """Run the chain. The result depends neither on the order of ``trajectories`` nor on that in which calls come back.
 
@@ -73,7 +95,6 @@ async def extract_with_llm(
         memory: where finished calls are remembered.
         concurrency: calls in flight.
         on_progress: called once for every group.
-        characters: of recorded material in one prompt; longer trajectories keep the head and tail of their longest parts.
 
     Returns:
         As :func:`~evolve_dag.experience.extraction.mining.extract`. ``statistics`` counts trajectories, judged, not_judged,
@@ -94,7 +115,7 @@ async def extract_with_llm(
         max_tokens=settings.max_tokens, tally=tally,
     )  # fmt: skip
     form = Form(asker, granularity, settings.max_words, tally)
-    critic = _Critic(asker, form, granularity=granularity, settings=settings, characters=characters, tally=tally)
+    critic = _Critic(asker, form, granularity=granularity, settings=settings, tally=tally)
     editor = PoolEditor(pool, asker, form, granularity=granularity, cap=settings.cap, iteration=iteration, tally=tally)
 
     async def learn(group: _Group) -> Lesson | None:
@@ -166,12 +187,11 @@ class _Critic:
         form: Form,
         *,
         granularity: Granularity,
-        settings: ExtractionSettings,
-        characters: int,
+        settings: LLMExtraction,
         tally: Tally,
     ) -> None:
         self._asker, self._form, self._tally = asker, form, tally
-        self._granularity, self._settings, self._characters = granularity, settings, characters
+        self._granularity, self._settings, self._characters = granularity, settings, settings.max_characters
 
     async def learn(self, group: _Group) -> Lesson | None:
         """Summaries and critique of one group; None when nothing can be read from it.
@@ -226,3 +246,29 @@ def _outcome(trajectory: Trajectory) -> str:
     reward = trajectory.reward or 0.0
     word = "succeeded" if reward >= 1 else "failed" if reward <= 0 else f"scored {reward:.2f} of 1"
     return f"{word} ({trajectory.status})"
+
+
+async def _extract(settings: LLMExtraction, material: Material) -> Extraction:
+    roles = material.roles
+    return await extract_with_llm(
+        material.trajectories,
+        material.tasks,
+        material.pool,
+        model=roles.model("extractor"),
+        identity=roles.identity("extractor"),
+        granularity=material.granularity,
+        settings=settings,
+        iteration=material.iteration,
+        seed=material.seed,
+        memory=roles.memory,
+        concurrency=material.concurrency,
+        on_progress=material.on_progress,
+    )
+
+
+LLM = ExtractorPart(
+    settings=LLMExtraction,
+    make=_extract,
+    roles=lambda settings: ("extractor",),
+    prompts=lambda settings, experiment: prompt_names(experiment.granularity, settings.domain),
+)

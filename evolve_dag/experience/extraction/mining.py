@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
 
-from evolve_dag.config.schema import ExtractionSettings
+from pydantic import Field
+
+from evolve_dag.config.parts import ExtractionSettings
+from evolve_dag.config.schema import Experiment
+from evolve_dag.config.section import MOST
 from evolve_dag.experience.extraction import contrast, instance
+from evolve_dag.experience.extraction.base import Extraction, ExtractorPart, Material
+from evolve_dag.experience.extraction.placebo import placebo
 from evolve_dag.experience.graduation import graduations
 from evolve_dag.experience.pool import Pool, counted
-from evolve_dag.records import Granularity, PoolEdit, Trajectory
+from evolve_dag.records import Granularity, Trajectory
 
 
-@dataclass(frozen=True, slots=True)
-class Extraction:
-    """What ``steps/experience`` stores."""
+class ContrastExtraction(ExtractionSettings):
+    """Mines state -> action patterns that separate success from failure; needs no LLM."""
 
-    pool: Pool
-    edits: tuple[PoolEdit, ...]
-    """Of this iteration only, in order."""
-    statistics: Mapping[str, float]
-    """Counts: trajectories, judged, not_judged, groups, mixed_groups, ..., added, updated, deleted, merged, refused, items."""
-    evidence: contrast.Evidence | None = None
-    """For ``principle``: what the next extraction adds its own to."""
+    extractor: Literal["contrast"] = "contrast"
+    """Contrast mining (``granularity: principle``), or one successful case per task (``instance``)."""
+    min_support: int = Field(10, ge=1, le=MOST)
+    """Trajectories that must show a pattern."""
+    min_lift: float = Field(0.05, ge=0.0)
+    """Least gain in group-centred success of the action over the others in the same state."""
+    confidence: float = Field(0.95, gt=0.5, lt=1.0)
+    """Level at which the lower end of the lift's interval must be above zero."""
+    memory: float = Field(0.8, ge=0, le=1)
+    """What evidence of the iteration before still counts, of two before its square, and so on; 0: none."""
+    placebo: bool = False
+    """A control: every mined principle stands in the pool with another action than the one that was mined."""
+    graduation: float = Field(0.0, ge=0, lt=1)
+    """An item leaves the context once the policy, without experience, clearly does what it says in this share of the steps in
+    its situation, and comes back when it clearly does so less often. 0: items stay."""
 
 
 def extract(
@@ -30,7 +44,7 @@ def extract(
     pool: Pool,
     *,
     granularity: Granularity,
-    settings: ExtractionSettings,
+    settings: ContrastExtraction,
     iteration: int,
     seed: int,
     case_path: bool = False,
@@ -75,3 +89,33 @@ def extract(
     statistics["refused"] = float(len(first.refused) + len(second.refused))
     statistics["items"] = float(len(after))
     return Extraction(after, edits, statistics, evidence)
+
+
+async def _extract(settings: ContrastExtraction, material: Material) -> Extraction:
+    found = extract(
+        material.trajectories,
+        material.pool,
+        granularity=material.granularity,
+        settings=settings,
+        iteration=material.iteration,
+        seed=material.seed,
+        before=material.before,
+    )
+    if not settings.placebo:
+        return found
+    disguised = placebo(found.pool, found.edits, material.trajectories, before=material.shown, seed=material.seed)
+    return replace(found, pool=disguised.pool, edits=disguised.edits, mined=found.pool)
+
+
+def _unread(settings: ContrastExtraction, experiment: Experiment) -> tuple[str, ...]:
+    """One successful case a task (``granularity: instance``) is no pattern that must show often enough, nor a habit."""
+    mined = experiment.granularity == "principle"
+    return () if mined else ("min_support", "min_lift", "confidence", "memory", "graduation")
+
+
+def _mistakes(settings: ContrastExtraction, experiment: Experiment) -> Iterator[tuple[str, str]]:
+    if settings.placebo and (experiment.granularity != "principle" or experiment.start_pool):
+        yield "extraction.placebo", "only mined principles have one: no instances, no start_pool"
+
+
+CONTRAST = ExtractorPart(settings=ContrastExtraction, make=_extract, unread=_unread, mistakes=_mistakes)

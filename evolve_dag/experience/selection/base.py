@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
+from evolve_dag.config.parts import Part, SelectionSettings
 from evolve_dag.experience.pool import Pool
+from evolve_dag.inference.roles import Roles
 from evolve_dag.records import Step
 
 
@@ -28,6 +30,17 @@ class Selector(Protocol):
     async def select(self, question: str, steps: Sequence[Step], pool: Pool) -> Selection:
         """Ids of ``pool`` that fit the state after ``steps``, best first; may be none."""
         ...
+
+
+S = TypeVar("S", bound=SelectionSettings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectorPart(Part[S]):
+    """The row of a selector."""
+
+    make: Callable[[S, Roles, int], Selector]
+    """(settings, the models that it may ask, seed of sampling) -> the selector."""
 
 
 ONLY_ANSWER = Selection((), "only an answer is possible now")

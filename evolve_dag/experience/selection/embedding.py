@@ -12,15 +12,16 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from evolve_dag.config.parts import SelectionSettings
 from evolve_dag.errors import ModelError
 from evolve_dag.experience.features import answer_demanded
 from evolve_dag.experience.llm_text import shorten
 from evolve_dag.experience.pool import Pool
-from evolve_dag.experience.selection.base import ONLY_ANSWER, Selection
+from evolve_dag.experience.selection.base import ONLY_ANSWER, Selection, SelectorPart
 from evolve_dag.experience.selection.lexical import describe
 from evolve_dag.records import Step
 
@@ -138,3 +139,17 @@ class EmbeddingSelector:
         chosen = sorted(zip(scores, pool.ids, strict=True), key=lambda pair: (-pair[0], pair[1]))[: self._max_items]
         shown = ", ".join(f"{item_id} {score:.4f}" for score, item_id in chosen)
         return Selection(tuple(item_id for _, item_id in chosen), f"'{description[:160]}'; cosine: {shown}")
+
+
+class EmbeddingSelection(SelectionSettings):
+    """Nearest hidden states, of the model ``models.embedding``."""
+
+    selector: Literal["embedding"] = "embedding"
+    """Items whose hidden states are nearest to those of the state."""
+
+
+EMBEDDING = SelectorPart(
+    settings=EmbeddingSelection,
+    make=lambda settings, roles, seed: EmbeddingSelector(Embedder(roles.embedding_folder), settings.max_items),
+    roles=lambda settings: ("embedding",),
+)

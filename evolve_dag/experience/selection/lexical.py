@@ -8,11 +8,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from evolve_dag.config.parts import SelectionSettings
 from evolve_dag.experience.features import answer_demanded, strip_last_step
 from evolve_dag.experience.phrases import split
 from evolve_dag.experience.pool import Pool, lift
-from evolve_dag.experience.selection.base import ONLY_ANSWER, STOP_WORDS, TOKEN, Selection
+from evolve_dag.experience.selection.base import ONLY_ANSWER, STOP_WORDS, TOKEN, Selection, SelectorPart
 from evolve_dag.records import ExperienceItem, Step
 
 _NEGATIONS = frozenset({"no", "not", "nothing", "none", "never", "without"})
@@ -130,3 +132,13 @@ def bm25(query: set[str], documents: Sequence[Sequence[str]], k1: float = 1.2, b
             score += idf * counts[term] * (k1 + 1) / (counts[term] + norm)
         scores.append(score)
     return scores
+
+
+class LexicalSelection(SelectionSettings):
+    """Word overlap of item and state, BM25."""
+
+    selector: Literal["lexical"] = "lexical"
+    """Items that share words with the state."""
+
+
+LEXICAL = SelectorPart(settings=LexicalSelection, make=lambda settings, roles, seed: LexicalSelector(settings.max_items))

@@ -11,19 +11,23 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from evolve_dag import prompts
-from evolve_dag.config.schema import SelectionSettings
+from evolve_dag.config.parts import SelectionSettings
+from evolve_dag.config.section import MOST
 from evolve_dag.errors import ModelError
 from evolve_dag.experience.extraction.llm_guides import choice
 from evolve_dag.experience.extraction.llm_plans import entries, known_id
 from evolve_dag.experience.features import answer_demanded, strip_last_step
 from evolve_dag.experience.llm_text import fence, pool_text, shorten, state_text
 from evolve_dag.experience.pool import Pool
-from evolve_dag.experience.selection.base import ONLY_ANSWER, Selection
+from evolve_dag.experience.selection.base import ONLY_ANSWER, Selection, SelectorPart
 from evolve_dag.experience.selection.lexical import LexicalSelector
 from evolve_dag.inference.ledger import purpose
+from evolve_dag.inference.roles import Roles
 from evolve_dag.inference.structured import ask_json, extract_json
 from evolve_dag.plain import one_line
 from evolve_dag.protocols import LanguageModel, Sampling
@@ -33,8 +37,6 @@ from evolve_dag.store.memory import Memory
 SPACE = "selection"
 """Where choices are remembered."""
 PROMPT = "experience/select"
-CHARACTERS = 8_000
-"""Characters of question and steps in one prompt, about 2,000 tokens; the pool comes on top."""
 SCHEMA = {
     "type": "object",
     "properties": {"ids": {"type": "array", "items": {"type": "string"}}, "rationale": {"type": "string"}},
@@ -42,6 +44,24 @@ SCHEMA = {
     "additionalProperties": False,
 }
 _WRAPPERS = ("ids", "items", "selected", "choice", "choices")
+
+
+class LLMSelection(SelectionSettings):
+    """``models.selector`` chooses; an invalid or empty choice falls back to ``lexical`` and is counted."""
+
+    selector: Literal["llm"] = "llm"
+    """Items that a language model chooses."""
+    min_items: int = Field(3, ge=0, le=50)
+    """Fewest items it is asked for (fewer where the pool or ``max_items`` is smaller)."""
+    temperature: float = Field(0.3, ge=0)
+    """Of the selector's calls."""
+    top_p: float = Field(0.9, gt=0, le=1)
+    """Nucleus of the selector's calls."""
+    max_tokens: int = Field(512, ge=32, le=MOST)
+    """Most tokens of one choice."""
+    max_characters: int = Field(8_000, ge=500, le=MOST)
+    """Most characters of question and steps in one call, about 2,000 tokens; head and tail of what is longer. The pool comes
+    on top."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +108,15 @@ class LLMSelector:
 
     def __init__(
         self,
-        settings: SelectionSettings,
+        settings: LLMSelection,
         model: Callable[[], LanguageModel],
         identity: str,
         *,
         memory: Memory | None = None,
         seed: int = 0,
-        characters: int = CHARACTERS,
     ) -> None:
         self._settings, self._model, self._identity = settings, model, identity
-        self._memory, self._characters = memory, characters
+        self._memory = memory
         self._sampling = Sampling(
             temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_tokens, seed=seed
         )
@@ -122,7 +141,7 @@ class LLMSelector:
             return Selection(pool.ids, "the whole pool: it has no more items than are to be chosen")
         pool_shown, pool_digest = self._pool(pool)
         asked = strip_last_step(question)
-        state = state_text(steps, self._characters)
+        state = state_text(steps, self._settings.max_characters)
         key = Memory.key_of(
             pool_digest,
             Memory.key_of(asked, state),
@@ -140,7 +159,7 @@ class LLMSelector:
         if task is None or task.get_loop() is not asyncio.get_running_loop():
             content = prompts.load(PROMPT).fill(
                 pool=fence("pool", pool_shown),
-                question=fence("question", shorten(asked, self._characters // 2)),
+                question=fence("question", shorten(asked, self._settings.max_characters // 2)),
                 state=fence("state", state),
                 low=least,
                 high=most,
@@ -207,3 +226,15 @@ class LLMSelector:
 
 
 _FAILED = "the model could not be asked"
+
+
+def _make(settings: LLMSelection, roles: Roles, seed: int) -> LLMSelector:
+    return LLMSelector(settings, roles.later("selector"), roles.identity("selector"), memory=roles.memory, seed=seed)
+
+
+LLM = SelectorPart(
+    settings=LLMSelection,
+    make=_make,
+    roles=lambda settings: ("selector",),
+    prompts=lambda settings, experiment: (PROMPT,),
+)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from evolve_dag.config.parts import SelectionSettings
+from evolve_dag.config.schema import Experiment
 from evolve_dag.experience.features import answer_demanded, features
 from evolve_dag.experience.pool import Pool, lift
-from evolve_dag.experience.selection.base import ONLY_ANSWER, STOP_WORDS, TOKEN, Selection
+from evolve_dag.experience.selection.base import ONLY_ANSWER, STOP_WORDS, TOKEN, Selection, SelectorPart
 from evolve_dag.records import ExperienceItem, Step
 
 
@@ -54,3 +57,22 @@ def _closest_cases(question: str, pool: Pool) -> list[ExperienceItem]:
 
 def _content(text: str) -> set[str]:
     return {word for word in TOKEN.findall(text.lower()) if word not in STOP_WORDS and word not in ("what", "case", "answer")}
+
+
+class StateSelection(SelectionSettings):
+    """The item's condition holds."""
+
+    selector: Literal["state"] = "state"
+    """Items whose condition holds in the state."""
+
+
+def _mistakes(settings: StateSelection, experiment: Experiment) -> list[tuple[str, str]]:
+    if experiment.extraction.extractor == "contrast" or experiment.granularity == "instance":
+        return []
+    what = "'state' needs conditions, which only `extractor: contrast` writes: use lexical or llm"
+    return [("selection.selector", what)]
+
+
+STATE = SelectorPart(
+    settings=StateSelection, make=lambda settings, roles, seed: StateSelector(settings.max_items), mistakes=_mistakes
+)

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 from experience_builders import QUESTION, answer, malformed, search, trajectory, visit
 
-from evolve_dag.config.schema import ExtractionSettings
 from evolve_dag.experience.extraction.contrast import (
     MAX_TRAJECTORY_IDS,
     Effect,
@@ -22,7 +21,7 @@ from evolve_dag.experience.extraction.contrast import (
     situations_of,
     subsumed,
 )
-from evolve_dag.experience.extraction.mining import extract
+from evolve_dag.experience.extraction.mining import ContrastExtraction, extract
 from evolve_dag.experience.features import features
 from evolve_dag.experience.phrases import render
 from evolve_dag.experience.pool import Pool, Proposal
@@ -242,7 +241,7 @@ def test_moments_match_a_plain_computation() -> None:
     assert Moments(1, 0.5, 0.5, 0.25).variance == 0.0
 
 
-SETTINGS = ExtractionSettings()
+SETTINGS = ContrastExtraction()
 
 
 def run(data: list[Trajectory], pool: Pool, iteration: int, cap: int = 12) -> tuple[Pool, list[tuple[str, str]]]:

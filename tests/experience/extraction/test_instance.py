@@ -4,13 +4,13 @@ import random
 
 from experience_builders import QUESTION, answer, search, trajectory, visit
 
-from evolve_dag.config.schema import ExtractionSettings
+from evolve_dag.experience.extraction.base import Extraction
 from evolve_dag.experience.extraction.instance import case_text, cases, reconcile
-from evolve_dag.experience.extraction.mining import Extraction, extract
+from evolve_dag.experience.extraction.mining import ContrastExtraction, extract
 from evolve_dag.experience.pool import Pool
 from evolve_dag.records import Trajectory
 
-CAP4 = ExtractionSettings(cap=4)
+CAP4 = ContrastExtraction(cap=4)
 
 
 def group(task: str, rewards: list[float | None], lengths: list[int] | None = None) -> list[Trajectory]:

@@ -746,7 +746,7 @@ def test_a_long_trajectory_keeps_the_ends_of_every_step() -> None:
 def test_no_prompt_is_longer_than_the_budget_and_its_own_words() -> None:
     long = [replace(t, steps=tuple(search("q", "y" * 50_000) for _ in range(3))) for t in groups(0)]
     model = Extractor({"summary": "z" * 50_000})
-    run(model, long, characters=3000)
+    run(model, long, max_characters=3000)
     own = max(len(prompts.load(name).text) for name in prompt_names("principle", "web"))
     assert max(len(m[0].content) for _, m in model.calls) < 3000 + own + 1500  # question, answer, form, fences
 

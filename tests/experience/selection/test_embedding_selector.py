@@ -3,20 +3,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from experience_builders import QUESTION, search, visit
 
-from evolve_dag.config.schema import SelectionSettings
-from evolve_dag.errors import ConfigError, ModelError
+from evolve_dag.config.schema import Experiment
+from evolve_dag.errors import ModelError
 from evolve_dag.experience.pool import Pool
 from evolve_dag.experience.selection.base import ONLY_ANSWER, Selection
-from evolve_dag.experience.selection.choose import make_selector
-from evolve_dag.experience.selection.embedding import MAX_TOKENS, Embedder, EmbeddingSelector
+from evolve_dag.experience.selection.embedding import EMBEDDING, MAX_TOKENS, Embedder, EmbeddingSelection, EmbeddingSelector
 from evolve_dag.experience.selection.lexical import describe
 from evolve_dag.inference.folders import POCKET
+from evolve_dag.inference.roles import Roles
 from evolve_dag.records import ExperienceItem, Step
 
 TEXTS = [
@@ -153,10 +152,9 @@ def test_a_folder_without_a_model_is_a_model_error(tmp_path: Path) -> None:
     assert "models.embedding.path" in caught.value.remedy
 
 
-def test_make_selector_needs_the_folder() -> None:
-    settings: Any = SelectionSettings(selector="embedding", max_items=2)
-    with pytest.raises(ConfigError, match="embedding needs a model"):
-        make_selector(settings)
-    made = make_selector(settings, embedding_folder=POCKET)
+def test_the_row_asks_the_model_of_its_role() -> None:
+    settings = EmbeddingSelection(max_items=2)
+    assert EMBEDDING.roles(settings) == ("embedding",)
+    made = EMBEDDING.make(settings, Roles(Experiment(experiment="x")), 0)
     assert isinstance(made, EmbeddingSelector)
     assert len(choose(made, pool_of(*TEXTS)).ids) == 2

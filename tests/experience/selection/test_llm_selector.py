@@ -13,15 +13,13 @@ from extractor_script import Extractor, data, group, groups, pool_of, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evolve_dag.config.schema import SelectionSettings
-from evolve_dag.errors import ConfigError, ModelError
+from evolve_dag.errors import ModelError
 from evolve_dag.experience.extraction.llm_guides import choice
 from evolve_dag.experience.injection import Injector
 from evolve_dag.experience.pool import Pool
 from evolve_dag.experience.selection.base import ONLY_ANSWER, Selection
-from evolve_dag.experience.selection.choose import make_selector
 from evolve_dag.experience.selection.lexical import LexicalSelector
-from evolve_dag.experience.selection.llm import LLMSelector, read_choice
+from evolve_dag.experience.selection.llm import LLMSelection, LLMSelector, read_choice
 from evolve_dag.inference.ledger import Ledger, metered
 from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.protocols import Completion, Request
@@ -34,12 +32,8 @@ GOOD = {"ids": ["p0002", "p0001", "p0005"], "rationale": "nothing was found"}
 
 
 def selector(model: Any, memory: Memory | None = None, *, seed: int = 0, identity: str = "m", **keys: Any) -> LLMSelector:
-    made = make_selector(
-        SelectionSettings(selector="llm", **{"min_items": 3, "max_items": 4, **keys}),
-        model=lambda: model, identity=identity, memory=memory, seed=seed,
-    )  # fmt: skip
-    assert isinstance(made, LLMSelector)
-    return made
+    settings = LLMSelection(**{"min_items": 3, "max_items": 4, **keys})
+    return LLMSelector(settings, lambda: model, identity, memory=memory, seed=seed)
 
 
 def choose(chooser: LLMSelector, steps: Sequence[Step] = STEPS, pool: Pool = POOL, question: str = QUESTION) -> Selection:
@@ -234,7 +228,7 @@ def test_a_model_that_cannot_be_opened_is_a_failed_call() -> None:
     def broken() -> Any:
         raise ModelError("no such folder")
 
-    chooser = LLMSelector(SelectionSettings(selector="llm"), broken, "m")
+    chooser = LLMSelector(LLMSelection(), broken, "m")
     assert choose(chooser).ids == asyncio.run(LexicalSelector(3).select(QUESTION, STEPS, POOL)).ids
     assert chooser.statistics["failed_calls"] == 1
 
@@ -308,11 +302,6 @@ def test_whatever_the_model_answers_a_choice_comes_back(answers: list[Any]) -> N
     assert set(found.ids) <= set(POOL.ids)
     assert 0 < len(found.ids) <= 4
     assert found.rationale
-
-
-def test_a_selector_of_a_model_needs_one() -> None:
-    with pytest.raises(ConfigError, match="llm needs a model"):
-        make_selector(SelectionSettings(selector="llm"))
 
 
 def test_other_errors_reach_the_caller() -> None:

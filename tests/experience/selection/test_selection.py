@@ -6,13 +6,14 @@ import math
 import pytest
 from experience_builders import QUESTION, answer, malformed, search, visit
 
-from evolve_dag.config.schema import SelectionSettings
+from evolve_dag.config.parts import part_of
+from evolve_dag.config.schema import Experiment
 from evolve_dag.experience.phrases import render
 from evolve_dag.experience.pool import Pool
 from evolve_dag.experience.selection.base import Selector
-from evolve_dag.experience.selection.choose import make_selector
-from evolve_dag.experience.selection.lexical import LexicalSelector, bm25, describe
-from evolve_dag.experience.selection.state import StateSelector
+from evolve_dag.experience.selection.lexical import LexicalSelection, LexicalSelector, bm25, describe
+from evolve_dag.experience.selection.state import StateSelection, StateSelector
+from evolve_dag.inference.roles import Roles
 from evolve_dag.records import ExperienceItem, Step
 
 SHARED = "2 results\n1. river Bado Keli: mouth: city Zano Pile\n2. person Bado Keli: home: city Zano Pile"
@@ -166,6 +167,9 @@ def test_bm25_by_hand() -> None:
     assert bm25({"x"}, [[]]) == [0.0]
 
 
-def test_make_selector() -> None:
-    assert make_selector(SelectionSettings(selector="state", max_items=5)) == StateSelector(5)
-    assert make_selector(SelectionSettings(selector="lexical", max_items=2)) == LexicalSelector(2)
+def test_a_row_makes_its_selector() -> None:
+    for settings, expected in (
+        (StateSelection(max_items=5), StateSelector(5)),
+        (LexicalSelection(max_items=2), LexicalSelector(2)),
+    ):
+        assert part_of("selector", settings).make(settings, Roles(Experiment(experiment="x")), 0) == expected

@@ -1,0 +1,59 @@
+"""The row of an environment, and what one is opened with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from evolve_dag.config.parts import EnvironmentSettings, Part
+from evolve_dag.config.schema import Experiment, PolicySettings, TaskSplit
+from evolve_dag.inference.roles import Roles
+from evolve_dag.protocols import Environment
+from evolve_dag.records import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an environment is opened."""
+
+    split: TaskSplit
+    """The tasks that are asked in it."""
+    policy: PolicySettings
+    """Who asks."""
+    roles: Roles | None
+    """The models that it may ask; None: none is needed now."""
+
+
+S = TypeVar("S", bound=EnvironmentSettings)
+
+
+def _no_file(settings: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentPart(Part[S]):
+    """The row of an environment."""
+
+    make: Callable[[S, Place], Environment]
+    """(settings, place) -> what answers the tool calls of one split."""
+    tasks: Callable[[TaskSplit, str], tuple[Task, ...]] | None = None
+    """(split, its name) -> tasks that the environment makes itself, other ones for every split; None: they are in files."""
+    fresh: Callable[[TaskSplit, int], Mapping[str, Any]] | None = None
+    """(split, iteration) -> what of the split of a stream of such tasks is another in that iteration."""
+    check: Callable[[S], object] = _no_file
+    """Reads the files that it names as a run will, so that their mistakes show before one begins. Raises DataError."""
+
+
+def file_tasks(experiment: Experiment) -> list[tuple[str, str]]:
+    """What cannot work where tasks are read from files."""
+    found = []
+    for name in ("train", "development", "held_out"):
+        split: TaskSplit = getattr(experiment.tasks, name)
+        if split.path is None:
+            found.append((f"tasks.{name}.path", "missing: a file of tasks"))
+        elif split.stream and split.count is None and not Path(split.path).is_dir():
+            found.append((f"tasks.{name}.count", "missing: how many rows of the file an iteration takes"))
+    return found

@@ -1,0 +1,63 @@
+"""What every extractor is given and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from evolve_dag.config.parts import ExtractionSettings, Part
+from evolve_dag.experience.extraction.contrast import Evidence
+from evolve_dag.experience.pool import Pool
+from evolve_dag.inference.roles import Roles
+from evolve_dag.records import Granularity, PoolEdit, Task, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What lessons are found in, and the models that may be asked."""
+
+    trajectories: Sequence[Trajectory]
+    """Of this iteration, scored."""
+    tasks: Sequence[Task]
+    """That they were rolled out on."""
+    pool: Pool
+    """E(k-1); after a placebo as it was mined."""
+    shown: Pool
+    """E(k-1) as it stood in contexts; another than ``pool`` only after a placebo."""
+    granularity: Granularity
+    iteration: int
+    seed: int
+    before: Evidence | None
+    """What the extraction before left, if it left any."""
+    roles: Roles
+    concurrency: int
+    """Most calls in flight."""
+    on_progress: Callable[[], None]
+    """Called for every group that is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """What ``steps/experience`` stores."""
+
+    pool: Pool
+    edits: tuple[PoolEdit, ...]
+    """Of this iteration only, in order."""
+    statistics: Mapping[str, float]
+    """Counts: trajectories, judged, not_judged, groups, mixed_groups, ..., added, updated, deleted, merged, refused, items."""
+    evidence: Evidence | None = None
+    """For ``principle``: what the next extraction adds its own to."""
+    mined: Pool | None = None
+    """For a placebo: the pool as it was mined, from which the next extraction goes on."""
+
+
+S = TypeVar("S", bound=ExtractionSettings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractorPart(Part[S]):
+    """The row of an extractor."""
+
+    make: Callable[[S, Material], Coroutine[Any, Any, Extraction]]
+    """(settings, material) -> what is extracted from it."""

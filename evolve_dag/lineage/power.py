@@ -1,0 +1,78 @@
+"""Whether the development tasks of an experiment are enough for its gate, said before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from evolve_dag.config.schema import Experiment
+from evolve_dag.errors import EvolveError
+from evolve_dag.evaluation.gate import gate_from_json
+from evolve_dag.evaluation.intervals import POWER, detectable, tasks_for
+from evolve_dag.store.artifacts import Store
+from evolve_dag.tasks.suites import load_tasks_of
+
+LOSS = 0.05
+"""Loss of success that one night should be able to show."""
+TYPICAL_SD = 0.3
+"""Of one task's difference between neighbouring policies, one rollout each under the same draws; 0.26 to 0.37 were measured in
+the pocket world (docs/LOG.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Power:
+    """What one night can show."""
+
+    tasks: int
+    """Development tasks."""
+    sd: float
+    """Standard deviation of one task's difference."""
+    measured: int | None
+    """Iteration whose gate measured ``sd``; None: it is taken as :data:`TYPICAL_SD`."""
+    smallest: float
+    """Smallest loss beyond the margin that is significant in :data:`~evolve_dag.evaluation.intervals.POWER` of the cases."""
+    needed: int
+    """Tasks that show :data:`LOSS`."""
+
+
+def power(experiment: Experiment, store: Store | None = None) -> Power | None:
+    """What the gate of an experiment can show in one night; None where its tasks cannot be counted.
+
+    Args:
+        store: where the newest decision of the gate is looked up.
+    """
+    try:
+        count = experiment.tasks.development.count or len(load_tasks_of(experiment, "development"))
+    except EvolveError:  # whatever is wrong with the file: the run itself says so
+        return None
+    confidence = experiment.gate.confidence
+    measured, sd = _measured(experiment.experiment, store)
+    if sd is None:
+        sd = TYPICAL_SD / experiment.evaluation.rollouts**0.5
+    smallest = detectable(sd, count, confidence=confidence)
+    return Power(count, sd, measured, smallest, tasks_for(LOSS, sd, confidence=confidence))
+
+
+def warning(experiment: Experiment, store: Store | None = None) -> str:
+    """What to say where the tasks are too few; '' where they are enough, or not known."""
+    found = power(experiment, store)
+    if found is None or found.smallest <= LOSS:
+        return ""
+    source = f"as measured in iteration {found.measured}" if found.measured else "as is typical"
+    return (
+        f"the gate is short of tasks: {found.tasks} development tasks show a loss of {100 * found.smallest:.0f} points in one "
+        f"night with {POWER:.0%} power (SD of a task's difference {found.sd:.2f}, {source}); {100 * LOSS:.0f} points need "
+        f"{found.needed}: raise tasks.development.count, or evaluation.rollouts"
+    )
+
+
+def _measured(name: str, store: Store | None) -> tuple[int | None, float | None]:
+    """Newest iteration with a decision, and the SD that its gate found; what is damaged is told elsewhere."""
+    try:
+        decided = [ref for ref in store.refs(name) if ref.kind == "promotion"] if store else []
+        newest = max(decided, key=lambda ref: ref.iteration, default=None)
+        if store is None or newest is None:
+            return None, None
+        gate = gate_from_json(store.open("promotion", newest.digest).json("decision.json"))
+    except EvolveError:
+        return None, None
+    return newest.iteration, gate.evidence.get("success_sd")

@@ -1,0 +1,80 @@
+"""Whether the gate can see what it should, before it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from quick_lineages import experiment
+from typer.testing import CliRunner
+
+from evolve_dag import cli, doctor
+from evolve_dag.config import registry
+from evolve_dag.evaluation.gate import GateDecision, gate_to_json
+from evolve_dag.lineage import power
+from evolve_dag.lineage.planning import plan
+from evolve_dag.store.artifacts import Store
+
+
+def with_tasks(count: int, **changes: object):
+    worlds = {"train": {"count": 10, "world": 12}, "development": {"count": count, "world": 22}}
+    return experiment(tasks=worlds | {"held_out": {"count": 6, "world": 32}}, **changes)
+
+
+def test_the_number_that_is_asked_for_is_enough() -> None:
+    found = power.power(with_tasks(64))
+    assert found is not None
+    assert found.measured is None
+    assert found.smallest == pytest.approx(2.801585 * 0.3 / 8)
+    assert found.needed == 283
+    assert power.warning(with_tasks(282)).endswith("5 points need 283: raise tasks.development.count, or evaluation.rollouts")
+    assert power.warning(with_tasks(283)) == ""
+
+
+def test_rollouts_count_too() -> None:
+    assert power.warning(with_tasks(142, evaluation={"rollouts": 2})) == ""
+    assert power.warning(with_tasks(142))
+
+
+def decided(store: Store, iteration: int, content: str) -> None:
+    digest = Store.digest_of("promotion", "1", {"iteration": iteration}, {})
+    with store.build("promotion", digest, code_version="1", config={"iteration": iteration}, inputs={}) as build:
+        (build.path / "decision.json").write_text(content)
+    store.set_ref("quick", iteration, "promotion", digest)
+
+
+def test_what_the_last_gate_measured_takes_the_place_of_what_is_typical(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    for iteration, sd in ((1, 0.1), (2, 0.5)):
+        gate = GateDecision("keep", ("x",), {"success_sd": sd})
+        decided(store, iteration, json.dumps(gate_to_json(gate)))
+    assert "SD of a task's difference 0.50, as measured in iteration 2" in power.warning(with_tasks(300), store)
+    decided(store, 3, "{}")
+    assert power.warning(with_tasks(300), store) == "", "a damaged decision is told elsewhere"
+
+
+def test_a_file_that_is_missing_is_told_elsewhere(tmp_path: Path) -> None:
+    split = {"path": str(tmp_path / "none.jsonl")}
+    e = experiment(
+        environment={"kind": "corpus", "pages": str(tmp_path / "none.jsonl")},
+        tasks={"train": split, "development": split, "held_out": split},
+    )
+    assert power.power(e) is None
+    assert power.warning(e) == ""
+
+
+def test_plan_and_doctor_say_it_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "store")
+    assert [note[:26] for note in plan(with_tasks(16), store).notes] == ["the gate is short of tasks"]
+    assert plan(with_tasks(300), store).notes == ()
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    (configs / "small.yaml").write_text(
+        "tasks: {development: {count: 16, world: 21}, train: {count: 4, world: 11}, held_out: {count: 4, world: 31}}\n"
+    )
+    monkeypatch.setenv(registry.CONFIGS_VARIABLE, str(configs))
+    [finding] = doctor._gates(tmp_path / "store")
+    assert (finding.state, finding.subject) == ("note", "experiment small")
+    result = CliRunner().invoke(cli.app, ["plan", str(configs / "small.yaml"), "--store", str(tmp_path / "store")])
+    assert "the gate is short of tasks: 16 development tasks" in " ".join(result.output.split())

@@ -1,0 +1,192 @@
+"""The recorded decision: who enters the next iteration, and what becomes of a best champion that is gone. Bodies that write one
+line take the place of the other steps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evolve_dag.config.schema import Experiment
+from evolve_dag.evaluation.betting import Capital
+from evolve_dag.experience.pool import Pool
+from evolve_dag.lineage import garbage
+from evolve_dag.records import Score
+from evolve_dag.steps import base, promotion
+from evolve_dag.steps import scores as scoring
+from evolve_dag.steps.base import STEP_ORDER, entering_policy, resolve, run_step
+from evolve_dag.steps.body import StepContext
+from evolve_dag.steps.scores import AGAINST, DEVELOPMENT
+from evolve_dag.store.artifacts import Store
+from evolve_dag.store.frames import scores_to_frame
+
+TASKS = 200
+WORLDS = {
+    "train": {"count": 10, "world": 12},
+    "development": {"count": TASKS, "world": 22},
+    "held_out": {"count": 6, "world": 32},
+}
+EVEN, BETTER, SLIGHTLY = (5, 5), (0, 60), (9, 3)
+"""Tasks that the candidate lost against the best, and won."""
+
+
+def experiment(**changes: Any) -> Experiment:
+    return Experiment.model_validate({"experiment": "quick", "iterations": 9, "tasks": WORLDS} | changes)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def nights(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Bodies that write one line; the scores of iteration k are those of the k-th outcome."""
+
+    def given(*outcomes: tuple[int, int]) -> None:
+        def body(name: str) -> Callable[[StepContext], None]:
+            return promotion.run if name == "promotion" else lambda context: write(name, context, outcomes)
+
+        monkeypatch.setattr(base, "_body", body)
+
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    return given
+
+
+def write(name: str, context: StepContext, outcomes: tuple[tuple[int, int], ...]) -> None:
+    inputs = {kind: artifact.digest for kind, artifact in context.inputs.items()}
+    (context.build.path / "made.json").write_text(json.dumps({"of": inputs, "iteration": context.iteration}))
+    if name == "policy":
+        context.build.note(adapter=context.entering.adapter, experience=context.entering.experience, base="b")
+    elif name == "experience":
+        (context.build.path / "pool.json").write_text(Pool(next_number=10 * context.iteration + 1).to_json())
+    elif name == "scores":
+        worse, better = outcomes[context.iteration - 1]
+        best = [1.0] * (100 + worse - better) + [0.0] * (100 - worse + better)
+        candidate = [0.0] * worse + best[worse : TASKS - better] + [1.0] * better
+        rows = [
+            Score(f"t{i:03d}", 0, condition, reward, False, "answered", 4, 20)
+            for condition, rewards in zip(DEVELOPMENT, (candidate, best), strict=True)
+            for i, reward in enumerate(rewards)
+        ]
+        scores_to_frame(rows).write_parquet(context.build.path / "scores.parquet")
+        against, adapter = scoring._reference(context)
+        context.build.note(**{AGAINST: against, "reference": adapter})
+
+
+def run(e: Experiment, store: Store, *iterations: int) -> list[str]:
+    """The decisions of these iterations."""
+    return [[run_step(step, e, k, store).artifact for step in STEP_ORDER][-1].summary["decision"] for k in iterations]
+
+
+def digest(store: Store, iteration: int, step: str) -> str:
+    found = store.ref("quick", iteration, step)
+    assert found is not None
+    return found.digest
+
+
+def test_the_best_comes_back_with_adapter_and_pool_and_item_ids_count_on(store: Store, nights: Callable[..., None]) -> None:
+    nights(BETTER, *[SLIGHTLY] * 8)
+    e, decisions = experiment(iterations=9), []
+    while "restore" not in decisions:
+        decisions += run(e, store, len(decisions) + 1)
+    k = len(decisions)
+    assert decisions == [*["promote"] * (k - 1), "restore"]
+    after = entering_policy(e, k + 1, store)
+    assert after.adapter == digest(store, 1, "adapter")
+    assert after.experience == digest(store, 1, "experience")
+    assert after.next_item == 10 * k + 1, "past every id that a lost pool gave"
+    assert (after.standing.champion, after.standing.best, after.standing.nights) == (1, 1, 0)
+    # What was decided stands in the ref's artifact, and the next iteration starts from it.
+    assert store.open("policy", digest(store, k + 1, "policy")).summary["adapter"] == after.adapter
+    assert store.open("promotion", digest(store, k, "promotion")).summary["best"] == 1
+
+
+def test_the_candidate_is_compared_with_the_best_not_with_the_last(store: Store, nights: Callable[..., None]) -> None:
+    nights(BETTER, EVEN, EVEN)
+    run(experiment(), store, 1, 2, 3)
+    made = store.open("scores", digest(store, 3, "scores")).summary
+    assert (made[AGAINST], made["reference"]) == (1, digest(store, 1, "adapter"))
+    assert entering_policy(experiment(), 4, store).adapter == digest(store, 3, "adapter")
+
+
+def test_how_sure_the_gate_is_does_not_touch_the_next_iteration(store: Store, nights: Callable[..., None]) -> None:
+    """Another margin, the same verdict: policy, rollouts and scores of the next iteration stay; its promotion is made anew."""
+    nights(BETTER, EVEN, EVEN)
+    lenient = experiment(gate={"margin": 0.02})
+    run(experiment(), store, 1, 2)
+    before = {step: resolve(step, experiment(), 3, store).digest for step in STEP_ORDER}
+    run(lenient, store, 1, 2)
+    after = {step: resolve(step, lenient, 3, store).digest for step in STEP_ORDER}
+    assert {step for step in STEP_ORDER if before[step] != after[step]} == {"promotion"}
+
+
+def test_every_night_draws_anew_and_the_best_decides_whom_it_scores(store: Store, nights: Callable[..., None]) -> None:
+    nights(BETTER, EVEN)
+    run(experiment(), store, 1)
+    entering = entering_policy(experiment(), 2, store)
+    scored = base.resolve_from("scores", experiment(), 2, store, entering)
+    assert scored.config["iteration"] == 2
+    assert scored.config["standing"] == {"adapter": digest(store, 1, "adapter")}
+    other = replace(entering, standing=replace(entering.standing, adapter=None))
+    assert base.resolve_from("scores", experiment(), 2, store, other).digest != scored.digest
+    surer = replace(entering, standing=replace(entering.standing, capital=(1.0,) * 5))
+    assert base.resolve_from("scores", experiment(), 2, store, surer).digest == scored.digest
+
+
+def gone(store: Store, iteration: int) -> None:
+    shutil.rmtree(store.open("adapter", digest(store, iteration, "adapter")).path)
+
+
+def test_a_best_champion_that_is_gone_is_said_and_the_champion_takes_its_place(
+    store: Store, nights: Callable[..., None]
+) -> None:
+    nights(BETTER, EVEN, SLIGHTLY)
+    run(experiment(), store, 1, 2)
+    gone(store, 1)
+    assert run(experiment(), store, 3) == ["promote"]
+    scored = store.open("scores", digest(store, 3, "scores")).summary
+    assert (scored[AGAINST], scored["reference"]) == (2, digest(store, 2, "adapter"))
+    made = store.open("promotion", digest(store, 3, "promotion"))
+    assert "the best champion so far, of iteration 1, cannot come back: it is gone" in made.summary["reasons"][-1]
+    after = entering_policy(experiment(), 4, store).standing
+    assert (after.champion, after.best, after.adapter) == (3, 2, digest(store, 2, "adapter"))
+
+
+def test_a_best_champion_that_vanishes_before_it_is_restored_leaves_the_champion(
+    store: Store, nights: Callable[..., None]
+) -> None:
+    nights(BETTER, *[SLIGHTLY] * 8)
+    e, decisions = experiment(iterations=9), run(experiment(), store, 1)
+    while True:
+        k = len(decisions) + 1
+        for step in STEP_ORDER[:-1]:
+            run_step(step, e, k, store)
+        capital = Capital(entering_policy(e, k, store).standing.capital)
+        losses = [1.0] * SLIGHTLY[0] + [-1.0] * SLIGHTLY[1] + [0.0] * (TASKS - sum(SLIGHTLY))
+        if capital.after(losses, e.gate.margin).total >= 20:
+            break
+        decisions += run(e, store, k)
+    gone(store, 1)
+    decisions += run(e, store, k)
+    assert decisions == [*["promote"] * (k - 1), "keep"]
+    made = store.open("promotion", digest(store, k, "promotion")).json("decision.json")
+    assert "the best champion so far, of iteration 1, cannot come back" in made["reasons"][-1]
+    assert f"(adapter {digest(store, 1, 'adapter')[:8]})" in made["reasons"][-1]
+    assert made["policy"]["adapter"] == digest(store, k - 1, "adapter")
+    assert (made["standing"]["champion"], made["standing"]["best"]) == (k - 1, k - 1)
+
+
+def test_the_best_champion_is_no_garbage(store: Store, nights: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when no reference names its iteration any more."""
+    nights(BETTER, EVEN, EVEN)
+    run(experiment(), store, 1, 2, 3)
+    best = {kind: digest(store, 1, kind) for kind in ("adapter", "experience")}
+    for iteration in ("01", "02"):
+        shutil.rmtree(store.root / "refs" / "quick" / iteration)
+    assert not {one.digest for one in garbage.find(store).removable} & set(best.values())
