@@ -22,6 +22,8 @@ _MAX_NAME = 40
 """Characters of a name that the policy made up and a message repeats."""
 _MAX_ALLOWED = 200
 """Characters of what a schema allows, as a message repeats it."""
+_MAX_DEPTH = 32
+"""Levels of lists and objects in an argument; what writes a trajectory down takes some hundred."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +110,8 @@ def _breach(schema: Mapping[str, Any], arguments: Mapping[str, Any], tool: str) 
     from jsonschema.exceptions import best_match
     from referencing import Registry
 
-    try:  # an empty registry: a schema that points to an address fetches nothing
-        error = best_match(Draft202012Validator(schema, registry=Registry()).iter_errors(dict(arguments)))
-    except RecursionError:
-        return f"the arguments of {tool} are nested too deeply"
+    # An empty registry: a schema that points to an address fetches nothing.
+    error = best_match(Draft202012Validator(schema, registry=Registry()).iter_errors(dict(arguments)))
     if error is None:
         return None
     return f"{_describe_breach(error)}; {tool} takes {', '.join(schema.get('properties', ())) or 'no arguments'}"
@@ -128,7 +128,8 @@ def _describe_breach(error: Any) -> str:
         return f"the argument {_short('.'.join([*at, *unknown[:1]]))} is unknown"
     wanted = {"type": "be", "enum": "be one of", "const": "be"}.get(rule, f"keep to {rule}")
     allowed = ", ".join(map(str, bound)) if isinstance(bound, list) else str(bound)
-    return f"the argument {_short('.'.join(at))} must {wanted} {_short(allowed, _MAX_ALLOWED)}"
+    where = f"the argument {_short('.'.join(at))}" if at else "the arguments"
+    return f"{where} must {wanted} {_short(allowed, _MAX_ALLOWED)}"
 
 
 def explain(problem: str) -> str:
@@ -198,7 +199,12 @@ def _as_values(text: str) -> dict[str, Any] | str:
         arguments: dict[str, Any] = json.loads(text, parse_float=_number, parse_constant=_number)["arguments"]
     except ValueError:
         return "the tool call holds a number that is out of range"
-    return arguments
+    return "the arguments are nested too deeply" if _deeper(arguments, _MAX_DEPTH) else arguments
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_deeper(part, levels - 1) for part in parts)
 
 
 def _number(text: str) -> float:

@@ -68,7 +68,7 @@ async def run_episode(
         The trajectory, judged by the environment, or where that says nothing by ``verifier``. What the policy brought upon
         itself (limits, a context that overflows) leaves it ``unanswered`` and is judged so; any other exception but
         cancellation ends in status ``failed`` with reward None and the steps so far; one of the verifier leaves the status,
-        with reward None, and so does a tear-down that fails, which costs no reward.
+        with reward None. A tear-down that fails is told in ``error`` and costs nothing.
     """
     started = time.monotonic()
     session = f"{task.id}#{rollout}@{next(_session_numbers)}"
@@ -118,7 +118,7 @@ class _Episode:
             task_id=task.id,
             rollout=rollout,
             seed=seed,
-            system=calls.system_prompt,
+            system="",
             question=question,
             steps=(),
             status="unanswered",

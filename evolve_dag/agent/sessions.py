@@ -75,10 +75,11 @@ class _Stateless:
 
     def __init__(self, environment: Environment, seconds: float) -> None:
         self._environment, self._seconds = environment, seconds
-        self.tools, self.system_prompt = environment.tools, environment.system_prompt
+        self.tools: tuple[ToolSpec, ...] = ()
+        self.system_prompt = ""
 
     async def open(self) -> None:
-        pass
+        self.tools, self.system_prompt = self._environment.tools, self._environment.system_prompt
 
     async def call(self, call: ToolCall) -> ToolResult:
         try:

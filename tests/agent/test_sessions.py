@@ -237,6 +237,16 @@ def test_tools_without_state_are_held_to_the_same_limits() -> None:
     assert (ended.status, ended.reward, ended.steps[0].features) == ("ended", 0.0, {"result": "the end"})
 
 
+def test_tools_that_cannot_be_listed_cost_the_episode() -> None:
+    class Broken(World):
+        @property
+        def tools(self) -> Any:
+            raise ValueError("kaput")
+
+    trajectory = run([ANSWER], Broken())
+    assert (trajectory.status, trajectory.error) == ("failed", "ValueError: kaput")
+
+
 def test_a_timeout_that_the_tool_itself_raised_is_told_as_its_own() -> None:
     trajectory = run([SEARCH, ANSWER], World(error=TimeoutError("the page")))
     assert trajectory.error == "TimeoutError: the page"
