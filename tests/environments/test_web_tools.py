@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from web_fakes import Reply, Web
 
-from evolve_dag.agent import loop
+from evolve_dag.agent import sessions
 from evolve_dag.agent.actions import validate_call
 from evolve_dag.agent.loop import LAST_STEP, run_episode
 from evolve_dag.config.schema import RolloutSettings
@@ -321,7 +321,7 @@ def test_the_same_page_unquoted_would_end_it(web: Web, monkeypatch: pytest.Monke
     """What the quotation is for."""
     web.pages["/p"] = text(HOSTILE)
     monkeypatch.setattr(tools, "plain", lambda content: content)
-    monkeypatch.setattr(loop, "plain", lambda content: content)  # the loop quotes for every environment
+    monkeypatch.setattr(sessions, "plain", lambda content: content)  # every environment is quoted there
     trajectory, _ = episode(world(web))
     assert trajectory.status == "failed"
     assert "holds experience" in trajectory.error
