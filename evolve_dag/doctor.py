@@ -228,9 +228,12 @@ def _gates(root: Path) -> Iterator[Finding]:
     from evolve_dag.lineage.power import warning
     from evolve_dag.store.artifacts import Store
 
+    told: dict[str, list[str]] = {}
     for entry in registry.scan(registry.configs_folder())[0]:
-        if told := warning(entry.load(), Store(root)):
-            yield Finding("note", f"experiment {entry.name}", told)
+        told.setdefault(warning(entry.load(), Store(root)), []).append(entry.name)
+    for text, names in told.items():
+        if text:
+            yield Finding("note", "gate", f"{', '.join(names)}: {text}")
 
 
 def _registry(root: Path) -> Iterator[Finding]:

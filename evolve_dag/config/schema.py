@@ -323,7 +323,8 @@ class ScheduleSettings(Section):
     timezone: str = "UTC"
     """Name in the IANA database, e.g. ``Europe/Berlin``."""
     webhook: str = Field("", pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")
-    """Environment variable that holds an address to which failures are posted; empty: failures are logged only."""
+    """Environment variable that holds an address to which failures and restored champions are posted; empty: they are logged
+    only."""
 
 
 class RuntimeSettings(Section):
