@@ -53,6 +53,10 @@ class ContextOverflowError(ModelError):
     """A conversation is longer than the model takes: an acting policy brought that upon itself, no machinery failed."""
 
 
+class PartError(EvolveError, RuntimeError):
+    """A part that others wrote cannot be used, or failed at what it was asked."""
+
+
 class AlignmentError(EvolveError, ValueError):
     """Student and teacher views do not share the same action ids, or history holds experience."""
 
