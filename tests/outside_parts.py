@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pytest import MonkeyPatch
+import pytest
 
 from evolve_dag.config import outside, parts
 
 
 def install(
     folder: Path,
-    monkeypatch: MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch,
     name: str,
     entry_points: Mapping[str, Mapping[str, str]],
     code: str = "",
@@ -37,7 +37,7 @@ def install(
     return module
 
 
-def forget(monkeypatch: MonkeyPatch) -> None:
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a new process: nothing was loaded from outside yet."""
     for known in (parts._outside, outside._modules, outside._outcomes):
         for key in list(known):

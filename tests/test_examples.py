@@ -39,7 +39,7 @@ def test_an_example_is_small_and_its_experiment_names_its_part(
 ) -> None:
     [(where, names)] = laid(tmp_path, example, monkeypatch).items()
     [choice] = [choice for choice in CHOICES if group(choice) == where]
-    [module] = [path for path in example.glob("evolve_*.py")]
+    [module] = list(example.glob("evolve_*.py"))
     assert len(module.read_text().splitlines()) <= MOST_LINES
     assert list(example.glob("test_*.py"))
     assert load_experiment(example / "experiment.yaml").experiment

@@ -1,7 +1,7 @@
 """A verifier that runs unit tests on an answer. Right is what every test lets pass.
 
-The tests are functions ``test_*(answer, reference)`` in a file that the experiment names. Both arguments are text; where answers
-are programs, a test executes them. All of it runs in evolve-dag's sandbox, a process an answer.
+The tests are functions ``test_*(answer, reference)`` in a file that the experiment names. Both arguments are text; where
+answers are programs, a test executes them. All of it runs in evolve-dag's sandbox, a process an answer.
 """
 
 from __future__ import annotations

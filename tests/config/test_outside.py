@@ -139,8 +139,8 @@ def test_every_choice_has_a_group() -> None:
         ),
         (
             "regime: {divergence: 'mine:X'}",
-            "from evolve_dag.distillation.divergences import Divergence\nX = Divergence(abs, keys=('alpha',))",
-            "regime.divergence: divergence mine:X (file): there is no key distillation.alpha",
+            "from evolve_dag.distillation.divergences import Divergence\nX = Divergence(abs, keys=('order',))",
+            "regime.divergence: divergence mine:X (file): there is no key distillation.order",
         ),
         ("regime: {divergence: 'mine:X'}", "X = abs", "is a builtin_function_or_method, not a row: a Divergence"),
         ("tasks: {train: {suite: 'mine:X'}}", "X = 1", "tasks.train.suite: suite mine:X (file): is a int, not a row: a Suite"),
