@@ -1,0 +1,122 @@
+"""A part from outside that fails costs what it touched: an episode, a step; never what is stored."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evolve_dag.agent.loop import run_episode
+from evolve_dag.config.fence import Fence
+from evolve_dag.config.schema import Experiment, RolloutSettings
+from evolve_dag.errors import ModelError, PartError
+from evolve_dag.experience.pool import Pool
+from evolve_dag.experience.selection.base import FencedSelector, Selection
+from evolve_dag.inference.backends import FencedModel
+from evolve_dag.inference.scripted import ScriptedModel
+from evolve_dag.protocols import Injected, Request, Sampling
+from evolve_dag.records import Message, Step, Task, Trajectory
+from evolve_dag.steps import base
+from evolve_dag.steps.contexts import with_teacher_views
+from evolve_dag.store.artifacts import Store
+from evolve_dag.verification.base import FencedVerifier
+
+TASK = Task("t", "Who?", "Rato Miku")
+FENCE = Fence("part odd (file)", 5.0)
+
+
+class World:
+    tools = ()
+    system_prompt = "Answer."
+    digest = ""
+
+
+class Verifier:
+    def __init__(self, reward: Any) -> None:
+        self.reward = reward
+
+    async def verify(self, task: Task, answer: str | None) -> Any:
+        return self.reward
+
+
+class Source:
+    """Fails for one trajectory."""
+
+    async def prepare(self, trajectory: Trajectory) -> Injected:
+        if trajectory.id == "bad":
+            raise PartError("selector odd (file): KeyError: 'x'")
+        return Injected((), ("p0001",), "\nhint:\nSearch.")
+
+
+def episode(reward: Any) -> Trajectory:
+    return asyncio.run(
+        run_episode(
+            TASK,
+            0,
+            model=ScriptedModel(["<answer>Rato Miku</answer>"]),
+            environment=World(),  # type: ignore[arg-type]
+            verifier=FencedVerifier(Verifier(reward), FENCE),
+            settings=RolloutSettings(),
+            seed=1,
+        )
+    )
+
+
+def test_an_episode_whose_verifier_gives_nonsense_is_not_judged() -> None:
+    wrong = episode(float("nan"))
+    assert (wrong.status, wrong.reward) == ("answered", None)
+    assert "part odd (file): a reward is a number from 0 to 1, or None, not nan" in str(wrong.error)
+    assert episode(1).reward == 1.0
+
+
+def test_a_trajectory_whose_selector_fails_is_failed_and_the_others_stand() -> None:
+    steps = (Step(0, "look", (), ()), Step(1, "answer", (), ()))
+    made = [Trajectory(name, "t", 0, 0, "", "?", steps, "answered", "a", 1.0) for name in ("good", "bad")]
+    good, bad = asyncio.run(with_teacher_views(made, Source()))
+    assert [step.selected for step in good.steps] == [("p0001",)] * 2
+    assert (bad.status, bad.reward) == ("failed", None)
+    assert "selector odd (file): KeyError" in str(bad.error)
+    assert bad.steps == steps
+
+
+def test_a_step_whose_part_was_installed_anew_meanwhile_is_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    monkeypatch.setattr(base, "altered", lambda: ["hybrid (evolve-hybrid 0.1, sha256:0)"])
+    with pytest.raises(PartError, match=r"policy: hybrid .* was installed anew while the step was made"):
+        base.run_step("policy", Experiment(experiment="x"), 1, store)
+    assert list(store.artifacts()) == []
+    monkeypatch.undo()
+    assert base.run_step("policy", Experiment(experiment="x"), 1, store).recomputed
+
+
+def test_a_selector_that_blocks_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evolve_dag.config.fence.GRACE", 0.1)
+
+    class Blocking:
+        async def select(self, question: str, steps: Any, pool: Pool) -> Selection:
+            while True:
+                pass
+
+    selector = FencedSelector(Blocking(), 3, Fence("selector slow (file)", 0.2))
+    with pytest.raises(PartError, match=r"selector slow \(file\): no answer within 0.2 s"):
+        asyncio.run(selector.select("?", (), Pool()))
+
+
+def test_a_model_from_outside_is_held_to_its_protocol() -> None:
+    class Model(ScriptedModel):
+        async def generate(self, request: Request) -> Any:
+            if request.session == "slow":
+                await asyncio.sleep(1e6)
+            return "just text" if request.session == "odd" else await super().generate(request)
+
+    model = FencedModel(Model(["yes"]), Fence("backend odd", 0.2))
+    ask = Request((Message("user", "?"),), Sampling())
+    assert asyncio.run(model.generate(ask)).text == "yes"
+    for session, wrong in (("slow", "no answer within"), ("odd", "no Completion, but a str")):
+        with pytest.raises(PartError, match=wrong):
+            asyncio.run(model.generate(Request(ask.messages, ask.sampling, session)))
+    assert model.count_tokens(Message("tool", "four words are here")) > 0
+    with pytest.raises(ModelError):  # the script has no second reply: an error of ours stays what it is
+        asyncio.run(model.generate(ask))
