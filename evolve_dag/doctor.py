@@ -157,7 +157,7 @@ def _parts() -> Iterator[Finding]:
     """Parts from outside: what installed distributions bring, and what experiment files name in files beside them."""
     for kind, choice in CHOICES.items():
         for name, entries in installed(kind).items():
-            who = f"{' and '.join(map(distribution, entries))}, `{choice.place}: {name}`"
+            who = f"{' and '.join(map(distribution, entries))}, `{choice.places[0]}: {name}`"
             if name in choice.rows:
                 yield Finding("note", "part", f"{who}: not used, the name is one of evolve-dag's own: it needs another one")
                 continue

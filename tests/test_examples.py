@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 from outside_parts import install
-from small_lineage import SMALL, iterate
+from small_lineage import copy_of, small
 
 from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.outside import group
-from evolve_dag.config.parts import CHOICES, outside, part_of
-from evolve_dag.config.schema import Experiment
-from evolve_dag.environments.web.sandbox import sandbox_report
+from evolve_dag.config.parts import CHOICES, outside
 from evolve_dag.steps import base
 from evolve_dag.store.artifacts import Store
 
@@ -49,37 +47,23 @@ def test_an_example_is_small_and_its_experiment_names_its_part(
         assert name in (example / "experiment.yaml").read_text()
 
 
-@pytest.mark.skipif("holds" not in sandbox_report(), reason="no sandbox on this machine")
 def test_an_iteration_runs_on_parts_of_others_and_the_store_says_what_they_were(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_lineage: Store
 ) -> None:
-    """All three at once, on very few tasks."""
+    """Over the shared iteration: what they do not decide is not made again."""
     for example in PROJECTS:
         laid(tmp_path / example.name, example, monkeypatch)
-    tests = str(EXAMPLES / "unit_test_verifier/names.py")
-    few = {name: {**split, "count": 4} for name, split in SMALL["tasks"].items()}
-    experiment = Experiment.model_validate(
-        SMALL
-        | {
-            "experiment": "examples",
-            "tasks": few,
-            "rollout": {"group_size": 3},
-            "extraction": {"min_support": 2, "confidence": 0.5},
-            "regime": {"preset": "off_policy", "divergence": "renyi_half", "rejection": False},
-            "selection": {"selector": "hybrid"},
-            "verification": {"kind": "unit_tests", "tests": tests},
-            "evaluation": {"bootstrap": 200, "greedy": False},
-        }
-    )
-    store = iterate(Store(tmp_path / "store"), experiment)
-    made = base.resolve_iteration(experiment, 1, store)
-    config = {name: dict(one.config) for name, one in made.items()}
+    regime = {"preset": "off_policy", "divergence": "renyi_half"}
+    experiment = small(regime=regime, selection={"selector": "hybrid"})
+    store = copy_of(small_lineage, tmp_path / "store")
+    made = {step: base.run_step(step, experiment, 1, store) for step in base.STEP_ORDER}
+    assert {step for step, one in made.items() if one.recomputed} == {"contexts", "adapter", "scores", "promotion"}
+    config = {step: one.artifact.manifest.config for step, one in made.items()}
     assert config["adapter"]["regime.divergence"].startswith("renyi_half (evolve-renyi 0.1.0, sha256:")
     assert config["contexts"]["selection"]["selector"].startswith("hybrid (evolve-hybrid 0.1.0, sha256:")
-    assert config["scores"]["verification"]["kind"].startswith("unit_tests (evolve-unit-tests 0.1.0, sha256:")
-    assert config["scores"]["verification"]["tests"].startswith("sha256:")
-    assert str(EXAMPLES) not in str(config)
-    rewards = store.open("trajectories", made["trajectories"].digest).frame("trajectories.parquet")["reward"]
-    assert set(rewards.to_list()) <= {0.0, 1.0}
-    assert 0 < rewards.mean() < 1
-    assert part_of("selector", experiment.selection).settings.__name__ == "HybridSelection"
+    chosen = made["contexts"].artifact.frame("steps.parquet")
+    assert chosen["rationale"].str.starts_with("reciprocal ranks: p").any()
+    assert not made["contexts"].artifact.summary["failed"]
+    losses = made["adapter"].artifact.frame("curve.parquet")["loss"]
+    assert losses.is_finite().all()
+    assert losses.min() >= -1e-5

@@ -23,10 +23,10 @@ class Ranking:
 
 
 def test_ranks_are_fused_as_by_hand() -> None:
-    selector = HybridSelector([(1.0, Ranking(("a", "b"))), (0.5, Ranking(("c", "b")))], damping=1.0, max_items=2)
+    selector = HybridSelector([(1.0, Ranking(("a", "b"))), (0.6, Ranking(("c", "b")))], damping=1.0, max_items=2)
     chosen = asyncio.run(selector.select("?", (), Pool()))
-    assert chosen.ids == ("b", "a")  # a: 1/2; b: 1/3 + 0.5/3; c: 0.5/2
-    assert chosen.rationale == "reciprocal ranks: b 0.5000, a 0.5000"
+    assert chosen.ids == ("b", "a")  # a: 1/2; b: 1/3 + 0.6/3; c: 0.6/2
+    assert chosen.rationale == "reciprocal ranks: b 0.5333, a 0.5000"
 
 
 def test_the_row_makes_a_selector_that_finds_an_item_by_its_words() -> None:
