@@ -76,8 +76,7 @@ def find(choice: str, name: str) -> Found | None:
     Raises:
         PartError: it cannot be imported, or two distributions give the name.
     """
-    if match := _LOCATED.fullmatch(name):
-        path = Path(match[1])
+    if (match := _LOCATED.fullmatch(name)) and (path := Path(match[1])).is_absolute():
         module, digest = _module(path)
         return Found(f"{path.stem}:{match[2]}", _attribute(module, match[2]), FILE, digest)
     entries = installed(choice).get(name)
@@ -105,7 +104,10 @@ def _entry(choice: str, name: str, entries: Sequence[metadata.EntryPoint]) -> Fo
 def changed(found: Found, choice: str) -> bool:
     """Whether the installed code of a part is another than the one that was loaded: modules may be imported late."""
     entries = installed(choice).get(found.name, ())
-    return any(_package_digest(entry.module) != found.digest for entry in entries)
+    try:
+        return any(_package_digest(entry.module) != found.digest for entry in entries)
+    except (KeyError, OSError):  # it leads to another module, or files are gone
+        return True
 
 
 def _package_digest(module: str) -> str:

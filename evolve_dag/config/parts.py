@@ -21,6 +21,7 @@ from evolve_dag.config.fence import Fence
 from evolve_dag.config.outside import FILE, Found, changed, find, installed
 from evolve_dag.config.section import MOST, Section
 from evolve_dag.errors import PartError
+from evolve_dag.secrecy import describe_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,15 @@ def _nothing(settings: Any, experiment: Any = None) -> tuple[Any, ...]:
     return ()
 
 
+def _listed(function: Callable[..., Iterable[str]]) -> Callable[..., tuple[str, ...]]:
+    """``function``, which others wrote and which may be a generator, read to its end."""
+    return lambda *args: tuple(map(str, function(*args)))
+
+
+def _pairs(function: Callable[..., Iterable[tuple[str, str]]]) -> Callable[..., list[tuple[str, str]]]:
+    return lambda *args: [(str(key), str(what)) for key, what in function(*args)]
+
+
 def _no_data(settings: Any) -> str:
     return ""
 
@@ -176,6 +186,8 @@ class Part(Generic[S]):
     def fenced(self, fence: Fence) -> Self:
         """The same row within limits, for a part from outside. What a row's class knows of the part itself, it adds."""
         functions = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "settings"}
+        functions |= {name: _listed(functions[name]) for name in ("roles", "prompts", "unread")}
+        functions["mistakes"] = _pairs(functions["mistakes"])
         return replace(self, **{name: fence.around(value) for name, value in functions.items() if callable(value)})
 
 
@@ -329,7 +341,7 @@ def mistakes(choice: str, settings: Section, experiment: Any) -> list[tuple[str,
         unknown = [role for role in row.roles(settings) if role not in type(experiment.models).model_fields]
         row.prompts(settings, experiment), row.unread(settings, experiment)
         wrong = [(CHOICES[choice].place, f"its row asks models.{role}, which is no role") for role in unknown]
-        return wrong or [(str(key), str(what)) for key, what in row.mistakes(settings, experiment)]
+        return wrong or list(row.mistakes(settings, experiment))
     except PartError as error:
         return [(CHOICES[choice].place, error.what)]
 
@@ -395,17 +407,25 @@ class Chosen:
         if not isinstance(value, dict):
             words = "".join(f" or {word!r}" for word in self.words if word is not None)
             raise ValueError(f"should be a mapping{words}")
-        name, wrong = self.name(value), None
+        name = self.name(value)
         try:
             part(self.choice, name)
         except PartError as error:
-            wrong = _unusable(error)
+            raise self._mistake(_unusable(error), name) from None
         except ValueError:
             pass
         if (settings := self.settings(value)) is None:
-            wrong = wrong or PydanticCustomError("part", "should be {names}", {"names": either(self.names)})
-            raise ValidationError.from_exception_data(self.choice, [InitErrorDetails(type=wrong, loc=(self.key,), input=name)])
-        return settings.model_validate({**value, self.key: name})
+            raise self._mistake(PydanticCustomError("part", "should be {names}", {"names": either(self.names)}), name)
+        try:
+            return settings.model_validate({**value, self.key: name})
+        except ValidationError:
+            raise
+        except Exception as error:  # in a validator that others wrote
+            told = PartError(f"{self.choice} {name}: its settings: {describe_error(error)}")
+            raise self._mistake(_unusable(told), name) from error
+
+    def _mistake(self, error: PydanticCustomError, name: Any) -> ValidationError:
+        return ValidationError.from_exception_data(self.choice, [InitErrorDetails(type=error, loc=(self.key,), input=name)])
 
     @property
     def key(self) -> str:

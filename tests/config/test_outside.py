@@ -134,6 +134,24 @@ def test_every_choice_has_a_group() -> None:
         ),
         (
             "selection: {selector: 'mine:X'}",
+            f"{NEWEST}def wrong(s, e):\n    yield 'one'\nX = SelectorPart(settings=Newest, make=print, mistakes=wrong)",
+            "selection.selector: selector mine:X (file): ValueError: too many values to unpack",
+        ),
+        (
+            "selection: {selector: 'mine:X'}",
+            f"{NEWEST}X = SelectorPart(settings=Newest, make=print, prompts=lambda s, e: None)",
+            "selection.selector: selector mine:X (file): TypeError: 'NoneType' object is not iterable",
+        ),
+        (
+            "selection: {selector: 'mine:NEWEST'}",
+            NEWEST.replace(
+                "class NewestSelector", "    def model_post_init(self, _):\n        1 / 0\n\n\nclass NewestSelector"
+            ),
+            "its settings: ZeroDivisionError: division by zero",
+        ),
+        ("selection: {selector: './mine.py:NEWEST'}", NEWEST, "should be 'state', 'lexical', 'embedding' or 'llm'"),
+        (
+            "selection: {selector: 'mine:X'}",
             f"{NEWEST}X = SelectorPart(settings=Newest, make=print, roles=lambda s: ('oracle',))",
             "its row asks models.oracle, which is no role",
         ),
