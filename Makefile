@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 export DAGSTER_DISABLE_TELEMETRY ?= true
 
-.PHONY: smollm2 vllm test-ui test-vllm demo test check lint fix hooks types ui install clean model benchmarks
+.PHONY: bench smollm2 vllm test-ui test-vllm demo test check lint fix hooks types ui install clean model benchmarks
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -77,7 +77,11 @@ model: install  ## pretrain the pocket policy anew (about 50 minutes on 2 cores)
 	$(BIN)/evolve pocket pretrain --out evolve_dag/environments/pocket/model
 
 benchmarks: install  ## timings, printed as ratios
-	for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	for file in $(filter-out benchmarks/engine.py benchmarks/against_trl.py benchmarks/memory.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+bench: install  ## the distillation engine's ratios in one run (half an hour on an idle core; installs TRL)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[bench]'
+	TRL_EXPERIMENTAL_SILENCE=1 $(BIN)/python benchmarks/engine.py --plot docs/images/engine-growth.svg
 
 clean:  ## remove everything that was made, results too
 	rm -rf $(VENV) .evolve .dagster build *.egg-info

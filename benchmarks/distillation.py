@@ -41,7 +41,14 @@ ACTION, OBSERVATION, SYSTEM, HINT, HEADER = (16, 30), (20, 60), (90, 90), (20, 5
 """Tokens: ranges as measured on pocket transcripts."""
 
 
-def synthetic(seed: int, name: str, vocabulary: int, injection: str, steps: tuple[int, int] = (2, 9)) -> Aligned:
+def synthetic(
+    seed: int,
+    name: str,
+    vocabulary: int,
+    injection: str,
+    steps: tuple[int, int] = (2, 9),
+    action_tokens: tuple[int, int] = ACTION,
+) -> Aligned:
     """A trajectory of random ids with the token counts of the pocket world; rollouts of one ``seed`` share their question."""
     shared, order = random.Random(f"task {seed}"), random.Random(f"{seed} {name}")
 
@@ -55,7 +62,7 @@ def synthetic(seed: int, name: str, vocabulary: int, injection: str, steps: tupl
     views: list[TeacherView] = []
     for step in range(order.randint(*steps)):
         hint = some(HINT) if injection == "step_wise" else []
-        action = some(ACTION)
+        action = some(action_tokens)
         context = [*system, *notes, *clean, *hint, *header]
         views.append(TeacherView(name, step, (*context, *action), len(context), injected="item" if hint or notes else ""))
         start = len(system) + len(clean) + HEADER

@@ -325,8 +325,13 @@ def sql(
 
 
 @app.command()
-def doctor(store: StoreOption = None) -> None:
-    """Check the installation and say what is missing for which feature."""
+def doctor(
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="Calculate the memory of this experiment (file or name) too")
+    ] = None,
+    store: StoreOption = None,
+) -> None:
+    """Check the installation and say what is missing for which feature; with CONFIG, whether its policy fits into memory."""
     from rich.text import Text
 
     from evolve_dag.doctor import examine
@@ -334,7 +339,8 @@ def doctor(store: StoreOption = None) -> None:
     console = _console()
     broken = False
     marks = {"ok": ("ok     ", "green"), "note": ("note   ", "yellow"), "broken": ("BROKEN ", "bold red")}
-    for finding in examine(_root(store)):
+    experiment = _experiment(config, None, _store(store)) if config else None
+    for finding in examine(_root(store), experiment):
         broken = broken or finding.state == "broken"
         mark, colour = marks[finding.state]
         console.print(Text.assemble((mark, colour), (f"{finding.subject:<20} ", "bold"), finding.text), soft_wrap=True)

@@ -11,17 +11,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from evolve_dag.config import registry
 from evolve_dag.config.outside import distribution, installed
 from evolve_dag.config.parts import CHOICES, part, parts, parts_beside
 from evolve_dag.errors import EvolveError, PartError
 
+if TYPE_CHECKING:
+    from evolve_dag.config.schema import Experiment
+
 State = Literal["ok", "note", "broken"]
 
 LEAST_FREE_GIB = 1.0
 """Free disk below which a note is made: a store of three pocket iterations takes a few hundred MB."""
+
+USABLE = 0.9
+"""Share of a device's memory that is planned with: the rest is the driver's, the allocator's, other programs'."""
+CARDS = (24, 48, 80)
+"""GiB that GPUs have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +42,14 @@ class Finding:
     text: str
 
 
-def examine(root: Path) -> Iterator[Finding]:
+def examine(root: Path, experiment: Experiment | None = None) -> Iterator[Finding]:
     """Look at everything that an experiment needs, cheapest first.
 
     Args:
         root: the store.
+        experiment: whose memory is to be calculated.
     """
-    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+    checks: list[Callable[[], Iterator[Finding]]] = [
         _python,
         _packages,
         _threads,
@@ -55,7 +64,9 @@ def examine(root: Path) -> Iterator[Finding]:
         _optional,
         _sandbox,
         _keys,
-    )
+    ]
+    if experiment is not None:
+        checks.append(lambda: _memory(experiment))
     for check in checks:
         try:
             yield from check()
@@ -63,6 +74,68 @@ def examine(root: Path) -> Iterator[Finding]:
             yield Finding("broken", "installation", str(error))
         except Exception as error:  # whatever is broken: this command must live to say so
             yield Finding("broken", "installation", f"{type(error).__name__}: {error}")
+
+
+def _memory(experiment: Experiment) -> Iterator[Finding]:
+    """What the policy of an experiment takes while it samples and while it is trained, against the device."""
+    from transformers import AutoConfig
+
+    from evolve_dag.distillation.memory import cache_memory, training_memory
+    from evolve_dag.inference.folders import POCKET
+
+    policy, runtime, longest = experiment.models.policy, experiment.runtime, experiment.rollout.max_tokens
+    folder = POCKET if policy.path == "pocket" else Path(policy.path)
+    if not (folder / "config.json").is_file():
+        yield Finding("note", "memory", f"{folder}/config.json is not there: that file alone is enough to calculate")
+        return
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    together = max(1, runtime.tokens_per_pass // longest)
+    training = training_memory(
+        config,
+        dtype=policy.dtype,
+        settings=experiment.distillation,
+        rows=[longest] * together,
+        activation_checkpointing=runtime.activation_checkpointing,
+    )
+    rows = "1 trajectory" if together == 1 else f"{together} trajectories"
+    text = f"passes of {rows} of {longest} tokens" + ", activations computed twice" * runtime.activation_checkpointing
+    text += (
+        f" (weights {_size(training.weights)}, LoRA and moments {_size(4 * training.adapter)}, saved {_size(training.saved)})"
+    )
+    yield _against_device("training", training.peak, text, runtime.device)
+    if policy.backend == "transformers":
+        copies = 2 if experiment.distillation.refresh > 1 else 1  # while training, the student that samples is a copy
+        needed = copies * training.weights + cache_memory(config, policy.dtype, runtime.concurrency * longest)
+        text = f"at most, keys and values of {runtime.concurrency} episodes of {longest} tokens"
+        yield _against_device("rollouts", needed, text, runtime.device)
+
+
+def _against_device(subject: str, needed: int, text: str, device: str) -> Finding:
+    text, there = f"{_size(needed)}: {text}", _device_bytes(device)
+    if there is None:
+        fits = [f"{size} GB" for size in CARDS if needed <= USABLE * size * 2**30]
+        return Finding(
+            "note", f"memory, {subject}", f"{text}; no {device} here; fits cards of {', '.join(fits) or 'no usual size'}"
+        )
+    if needed <= USABLE * there:
+        return Finding("ok", f"memory, {subject}", f"{text}; {device} has {_size(there)}")
+    remedy = "set runtime.activation_checkpointing, lower runtime.tokens_per_pass, rollout.max_tokens or runtime.concurrency"
+    return Finding("broken", f"memory, {subject}", f"{text}; {device} has {_size(there)}: {remedy}")
+
+
+def _device_bytes(device: str) -> int | None:
+    """None where there is no such device, or it does not say."""
+    if device == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import torch
+
+    if device.startswith("cuda") and torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info(device)[1])
+    return None
+
+
+def _size(bytes_: float) -> str:
+    return f"{bytes_ / 2**30:.1f} GiB" if bytes_ >= 2**30 else f"{bytes_ / 2**20:.0f} MiB"
 
 
 def _python() -> Iterator[Finding]:
@@ -176,9 +249,12 @@ def _gates(root: Path) -> Iterator[Finding]:
     from evolve_dag.lineage.power import warning
     from evolve_dag.store.artifacts import Store
 
+    told: dict[str, list[str]] = {}
     for entry in registry.scan(registry.configs_folder())[0]:
-        if told := warning(entry.load(), Store(root)):
-            yield Finding("note", f"experiment {entry.name}", told)
+        told.setdefault(warning(entry.load(), Store(root)), []).append(entry.name)
+    for text, names in told.items():
+        if text:
+            yield Finding("note", "gate", f"{', '.join(names)}: {text}")
 
 
 def _registry(root: Path) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from evolve_dag import cli, doctor
 from evolve_dag.config import registry
+from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import ConfigError, StoreError
 
 HEAVY = ("torch", "dagster", "polars", "transformers", "duckdb", "plotly", "peft", "numpy")
@@ -200,6 +201,21 @@ def test_doctor_holds_the_weights_against_their_recorded_digest(tmp_path: Path, 
     assert changed.state == "broken"
 
 
+def test_doctor_calculates_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = Experiment.model_validate({"experiment": "small"})
+    training, rollouts = doctor._memory(experiment)
+    assert (training.state, rollouts.state) == ("ok", "ok")
+    assert "4 trajectories of 2048 tokens" in training.text
+    assert "128 episodes of 2048 tokens" in rollouts.text
+    monkeypatch.setattr(doctor, "_device_bytes", lambda device: 2**28)
+    assert doctor._against_device("training", 2**29, "passes", "cpu").state == "broken"
+    monkeypatch.setattr(doctor, "_device_bytes", lambda device: None)
+    assert "no cuda:0 here; fits cards of 48 GB, 80 GB" in doctor._against_device("training", 30 * 2**30, "", "cuda:0").text
+    nowhere = Experiment.model_validate({"experiment": "small", "models": {"policy": {"path": "nowhere"}}})
+    [missing] = doctor._memory(nowhere)
+    assert "nowhere/config.json is not there" in missing.text
+
+
 def test_doctor_names_damaged_databases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
     for name in ("dagster/history/runs.db", "mlflow/mlflow.db", "cache/memory.sqlite"):
@@ -211,7 +227,9 @@ def test_doctor_names_damaged_databases(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_doctor_exits_1_when_something_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "examine", lambda root: iter([doctor.Finding("broken", "store", "not writable [here]")]))
+    monkeypatch.setattr(
+        doctor, "examine", lambda root, experiment: iter([doctor.Finding("broken", "store", "not writable [here]")])
+    )
     result = CliRunner().invoke(cli.app, ["doctor", "--store", str(tmp_path)])
     assert result.exit_code == 1
     assert "not writable [here]" in result.output

@@ -323,7 +323,8 @@ class ScheduleSettings(Section):
     timezone: str = "UTC"
     """Name in the IANA database, e.g. ``Europe/Berlin``."""
     webhook: str = Field("", pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")
-    """Environment variable that holds an address to which failures are posted; empty: failures are logged only."""
+    """Environment variable that holds an address to which failures and restored champions are posted; empty: they are logged
+    only."""
 
 
 class RuntimeSettings(Section):
@@ -335,6 +336,12 @@ class RuntimeSettings(Section):
     """Episodes in flight."""
     device: str = Field("cpu", pattern=r"^(cpu|mps|(cuda|xpu)(:[0-9]{1,3})?)$")
     """Where the model runs, as torch names it: `cpu`, `cuda:0`."""
+    tokens_per_pass: int = Field(8192, ge=64, le=MOST)
+    """Most distinct tokens of one forward and backward pass of training; an optimizer step adds up as many as it takes. One
+    trajectory alone may have more. `evolve doctor` with the experiment file calculates the memory."""
+    activation_checkpointing: bool = False
+    """Training keeps what goes into each layer and computes the rest again on the way back: the same adapter from a fraction of
+    the memory, for about a third more time."""
 
 
 ENVIRONMENT = Chosen("environment", "pocket", EnvironmentSettings)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import ModelError
@@ -27,12 +28,13 @@ class Forward:
         ModelError: the model rescales its logits behind the output layer, or is not a causal model.
     """
 
-    def __init__(self, model: nn.Module, *, share: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, share: bool = True, recompute: bool = False) -> None:
         from evolve_dag.inference.attention import takes_chains
 
         self.model: Any = model
         self.decoder, self.head = decoder_and_head(model)
         self.share = share and takes_chains(model)
+        self.recompute = recompute
 
     @property
     def vocabulary(self) -> int:
@@ -44,13 +46,14 @@ class Forward:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """The model takes packed rows meanwhile."""
+        """The model takes packed rows meanwhile, and keeps less where that is asked."""
         from evolve_dag.inference.attention import our_attention
 
-        if not self.share:
-            yield
-            return
-        with our_attention(self.model):
+        with ExitStack() as meanwhile:
+            if self.share:
+                meanwhile.enter_context(our_attention(self.model))
+            if self.recompute:
+                meanwhile.enter_context(_recomputed(self.decoder))
             yield
 
     def passes(self, sequences: Sequence[Ids], tokens: int) -> list[list[int]]:
@@ -66,6 +69,33 @@ class Forward:
         from evolve_dag.inference.attention import packed_states, padded_states
 
         return (packed_states if self.share else padded_states)(self.decoder, sequences, self.device)
+
+
+@contextmanager
+def _recomputed(decoder: Any) -> Iterator[None]:
+    """The layers of ``decoder`` are checkpointed meanwhile.
+
+    transformers' own switch does nothing in a model that is not in training mode, and training mode would bring its dropout.
+
+    Raises:
+        ModelError: the architecture names no layers that can be.
+    """
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(
+            f"{type(decoder).__name__} has no layers whose activations can be computed again",
+            "set runtime.activation_checkpointing to false",
+        )
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def _neighbours(sequences: Sequence[Ids], tokens: int) -> list[list[int]]:

@@ -8,11 +8,12 @@ stands on action tokens, and the output layer runs nowhere else.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import asdict, dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from evolve_dag.config.parts import part
 from evolve_dag.config.schema import DistillationSettings, Regime
 from evolve_dag.distillation.adapter import attach, detach, merge, save_adapter
 from evolve_dag.distillation.batch import require_teachers, row_losses
+from evolve_dag.distillation.checkpoint import Checkpoint, State, fingerprint
 from evolve_dag.distillation.dataset import DistillationRow, batches
 from evolve_dag.distillation.forward import Forward
 from evolve_dag.errors import ModelError
@@ -27,14 +29,16 @@ from evolve_dag.errors import ModelError
 if TYPE_CHECKING:
     from torch import nn
 
+log = logging.getLogger(__name__)
+
 BETAS = (0.9, 0.99)
 """Adam: runs are tens to hundreds of steps, so the second moment must forget faster than the usual 0.999."""
 
 FINAL_FRACTION = 0.1
 """Learning rate of the last step, as a share of the peak."""
 
-TOKENS_PER_PASS = 8192
-"""Most tokens of one forward and backward pass; a larger batch is added up from several."""
+COUNTERS = ("round", "refreshes", "empty_refreshes")
+"""What a checkpoint keeps of a run beside weights, moments and curve."""
 
 MAX_SKIPPED_IN_A_ROW = 3
 """One bad batch is skipped and counted; more than this in a row is a broken run."""
@@ -91,7 +95,7 @@ class DistillationResult:
     """No update was made (nothing to learn from): the adapter is the one that training began with."""
     seconds: float
     note: str = ""
-    """Why nothing was learned, if so."""
+    """Why nothing was learned, why a checkpoint was not used, that memory ran out."""
 
 
 Resample = Callable[[int, "nn.Module"], list[DistillationRow]]
@@ -111,14 +115,17 @@ def distill(
     iteration: int = 1,
     threads: int = 1,
     device: str = "cpu",
+    tokens_per_pass: int = 8192,
+    activation_checkpointing: bool = False,
     base: str = "",
+    checkpoint: Path | None = None,
     resample: Resample | None = None,
     on_step: Callable[[CurvePoint, int], None] | None = None,
 ) -> DistillationResult:
     """Train the student and save its adapter.
 
-    The same model, rows, settings and seed give the same bytes on the same number of threads. A killed training
-    starts again from its beginning.
+    The same model, rows, settings and seed give the same bytes on the same number of threads, also where a training was
+    killed at any moment and goes on from ``checkpoint``.
 
     Args:
         model: base model, or a folder that ``from_pretrained`` reads. A model given as an object comes back as it was.
@@ -126,12 +133,18 @@ def distill(
         out: folder for the adapter.
         init_adapter: adapter(k-1); None starts with one that changes nothing.
         iteration: k; the learning rate falls by ``learning_rate_decay`` per iteration.
+        tokens_per_pass: most distinct tokens of one forward and backward pass (more if one row alone is longer); the gradients
+            of a batch are added up over as many as it takes. Where memory runs out, passes are halved once.
+        activation_checkpointing: see :class:`Forward`; the same adapter from less memory and more time.
         base: identity of the base model, written into the adapter's config.
+        checkpoint: folder in which the state is kept while training (how often: :meth:`Checkpoint.due`). What a killed
+            training of the same arguments left there is used; what another left is refused, and the result's note says so.
         resample: called ``refresh - 1`` times at even points of training (METHOD: on_policy).
-        on_step: called after every step with the point and the number of steps to come in all.
+        on_step: called after every step with the point and the number of steps in all; for those of an earlier, killed
+            process as well.
 
     Raises:
-        ModelError: the model cannot be loaded, or more than 3 batches in a row gave no finite gradient.
+        ModelError: the model cannot be loaded, more than 3 batches in a row gave no finite gradient, or memory ran out again.
         AlignmentError: a row has no teacher although the divergence needs one.
         ConfigError, StoreError: ``init_adapter`` does not fit or is corrupt.
     """
@@ -156,16 +169,25 @@ def distill(
         # Dropout of the base would make the student another policy than the one that acts: none of it.
         wrapped.eval()
         fuse(wrapped)
-        run = _Run(wrapped, settings, regime, seed, iteration, threads)
-        curve = run.train(rows, resample, on_step) if rows else []
+        forward = Forward(wrapped, recompute=activation_checkpointing)
+        run = _Run(wrapped, forward, rows, settings, regime, seed, iteration, threads, tokens_per_pass)
+        kept = None
+        if checkpoint is not None:
+            decided = {"settings": settings.model_dump(), "regime": regime.model_dump(), "seed": seed, "iteration": iteration}
+            kept = Checkpoint(checkpoint, fingerprint(rows, run.parameters, base=base, **decided))
+        if rows:
+            run.train(resample, kept, on_step or (lambda point, total: None))
         save_adapter(wrapped, out, base=base)
     finally:
         detach(wrapped)
         given.to(home).train(training)
         torch.set_num_threads(threads_before)
+    curve = run.curve
     skipped = sum(point.skipped for point in curve)
     unchanged = skipped == len(curve)
-    note = "" if not unchanged else ("no trajectory was kept" if not rows else "every batch was skipped")
+    notes = [kept.refused if kept is not None else "", run.halved]
+    if unchanged:
+        notes.append("no trajectory was kept" if not rows else "every batch was skipped")
     return DistillationResult(
         adapter=out,
         curve=tuple(curve),
@@ -177,7 +199,7 @@ def distill(
         empty_refreshes=run.empty_refreshes,
         unchanged=unchanged,
         seconds=time.perf_counter() - started,
-        note=note,
+        note="; ".join(filter(None, notes)),
     )
 
 
@@ -210,78 +232,124 @@ class _Run:
     def __init__(
         self,
         wrapped: Any,
+        forward: Forward,
+        rows: Sequence[DistillationRow],
         settings: DistillationSettings,
         regime: Regime,
         seed: int,
         iteration: int,
         threads: int,
+        tokens_per_pass: int,
     ) -> None:
+        import torch
+
         self.wrapped = wrapped
+        self.forward = forward
+        self.rows = rows
         self.settings = settings
         self.regime = regime
         self.options = {key: getattr(settings, key) for key in part("divergence", regime.divergence).keys}
         self.seed = seed
         self.iteration = iteration
         self.threads = threads
+        self.tokens_per_pass = tokens_per_pass
+        self.halved = ""
+        """That and where passes were halved; '' as long as memory was enough."""
+        self.parameters = {name: one for name, one in wrapped.named_parameters() if one.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay
+        )
+        self.curve: list[CurvePoint] = []
+        self.round = 0
+        self.rows_of = 0
+        """Round in which ``rows`` were sampled."""
         self.refreshes = 0
         self.empty_refreshes = 0
 
     def train(
         self,
-        rows: Sequence[DistillationRow],
         resample: Resample | None,
-        on_step: Callable[[CurvePoint, int], None] | None,
-    ) -> list[CurvePoint]:
-        import torch
-
-        settings = self.settings
-        self.forward = Forward(self.wrapped)
-        self.parameters = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay
-        )
-        total = sum(len(self._batches(rows, epoch)) for epoch in range(settings.epochs))
-        curve: list[CurvePoint] = []
-        in_a_row = 0
-        for number in range(settings.refresh):
-            if number > 0 and resample is not None:
-                rows = self._refresh(number, rows, resample)
-            until = total * (number + 1) // settings.refresh
-            stream = self._stream(rows)
-            while len(curve) < until:
+        checkpoint: Checkpoint | None,
+        on_step: Callable[[CurvePoint, int], None],
+    ) -> None:
+        """Train to the end, from where ``checkpoint`` stands if there is one."""
+        total = sum(len(self._batches(epoch)) for epoch in range(self.settings.epochs))
+        state = checkpoint.load() if checkpoint is not None else None
+        if checkpoint is not None and state is not None:
+            self._restore(state)
+            for point in self.curve:
+                on_step(point, total)
+        for number in range(self.round, self.settings.refresh):
+            if number > self.round and resample is not None:
+                self._refresh(number, resample, checkpoint)
+            begin, until = (total * at // self.settings.refresh for at in (number, number + 1))
+            for rows in islice(self._stream(), len(self.curve) - begin, until - begin):
                 with self.forward.ready():
-                    point = self._step(next(stream), len(curve), total, number)
-                curve.append(point)
-                in_a_row = in_a_row + 1 if point.skipped else 0
-                if in_a_row > MAX_SKIPPED_IN_A_ROW:
-                    raise ModelError(
-                        f"training step {point.step}: {in_a_row} batches in a row without a finite loss and gradient "
-                        f"(loss {point.loss}, gradient norm {point.gradient_norm})",
-                        "lower distillation.learning_rate, or set models.policy.dtype to float32",
-                    )
-                if on_step is not None:
-                    on_step(point, total)
-        return curve
+                    self.curve.append(self._step(rows, len(self.curve), total, number))
+                self._check()
+                if checkpoint is not None and checkpoint.due(len(self.curve), total):
+                    checkpoint.save(self._state(), len(self.curve))
+                on_step(self.curve[-1], total)
 
-    def _batches(self, rows: Sequence[DistillationRow], epoch: int) -> list[list[int]]:
-        return batches(rows, self.settings.tokens_per_batch, self.seed, epoch)
+    def _check(self) -> None:
+        last = self.curve[-MAX_SKIPPED_IN_A_ROW - 1 :]
+        if len(last) > MAX_SKIPPED_IN_A_ROW and all(point.skipped for point in last):
+            raise ModelError(
+                f"training step {last[-1].step}: {len(last)} batches in a row without a finite loss and gradient "
+                f"(loss {last[-1].loss}, gradient norm {last[-1].gradient_norm})",
+                "lower distillation.learning_rate, or set models.policy.dtype to float32",
+            )
 
-    def _stream(self, rows: Sequence[DistillationRow]) -> Iterator[list[DistillationRow]]:
+    def _batches(self, epoch: int) -> list[list[int]]:
+        return batches(self.rows, self.settings.tokens_per_batch, self.seed, epoch)
+
+    def _stream(self) -> Iterator[list[DistillationRow]]:
         """Whole epochs, one behind the other, without end."""
         for epoch in count():
-            for chosen in self._batches(rows, epoch):
-                yield [rows[index] for index in chosen]
+            for chosen in self._batches(epoch):
+                yield [self.rows[index] for index in chosen]
 
-    def _refresh(self, number: int, rows: Sequence[DistillationRow], resample: Resample) -> Sequence[DistillationRow]:
+    def _refresh(self, number: int, resample: Resample, checkpoint: Checkpoint | None) -> None:
         import torch
 
         fresh = resample(number, merge(copy.deepcopy(self.wrapped)))
         torch.set_num_threads(self.threads)  # whoever sampled may have set its own
         require_teachers(fresh, self.regime.divergence)
+        self.round = number
         self.refreshes += 1
-        if not fresh:
+        if fresh:
+            self.rows, self.rows_of = fresh, number
+        else:
             self.empty_refreshes += 1
-        return fresh or rows
+        if checkpoint is not None:  # sampling is dear: keep it at once
+            checkpoint.save_rows(number, fresh)
+            checkpoint.save(self._state(), len(self.curve))
+
+    def _state(self) -> State:
+        tensors = {f"weight/{name}": one for name, one in self.parameters.items()}
+        for name, one in self.parameters.items():
+            tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state[one].items()}
+        facts = {name: getattr(self, name) for name in COUNTERS}
+        facts["curve"] = [asdict(point) for point in self.curve]
+        return State(tensors, facts, self.rows_of, self.rows if self.rows_of else ())
+
+    def _restore(self, state: State) -> None:
+        import torch
+
+        with torch.no_grad():
+            for name, one in self.parameters.items():
+                one.copy_(state.tensors[f"weight/{name}"])
+        for name, one in self.parameters.items():
+            moments = {key: state.tensors.get(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            if moments["step"] is not None:
+                self.optimizer.state[one] = {
+                    key: value if key == "step" else value.to(one.device) for key, value in moments.items() if value is not None
+                }
+        for name in COUNTERS:
+            setattr(self, name, state.facts[name])
+        self.curve = [CurvePoint(**point) for point in state.facts["curve"]]
+        if state.rows_of:
+            self.rows, self.rows_of = state.rows, state.rows_of
 
     def _step(self, rows: Sequence[DistillationRow], step: int, total: int, number: int) -> CurvePoint:
         import torch
@@ -290,11 +358,10 @@ class _Run:
         rate = learning_rate(self.settings, step, total, self.iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        sums = self._accumulate(rows)
+        sums = self._gradients(rows, step)
         norm = math.nan
         if math.isfinite(sums.loss):
-            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.gradient_clip))
+            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.gradient_clip))
         usable = math.isfinite(sums.loss) and math.isfinite(norm)
         if usable:
             self.optimizer.step()
@@ -315,6 +382,38 @@ class _Run:
             skipped=not usable,
         )
 
+    def _gradients(self, rows: Sequence[DistillationRow], step: int) -> _Sums:
+        """:meth:`_accumulate` from nothing; where memory runs out, once more in smaller passes.
+
+        Raises:
+            ModelError: memory ran out a second time, or no pass can be smaller.
+        """
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                return self._accumulate(rows)
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                told = str(error).splitlines()[0]
+            self._halve(rows, step, told)  # out of the handler: the traceback held every tensor of the pass
+
+    def _halve(self, rows: Sequence[DistillationRow], step: int, told: str) -> None:
+        ids, tokens = [row.row.ids for row in rows], self.tokens_per_pass
+        before = len(self.forward.passes(ids, tokens))
+        while tokens > 1 and len(self.forward.passes(ids, tokens)) == before:
+            tokens //= 2
+        if self.halved or tokens == 1:
+            again = " again" if self.halved else ""
+            raise ModelError(
+                f"training step {step}: memory ran out{again} in passes of {self.tokens_per_pass} tokens: {told}",
+                "set runtime.activation_checkpointing, lower runtime.tokens_per_pass or rollout.max_tokens, or free memory "
+                "(`evolve doctor` with the experiment file calculates what it takes)",
+            )
+        self.halved = f"out of memory at step {step}: passes of {tokens} tokens in place of {self.tokens_per_pass} since then"
+        log.warning("%s", self.halved)
+        self.tokens_per_pass = tokens
+
     def _accumulate(self, rows: Sequence[DistillationRow]) -> _Sums:
         """Add up the gradients of one optimizer step, forward pass by forward pass.
 
@@ -325,7 +424,7 @@ class _Run:
         weights = [self.settings.retention_weight if row.retention else 1.0 for row in rows]
         total = sum(weight * row.action_tokens for weight, row in zip(weights, rows, strict=True))
         sums = _Sums()
-        for chosen in self.forward.passes([row.row.ids for row in rows], TOKENS_PER_PASS):
+        for chosen in self.forward.passes([row.row.ids for row in rows], self.tokens_per_pass):
             here = [rows[index] for index in chosen]
             found = row_losses(self.forward, here, self.regime.divergence, **self.options)
             counts = torch.tensor([row.action_tokens for row in here])
@@ -339,6 +438,14 @@ class _Run:
                 break
             loss_N.sum().backward()
         return sums
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Devices raise ``torch.OutOfMemoryError``; the CPU's allocator, and some devices, have words only."""
+    import torch
+
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(one in str(error) for one in words)
 
 
 @dataclass(slots=True)

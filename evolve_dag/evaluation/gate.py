@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from evolve_dag.errors import DataError
 from evolve_dag.evaluation import betting
 from evolve_dag.evaluation.betting import Capital
-from evolve_dag.evaluation.intervals import POWER, by_task, detectable, paired, paired_difference, spread
+from evolve_dag.evaluation.intervals import POWER, Floats, by_task, detectable, difference_interval, paired, spread
 from evolve_dag.records import Decision, Score, Standing
 from evolve_dag.store.jsonvalues import from_values, to_values
 
@@ -61,38 +61,21 @@ class _Finding:
     evidence: Evidence
 
 
-Rewards = Mapping[str, Sequence[float]]
-"""Task -> its rewards."""
-
-
 @dataclass(frozen=True, slots=True)
-class _Sides:
-    """Candidate and best champion on the same tasks."""
+class Night:
+    """Candidate and best champion on the same development tasks: what is compared."""
 
-    candidate: Sequence[Score]
-    best: Sequence[Score]
-
-    @property
-    def tasks(self) -> int:
-        return len({s.task_id for s in self.candidate})
-
-    @property
-    def judged(self) -> tuple[Rewards, Rewards]:
-        """What was judged of each."""
-        candidate, best = (by_task([s.task_id for s in side], [s.reward for s in side]) for side in (self.candidate, self.best))
-        return candidate, best
-
-    @property
-    def all(self) -> tuple[Rewards, Rewards]:
-        """Everything, with 0 for what was not judged."""
-        candidate, best = (
-            by_task([s.task_id for s in side], [s.reward or 0.0 for s in side]) for side in (self.candidate, self.best)
-        )
-        return candidate, best
-
-    def means(self, field: str) -> tuple[float, float]:
-        """Mean over tasks of a number of each side."""
-        return _task_mean(self.candidate, field), _task_mean(self.best, field)
+    tasks: int
+    candidate: Floats
+    """(T,) Success of each task that was judged for both, 0..1."""
+    best: Floats
+    """(T,) The same tasks' success of the best champion."""
+    everything: tuple[Floats, Floats] | None
+    """Success of candidate and best on all tasks, with 0 for what was not judged; None where everything was judged."""
+    premature: tuple[float, float]
+    """Rate of premature answers of candidate and best, 0..1."""
+    turns: tuple[float, float]
+    """Mean turns of candidate and best."""
 
 
 def decide(
@@ -125,10 +108,16 @@ def decide(
     for name, scores in (("candidate", candidate), ("best champion", best)):
         _refuse_duplicates(name, scores)
     _refuse_mismatch({s.task_id for s in candidate}, {s.task_id for s in best})
-    sides = _Sides(candidate, best)
-    findings = list(_findings(sides, settings, seed))
+    return decide_on(_night(candidate, best), settings, seed, iteration=iteration, standing=standing)
+
+
+def decide_on(
+    night: Night, settings: GateSettings, seed: int, *, iteration: int = 1, standing: Standing = Standing()
+) -> GateDecision:
+    """:func:`decide` on what is compared."""
+    findings = list(_findings(night, settings, seed))
     bad = tuple(finding.sentence for finding in findings if finding.bad)
-    drift, after = _drift(sides, settings, standing, declined=bool(bad))
+    drift, after = _drift(night, settings, standing, declined=bool(bad))
     evidence: dict[str, float | None] = {"confidence": settings.confidence, "margin": settings.margin}
     for finding in (*findings, drift):
         evidence |= finding.evidence
@@ -163,34 +152,48 @@ def gate_from_json(content: Mapping[str, Any]) -> GateDecision:
     return from_values(GateDecision, content, "gate decision", remedy)
 
 
-def _findings(sides: _Sides, settings: GateSettings, seed: int) -> Iterator[_Finding]:
+def _night(candidate: Sequence[Score], best: Sequence[Score]) -> Night:
+    """What is compared of two sides' scores."""
+    sides = candidate, best
+    tasks = [[s.task_id for s in side] for side in sides]
+    judged = [by_task(names, [s.reward for s in side]) for names, side in zip(tasks, sides, strict=True)]
+    every = [by_task(names, [s.reward or 0.0 for s in side]) for names, side in zip(tasks, sides, strict=True)]
+    candidate_T, best_T = paired(*judged)
+    premature, turns = (
+        (_task_mean(candidate, field), _task_mean(best, field)) if candidate else (0.0, 0.0) for field in ("premature", "turns")
+    )
+    all_T = paired(*every) if any(s.reward is None for side in sides for s in side) else None
+    return Night(len(set(tasks[0])), candidate_T, best_T, all_T, premature, turns)
+
+
+def _findings(night: Night, settings: GateSettings, seed: int) -> Iterator[_Finding]:
     """Everything that is asked about tonight."""
-    tasks, (candidate, best) = sides.tasks, sides.judged
-    common = len(candidate.keys() & best.keys())
-    few = common == 0 or common < LEAST_JUDGED * tasks
+    common = len(night.candidate)
+    few = common == 0 or common < LEAST_JUDGED * night.tasks
     sentence = (
-        f"too few to compare: {common} of {tasks} development tasks were judged for both candidate and best champion, "
+        f"too few to compare: {common} of {night.tasks} development tasks were judged for both candidate and best champion, "
         f"at least {LEAST_JUDGED:.0%} must be"
     )
-    yield _Finding(sentence if few else "", few, {"tasks": tasks, "judged_tasks": common})
+    yield _Finding(sentence if few else "", few, {"tasks": night.tasks, "judged_tasks": common})
     if common:
-        yield _success(candidate, best, settings, seed)
-    if any(score.reward is None for score in (*sides.candidate, *sides.best)):
-        yield _success(*sides.all, settings, seed, of="all_")
-    if tasks:
-        yield _premature(sides, settings)
-        yield _turns(sides, settings)
+        yield _success(night.candidate, night.best, settings, seed)
+    if night.everything is not None:
+        yield _success(*night.everything, settings, seed, of="all_")
+    if night.tasks:
+        yield _premature(night.premature, settings)
+        yield _turns(night.turns, settings)
 
 
-def _success(candidate: Rewards, best: Rewards, settings: GateSettings, seed: int, of: str = "") -> _Finding:
+def _success(candidate_T: Floats, best_T: Floats, settings: GateSettings, seed: int, of: str = "") -> _Finding:
     """Has the candidate lost more than the margin?"""
-    compared = paired_difference(candidate, best, resamples=RESAMPLES, confidence=settings.confidence, seed=seed)
-    assert compared is not None
-    difference, (low, high) = compared
-    common = candidate.keys() & best.keys()
-    means = [sum(sum(side[t]) / len(side[t]) for t in common) / len(common) for side in (candidate, best)]
-    sd = spread(paired(candidate, best))
-    smallest = settings.margin + detectable(sd, len(common), confidence=settings.confidence)
+    differences_T = candidate_T - best_T
+    low, high = difference_interval(differences_T, resamples=RESAMPLES, confidence=settings.confidence, seed=seed)
+    means, difference, sd = (
+        [float(side.mean()) for side in (candidate_T, best_T)],
+        float(differences_T.mean()),
+        spread(differences_T),
+    )
+    smallest = settings.margin + detectable(sd, len(differences_T), confidence=settings.confidence)
     what = "success of all, unjudged ones counted as wrong," if of else "success"
     sentence = (
         f"{what} {means[0]:.1%} against {means[1]:.1%}: {100 * difference:+.1f} points, "
@@ -204,8 +207,8 @@ def _success(candidate: Rewards, best: Rewards, settings: GateSettings, seed: in
     return _Finding(f"significant loss of {sentence}" if bad else sentence, bad, evidence)
 
 
-def _premature(sides: _Sides, settings: GateSettings) -> _Finding:
-    candidate, best = sides.means("premature")
+def _premature(rates: tuple[float, float], settings: GateSettings) -> _Finding:
+    candidate, best = rates
     rise, most = candidate - best, settings.max_premature_rise
     return _Finding(
         f"premature answers {candidate:.1%} against {best:.1%}: {100 * rise:+.1f} points, at most {100 * most:+.1f} allowed",
@@ -214,8 +217,8 @@ def _premature(sides: _Sides, settings: GateSettings) -> _Finding:
     )
 
 
-def _turns(sides: _Sides, settings: GateSettings) -> _Finding:
-    candidate, best = sides.means("turns")
+def _turns(means: tuple[float, float], settings: GateSettings) -> _Finding:
+    candidate, best = means
     ratio, most = candidate / best if best else None, settings.max_turn_ratio
     numbers = {"turns_candidate": candidate, "turns_best": best, "turn_ratio": ratio, "max_turn_ratio": most}
     if ratio is None:
@@ -224,10 +227,9 @@ def _turns(sides: _Sides, settings: GateSettings) -> _Finding:
     return _Finding(sentence, ratio > most, numbers)
 
 
-def _drift(sides: _Sides, settings: GateSettings, standing: Standing, *, declined: bool) -> tuple[_Finding, Standing]:
+def _drift(night: Night, settings: GateSettings, standing: Standing, *, declined: bool) -> tuple[_Finding, Standing]:
     """Have the candidates since the best, this one included, lost more than the margin on average?"""
-    candidate, best = sides.judged
-    losses_T = paired(best, candidate)
+    losses_T = night.best - night.candidate
     needed = 1 / (1 - settings.confidence)
     before = Capital(standing.capital) if standing.capital else Capital()
     capital = before.after(losses_T, settings.margin)

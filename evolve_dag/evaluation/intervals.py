@@ -140,20 +140,30 @@ def paired_difference(
     Returns:
         ``(difference, (low, high))``, the difference always inside; None when no task is known to both.
     """
-    differences_T = paired(a, b)
-    if not len(differences_T):
+    a_T, b_T = paired(a, b)
+    if not len(a_T):
         return None
+    differences_T = a_T - b_T
+    interval = difference_interval(differences_T, share=share, resamples=resamples, confidence=confidence, seed=seed)
+    return float(differences_T.mean()), interval
+
+
+def difference_interval(
+    differences_T: Floats, *, share: bool = True, resamples: int = 4000, confidence: float = 0.95, seed: int = 0
+) -> Interval:
+    """Interval of :func:`paired_difference`, from one difference a task; at least one."""
     difference = float(differences_T.mean())
-    if share:
-        differences_T = np.append(differences_T, INVENTED)
-    low, high = _percentiles(_resampled_ratio(differences_T, np.ones_like(differences_T), resamples, seed), confidence)
-    return difference, (min(low, difference), max(high, difference))
+    drawn_T = np.append(differences_T, INVENTED) if share else differences_T
+    means = [weights_R_T @ drawn_T / len(drawn_T) for weights_R_T in _draws(len(drawn_T), resamples, seed)]
+    low, high = _percentiles(np.concatenate(means), confidence)
+    return min(low, difference), max(high, difference)
 
 
-def paired(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> Floats:
-    """Mean of ``a`` less mean of ``b`` for each task that both sides know, tasks in sorted order. Returns (T,)."""
+def paired(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> tuple[Floats, Floats]:
+    """Mean of each side for every task that both know, tasks in sorted order. Returns (T,), (T,)."""
     common = sorted(task for task in a if task in b and len(a[task]) and len(b[task]))
-    return np.array([sum(a[task]) / len(a[task]) - sum(b[task]) / len(b[task]) for task in common], dtype=np.float64)
+    a_T, b_T = (np.array([sum(side[task]) / len(side[task]) for task in common], dtype=np.float64) for side in (a, b))
+    return a_T, b_T
 
 
 def spread(differences_T: Floats) -> float:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -21,6 +23,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from evolve_dag.inference.prefix_tree import Chain, Range, hosts, prefix_tree
 
 ATTENTION = "evolve_grouped"
+
+QUERIES = 512
+"""Most queries of one product under a mask on a CPU."""
 
 
 def attention(
@@ -62,32 +67,53 @@ class Chains:
         self.lengths = [chain.end - chain.start for chain in chains]
         self.widths = [chain.depth + length for chain, length in zip(chains, self.lengths, strict=True)]
         self.ranges: list[Range] = [one for chain in chains for one in (*chain.prefix, (chain.start, chain.end))]
-        self._masks: list[Tensor | None] | None = None
+        self._mask: Tensor | None = None
 
-    def masks(self, like: Tensor) -> list[Tensor | None]:
-        """What is added to the scores of each chain; None where the kernel knows by itself (no prefix, or one token)."""
-        if self._masks is None:
-            self._masks = [
-                like.new_full((length, width), -torch.inf).triu(width - length + 1) if width > length > 1 else None
-                for length, width in zip(self.lengths, self.widths, strict=True)
-            ]
-        return self._masks
+    def mask(self, like: Tensor, queries: int, keys: int) -> Tensor:
+        """What is added to the scores of the last ``queries`` of ``keys`` tokens, ``[queries, keys]``: a part of one mask.
+
+        Args:
+            queries: at most :data:`QUERIES`.
+        """
+        if self._mask is None:
+            rows, width = min(QUERIES, max(self.lengths)), max(self.widths)
+            self._mask = like.new_full((rows, width), -torch.inf).triu(width - rows + 1)
+        return self._mask[-queries:, -keys:]
 
 
 def _tree_attention(query: Tensor, key: Tensor, value: Tensor, chains: Chains, scaling: float | None) -> Tensor:
     """One product per chain, so nothing is computed that a mask would forbid; ``[1, T, heads, D]``."""
-    if query.device.type != "cpu" and query.shape[1] != key.shape[1]:
-        # Elsewhere the fast kernels take either a mask or grouped heads.
-        key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], dim=1) for one in (key, value))
     keys = _Gather.apply(key, chains.ranges).split(chains.widths, dim=2)
     values = _Gather.apply(value, chains.ranges).split(chains.widths, dim=2)
     out = [
-        F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, scale=scaling, enable_gqa=True
-        )
-        for q, k, v, mask in zip(query.split(chains.lengths, dim=2), keys, values, chains.masks(query), strict=True)
+        part
+        for q, k, v in zip(query.split(chains.lengths, dim=2), keys, values, strict=True)
+        for part in _chain_attention(q, k, v, chains, scaling)
     ]
     return torch.cat(out, dim=2).transpose(1, 2).contiguous()
+
+
+def _chain_attention(q: Tensor, k: Tensor, v: Tensor, chains: Chains, scaling: float | None) -> list[Tensor]:
+    """A chain over what stands before it and causally over itself, in parts ``[1, heads, t, D]``."""
+    product = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+    length, width = q.shape[2], k.shape[2]
+    if length in (1, width):
+        return [product(q, k, v, is_causal=length > 1)]
+    if not _needs_mask(q):
+        return [product(q, k, v, attn_mask=causal_lower_right(length, width))]
+    # This kernel computes what a mask forbids, and keeps the mask: so few queries at a time, over the keys that they see.
+    found, before = [], width - length
+    for start in range(0, length, QUERIES):
+        end = min(start + QUERIES, length)
+        seen = before + end
+        mask = chains.mask(q, end - start, seen)
+        found.append(product(q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], attn_mask=mask))
+    return found
+
+
+def _needs_mask(q: Tensor) -> bool:
+    """Elsewhere kernels know by themselves which keys the last queries see."""
+    return q.device.type == "cpu"
 
 
 class _Gather(torch.autograd.Function):

@@ -59,7 +59,7 @@ def warning(experiment: Experiment, store: Store | None = None) -> str:
         return ""
     source = f"as measured in iteration {found.measured}" if found.measured else "as is typical"
     return (
-        f"the gate is short of tasks: {found.tasks} development tasks show a loss of {100 * found.smallest:.0f} points in one "
+        f"{found.tasks} development tasks are few for the gate: they show a loss of {100 * found.smallest:.0f} points in one "
         f"night with {POWER:.0%} power (SD of a task's difference {found.sd:.2f}, {source}); {100 * LOSS:.0f} points need "
         f"{found.needed}: raise tasks.development.count, or evaluation.rollouts"
     )

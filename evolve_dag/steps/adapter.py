@@ -66,7 +66,10 @@ def run(context: StepContext) -> None:
         iteration=context.iteration,
         threads=experiment.runtime.threads,
         device=experiment.runtime.device,
+        tokens_per_pass=experiment.runtime.tokens_per_pass,
+        activation_checkpointing=experiment.runtime.activation_checkpointing,
         base=entering.base,
+        checkpoint=context.build.checkpoint("training"),
         resample=resample,
         on_step=on_step,
     )
@@ -128,10 +131,14 @@ class _Resample:
 
     def __init__(self, context: StepContext) -> None:
         self.context = context
-        self.tokens = 0
-        """Sampled so far."""
+        self.journal = context.build.journal("resampled")
         self.split: Split = load_split(context.experiment, "train", context.roles)
         self.pool = open_pool(context.inputs["experience"])
+
+    @property
+    def tokens(self) -> int:
+        """Sampled in all rounds, those of a killed predecessor included; one that a kill repeated counts once."""
+        return sum({record["round"]: int(record["tokens"]) for record in self.journal.records()}.values())
 
     def __call__(self, number: int, student: nn.Module) -> list[DistillationRow]:
         from evolve_dag.inference.transformers import TransformersModel
@@ -156,7 +163,7 @@ class _Resample:
                     concurrency=runtime.concurrency,
                 )
             )
-        self.tokens += sum(len(step.token_ids) for t in trajectories for step in t.steps)
+        self.journal.append({"round": number, "tokens": sum(len(step.token_ids) for t in trajectories for step in t.steps)})
         adapter = context.entering.adapter
         with ExitStack() as opened:
             policy = opened.enter_context(open_policy(context.store, adapter, context.roles))

@@ -213,7 +213,7 @@ class Build:
         """Already set at the start when another process has finished the artifact meanwhile (what is written then is
         thrown away, so the body may be left at once); set after a clean exit in any case."""
         self.resumed = False
-        """True once a journal was opened that a killed predecessor had written to."""
+        """True once a journal or checkpoint was opened that a killed predecessor had written to."""
         self._journals = folder / "journals"
         self.ledger_path = self._journals / "calls.jsonl"
         """Where calls to paid models are written down; outlives a killed builder, as journals do."""
@@ -225,6 +225,12 @@ class Build:
         journal = Journal(self._journals / f"{name}.jsonl")
         self.resumed = self.resumed or (journal.path.exists() and journal.path.stat().st_size > 0)
         return journal
+
+    def checkpoint(self, name: str) -> Path:
+        """Where a folder of that name may be made that outlives a killed builder, as journals do."""
+        folder = self._journals / name
+        self.resumed = self.resumed or folder.exists()
+        return folder
 
     def note(self, **facts: Any) -> None:
         """Add facts to the summary."""

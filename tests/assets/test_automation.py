@@ -74,7 +74,7 @@ def test_what_launches_runs_is_off_until_somebody_switches_it_on(experiment: Exp
     assert automation.continue_until.default_status == dg.DefaultSensorStatus.STOPPED
     [schedule] = automation.nightly_schedules(registry.default_store())
     assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
-    for quiet in (automation.config_watch, recovery.lost_runs, alerts.failure_watch):
+    for quiet in (automation.config_watch, recovery.lost_runs, alerts.failure_watch, alerts.restore_watch):
         assert quiet.default_status == dg.DefaultSensorStatus.RUNNING
 
 

@@ -68,7 +68,7 @@ def test_numbers_have_the_same_keys_in_every_iteration(made: dg.DagsterInstance)
 def test_results_are_a_table_and_a_picture(made: dg.DagsterInstance) -> None:
     metadata = shown(made, "scores", "tiny|02")
     rows = {record.data["condition"]: record.data for record in metadata["results"].records}
-    assert set(rows) == {"base", "without", "with", "development candidate", "development champion"}
+    assert set(rows) == {"base", "without", "with", "development candidate", "development best"}
     assert rows["without"]["success"] == "100.0%"
     assert metadata["success_curve"].value.startswith("![success over iterations](<data:image/svg+xml,")
     assert "M40 12 165 12 290 12" in metadata["success_curve"].value, "base and two iterations, all right"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 from distillation_fakes import TinyChat, make_scored_rows, make_trajectory, tiny_model
+from safetensors.torch import load_file
 
 import evolve_dag.distillation.losses as losses_module
 import evolve_dag.distillation.trainer as trainer_module
 from evolve_dag.config.schema import DistillationSettings, Regime
 from evolve_dag.distillation.adapter import load_adapter, merge
 from evolve_dag.distillation.alignment import align, no_injection, replay_injection
-from evolve_dag.distillation.batch import joined_teacher, step_divergences
+from evolve_dag.distillation.batch import joined_teacher, row_losses, step_divergences
 from evolve_dag.distillation.dataset import DistillationRow, make_rows
 from evolve_dag.distillation.trainer import CurvePoint, DistillationResult, distill, learning_rate
 from evolve_dag.errors import AlignmentError, ModelError, StoreError
+from evolve_dag.inference.prefix_tree import prefix_tree
 
 STEP_WISE = replay_injection("step_wise")
 SETTINGS = DistillationSettings(
@@ -320,3 +323,104 @@ def test_threads_are_given_back(trained: torch.nn.Module, rows: list[Distillatio
 def test_betas_and_final_fraction_are_those_of_the_method() -> None:
     assert trainer_module.BETAS == (0.9, 0.99)
     assert trainer_module.FINAL_FRACTION == 0.1
+
+
+def test_passes_of_any_size_give_the_curve_of_one(
+    trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path
+) -> None:
+    """Eight trajectories a step: one pass of eight, eight passes of one."""
+    whole, single = (
+        run(trained, rows, tmp_path / str(tokens), tokens_per_batch=600, epochs=3, tokens_per_pass=tokens)
+        for tokens in (100_000, 1)
+    )
+    assert len(whole.curve) >= 6
+    assert [point.loss for point in single.curve] == pytest.approx([point.loss for point in whole.curve], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_activation_checkpointing_keeps_less_and_gives_the_same_bytes(kind: str, tmp_path: Path) -> None:
+    """In a model that is not in training mode, where transformers' own switch does nothing."""
+    model = tiny_model(kind=kind, num_hidden_layers=4)
+    rows = make_scored_rows(model, range(12), STEP_WISE)
+    saved = {}
+    for less in (False, True):
+        kept: list[int] = []
+
+        def count(tensor: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
+            kept.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            run(model, rows, tmp_path / str(less), epochs=1, tokens_per_batch=100_000, activation_checkpointing=less)
+        saved[less] = sum(kept)
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("False", "True")]
+    assert weights[0] == weights[1]
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert saved[True] < 0.5 * saved[False]
+
+
+def test_a_base_in_half_precision_has_lora_weights_in_single(
+    trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path
+) -> None:
+    half = tiny_model().to(torch.bfloat16)
+    half.load_state_dict(trained.state_dict())
+    full = run(trained, rows, tmp_path / "full")
+    result = run(half, rows, tmp_path / "half")
+    weights = load_file(str(result.adapter / "adapter_model.safetensors"))
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert next(half.parameters()).dtype == torch.bfloat16
+    losses = [[point.loss for point in one.curve] for one in (result, full)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05, abs=0.01)
+
+
+def memory_for(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes of more distinct tokens run out of memory."""
+
+    def losses(forward: Any, part: list[DistillationRow], *given: Any, **more: Any) -> Any:
+        if prefix_tree([row.row.ids for row in part]).tokens > tokens:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
+        return row_losses(forward, part, *given, **more)
+
+    monkeypatch.setattr(trainer_module, "row_losses", losses)
+
+
+def test_where_memory_runs_out_passes_are_halved_once_and_it_is_said(
+    trained: torch.nn.Module,
+    rows: list[DistillationRow],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole = run(trained, rows, tmp_path / "whole", tokens_per_batch=600)
+    memory_for(300, monkeypatch)
+    result = run(trained, rows, tmp_path / "halved", tokens_per_batch=600)
+    assert re.fullmatch(r"out of memory at step \d: passes of \d+ tokens in place of 8192 since then", result.note)
+    assert result.note in caplog.text
+    assert [point.loss for point in result.curve] == pytest.approx([point.loss for point in whole.curve], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("passes", "words"), [(8192, "memory ran out again in passes of"), (1, "memory ran out in passes of 1")]
+)
+def test_where_halving_does_not_help_the_message_says_what_does(
+    trained: torch.nn.Module,
+    rows: list[DistillationRow],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    passes: int,
+    words: str,
+) -> None:
+    memory_for(10, monkeypatch)
+    with pytest.raises(ModelError, match=rf"(?s)training step 0: {words}.*activation_checkpointing"):
+        run(trained, rows, tmp_path, tokens_per_batch=1200, tokens_per_pass=passes)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(
+    trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: Any, **more: Any) -> Any:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(trainer_module, "row_losses", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        run(trained, rows, tmp_path)

@@ -101,7 +101,14 @@ def family(count: int = 14) -> list[list[int]]:
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
 @pytest.mark.parametrize("heads", [1, 2, 4])
-def test_states_and_gradients_are_those_of_one_sequence_at_a_time(kind: str, heads: int) -> None:
+@pytest.mark.parametrize("way", ["one mask", "few queries at a time", "no mask"])
+def test_states_and_gradients_are_those_of_one_sequence_at_a_time(
+    kind: str, heads: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "few queries at a time":
+        monkeypatch.setattr(attention, "QUERIES", 3)
+    elif way == "no mask":
+        monkeypatch.setattr(attention, "_needs_mask", lambda q: False)
     model = model_of(kind, num_key_value_heads=heads)
     sequences = family()
     weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))

@@ -66,7 +66,8 @@ def test_a_file_that_is_missing_is_told_elsewhere(tmp_path: Path) -> None:
 
 def test_plan_and_doctor_say_it_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path / "store")
-    assert [note[:26] for note in plan(with_tasks(16), store).notes] == ["the gate is short of tasks"]
+    [note] = plan(with_tasks(16), store).notes
+    assert note.startswith("16 development tasks are few for the gate")
     assert plan(with_tasks(300), store).notes == ()
     configs = tmp_path / "configs"
     configs.mkdir()
@@ -75,6 +76,7 @@ def test_plan_and_doctor_say_it_before_the_run(tmp_path: Path, monkeypatch: pyte
     )
     monkeypatch.setenv(registry.CONFIGS_VARIABLE, str(configs))
     [finding] = doctor._gates(tmp_path / "store")
-    assert (finding.state, finding.subject) == ("note", "experiment small")
+    assert (finding.state, finding.subject) == ("note", "gate")
+    assert finding.text.startswith("small: 16 development tasks are few")
     result = CliRunner().invoke(cli.app, ["plan", str(configs / "small.yaml"), "--store", str(tmp_path / "store")])
-    assert "the gate is short of tasks: 16 development tasks" in " ".join(result.output.split())
+    assert "16 development tasks are few for the gate" in " ".join(result.output.split())

@@ -13,8 +13,17 @@ from lineages import lineage, metrics
 from evolve_dag.errors import DataError, OrderError, StoreError
 from evolve_dag.evaluation.gate import GateDecision, gate_to_json
 from evolve_dag.evaluation.metrics import metrics_to_json
-from evolve_dag.records import ExperienceItem
-from evolve_dag.reporting.summary import count, duration, number, percent, percent_interval, status_json, summarize
+from evolve_dag.records import ExperienceItem, Standing
+from evolve_dag.reporting.summary import (
+    count,
+    duration,
+    number,
+    percent,
+    percent_interval,
+    standing_note,
+    status_json,
+    summarize,
+)
 from evolve_dag.store.artifacts import Artifact, Build, Store
 from evolve_dag.store.frames import items_to_frame
 
@@ -118,6 +127,45 @@ def test_a_lineage_that_has_just_begun(tmp_path: Path) -> None:
 def test_a_declined_candidate_leaves_the_champion(store: Store) -> None:
     put(store, 2, "promotion", write("decision.json", gate_to_json(GateDecision("keep", ("worse",), {}))))
     assert summarize(store, "pocket").champion == 1
+
+
+def decide(store: Store, iteration: int, decision: Any, standing: Standing, **evidence: float) -> None:
+    gate = GateDecision(decision, ("a reason",), evidence, standing)
+    put(store, iteration, "promotion", write("decision.json", gate_to_json(gate)), best=standing.best)
+
+
+def test_the_distance_to_the_best_is_the_champions_and_not_that_of_a_declined_candidate(store: Store) -> None:
+    decide(store, 1, "promote", Standing(1, 1))
+    assert standing_note(summarize(store, "pocket")) == "The champion is the candidate of iteration 1. It is the best so far."
+    decide(store, 2, "promote", Standing(2, 1), success_difference=-0.02, success_low=-0.05, success_high=0.01)
+    drift = {"drift_evidence": 7.3, "drift_needed": 20.0}
+    decide(store, 3, "keep", Standing(2, 1, nights=2, lost=0.06), success_difference=-0.1, **drift)
+    summary = summarize(store, "pocket")
+    assert (summary.champion, summary.best) == (2, 1)
+    assert standing_note(summary) == (
+        "The champion is the candidate of iteration 2. The best so far is the candidate of iteration 1. Champion against best: "
+        "-2.0 points (-5.0 to +1.0). Candidates since the best: -6.0 points on average over 2 nights; evidence of a drift 7.3, "
+        "established from 20."
+    )
+    content = json.loads(json.dumps(status_json(summary)))
+    assert content["best"] == 1
+    assert content["distance_to_best"] == {"difference": -0.02, "low": -0.05, "high": 0.01}
+
+
+def test_a_restored_champion_holds_and_later_candidates_that_are_declined_leave_it(store: Store) -> None:
+    decide(store, 1, "promote", Standing(1, 1))
+    decide(store, 2, "promote", Standing(2, 1))
+    decide(store, 3, "restore", Standing(1, 1))
+    assert summarize(store, "pocket").champion == 1
+    decide(store, 4, "keep", Standing(1, 1, nights=1))
+    summary = summarize(store, "pocket")
+    assert (summary.champion, summary.best, summary.distance) == (1, 1, (0.0, 0.0, 0.0))
+
+
+def test_decisions_of_an_earlier_version_say_nothing_about_a_best_one(store: Store) -> None:
+    summary = summarize(store, "pocket")
+    assert (summary.champion, summary.best, summary.distance) == (1, None, None)
+    assert standing_note(summary) == "The champion is the candidate of iteration 1."
 
 
 def test_an_unknown_experiment_names_the_known_ones(store: Store) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 from small_lineage import SMALL, copy_of, small
 
+from evolve_dag.distillation import checkpoint
 from evolve_dag.distillation.dataset import load_contexts
 from evolve_dag.errors import DataError, OrderError, StoreError
 from evolve_dag.experience.pool import Pool
@@ -340,3 +342,30 @@ def test_kill_at_any_moment_then_the_same_digests_and_nothing_done_twice(
     }
     for record in kept:  # a rollout that was journalled is in the artifact as it was, to the microsecond it took
         assert final[record["id"]].seconds == pytest.approx(record["seconds"], abs=1e-9)
+
+
+class Interrupted(Silent):
+    """Interrupts at the third unit of progress."""
+
+    def __init__(self) -> None:
+        self.units = 0
+
+    def advance(self, n: int = 1) -> None:
+        self.units += n
+        if self.units == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_training_that_was_interrupted_goes_on(made: Store, copied: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    whole = made.open("adapter", made.ref("small", 1, "adapter").digest)
+    shutil.rmtree(copied.folder("adapter", whole.digest))
+    with pytest.raises(KeyboardInterrupt):
+        run_step("adapter", small(), 1, copied, Interrupted())
+    assert not copied.exists("adapter", whole.digest)
+    again = run_step("adapter", small(), 1, copied).artifact
+    assert again.manifest.resumed
+    weights = "adapter_model.safetensors"
+    assert again.manifest.files[weights] == whole.manifest.files[weights]
+    assert set(again.manifest.files) == set(whole.manifest.files)
+    assert not list((copied.root / "work").glob("adapter/*"))

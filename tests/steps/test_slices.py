@@ -66,6 +66,8 @@ def touched(old: Experiment, new: Experiment) -> set[str]:
         ({}, {"distillation": {"retention_weight": 2.0}}, {"adapter"}),
         ({"distillation": {"retention": 0.0}}, {"distillation": {"retention_weight": 2.0}}, set()),
         ({"distillation": {"retention": 0.0, "drills": 0.1}}, {"distillation": {"retention_weight": 2.0}}, {"adapter"}),
+        ({}, {"distillation": {"teacher_temperature": 0.5}}, {"adapter"}),
+        ({"regime": {"divergence": "cross_entropy"}}, {"distillation": {"teacher_temperature": 0.5}}, set()),
         ({}, {"regime": {"refused": True}}, {"contexts"}),
         ({}, {"evaluation": {"ceiling": True}}, {"scores"}),
         ({"evaluation": {"with_experience": False, "ceiling": True}}, {"selection": {"max_items": 2}}, {"contexts", "scores"}),

@@ -112,6 +112,8 @@ def add_iteration(store: Store, k: int, decision: str) -> None:
                 entered = {name: entering[name] for name in ("adapter", "experience")}
                 leaving = {name: made[name] for name in ("adapter", "experience")} if decision == "promote" else entered
                 content |= {"decision": decision, "policy": content["policy"] | leaving}
+                if decision == "restore":
+                    content["standing"] |= {"champion": 1, "best": 1}
                 (build.path / "decision.json").write_text(json.dumps(content))
                 build.note(decision=decision)
         store.set_ref("small", k, kind, digest, dagster_run_id=f"dagster-{k}")
@@ -205,7 +207,7 @@ def test_traces_show_what_the_episode_did(store: Store) -> None:
         assert {s.parent_id for s in spans} == {root.span_id}
 
 
-def test_the_champion_moves_with_a_promotion_and_stays_on_keep(store: Store) -> None:
+def test_the_champion_moves_with_a_promotion_stays_on_keep_and_comes_back_on_restore(store: Store) -> None:
     sync(store)
     there = client(store)
     alias = lambda: int(there.get_model_version_by_alias("small", "champion").version)  # noqa: E731
@@ -219,11 +221,14 @@ def test_the_champion_moves_with_a_promotion_and_stays_on_keep(store: Store) -> 
     assert alias() == 3
     versions = {int(v.version): v for v in there.search_model_versions("name = 'small'")}
     assert {n: v.tags["evolve.decision"] for n, v in versions.items()} == {1: "promoted", 2: "declined", 3: "promoted"}
+    add_iteration(store, 4, "restore")
+    sync(store)
+    assert alias() == 1, "the best champion so far came back"
     first = store.ref("small", 1, "adapter")
     assert versions[2].tags["evolve.parent.adapter"] == versions[3].tags["evolve.parent.adapter"] == first.digest  # type: ignore[union-attr]
     found = runs(store)
     assert found["iteration 03"].data.tags["dagster.run_id"] == "dagster-3"
-    assert len(there.get_metric_history(found["small"].info.run_id, "success/without")) == 4
+    assert len(there.get_metric_history(found["small"].info.run_id, "success/without")) == 5
 
 
 def test_another_config_is_another_lineage(store: Store) -> None:

@@ -1,0 +1,305 @@
+"""The engine's ratios in one run: what was asked (issue "the distillation engine"), and what this machine gives.
+
+    make bench                                # half an hour on one idle core; installs TRL for its two rows
+    python benchmarks/engine.py --only scoring memory --plot docs/images/engine-growth.svg
+
+Both sides of a row run in turn in one process (memory: one process a side), on the same model and tokens; seconds are CPU
+seconds of one thread, the least of the repeats, so a busy machine disturbs little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import copy
+import importlib.util
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from distillation import best_of, plain_loop, synthetic, view_by_view
+from rollouts import Script, episodes, pocket_shape, tokenizer
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from evolve_dag.config.schema import DistillationSettings, Experiment, Regime
+from evolve_dag.distillation.alignment import TeacherView
+from evolve_dag.distillation.dataset import DistillationRow, make_rows
+from evolve_dag.distillation.teacher import TeacherScorer
+from evolve_dag.distillation.trainer import distill
+from evolve_dag.inference.chat import ChatFormat
+from evolve_dag.inference.transformers import TransformersModel
+from evolve_dag.protocols import Request, Sampling
+from evolve_dag.records import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table."""
+
+    what: str
+    asked: str
+    found: str
+
+
+def random_model(hidden: int = 128, layers: int = 4, vocabulary: int = 2048) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": hidden // 32, "num_key_value_heads": hidden // 64, "head_dim": 32}
+    shape = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "vocab_size": vocabulary}
+    return Qwen3ForCausalLM(Qwen3Config(**shape, **heads, tie_word_embeddings=True)).eval()
+
+
+def scoring() -> Iterator[Row]:
+    """Step-wise and global injection, ten steps, groups of six."""
+    model = random_model()
+    for injection in ("step_wise", "global"):
+        aligned = [synthetic(index // 6, f"t{index // 6}#{index % 6}", 2048, injection, (10, 10)) for index in range(12)]
+        views = [one.views for one in aligned]
+        seconds, _ = best_of(
+            3, {"packed": partial(TeacherScorer(model).score, views), "alone": partial(view_by_view, model, aligned)}
+        )
+        ratio = seconds["alone"] / seconds["packed"]
+        yield Row(f"teacher scoring, 10 steps, {injection}, against one prefill a step", "4", f"{ratio:.2f}")
+
+
+def sampled() -> Iterator[Row]:
+    """What keeping the sampler's distributions costs, against scoring the same views."""
+    chat = ChatFormat.from_tokenizer(tokenizer())
+    policy, scripts = pocket_shape(chat.vocab_size), [Script(number) for number in range(96)]
+    model = TransformersModel.load(copy.deepcopy(policy), chat, threads=1, max_batch=96)
+    asyncio.run(episodes(model, scripts[:4], 4))
+    views: list[list[TeacherView]] = []
+
+    def rollouts(record: bool) -> None:
+        if not record:
+            asyncio.run(_viewed(model, chat, scripts))
+            return
+        with model.recording(64) as kept:
+            views[:] = asyncio.run(_viewed(model, chat, scripts))
+            TeacherScorer(model.model).score(views, recording=kept)
+
+    seconds, _ = best_of(5, {"bare": partial(rollouts, False), "recorded": partial(rollouts, True)})
+    scored, _ = best_of(2, {"scored": lambda: TeacherScorer(policy).score(views)})
+    net = seconds["recorded"] - seconds["bare"]
+    found = f"{scored['scored'] / net:.1f}" if net > 0 else "nothing that could be measured"
+    yield Row("the same where the teacher sampled them itself: scoring against what recording adds", "10", found)
+
+
+async def _viewed(model: TransformersModel, chat: ChatFormat, scripts: list[Script]) -> list[list[TeacherView]]:
+    """:func:`rollouts.episodes`, and what the teacher saw at each step."""
+
+    async def one(number: int, script: Script) -> list[TeacherView]:
+        messages, found = script.start, []
+        for turn, (length, observation) in enumerate(script.turns):
+            sampling = Sampling(max_tokens=length, seed=number * 100 + turn)
+            completion = await model.generate(Request(messages, sampling, f"s{number}"))
+            context = chat.encode(messages)
+            found.append(TeacherView(f"t{number}#0", turn, (*context, *completion.token_ids), len(context)))
+            action = Message("assistant", completion.text, completion.token_ids)
+            messages = (*messages, action, Message("tool", observation))
+        model.release(f"s{number}")
+        return found
+
+    return await asyncio.gather(*(one(number, script) for number, script in enumerate(scripts)))
+
+
+def trl() -> Iterator[Row]:
+    """Against TRL's GKDTrainer."""
+    for shape, count, asked in (("small", 24, "1.5"), ("smollm2", 4, "2.5")):
+        what = f"distillation step, 15% action tokens, against TRL GKDTrainer, {shape}: tokens a second"
+        if importlib.util.find_spec("trl") is None:
+            yield Row(what, asked, "trl is not installed: pip install -c constraints.txt -e '.[bench]'")
+            continue
+        from against_trl import compare
+
+        found = compare(shape, count, 2 if shape == "small" else 1)
+        differ, shipped = found["largest_loss_difference"], found["ratio_top_64"]
+        yield Row(what, asked, f"{found['ratio']:.2f} (losses differ by {differ:.0e}; top 64: {shipped:.2f})")
+
+
+MEMORY = {"hidden": 256, "layers": 2, "vocabulary": 151_936}
+
+
+def rows_of(model: Qwen3ForCausalLM, tokens: int, top_k: int = 64) -> list[DistillationRow]:
+    """Trajectories of 15% action tokens, scored by ``model``, ``tokens`` in all."""
+    aligned = []
+    while sum(len(one.row.ids) for one in aligned) < tokens:
+        at = len(aligned)
+        aligned.append(synthetic(at // 4, f"t{at // 4}#{at % 4}", model.config.vocab_size, "none", (9, 11), (7, 12)))
+    return make_rows(aligned, TeacherScorer(model, top_k=top_k).score([one.views for one in aligned]))
+
+
+def train(model: Qwen3ForCausalLM, rows: list[DistillationRow], tokens_per_batch: int, **more: Any) -> None:
+    settings = DistillationSettings(epochs=1, tokens_per_batch=tokens_per_batch)
+    with tempfile.TemporaryDirectory() as folder:
+        distill(model, rows, settings=settings, regime=Regime(), out=Path(folder), **more)
+
+
+def peak(arm: str, tokens: int) -> None:
+    """Print the growth of the largest resident size while training on ``tokens`` tokens, MB, and CPU seconds."""
+    torch.set_num_threads(1)
+    model = random_model() if arm == "growth" else random_model(**MEMORY)
+    rows = rows_of(model, tokens, 64)
+    started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if arm == "plain":
+        plain_loop(model, rows, DistillationSettings(epochs=1, tokens_per_batch=tokens), Regime())
+    else:
+        train(model, rows, 2048 if arm == "growth" else tokens)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print((after - before) / 1024, time.process_time() - started)
+
+
+def in_process(arm: str, tokens: int) -> tuple[float, float]:
+    command = [sys.executable, __file__, "--peak", arm, str(tokens)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return float(out[-2]), float(out[-1])
+
+
+def memory() -> Iterator[Row]:
+    """The largest step at Qwen3's vocabulary."""
+    (plain, _), (fused, _) = in_process("plain", 8192), in_process("fused", 8192)
+    found = f"{fused / plain:.2f} ({fused:.0f} of {plain:.0f} MB)"
+    yield Row("peak memory of a step of 8K tokens, V = 151,936, against the full-logits loop", "at most 0.35", found)
+
+
+def utilisation() -> Iterator[Row]:
+    """FLOPs of one training against those of a plain product."""
+    model = random_model(256, 6)
+    rows = rows_of(model, 8192)
+    with FlopCounterMode(display=False) as counted:
+        train(model, rows, 1 << 20)
+    a = torch.randn(1024, 1024)
+    seconds, _ = best_of(3, {"product": lambda: [a @ a for _ in range(20)], "training": lambda: train(model, rows, 1 << 20)})
+    share = counted.get_total_flops() / seconds["training"] / (20 * 2 * 1024**3 / seconds["product"])
+    yield Row("forward + backward against the matmul peak, fp32, hidden 256 x 6", "at least 45%", f"{100 * share:.0f}%")
+
+
+def rollouts() -> Iterator[Row]:
+    """One ``generate`` of transformers per turn for all episodes at once, left-padded; both sample as many tokens."""
+    chat = ChatFormat.from_tokenizer(tokenizer())
+    policy, scripts = pocket_shape(chat.vocab_size), [Script(number) for number in range(64)]
+    model = TransformersModel.load(copy.deepcopy(policy), chat, threads=1, max_batch=64)
+    asyncio.run(episodes(model, scripts[:4], 4))
+    seconds, _ = best_of(
+        3,
+        {
+            "evolve": lambda: asyncio.run(episodes(model, scripts, 64)),
+            "generate": partial(_generate_per_turn, policy, chat, scripts),
+        },
+    )
+    ratio = seconds["generate"] / seconds["evolve"]
+    yield Row("rollouts, episodes a second, against one `generate` per turn on the same batch", "at least 2", f"{ratio:.2f}")
+
+
+@torch.inference_mode()
+def _generate_per_turn(policy: Qwen3ForCausalLM, chat: ChatFormat, scripts: list[Script]) -> None:
+    messages: list[tuple[Message, ...]] = [script.start for script in scripts]
+    for turn in range(len(scripts[0].turns)):
+        ids = [torch.tensor(chat.encode(one)) for one in messages]
+        batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_side="left")
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in ids], batch_first=True, padding_side="left")
+        most = max(script.turns[turn][0] for script in scripts)
+        out = policy.generate(
+            batch, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=most, eos_token_id=None, pad_token_id=0
+        )
+        for index, script in enumerate(scripts):
+            length, observation = script.turns[turn]
+            new = tuple(out[index, batch.shape[1] : batch.shape[1] + length].tolist())
+            messages[index] = (*messages[index], Message("assistant", "", new), Message("tool", observation))
+
+
+def iteration() -> Iterator[Row]:
+    """Night 1 of configs/pocket.yaml, on two threads."""
+    from evolve_dag.config.loading import load_experiment
+    from evolve_dag.steps.base import STEP_ORDER, run_step
+    from evolve_dag.store.artifacts import Store
+
+    experiment: Experiment = load_experiment(Path(__file__).parents[1] / "configs" / "pocket.yaml")
+    spent: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        cpu, wall = time.process_time(), time.perf_counter()
+        for step in STEP_ORDER:
+            started = time.perf_counter()
+            run_step(step, experiment, 1, Store(folder))
+            spent[step] = time.perf_counter() - started
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    rest = 1 - sum(spent[step] for step in ("trajectories", "contexts", "adapter", "scores")) / wall
+    parts = ", ".join(f"{step} {seconds:.0f}" for step, seconds in spent.items() if seconds >= 0.5)
+    yield Row("one pocket iteration, 2 threads: seconds", "at most 30", f"{wall:.0f}, of CPU {cpu:.0f} ({parts})")
+    yield Row("of it outside rollouts, scoring, training and evaluation", "at most 5%", f"{100 * rest:.0f}%")
+
+
+SIZES = (1, 2, 4, 8, 16, 32)
+
+
+def growth(plot: Path | None = None) -> Iterator[Row]:
+    """Training on 1 to 32 times 2,048 tokens, each in a process of its own."""
+    found = [in_process("growth", 2048 * size) for size in SIZES]
+    (_, first), (_, last) = found[1], found[-1]  # the first steps of a process are dearer
+    yield Row("growth: CPU seconds of training on 32 x the tokens over 16 times those on 2 x", "1", f"{last / first / 16:.2f}")
+    peaks = [mb for mb, _ in found]
+    yield Row("growth: peak memory, 1 x to 32 x the tokens, MB", "flat", " ".join(f"{mb:.0f}" for mb in peaks))
+    if plot is not None:
+        plot.write_text(_svg([(2048 * size, *one) for size, one in zip(SIZES, found, strict=True)]), encoding="utf-8")
+
+
+def _svg(points: list[tuple[int, float, float]]) -> str:
+    """Cost against size, both axes by factors of two; seconds and megabytes relative to the first point."""
+    lines = []
+    for column, colour, name in ((2, "#1f77b4", "CPU seconds"), (1, "#d62728", "peak memory")):
+        base = points[0][column]
+        at = [(60 + 80 * i, 330 - 56 * _log2(max(one[column] / base, 2**-0.5))) for i, one in enumerate(points)]
+        path = " ".join(f"{x:.0f},{y:.0f}" for x, y in at)
+        lines.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        lines.append(f'<text x="{at[-1][0] + 6:.0f}" y="{at[-1][1]:.0f}" fill="{colour}">{name}</text>')
+    for i, (tokens, _, _) in enumerate(points):
+        lines.append(f'<text x="{60 + 80 * i}" y="360" text-anchor="middle">{tokens:,}</text>')
+        lines.append(f'<text x="45" y="{334 - 56 * i}" text-anchor="end">{2**i} x</text>')
+    style = 'font-family="sans-serif" font-size="12" style="background:#fff"'
+    title = '<text x="60" y="20">Training: cost against tokens, relative to 2,048</text>'
+    body = "\n".join([title, *lines])
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 580 380" {style}>\n{body}\n</svg>\n'
+
+
+def _log2(value: float) -> float:
+    return float(torch.tensor(value).log2())
+
+
+PARTS: dict[str, Callable[..., Iterator[Row]]] = {
+    "scoring": scoring,
+    "sampled": sampled,
+    "trl": trl,
+    "memory": memory,
+    "utilisation": utilisation,
+    "rollouts": rollouts,
+    "iteration": iteration,
+    "growth": growth,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--plot", type=Path, help="write the growth as SVG")
+    parser.add_argument("--peak", nargs=2, metavar=("ARM", "TOKENS"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.peak:
+        peak(given.peak[0], int(given.peak[1]))
+        return
+    torch.set_num_threads(1)
+    print("| what | asked | found |\n|---|---|---|")
+    for name in given.only:
+        for row in PARTS[name](given.plot) if name == "growth" else PARTS[name]():
+            print(f"| {row.what} | {row.asked} | {row.found} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

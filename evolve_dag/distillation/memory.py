@@ -1,0 +1,172 @@
+"""How much memory a training step takes, before it is run.
+
+The step itself is run, with the code that trains, on tensors that have a shape and no content, and what would be in memory
+is added up. So no formula has to follow the code. Layers are alike: two and three of them are run, and the rest is drawn on.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from evolve_dag.distillation.adapter import attach
+from evolve_dag.distillation.forward import Forward
+from evolve_dag.distillation.lora import fuse
+from evolve_dag.distillation.losses import Teacher, token_losses_from_hidden
+
+if TYPE_CHECKING:
+    from evolve_dag.config.schema import DistillationSettings
+
+ACTION_SHARE = 0.15
+"""Of the tokens of a trajectory, those of actions."""
+
+FEW, MORE = 2, 3
+"""Layers that are run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one training step at its peak."""
+
+    weights: int
+    """Of the frozen base."""
+    adapter: int
+    """LoRA weights; their gradients and Adam's two moments are three times as much once more, and in ``peak``."""
+    saved: int
+    """What the forward pass keeps for the way back."""
+    peak: int
+    """The most there is at once, all of the above included."""
+
+
+def training_memory(
+    config: Any,
+    *,
+    dtype: str,
+    settings: DistillationSettings,
+    rows: Sequence[int],
+    activation_checkpointing: bool = False,
+) -> Memory:
+    """Memory of a training step with one pass.
+
+    Args:
+        config: of the model, as transformers reads it from ``config.json``.
+        dtype: number format of the base (``models.policy.dtype``).
+        rows: tokens of each trajectory in the pass, which share nothing; 15% of them are action tokens.
+
+    Raises:
+        ModelError: the architecture cannot be trained here.
+    """
+    few, more = (_run(_with_layers(config, layers), dtype, settings, rows, activation_checkpointing) for layers in (FEW, MORE))
+    further = config.get_text_config().num_hidden_layers - FEW
+    return Memory(*(a + further * (b - a) for a, b in zip(few, more, strict=True)))
+
+
+def cache_memory(config: Any, dtype: str, tokens: int) -> int:
+    """Bytes of the keys and values of ``tokens`` tokens while sampling."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * size * getattr(torch, dtype).itemsize * tokens
+
+
+def _run(
+    config: Any, dtype: str, settings: DistillationSettings, rows: Sequence[int], activation_checkpointing: bool
+) -> tuple[int, int, int, int]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model = attach(base, rank=settings.rank, alpha=settings.alpha, seed=0).eval()
+    fuse(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
+        _materialize(model)
+        learned = [one for one in model.parameters() if one.requires_grad]
+        adapter = sum(one.nbytes for one in learned)
+        weights = live.bytes - adapter
+        optimizer = torch.optim.AdamW(learned)
+        forward = Forward(model, recompute=activation_checkpointing)
+        with forward.ready():
+            loss = _loss(forward, settings, rows)
+            saved = live.bytes - weights - adapter
+            loss.backward()
+        optimizer.step()
+    return weights, adapter, saved, live.peak
+
+
+def _loss(forward: Forward, settings: DistillationSettings, rows: Sequence[int]) -> Tensor:
+    """What :func:`~evolve_dag.distillation.batch.row_losses` does, for rows whose tokens are not there."""
+    states_T_H, paths = forward.states([[row, *range(tokens - 1)] for row, tokens in enumerate(rows)])
+    actions = sum(max(1, int(ACTION_SHARE * len(path))) for path in paths)
+    kept = (actions, settings.top_k or forward.vocabulary)
+    ids = torch.zeros(kept, dtype=torch.long) if settings.top_k else None
+    tail = torch.zeros(actions) if settings.top_k else None
+    losses, _ = token_losses_from_hidden(
+        "forward_kl",
+        states_T_H.index_select(0, torch.arange(actions)),
+        forward.head,
+        teacher=Teacher(torch.zeros(kept), ids, tail),
+        sampled_N=torch.zeros(actions, dtype=torch.long),
+    )
+    return losses.sum()
+
+
+def _with_layers(config: Any, layers: int) -> Any:
+    changed = copy.deepcopy(config)
+    text = changed.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = text.layer_types[:layers]
+    return changed
+
+
+def _materialize(model: nn.Module) -> None:
+    """Tensors without content on the CPU, in place of those on ``meta``; tied weights stay tied."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, old in own.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype)
+                    made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                own[name] = made[id(old)]
+
+
+class _Live(TorchDispatchMode):
+    """Adds up the storages that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.peak = 0
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in tree_leaves(made):
+            if isinstance(one, Tensor):
+                self._add(one.untyped_storage())
+        return made
+
+    def _add(self, storage: Any) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._alive:
+            return
+
+        def gone(_: Any) -> None:
+            self.bytes -= size
+            del self._alive[key]
+
+        self._alive[key] = weakref.ref(storage, gone)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)

@@ -1,0 +1,87 @@
+"""What is calculated before a run is what is kept in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from evolve_dag.config.loading import load_experiment
+from evolve_dag.config.schema import DistillationSettings
+from evolve_dag.distillation import memory
+from evolve_dag.distillation.adapter import attach
+from evolve_dag.distillation.forward import Forward
+from evolve_dag.distillation.lora import fuse
+from evolve_dag.distillation.memory import cache_memory, training_memory
+
+SETTINGS = DistillationSettings(rank=8, alpha=16, top_k=16)
+ROWS = [300, 200]
+CONFIGS = Path(__file__).parents[2] / "configs"
+SHAPE = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def qwen3(**changes: Any) -> Qwen3Config:
+    return Qwen3Config(**{**SHAPE, "num_hidden_layers": 5, "head_dim": 16, **changes})
+
+
+@pytest.mark.parametrize(
+    ("config", "less"),
+    [(qwen3(), False), (qwen3(tie_word_embeddings=True), True), (LlamaConfig(**SHAPE, num_hidden_layers=5), False)],
+)
+def test_it_is_what_a_step_allocates(config: Any, less: bool) -> None:
+    """Against the same step on real tensors of all five layers, counted by the same clock; the extrapolation is exact."""
+    told = training_memory(config, dtype="float32", settings=SETTINGS, rows=ROWS, activation_checkpointing=less)
+    model = attach(AutoModelForCausalLM.from_config(config), rank=8, alpha=16, seed=0).eval()
+    fuse(model)
+    parameters = list({id(one): one for one in model.parameters()}.values())
+    learned = [one for one in parameters if one.requires_grad]
+    assert told.adapter == sum(one.nbytes for one in learned)
+    frozen = sum(one.nbytes for one in parameters) - told.adapter
+    assert frozen <= told.weights <= frozen + 4096  # and the few numbers of the positions
+    with memory._Live() as live:
+        for one in parameters:
+            live._add(one.untyped_storage())
+        forward = Forward(model, recompute=less)
+        with forward.ready():
+            loss = memory._loss(forward, SETTINGS, ROWS)
+            saved = live.bytes - frozen - told.adapter
+            loss.backward()
+        torch.optim.AdamW(learned).step()
+    assert told.saved == pytest.approx(saved, rel=0.02)
+    assert told.peak == pytest.approx(live.peak, rel=0.02)
+
+
+def test_checkpointing_keeps_less_and_twice_the_tokens_take_twice_as_much() -> None:
+    def saved(rows: list[int], less: bool) -> int:
+        return training_memory(qwen3(), dtype="float32", settings=SETTINGS, rows=rows, activation_checkpointing=less).saved
+
+    assert saved([1000], True) < 0.2 * saved([1000], False)
+    assert saved([2000], False) == pytest.approx(2 * saved([1000], False), rel=0.02)
+
+
+def test_keys_and_values() -> None:
+    assert cache_memory(qwen3(), "bfloat16", 100) == 2 * 5 * 2 * 16 * 2 * 100
+
+
+@pytest.mark.parametrize(
+    ("file", "card", "shape"),
+    [
+        ("qwen3_4b_web", 24, {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True}),
+        ("qwen3_8b_web", 48, {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}),
+    ],
+)
+def test_the_experiments_on_a_gpu_fit_the_card_they_name(file: str, card: int, shape: dict[str, Any]) -> None:
+    experiment = load_experiment(CONFIGS / f"{file}.yaml")
+    runtime, longest = experiment.runtime, experiment.rollout.max_tokens
+    told = training_memory(
+        Qwen3Config(vocab_size=151_936, num_hidden_layers=36, head_dim=128, num_key_value_heads=8, **shape),
+        dtype=experiment.models.policy.dtype,
+        settings=experiment.distillation,
+        rows=[longest] * max(1, runtime.tokens_per_pass // longest),
+        activation_checkpointing=runtime.activation_checkpointing,
+    )
+    assert told.peak < 0.9 * card * 2**30
+    assert f"{card} GB" in (CONFIGS / f"{file}.yaml").read_text()
