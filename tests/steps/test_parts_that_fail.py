@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_lineage import copy_of, small
 
 from evolve_dag.agent.loop import run_episode
 from evolve_dag.config.fence import Fence
@@ -89,6 +90,32 @@ def test_a_step_whose_part_was_installed_anew_meanwhile_is_not_stored(tmp_path: 
     assert list(store.artifacts()) == []
     monkeypatch.undo()
     assert base.run_step("policy", Experiment(experiment="x"), 1, store).recomputed
+
+
+EXTRACTOR = '''
+from evolve_dag.config.parts import ExtractionSettings
+from evolve_dag.experience.extraction.base import Extraction, ExtractorPart
+
+class Settings(ExtractionSettings):
+    """Finds nothing, or nonsense."""
+
+async def make(settings, material):
+    return "lessons" if settings.cap == 1 else Extraction(material.pool, (), {"groups": len(material.tasks)})
+
+X = ExtractorPart(settings=Settings, make=make)
+'''
+
+
+def test_an_extractor_that_fails_ends_its_step_and_nothing_is_stored(tmp_path: Path, small_lineage: Store) -> None:
+    (tmp_path / "mine.py").write_text(EXTRACTOR)
+    store, extractor = copy_of(small_lineage, tmp_path / "store"), f"{tmp_path / 'mine.py'}:X"
+    before = {artifact.digest for artifact in store.artifacts()}
+    with pytest.raises(PartError, match=r"extractor mine:X \(file\): what it extracted is no Extraction, but a str"):
+        base.run_step("experience", small(extraction={"extractor": extractor, "cap": 1}), 1, store)
+    assert {artifact.digest for artifact in store.artifacts()} == before
+    made = base.run_step("experience", small(extraction={"extractor": extractor, "cap": 2}), 1, store).artifact
+    assert made.summary["statistics"] == {"groups": 12}
+    assert made.manifest.config["extraction"]["extractor"].startswith("mine:X (file, sha256:")
 
 
 def test_a_selector_that_blocks_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
