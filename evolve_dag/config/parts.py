@@ -188,7 +188,8 @@ class Part(Generic[S]):
         functions = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "settings"}
         functions |= {name: _listed(functions[name]) for name in ("roles", "prompts", "unread")}
         functions["mistakes"] = _pairs(functions["mistakes"])
-        return replace(self, **{name: fence.around(value) for name, value in functions.items() if callable(value)})
+        fenced: dict[str, Any] = {name: fence.around(value) for name, value in functions.items() if callable(value)}
+        return replace(self, **fenced)
 
 
 class EnvironmentSettings(Section):
