@@ -8,6 +8,7 @@ and where parts that others wrote come in (:mod:`evolve_dag.config.outside`): th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
@@ -270,6 +271,8 @@ def _refuse_what_is_no_row(choice: str, found: Found) -> None:
     base = _at(place.settings) if place.settings else None
     if base is not None and not (isinstance(found.row.settings, type) and issubclass(found.row.settings, base)):
         raise PartError(f"{told}: its settings are no {base.__name__}", f"derive them from {place.settings}")
+    if isinstance(found.row, Part) and not (isinstance(found.row.seconds, (int, float)) and 0 < found.row.seconds < math.inf):
+        raise PartError(f"{told}: `seconds` must be a positive number, not {found.row.seconds!r}", "mend the row")
 
 
 def _at(place: str) -> Any:

@@ -149,6 +149,11 @@ def test_every_choice_has_a_group() -> None:
             ),
             "its settings: ZeroDivisionError: division by zero",
         ),
+        (
+            "selection: {selector: 'mine:X'}",
+            f"{NEWEST}X = SelectorPart(settings=Newest, make=print, seconds=0)",
+            "`seconds` must be a positive number, not 0",
+        ),
         ("selection: {selector: './mine.py:NEWEST'}", NEWEST, "should be 'state', 'lexical', 'embedding' or 'llm'"),
         (
             "selection: {selector: 'mine:X'}",
