@@ -42,6 +42,6 @@ class FencedVerifier:
         reward = await self.fence.call(self.verifier.verify, task, answer)
         if reward is None:
             return None
-        if isinstance(reward, Real) and 0.0 <= reward <= 1.0:  # no NaN
+        if isinstance(reward, Real) and 0.0 <= float(reward) <= 1.0:  # no NaN
             return float(reward)
         raise self.fence.nonsense(f"a reward is a number from 0 to 1, or None, not {reward!r:.80}")
