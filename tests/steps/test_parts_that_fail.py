@@ -11,8 +11,9 @@ from small_lineage import copy_of, small
 
 from evolve_dag.agent.loop import run_episode
 from evolve_dag.config.fence import Fence
+from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.schema import Experiment, RolloutSettings
-from evolve_dag.errors import ModelError, PartError
+from evolve_dag.errors import ConfigError, ModelError, PartError
 from evolve_dag.experience.pool import Pool
 from evolve_dag.experience.selection.base import FencedSelector, Selection
 from evolve_dag.inference.backends import FencedModel
@@ -22,6 +23,7 @@ from evolve_dag.records import Message, Step, Task, Trajectory
 from evolve_dag.steps import base
 from evolve_dag.steps.contexts import with_teacher_views
 from evolve_dag.store.artifacts import Store
+from evolve_dag.tasks.suites import load_split
 from evolve_dag.verification.base import FencedVerifier
 
 TASK = Task("t", "Who?", "Rato Miku")
@@ -116,6 +118,54 @@ def test_an_extractor_that_fails_ends_its_step_and_nothing_is_stored(tmp_path: P
     made = base.run_step("experience", small(extraction={"extractor": extractor, "cap": 2}), 1, store).artifact
     assert made.summary["statistics"] == {"groups": 12}
     assert made.manifest.config["extraction"]["extractor"].startswith("mine:X (file, sha256:")
+
+
+ENVIRONMENT = '''
+from evolve_dag.config.parts import EnvironmentSettings
+from evolve_dag.environments.base import EnvironmentPart, file_tasks
+from evolve_dag.protocols import ToolSpec
+
+class Settings(EnvironmentSettings):
+    """Says it again."""
+
+    broken: bool = False
+    """Whether every call fails."""
+
+class Echo:
+    tools = (ToolSpec("say", "says it again", {"text": "what"}),)
+    system_prompt, digest = "Say it.", "echo"
+
+    def __init__(self, settings):
+        self.broken = settings.broken
+
+    async def call(self, call):
+        return call.arguments["text"] + "!" if not self.broken else 1 / 0
+
+X = EnvironmentPart(settings=Settings, make=lambda settings, place: Echo(settings), mistakes=lambda settings, e: file_tasks(e))
+'''
+
+
+def test_an_environment_from_outside_answers_and_one_that_breaks_costs_its_episode(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(ENVIRONMENT)
+    names = ("train", "development", "held_out")
+    for name in names:
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"question": "what is {name}?", "answer": "x"}}\n')
+    tasks = f"tasks: {{{', '.join(f'{name}: {{path: {name}.jsonl}}' for name in names)}}}\n"
+    say = '<tool_call>\n{"name": "say", "arguments": {"text": "well"}}\n</tool_call>'
+    found = []
+    for broken in ("false", "true"):
+        (tmp_path / "x.yaml").write_text(f"{tasks}environment: {{kind: 'mine:X', broken: {broken}}}\n")
+        split = load_split(load_experiment(tmp_path / "x.yaml"), "train")
+        model, settings = ScriptedModel([say, "<answer>x</answer>"]), RolloutSettings()
+        parts: dict[str, Any] = {"model": model, "environment": split.environment, "verifier": split.verifier}
+        found.append(asyncio.run(run_episode(split.tasks[0], 0, settings=settings, seed=1, **parts)))
+    good, bad = found
+    assert (good.status, good.reward, good.steps[0].observation) == ("answered", 1.0, "well!")
+    assert (bad.status, bad.reward) == ("failed", None)
+    assert "ZeroDivisionError" in str(bad.error)
+    (tmp_path / "x.yaml").write_text("environment: {kind: 'mine:X'}\n")
+    with pytest.raises(ConfigError, match=r"tasks.train.path: missing"):
+        load_experiment(tmp_path / "x.yaml")
 
 
 def test_a_selector_that_blocks_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
