@@ -190,7 +190,12 @@ class Part(Generic[S]):
         functions |= {name: _listed(functions[name]) for name in ("roles", "prompts", "unread")}
         functions["mistakes"] = _pairs(functions["mistakes"])
         fenced: dict[str, Any] = {name: fence.around(value) for name, value in functions.items() if callable(value)}
-        return replace(self, **fenced)
+        make = fenced["make"]
+        return replace(self, **fenced | {"make": lambda *given: self.held(make(*given), fence)})
+
+    def held(self, made: Any, fence: Fence) -> Any:
+        """What ``make`` gave, within limits."""
+        return made
 
 
 class EnvironmentSettings(Section):

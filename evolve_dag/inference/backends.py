@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from evolve_dag.config.fence import Fence
 from evolve_dag.config.parts import Part, part_of
@@ -55,10 +55,8 @@ class BackendPart(Part[S]):
     """Whether it writes its calls into the ledger itself."""
     seconds: float = 900.0
 
-    def fenced(self, fence: Fence) -> Self:
-        """Its model within limits, too."""
-        row = Part.fenced(self, fence)
-        return replace(row, make=lambda settings, opening: FencedModel(row.make(settings, opening), fence))
+    def held(self, made: LanguageModel, fence: Fence) -> LanguageModel:
+        return FencedModel(made, fence)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,10 @@ class VerifierPart(Part[S]):
     def fenced(self, fence: Fence) -> Self:
         """Its verifier within limits, too: what it cannot judge is not judged."""
         row = Part.fenced(self, fence)
-        return replace(row, make=lambda settings, roles: FencedVerifier(row.make(settings, roles and roles.elsewhere()), fence))
+        return replace(row, make=lambda settings, roles: row.make(settings, roles and roles.elsewhere()))
+
+    def held(self, made: Verifier, fence: Fence) -> Verifier:
+        return FencedVerifier(made, fence)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from evolve_dag.agent.loop import run_episode
 from evolve_dag.config.fence import Fence
 from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.schema import Experiment, RolloutSettings
+from evolve_dag.environments.fenced import FencedEnvironment
 from evolve_dag.errors import ConfigError, ModelError, PartError
 from evolve_dag.experience.pool import Pool
 from evolve_dag.experience.selection.base import FencedSelector, Selection
 from evolve_dag.inference.backends import FencedModel
 from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.protocols import Injected, Request, Sampling
-from evolve_dag.records import Message, Step, Task, Trajectory
+from evolve_dag.records import Message, Step, Task, ToolCall, Trajectory
 from evolve_dag.steps import base
 from evolve_dag.steps.contexts import with_teacher_views
 from evolve_dag.store.artifacts import Store
@@ -123,7 +125,7 @@ def test_an_extractor_that_fails_ends_its_step_and_nothing_is_stored(tmp_path: P
 ENVIRONMENT = '''
 from evolve_dag.config.parts import EnvironmentSettings
 from evolve_dag.environments.base import EnvironmentPart, file_tasks
-from evolve_dag.protocols import ToolSpec
+from evolve_dag.protocols import ToolError, ToolSpec
 
 class Settings(EnvironmentSettings):
     """Says it again."""
@@ -139,10 +141,25 @@ class Echo:
         self.broken = settings.broken
 
     async def call(self, call):
+        if call.arguments["text"] == "nothing":
+            raise ToolError("say something")
         return call.arguments["text"] + "!" if not self.broken else 1 / 0
 
 X = EnvironmentPart(settings=Settings, make=lambda settings, place: Echo(settings), mistakes=lambda settings, e: file_tasks(e))
 '''
+
+
+def test_a_call_that_blocks_costs_its_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evolve_dag.config.fence.GRACE", 0.1)
+
+    class Blocking(World):
+        async def call(self, call: ToolCall) -> str:
+            while True:
+                time.sleep(0.01)
+
+    environment = FencedEnvironment(Blocking(), Fence("environment slow (file)", 0.2))  # type: ignore[arg-type]
+    with pytest.raises(PartError, match=r"environment slow \(file\): no answer within 0.2 s"):
+        asyncio.run(environment.call(ToolCall("say", {})))
 
 
 def test_an_environment_from_outside_answers_and_one_that_breaks_costs_its_episode(tmp_path: Path) -> None:
@@ -156,11 +173,12 @@ def test_an_environment_from_outside_answers_and_one_that_breaks_costs_its_episo
     for broken in ("false", "true"):
         (tmp_path / "x.yaml").write_text(f"{tasks}environment: {{kind: 'mine:X', broken: {broken}}}\n")
         split = load_split(load_experiment(tmp_path / "x.yaml"), "train")
-        model, settings = ScriptedModel([say, "<answer>x</answer>"]), RolloutSettings()
+        model, settings = ScriptedModel([say.replace("well", "nothing"), say, "<answer>x</answer>"]), RolloutSettings()
         parts: dict[str, Any] = {"model": model, "environment": split.environment, "verifier": split.verifier}
         found.append(asyncio.run(run_episode(split.tasks[0], 0, settings=settings, seed=1, **parts)))
     good, bad = found
-    assert (good.status, good.reward, good.steps[0].observation) == ("answered", 1.0, "well!")
+    assert (good.status, good.reward) == ("answered", 1.0)
+    assert [step.observation for step in good.steps] == ["say something", "well!", None]
     assert (bad.status, bad.reward) == ("failed", None)
     assert "ZeroDivisionError" in str(bad.error)
     (tmp_path / "x.yaml").write_text("environment: {kind: 'mine:X'}\n")
