@@ -27,6 +27,10 @@ GRACE = 1.0
 """Seconds that a call has beyond its limit, so that what it awaits is ended from inside, in good order."""
 
 
+class _GivenUpError(BaseException):
+    """Raised in a thread that nobody waits for any more; no `except Exception` of a part keeps it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fence:
     """The limits of one part."""
@@ -116,5 +120,5 @@ class Fence:
     def _late(self, future: Future[Any], thread: Thread) -> PartError:
         future.cancel()
         if thread.ident is not None:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_GivenUpError))
         return self._told_late()
