@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import csv
 import re
 import shutil
 from pathlib import Path
@@ -93,15 +93,19 @@ def test_the_page_on_extending_names_what_there_is() -> None:
 
 
 def test_figures_of_the_readme_are_those_that_were_measured() -> None:
-    """The row of the nights comes from docs/nights.json."""
-    runs = [result["rows"] for result in json.loads((ROOT / "docs/nights.json").read_text())]
-    assert len(runs) == 2
-    readme = (ROOT / "README.md").read_text().replace("**", "")
+    """The rows of the nights come from docs/study/success.csv, the mean over seeds, and the differences from contrasts.csv."""
+    with (ROOT / "docs/study/success.csv").open() as file:
+        found = [row for row in csv.DictReader(file) if row["arm"] == "pocket" and row["seed"] == ""]
+    readme = (ROOT / "README.md").read_text().replace("*", "")
     rows = [line for line in readme.splitlines() if line.startswith("|")]
-    first = next(row for row in rows if "configs/pocket.yaml" in row)
-    for k in range(6):
-        assert f"{sum(rows[k]['without']['success'] for rows in runs) / 2:.1%}" in first
-    assert f"{sum(rows[0]['base']['success'] for rows in runs) / 2:.1%}" in first
-    second = next(row for row in rows if row.startswith("| with it"))
-    for k in range(6):
-        assert f"{sum(rows[k]['with']['success'] for rows in runs) / 2:.1%}" in second
+    for condition, begin in (("without", "| without experience in context (`configs/pocket.yaml`)"), ("with", "| with it")):
+        cells = [f"{float(row['success']):.1%}" for row in found if row["condition"] == condition]
+        assert len(cells) >= 10
+        (told,) = [row for row in rows if row.startswith(begin)]
+        assert [cell.strip() for cell in told.split("|")[2:-1] if cell.strip()] == cells
+    with (ROOT / "docs/study/contrasts.csv").open() as file:
+        last = {row["question"]: row for row in csv.DictReader(file) if row["arm"] == "pocket" and row["iteration"] == "10"}
+    for question in ("first", "best"):
+        low, middle, high = (100 * float(last[question][key]) for key in ("tasks_low", "difference", "tasks_high"))
+        assert f"{middle:.1f} points" in readme
+        assert f"({low:.1f} to {high:.1f})" in readme or f"({low:.1f} to {high:.1f};" in readme
