@@ -21,8 +21,8 @@ from evolve_dag.config.parts import (
     Known,
     SelectionSettings,
     VerificationSettings,
+    mistakes,
     part,
-    part_of,
 )
 from evolve_dag.config.scheduling import check_cron, check_timezone
 from evolve_dag.config.section import MOST, PATH, RUNTIME, Section, Strings, marked
@@ -445,5 +445,5 @@ def contradictions(e: Experiment) -> list[tuple[str, str]]:
     for choice, place in CHOICES.items():
         if place.section is not None:
             settings = getattr(e, place.section)
-            found.extend(part_of(choice, settings).mistakes(settings, e))
+            found.extend(mistakes(choice, settings, e))
     return found
