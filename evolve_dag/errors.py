@@ -57,6 +57,10 @@ class ContextOverflowError(ModelError):
     """A conversation is longer than the model takes: an acting policy brought that upon itself, no machinery failed."""
 
 
+class SessionError(EvolveError, RuntimeError):
+    """An environment broke one episode: it hangs, floods, or gives what an episode cannot hold."""
+
+
 class AlignmentError(EvolveError, ValueError):
     """Student and teacher views do not share the same action ids, or history holds experience."""
 

@@ -226,7 +226,8 @@ class RolloutSettings(Section):
     max_action_tokens: int = Field(48, ge=4, le=MOST)
     """Tokens of one action."""
     max_seconds: float = Field(600.0, gt=0, le=1e7)
-    """Wall time of one episode; past it the next call is told to answer."""
+    """Wall time of one episode; past it the next call is told to answer. An episode fails when its environment takes longer
+    than that over its set-up or over one call."""
     plain_answers: bool = False
     """Whether a turn without a tool call is the final answer, as chat models are wont to give it; else it is malformed."""
 
