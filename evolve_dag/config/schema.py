@@ -304,7 +304,7 @@ class GateSettings(Section):
     max_premature_rise: float = Field(0.10, ge=0.0, le=1.0)
     """Largest rise of the premature-answer rate."""
     max_turn_ratio: float = Field(2.0, gt=1.0)
-    """Largest ratio of mean turns, candidate over champion."""
+    """Largest ratio of mean turns, candidate over the best champion, unless success is significantly better."""
 
 
 class TrackingSettings(Section):

@@ -72,7 +72,6 @@ def run(
         iteration=iteration,
         store=Store(tmp_path / "store"),
         inputs={"experience": None, "adapter": SimpleNamespace(digest="candidate", summary=adapter)},
-        twin=None,
         build=SimpleNamespace(path=folder, note=lambda **facts: noted.update(facts)),
         entering=PolicyRef(iteration, "base", champion, None, standing=standing),
         roles=None,
