@@ -29,6 +29,10 @@ class ConfigError(EvolveError, ValueError):
     """An experiment file is wrong; lists all mistakes at once."""
 
 
+class PartError(EvolveError, RuntimeError):
+    """A part that others wrote cannot be used, or failed at what it was asked."""
+
+
 class DataError(EvolveError, ValueError):
     """A user's file (tasks, corpus, pool) cannot be used as it is."""
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from evolve_dag.config.fence import Fence
 from evolve_dag.config.parts import EnvironmentSettings, Part
 from evolve_dag.config.schema import Experiment, PolicySettings, TaskSplit
+from evolve_dag.environments.fenced import FencedEnvironment
 from evolve_dag.inference.roles import Roles
 from evolve_dag.protocols import Environment, StatefulEnvironment, ToolSpec
 from evolve_dag.records import Task
@@ -46,6 +48,10 @@ class EnvironmentPart(Part[S]):
     """(split, iteration) -> what of the split of a stream of such tasks is another in that iteration."""
     check: Callable[[S], object] = _no_file
     """Reads the files that it names as a run will, so that their mistakes show before one begins. Raises DataError."""
+
+    def held(self, made: Any, fence: Fence) -> Any:
+        """An environment without state within limits; one with a state has a thread an episode."""
+        return FencedEnvironment(made, fence) if hasattr(made, "call") else made
 
 
 def file_tasks(experiment: Experiment) -> list[tuple[str, str]]:
