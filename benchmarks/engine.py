@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from distillation import best_of, plain_loop, synthetic, view_by_view
+from memory import random_row
 from rollouts import Script, episodes, pocket_shape, tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -129,13 +130,13 @@ def trl() -> Iterator[Row]:
 MEMORY = {"hidden": 256, "layers": 2, "vocabulary": 151_936}
 
 
-def rows_of(model: Qwen3ForCausalLM, tokens: int, top_k: int = 64) -> list[DistillationRow]:
+def rows_of(model: Qwen3ForCausalLM, tokens: int) -> list[DistillationRow]:
     """Trajectories of 15% action tokens, scored by ``model``, ``tokens`` in all."""
     aligned = []
     while sum(len(one.row.ids) for one in aligned) < tokens:
         at = len(aligned)
         aligned.append(synthetic(at // 4, f"t{at // 4}#{at % 4}", model.config.vocab_size, "none", (9, 11), (7, 12)))
-    return make_rows(aligned, TeacherScorer(model, top_k=top_k).score([one.views for one in aligned]))
+    return make_rows(aligned, TeacherScorer(model).score([one.views for one in aligned]))
 
 
 def train(model: Qwen3ForCausalLM, rows: list[DistillationRow], tokens_per_batch: int, **more: Any) -> None:
@@ -148,7 +149,9 @@ def peak(arm: str, tokens: int) -> None:
     """Print the growth of the largest resident size while training on ``tokens`` tokens, MB, and CPU seconds."""
     torch.set_num_threads(1)
     model = random_model() if arm == "growth" else random_model(**MEMORY)
-    rows = rows_of(model, tokens, 64)
+    rows = [
+        random_row(1024, model.config.vocab_size, 64, seed) for seed in range(tokens // 1024)
+    ]  # scoring would raise the mark
     started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if arm == "plain":
         plain_loop(model, rows, DistillationSettings(epochs=1, tokens_per_batch=tokens), Regime())
