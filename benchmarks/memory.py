@@ -48,9 +48,9 @@ def config_of(kind: str, shape: dict[str, Any]) -> PretrainedConfig:
     return AutoConfig.for_model(kind, intermediate_size=3 * hidden, tie_word_embeddings=True, **heads, **shape)
 
 
-def row(tokens: int, vocabulary: int, top_k: int) -> DistillationRow:
+def random_row(tokens: int, vocabulary: int, top_k: int, seed: int = 0) -> DistillationRow:
     """A trajectory of random tokens whose last 15% are one action."""
-    numbers = np.random.default_rng(0)
+    numbers = np.random.default_rng(seed)
     actions = int(ACTION_SHARE * tokens)
     ids = numbers.integers(0, vocabulary, tokens)
     teacher = TeacherTargets(
@@ -58,7 +58,7 @@ def row(tokens: int, vocabulary: int, top_k: int) -> DistillationRow:
         np.tile(np.arange(top_k, dtype=np.int32), (actions, 1)),
         np.full(actions, -np.log(2), np.float32),
     )
-    student = StudentRow("t#0", tuple(map(int, ids)), (0,), ((tokens - actions, tokens),))
+    student = StudentRow(f"t{seed}#0", tuple(map(int, ids)), (0,), ((tokens - actions, tokens),))
     return DistillationRow(student, (StepView(0, (), "", tokens - actions),), teacher)
 
 
@@ -66,8 +66,10 @@ def measure(name: str, activation_checkpointing: bool) -> None:
     """Print the growth of the largest resident size, bytes, and CPU seconds of one step."""
     kind, dtype, tokens, shape = CASES[name]
     settings = DistillationSettings(epochs=1)
-    rows = [row(tokens, shape["vocab_size"], settings.top_k)]
-    train("qwen3", dtype, SMALL, [row(64, SMALL["vocab_size"], settings.top_k)], settings, False)  # what libraries load once
+    rows = [random_row(tokens, shape["vocab_size"], settings.top_k)]
+    train(
+        "qwen3", dtype, SMALL, [random_row(64, SMALL["vocab_size"], settings.top_k)], settings, False
+    )  # what libraries load once
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()
     train(kind, dtype, shape, rows, settings, activation_checkpointing)
