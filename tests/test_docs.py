@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import csv
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from small_lineage import copy_of, small
 
+from evolve_dag.config.loading import load_experiment
+from evolve_dag.config.outside import group
+from evolve_dag.config.parts import CHOICES, part_of
 from evolve_dag.config.reference import reference
+from evolve_dag.config.schema import Experiment
+from evolve_dag.experience.pool import Pool
+from evolve_dag.inference.roles import Roles
+from evolve_dag.records import ExperienceItem
+from evolve_dag.steps import base
+from evolve_dag.store.artifacts import Store
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,7 +42,16 @@ def test_readme_names_the_two_commands() -> None:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/LOG.md", "docs/pocket_model_card.md", "CONTEXT.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"],
+    [
+        "README.md",
+        "docs/LOG.md",
+        "docs/pocket_model_card.md",
+        "CONTEXT.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "docs/extending.md",
+    ],
 )
 def test_pages_are_finished_and_their_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
@@ -40,16 +61,51 @@ def test_pages_are_finished_and_their_links_lead_somewhere(page: str) -> None:
             assert ((ROOT / page).parent / target).exists(), target
 
 
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.S)
+
+
+def test_the_selector_of_the_page_on_extending_runs(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "configs/pocket.yaml", tmp_path)
+    (tmp_path / "mine.py").write_text(blocks("docs/extending.md", "python")[0])
+    (tmp_path / "newest.yaml").write_text(blocks("docs/extending.md", "yaml")[0])
+    settings = load_experiment(tmp_path / "newest.yaml").selection
+    pool = Pool(tuple(ExperienceItem(f"p000{n}", "Search.", "principle") for n in (1, 2, 3)))
+    with Roles(Experiment(experiment="x")) as roles:
+        chosen = roles.run(part_of("selector", settings).make(settings, roles, 0).select("?", (), pool))
+    assert chosen.ids == ("p0002", "p0001")
+
+
+def test_the_step_of_the_page_on_extending_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_lineage: Store) -> None:
+    space: dict[str, Any] = {}
+    exec(blocks("docs/extending.md", "python")[1], space)
+    spec, store = space["SPEC"], copy_of(small_lineage, tmp_path / "store")
+    monkeypatch.setitem(base.SPECS, spec.name, spec)
+    artifact = base.run_step(spec.name, small(), 1, store).artifact
+    assert artifact.summary["answers"] == artifact.frame(spec.tables[0].file).height > 0
+    assert [(one.check, one.passed) for one in spec.examine(artifact, small())] == [("short", True)]
+
+
+def test_the_page_on_extending_names_what_there_is() -> None:
+    page = (ROOT / "docs/extending.md").read_text()
+    for kind, choice in CHOICES.items():
+        assert f"| `{group(kind)}` | `{choice.row}` |" in page
+
+
 def test_figures_of_the_readme_are_those_that_were_measured() -> None:
-    """The row of the nights comes from docs/nights.json."""
-    runs = [result["rows"] for result in json.loads((ROOT / "docs/nights.json").read_text())]
-    assert len(runs) == 2
-    readme = (ROOT / "README.md").read_text().replace("**", "")
+    """The rows of the nights come from docs/study/success.csv, the mean over seeds, and the differences from contrasts.csv."""
+    with (ROOT / "docs/study/success.csv").open() as file:
+        found = [row for row in csv.DictReader(file) if row["arm"] == "pocket" and row["seed"] == ""]
+    readme = (ROOT / "README.md").read_text().replace("*", "")
     rows = [line for line in readme.splitlines() if line.startswith("|")]
-    first = next(row for row in rows if "configs/pocket.yaml" in row)
-    for k in range(6):
-        assert f"{sum(rows[k]['without']['success'] for rows in runs) / 2:.1%}" in first
-    assert f"{sum(rows[0]['base']['success'] for rows in runs) / 2:.1%}" in first
-    second = next(row for row in rows if row.startswith("| with it"))
-    for k in range(6):
-        assert f"{sum(rows[k]['with']['success'] for rows in runs) / 2:.1%}" in second
+    for condition, begin in (("without", "| without experience in context (`configs/pocket.yaml`)"), ("with", "| with it")):
+        cells = [f"{float(row['success']):.1%}" for row in found if row["condition"] == condition]
+        assert len(cells) >= 10
+        (told,) = [row for row in rows if row.startswith(begin)]
+        assert [cell.strip() for cell in told.split("|")[2:-1] if cell.strip()] == cells
+    with (ROOT / "docs/study/contrasts.csv").open() as file:
+        last = {row["question"]: row for row in csv.DictReader(file) if row["arm"] == "pocket" and row["iteration"] == "10"}
+    for question in ("first", "best"):
+        low, middle, high = (100 * float(last[question][key]) for key in ("tasks_low", "difference", "tasks_high"))
+        assert f"{middle:.1f} points" in readme
+        assert f"({low:.1f} to {high:.1f})" in readme or f"({low:.1f} to {high:.1f};" in readme

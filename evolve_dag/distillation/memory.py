@@ -59,7 +59,9 @@ def training_memory(
     Args:
         config: of the model, as transformers reads it from ``config.json``.
         dtype: number format of the base (``models.policy.dtype``).
-        rows: tokens of each trajectory in the pass, which share nothing; 15% of them are action tokens.
+        rows: tokens of each trajectory in the pass, which share nothing; 15% of them are action tokens. (Rows that branch off
+            another keep the keys and values of what stands before them once more: with ``distillation.retention`` or ``drills``
+            at contexts of many thousand tokens, plan for more.)
 
     Raises:
         ModelError: the architecture cannot be trained here.

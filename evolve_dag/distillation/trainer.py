@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from evolve_dag.distillation.batch import require_teachers, row_losses
 from evolve_dag.distillation.checkpoint import Checkpoint, State, fingerprint
 from evolve_dag.distillation.dataset import DistillationRow, batches
 from evolve_dag.distillation.forward import Forward
+from evolve_dag.distillation.parallel import Processes
 from evolve_dag.errors import ModelError
 
 if TYPE_CHECKING:
@@ -125,7 +126,8 @@ def distill(
     """Train the student and save its adapter.
 
     The same model, rows, settings and seed give the same bytes on the same number of threads, also where a training was
-    killed at any moment and goes on from ``checkpoint``.
+    killed at any moment and goes on from ``checkpoint``. Where torch.distributed is set up, all its processes call this with
+    the same arguments: they share the work, and the first one writes the files.
 
     Args:
         model: base model, or a folder that ``from_pretrained`` reads. A model given as an object comes back as it was.
@@ -177,7 +179,8 @@ def distill(
             kept = Checkpoint(checkpoint, fingerprint(rows, run.parameters, base=base, **decided))
         if rows:
             run.train(resample, kept, on_step or (lambda point, total: None))
-        save_adapter(wrapped, out, base=base)
+        if run.processes.leads:
+            save_adapter(wrapped, out, base=base)
     finally:
         detach(wrapped)
         given.to(home).train(training)
@@ -253,6 +256,7 @@ class _Run:
         self.iteration = iteration
         self.threads = threads
         self.tokens_per_pass = tokens_per_pass
+        self.processes = Processes.here()
         self.halved = ""
         """That and where passes were halved; '' as long as memory was enough."""
         self.parameters = {name: one for name, one in wrapped.named_parameters() if one.requires_grad}
@@ -287,7 +291,7 @@ class _Run:
                 with self.forward.ready():
                     self.curve.append(self._step(rows, len(self.curve), total, number))
                 self._check()
-                if checkpoint is not None and checkpoint.due(len(self.curve), total):
+                if checkpoint is not None and self.processes.leads and checkpoint.due(len(self.curve), total):
                     checkpoint.save(self._state(), len(self.curve))
                 on_step(self.curve[-1], total)
 
@@ -358,7 +362,9 @@ class _Run:
         rate = learning_rate(self.settings, step, total, self.iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        sums = self._gradients(rows, step)
+        weight = sum(self._weight(row) * row.action_tokens for row in rows)
+        sums = self._gradients(self.processes.own(rows), weight, step)
+        sums = _Sums(*self.processes.add_up(self.parameters.values(), astuple(sums)))
         norm = math.nan
         if math.isfinite(sums.loss):
             norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.gradient_clip))
@@ -382,7 +388,7 @@ class _Run:
             skipped=not usable,
         )
 
-    def _gradients(self, rows: Sequence[DistillationRow], step: int) -> _Sums:
+    def _gradients(self, rows: Sequence[DistillationRow], weight: float, step: int) -> _Sums:
         """:meth:`_accumulate` from nothing; where memory runs out, once more in smaller passes.
 
         Raises:
@@ -391,7 +397,7 @@ class _Run:
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             try:
-                return self._accumulate(rows)
+                return self._accumulate(rows, weight)
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
@@ -414,15 +420,21 @@ class _Run:
         log.warning("%s", self.halved)
         self.tokens_per_pass = tokens
 
-    def _accumulate(self, rows: Sequence[DistillationRow]) -> _Sums:
-        """Add up the gradients of one optimizer step, forward pass by forward pass.
+    def _weight(self, row: DistillationRow) -> float:
+        """What one of its action tokens counts for."""
+        return self.settings.retention_weight if row.retention else 1.0
+
+    def _accumulate(self, rows: Sequence[DistillationRow], weight: float) -> _Sums:
+        """Add up the gradients of ``rows``, forward pass by forward pass.
 
         A pass whose loss is not finite ends it: the step is lost anyway.
+
+        Args:
+            weight: of the whole batch, its action tokens added up.
         """
         import torch
 
-        weights = [self.settings.retention_weight if row.retention else 1.0 for row in rows]
-        total = sum(weight * row.action_tokens for weight, row in zip(weights, rows, strict=True))
+        weights = [self._weight(row) for row in rows]
         sums = _Sums()
         for chosen in self.forward.passes([row.row.ids for row in rows], self.tokens_per_pass):
             here = [rows[index] for index in chosen]
@@ -430,7 +442,7 @@ class _Run:
             counts = torch.tensor([row.action_tokens for row in here])
             weight_N = torch.tensor([weights[index] for index in chosen]).repeat_interleave(counts).to(found.loss)
             retention_N = torch.tensor([row.retention for row in here]).repeat_interleave(counts).to(found.loss.device)
-            loss_N = found.loss * weight_N / total
+            loss_N = found.loss * weight_N / weight
             sums.loss += float(loss_N.sum().detach())
             sums.retention_loss += float(loss_N[retention_N].sum().detach())
             sums.divergence += float(found.divergence[~retention_N].sum())
