@@ -68,7 +68,7 @@ def unconfined(code: str) -> str:
     ],
 )
 def test_programs(code: str, shown: str) -> None:
-    for ending, output in everywhere(code):
+    for ending, output in everywhere(code, seconds=30.0):
         assert output.endswith(shown)
         assert ending == ("error" if "Error" in shown else "done")
         assert shown or not output
