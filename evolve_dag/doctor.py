@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from evolve_dag.config import registry
-from evolve_dag.config.parts import parts
-from evolve_dag.errors import EvolveError
+from evolve_dag.config.outside import distribution, installed
+from evolve_dag.config.parts import CHOICES, part, parts, parts_beside
+from evolve_dag.errors import EvolveError, PartError
 
 if TYPE_CHECKING:
     from evolve_dag.config.schema import Experiment
@@ -54,6 +55,7 @@ def examine(root: Path, experiment: Experiment | None = None) -> Iterator[Findin
         _threads,
         _weights,
         _configs,
+        _parts,
         lambda: _gates(root),
         lambda: _registry(root),
         lambda: _store(root),
@@ -222,6 +224,25 @@ def _configs() -> Iterator[Finding]:
             "experiments",
             f"no *.yaml in {folder}/: go to the project's folder, or set {registry.CONFIGS_VARIABLE}",
         )
+
+
+def _parts() -> Iterator[Finding]:
+    """Parts from outside: what installed distributions bring, and what experiment files name in files beside them."""
+    for kind, choice in CHOICES.items():
+        for name, entries in installed(kind).items():
+            who = f"{' and '.join(map(distribution, entries))}, `{choice.places[0]}: {name}`"
+            if name in choice.rows:
+                yield Finding("note", "part", f"{who}: not used, the name is one of evolve-dag's own: it needs another one")
+                continue
+            try:
+                part(kind, name)
+            except PartError as error:
+                yield Finding("note", "part", f"{error.what}: {error.remedy}")
+            else:
+                yield Finding("ok", "part", who)
+    for entry in registry.scan(registry.configs_folder())[0]:
+        for told in parts_beside(entry.load()):
+            yield Finding("ok", "part", f"{told}, named by {entry.config.name}")
 
 
 def _gates(root: Path) -> Iterator[Finding]:

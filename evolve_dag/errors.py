@@ -29,6 +29,10 @@ class ConfigError(EvolveError, ValueError):
     """An experiment file is wrong; lists all mistakes at once."""
 
 
+class PartError(EvolveError, RuntimeError):
+    """A part that others wrote cannot be used, or failed at what it was asked."""
+
+
 class DataError(EvolveError, ValueError):
     """A user's file (tasks, corpus, pool) cannot be used as it is."""
 
@@ -51,6 +55,10 @@ class ModelError(EvolveError, RuntimeError):
 
 class ContextOverflowError(ModelError):
     """A conversation is longer than the model takes: an acting policy brought that upon itself, no machinery failed."""
+
+
+class SessionError(EvolveError, RuntimeError):
+    """An environment broke one episode: it hangs, floods, or gives what an episode cannot hold."""
 
 
 class AlignmentError(EvolveError, ValueError):

@@ -1,14 +1,19 @@
 """What the parts ask of each other: models, environments, verifiers and sources of experience, with the values that pass.
 
 Whoever implements one imports this and the records alone; whoever uses one needs to know no implementation.
+
+An *environment* is of one of two kinds. Most are tools over a world that no call changes: :class:`Environment`, one object for
+all episodes. Where a call changes what the next one finds (a game, a database, a shell), the state belongs to the episode:
+a :class:`StatefulEnvironment` opens a :class:`Session` for each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from evolve_dag.errors import DataError
 from evolve_dag.records import Message, Task, ToolCall, Trajectory
 
 
@@ -98,13 +103,53 @@ class ToolSpec:
 
     name: str
     description: str
-    parameters: Mapping[str, str]
-    """Argument name -> what it is; every argument is a required string."""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    """Argument name -> what it is; every argument is a required string. The simple case."""
+    schema: Mapping[str, Any] | None = None
+    """JSON schema (draft 2020-12) of all arguments, an object, in place of ``parameters``: for arguments of other types,
+    optional ones, and lists. A call that breaks it is not made; the policy reads why."""
+
+    def __post_init__(self) -> None:
+        if self.schema is not None:
+            _check_schema(self.name, self.schema)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """JSON schema of all arguments, in either case."""
+        if self.schema is not None:
+            return dict(self.schema)
+        described = {name: {"type": "string", "description": what} for name, what in self.parameters.items()}
+        return {"type": "object", "properties": described, "required": list(self.parameters)}
+
+
+def _check_schema(tool: str, schema: Mapping[str, Any]) -> None:
+    from jsonschema import Draft202012Validator, SchemaError
+
+    try:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as problem:
+        raise DataError(f"tool {tool}: its schema is wrong: {problem.message}", "write a JSON schema, draft 2020-12") from None
+    if schema.get("type") != "object":
+        raise DataError(f"tool {tool}: its schema is not that of an object", 'give it "type": "object" and "properties"')
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What a call gave, where there is more to say than its text."""
+
+    text: str
+    """The observation."""
+    done: bool = False
+    """Whether the episode is over: the policy is not asked again."""
+    features: Mapping[str, str] = field(default_factory=dict)
+    """What a reader should see in the observation, so that lessons can be found about it: name -> value, at most six, in
+    lower-case words of a small vocabulary (``{"result": "an error"}`` reads 'when the result is an error'). They take the place
+    of what is read from the text. Never words of the world or the task: what says something of one task only is no lesson."""
 
 
 @runtime_checkable
 class Environment(Protocol):
-    """A set of tools over one world. Safe to call from many episodes at once."""
+    """A set of tools over one world that no call changes. Safe to call from many episodes at once."""
 
     @property
     def tools(self) -> tuple[ToolSpec, ...]: ...
@@ -119,7 +164,7 @@ class Environment(Protocol):
         """Hash of everything that decides what a call returns; part of the lineage."""
         ...
 
-    async def call(self, call: ToolCall) -> str:
+    async def call(self, call: ToolCall) -> str | ToolResult:
         """Run one tool call whose name is in ``tools`` and whose arguments are complete.
 
         Returns:
@@ -127,6 +172,60 @@ class Environment(Protocol):
 
         Raises:
             ToolError: the call could not be served; the message becomes the observation.
+        """
+        ...
+
+
+class Session(Protocol):
+    """The state of one episode. Everything in it is called from one thread of its own, one call after the other, and may block:
+    for as long as an episode may take (``rollout.max_seconds``), then the episode has failed."""
+
+    @property
+    def tools(self) -> tuple[ToolSpec, ...]:
+        """Those of this episode; asked once, after it was opened."""
+        ...
+
+    @property
+    def system_prompt(self) -> str:
+        """First message of the episode: the tools, how to call them, and what of the state is to be known at the beginning."""
+        ...
+
+    def call(self, call: ToolCall) -> str | ToolResult:
+        """Run one tool call that fits its tool's schema.
+
+        Raises:
+            ToolError: it could not be served, or is against the rules; the message becomes the observation.
+        """
+        ...
+
+    def reward(self, answer: str | None) -> float | None:
+        """What the episode is worth, asked once at its end.
+
+        Args:
+            answer: what the policy gave; None when it gave nothing.
+
+        Returns:
+            0 to 1, parts of the way included; None (also what a subclass that says nothing gives) leaves it to the verifier.
+        """
+        return None
+
+    def close(self) -> None:
+        """Tear down. Called once, whatever came before; a killed process cannot call it."""
+        return None
+
+
+@runtime_checkable
+class StatefulEnvironment(Protocol):
+    """Opens a state for every episode."""
+
+    def open(self, task: Task, seed: int) -> Session:
+        """Set up the state of one episode, in a thread of the episode's own. Many are open at once.
+
+        An episode that a kill ended begins here again, with the same seed: what it left outside of the process must not matter.
+
+        Args:
+            task: with its reference answer, which no observation may tell.
+            seed: all that is drawn must follow from it.
         """
         ...
 

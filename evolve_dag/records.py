@@ -6,6 +6,7 @@ written and read by :mod:`evolve_dag.store.artifacts`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -17,7 +18,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 Granularity = Literal["principle", "instance"]
 InjectionPattern = Literal["none", "global", "step_wise"]
 Source = Literal["teacher", "student"]
-TrajectoryStatus = Literal["answered", "forced", "unanswered", "failed"]
+TrajectoryStatus = Literal["answered", "forced", "ended", "unanswered", "failed"]
 PoolOperation = Literal["add", "update", "delete", "merge", "graduate", "recall"]
 Decision = Literal["promote", "keep", "restore"]
 
@@ -44,8 +45,13 @@ class ToolCall:
 
     name: str
     """Tool name exactly as the policy wrote it."""
-    arguments: Mapping[str, str]
-    """Argument name -> value, as text."""
+    arguments: Mapping[str, Any]
+    """Argument name -> value: text, or any JSON value where the tool's schema asks for one."""
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """The arguments as text: what is text as it is, any other value as JSON."""
+        return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in self.arguments.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,9 @@ class Step:
     """Tokens of the context of this call."""
     seconds: float = 0.0
     """Wall time from request to observation."""
+    features: Mapping[str, str] = field(default_factory=dict)
+    """Name -> value of what the environment says of the observation, see :class:`~evolve_dag.protocols.ToolResult`; empty: the
+    text alone speaks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +119,12 @@ class Trajectory:
     """First user message of the clean history (never holds experience)."""
     steps: tuple[Step, ...]
     status: TrajectoryStatus
-    """``answered``; ``forced``: answered only when a limit demanded it; ``unanswered``: the policy came to no answer, its own
-    doing; ``failed``: something else broke (a tool, an endpoint)."""
+    """``answered``; ``forced``: answered only when a limit demanded it; ``ended``: by the environment, before an answer;
+    ``unanswered``: the policy came to no answer, its own doing; ``failed``: something else broke (a tool, an endpoint)."""
     answer: str | None = None
     reward: float | None = None
-    """1.0 right, 0.0 wrong, None not judged (never 0 for 'could not be judged')."""
+    """1.0 right, 0.0 wrong, between them where an environment gives part of it; None not judged (never 0 for 'could not be
+    judged')."""
     error: str | None = None
     """What ended a failed rollout, overflowed the context, or kept the judge from judging; holds no secret."""
     seconds: float = 0.0

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from small_lineage import copy_of, small
 
+from evolve_dag.config.loading import load_experiment
+from evolve_dag.config.outside import group
+from evolve_dag.config.parts import CHOICES, part_of
 from evolve_dag.config.reference import reference
+from evolve_dag.config.schema import Experiment
+from evolve_dag.experience.pool import Pool
+from evolve_dag.inference.roles import Roles
+from evolve_dag.records import ExperienceItem
+from evolve_dag.steps import base
+from evolve_dag.store.artifacts import Store
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,7 +42,16 @@ def test_readme_names_the_two_commands() -> None:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/LOG.md", "docs/pocket_model_card.md", "CONTEXT.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"],
+    [
+        "README.md",
+        "docs/LOG.md",
+        "docs/pocket_model_card.md",
+        "CONTEXT.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "docs/extending.md",
+    ],
 )
 def test_pages_are_finished_and_their_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
@@ -38,6 +59,37 @@ def test_pages_are_finished_and_their_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if "://" not in target:
             assert ((ROOT / page).parent / target).exists(), target
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.S)
+
+
+def test_the_selector_of_the_page_on_extending_runs(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "configs/pocket.yaml", tmp_path)
+    (tmp_path / "mine.py").write_text(blocks("docs/extending.md", "python")[0])
+    (tmp_path / "newest.yaml").write_text(blocks("docs/extending.md", "yaml")[0])
+    settings = load_experiment(tmp_path / "newest.yaml").selection
+    pool = Pool(tuple(ExperienceItem(f"p000{n}", "Search.", "principle") for n in (1, 2, 3)))
+    with Roles(Experiment(experiment="x")) as roles:
+        chosen = roles.run(part_of("selector", settings).make(settings, roles, 0).select("?", (), pool))
+    assert chosen.ids == ("p0002", "p0001")
+
+
+def test_the_step_of_the_page_on_extending_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_lineage: Store) -> None:
+    space: dict[str, Any] = {}
+    exec(blocks("docs/extending.md", "python")[1], space)
+    spec, store = space["SPEC"], copy_of(small_lineage, tmp_path / "store")
+    monkeypatch.setitem(base.SPECS, spec.name, spec)
+    artifact = base.run_step(spec.name, small(), 1, store).artifact
+    assert artifact.summary["answers"] == artifact.frame(spec.tables[0].file).height > 0
+    assert [(one.check, one.passed) for one in spec.examine(artifact, small())] == [("short", True)]
+
+
+def test_the_page_on_extending_names_what_there_is() -> None:
+    page = (ROOT / "docs/extending.md").read_text()
+    for kind, choice in CHOICES.items():
+        assert f"| `{group(kind)}` | `{choice.row}` |" in page
 
 
 def test_figures_of_the_readme_are_those_that_were_measured() -> None:

@@ -8,8 +8,9 @@ policy reads as its observation. Those words hold no tags, because an observatio
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,10 @@ from evolve_dag.records import ToolCall
 _TAG = re.compile(r"</?(?:tool_call|answer)>")
 _MAX_NAME = 40
 """Characters of a name that the policy made up and a message repeats."""
+_MAX_ALLOWED = 200
+"""Characters of what a schema allows, as a message repeats it."""
+_MAX_DEPTH = 32
+"""Levels of lists and objects in an argument; what writes a trajectory down takes some hundred."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +46,12 @@ class ParsedAction:
 NO_ACTION = "there is no tool call and no answer"
 
 
-def parse_action(text: str) -> ParsedAction:
-    """Read one action; never raises."""
+def parse_action(text: str, tools: Sequence[ToolSpec] = ()) -> ParsedAction:
+    """Read one action; never raises.
+
+    Args:
+        tools: those with a schema get their arguments as JSON values; of any other, all arguments are text.
+    """
     reasoning, closed, rest = text.rpartition("</think>")
     body = rest if closed else text
     first = _TAG.search(body)
@@ -69,16 +78,18 @@ def parse_action(text: str) -> ParsedAction:
     if answers:
         answer = answers[0].strip()
         return ParsedAction(thought, answer=answer) if answer else ParsedAction(thought, problem="the answer is empty")
-    call = _parse_call(calls[0])
+    call = _parse_call(calls[0], tools)
     return ParsedAction(thought, problem=call) if isinstance(call, str) else ParsedAction(thought, call=call)
 
 
 def validate_call(call: ToolCall, tools: Sequence[ToolSpec]) -> str | None:
     """What is wrong with the call, given the tools there are; None when it can be made."""
-    spec = next((tool for tool in tools if tool.name == call.name), None)
+    spec = _find(call.name, tools)
     if spec is None:
         known = ", ".join(tool.name for tool in tools) or "none"
         return f"there is no tool {_short(call.name)}; the tools are: {known}"
+    if spec.schema is not None:
+        return _breach(spec.schema, call.arguments, spec.name)
     missing = [name for name in spec.parameters if name not in call.arguments]
     unknown = [_short(name) for name in call.arguments if name not in spec.parameters]
     wants = f"{spec.name} takes {', '.join(spec.parameters) or 'no arguments'}"
@@ -87,6 +98,38 @@ def validate_call(call: ToolCall, tools: Sequence[ToolSpec]) -> str | None:
     if unknown:
         return f"the argument {', '.join(unknown)} is unknown; {wants}"
     return None
+
+
+def _find(name: str, tools: Sequence[ToolSpec]) -> ToolSpec | None:
+    return next((tool for tool in tools if tool.name == name), None)
+
+
+def _breach(schema: Mapping[str, Any], arguments: Mapping[str, Any], tool: str) -> str | None:
+    """How arguments break a schema, the most telling breach alone; it repeats names, no values."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
+    from referencing import Registry
+
+    # An empty registry: a schema that points to an address fetches nothing.
+    error = best_match(Draft202012Validator(schema, registry=Registry()).iter_errors(dict(arguments)))
+    if error is None:
+        return None
+    return f"{_describe_breach(error)}; {tool} takes {', '.join(schema.get('properties', ())) or 'no arguments'}"
+
+
+def _describe_breach(error: Any) -> str:
+    at, rule, bound = [str(part) for part in error.absolute_path], error.validator, error.validator_value
+    if rule == "required":
+        missing = [name for name in bound if name not in error.instance]
+        return f"the argument {_short('.'.join([*at, missing[0]]))} is missing"
+    if rule == "additionalProperties" and bound is False:
+        known = error.schema.get("properties", {})
+        unknown = [name for name in error.instance if name not in known]
+        return f"the argument {_short('.'.join([*at, *unknown[:1]]))} is unknown"
+    wanted = {"type": "be", "enum": "be one of", "const": "be"}.get(rule, f"keep to {rule}")
+    allowed = ", ".join(map(str, bound)) if isinstance(bound, list) else str(bound)
+    where = f"the argument {_short('.'.join(at))}" if at else "the arguments"
+    return f"{where} must {wanted} {_short(allowed, _MAX_ALLOWED)}"
 
 
 def explain(problem: str) -> str:
@@ -114,7 +157,7 @@ def _describe_left_over(tag: str) -> str:
     return f"the {what} is closed but never opened" if tag.startswith("</") else f"the {what} is not closed"
 
 
-def _parse_call(text: str) -> ToolCall | str:
+def _parse_call(text: str, tools: Sequence[ToolSpec]) -> ToolCall | str:
     try:
         # Numbers stay as they were written: 1.0 is not 1, and 007 is refused by JSON, not turned into 7.
         content = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
@@ -129,6 +172,16 @@ def _parse_call(text: str) -> ToolCall | str:
         return "the tool call has no arguments"
     if not isinstance(arguments, dict):
         return "the arguments are not a json object"
+    spec = _find(name, tools)
+    values = _as_text(arguments) if spec is None or spec.schema is None else _as_values(text)
+    if isinstance(values, str):
+        return values
+    if not _is_text(name + json.dumps(values, ensure_ascii=False)):
+        return "the tool call holds characters that are not text"
+    return ToolCall(name, values)
+
+
+def _as_text(arguments: Mapping[str, Any]) -> dict[str, str] | str:
     values: dict[str, str] = {}
     for key, value in arguments.items():
         if isinstance(value, bool):
@@ -137,9 +190,29 @@ def _parse_call(text: str) -> ToolCall | str:
             values[key] = value
         else:
             return f"the argument {_short(key)} is {_kind(value)}, it must be text"
-    if not all(_is_text(part) for part in (name, *values, *values.values())):
-        return "the tool call holds characters that are not text"
-    return ToolCall(name, values)
+    return values
+
+
+def _as_values(text: str) -> dict[str, Any] | str:
+    """The arguments of a call that was read before, its numbers as numbers now."""
+    try:
+        arguments: dict[str, Any] = json.loads(text, parse_float=_number, parse_constant=_number)["arguments"]
+    except ValueError:
+        return "the tool call holds a number that is out of range"
+    return "the arguments are nested too deeply" if _deeper(arguments, _MAX_DEPTH) else arguments
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_deeper(part, levels - 1) for part in parts)
+
+
+def _number(text: str) -> float:
+    """Raises: ValueError, for what JSON does not know (NaN) or no float can hold."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
 
 
 def _kind(value: Any) -> str:
@@ -155,6 +228,6 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _short(name: str) -> str:
+def _short(name: str, characters: int = _MAX_NAME) -> str:
     cleaned = " ".join(name.encode("utf-8", "replace").decode("utf-8").split())
-    return cleaned if len(cleaned) <= _MAX_NAME else cleaned[: _MAX_NAME - 1] + "…"
+    return cleaned if len(cleaned) <= characters else cleaned[: characters - 1] + "…"

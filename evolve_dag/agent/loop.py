@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from evolve_dag.agent.actions import ParsedAction, explain, parse_action, validate_call
+from evolve_dag.agent.sessions import Calls, calls_of, checked_reward
 from evolve_dag.errors import ContextOverflowError
 from evolve_dag.inference.outgoing import estimate
 from evolve_dag.plain import LAST_STEP, plain
@@ -24,7 +25,8 @@ from evolve_dag.protocols import (
     LanguageModel,
     Request,
     Sampling,
-    ToolError,
+    StatefulEnvironment,
+    ToolResult,
 )
 from evolve_dag.records import Message, Step, Task, Trajectory, TrajectoryStatus
 from evolve_dag.secrecy import describe_error
@@ -47,40 +49,48 @@ async def run_episode(
     rollout: int,
     *,
     model: LanguageModel,
-    environment: Environment,
+    environment: Environment | StatefulEnvironment,
     verifier: Verifier,
     settings: RolloutSettings,
     seed: int,
     experience: ExperienceSource | None = None,
 ) -> Trajectory:
-    """Run the policy on ``task`` until it answers, a limit ends the episode, or something fails.
+    """Run the policy on ``task`` until it answers, the environment or a limit ends the episode, or something fails.
 
     The last call that a limit allows is announced in the clean history by :data:`LAST_STEP`. ``max_tokens`` and
     ``max_seconds`` are looked at between calls: past either, the next call is the last. An answer on that call
     is ``forced``; text without any tag counts as one there.
 
     Args:
-        seed: every sampled token follows from it, given the same views.
+        seed: every sampled token follows from it, given the same views; and what an environment with a state draws.
 
     Returns:
-        The trajectory, verified. What the policy brought upon itself (limits, a context that overflows) leaves it
-        ``unanswered`` and is judged so; any other exception but cancellation ends in status ``failed`` with reward None
-        and the steps so far; one of the verifier leaves the status, with reward None.
+        The trajectory, judged by the environment, or where that says nothing by ``verifier``. What the policy brought upon
+        itself (limits, a context that overflows) leaves it ``unanswered`` and is judged so; any other exception but
+        cancellation ends in status ``failed`` with reward None and the steps so far; one of the verifier leaves the status,
+        with reward None. A tear-down that fails is told in ``error`` and costs nothing.
     """
     started = time.monotonic()
     session = f"{task.id}#{rollout}@{next(_session_numbers)}"
-    episode = _Episode(task, rollout, model, environment, settings, seed, experience, session, started)
+    calls = calls_of(environment, task, seed, settings.max_seconds)
+    episode = _Episode(task, rollout, model, calls, settings, seed, experience, session, started)
     try:
         trajectory = await episode.run()
     finally:
         model.release(session)
-    reward, error = None, trajectory.error
-    if trajectory.status != "failed":
-        try:
-            reward = await verifier.verify(task, trajectory.answer)
-        except Exception as problem:
-            error = f"not judged: {describe_error(problem)}"
-    return replace(trajectory, reward=reward, error=error, seconds=time.monotonic() - started)
+        left = await calls.close()
+    if left is not None and trajectory.error is None:
+        trajectory = replace(trajectory, error=f"not torn down: {left}")
+    if trajectory.status != "failed" and trajectory.reward is None:
+        trajectory = await _judged(trajectory, task, verifier)
+    return replace(trajectory, seconds=time.monotonic() - started)
+
+
+async def _judged(trajectory: Trajectory, task: Task, verifier: Verifier) -> Trajectory:
+    try:
+        return replace(trajectory, reward=checked_reward(await verifier.verify(task, trajectory.answer)))
+    except Exception as problem:
+        return replace(trajectory, error=f"not judged: {describe_error(problem)}")
 
 
 class _Episode:
@@ -91,14 +101,14 @@ class _Episode:
         task: Task,
         rollout: int,
         model: LanguageModel,
-        environment: Environment,
+        calls: Calls,
         settings: RolloutSettings,
         seed: int,
         experience: ExperienceSource | None,
         session: str,
         started: float,
     ) -> None:
-        self.model, self.environment, self.settings = model, environment, settings
+        self.model, self.calls, self.settings = model, calls, settings
         self.experience, self.session, self.started = experience, session, started
         self.last = settings.max_steps == 1
         asked = plain(task.question)
@@ -108,7 +118,7 @@ class _Episode:
             task_id=task.id,
             rollout=rollout,
             seed=seed,
-            system=environment.system_prompt,
+            system="",
             question=question,
             steps=(),
             status="unanswered",
@@ -116,13 +126,22 @@ class _Episode:
 
     async def run(self) -> Trajectory:
         try:
+            await self.calls.open()
+            self.trajectory = replace(self.trajectory, system=self.calls.system_prompt)
+            await self.act()
+            reward = await self.calls.reward(self.trajectory.answer)
+            self.trajectory = replace(self.trajectory, reward=reward)
+        except Exception as problem:
+            self.trajectory = replace(self.trajectory, status="failed", answer=None, error=describe_error(problem))
+        return self.trajectory
+
+    async def act(self) -> None:
+        """All steps."""
+        try:
             while not await self.step():
                 pass
         except ContextOverflowError as problem:  # the policy read more than it can hold: it has not answered
             self.trajectory = replace(self.trajectory, error=describe_error(problem))
-        except Exception as problem:
-            self.trajectory = replace(self.trajectory, status="failed", answer=None, error=describe_error(problem))
-        return self.trajectory
 
     async def step(self) -> bool:
         """One model call and its observation; True when the episode is over."""
@@ -143,14 +162,14 @@ class _Episode:
                 self.session,
             )
         )
-        action = parse_action(completion.text)
+        action = parse_action(completion.text, self.calls.tools)
         if (self.last or self.settings.plain_answers) and action.plain and completion.text.strip():
             action = ParsedAction("", answer=completion.text.strip())
         problem = action.problem
         if problem is not None and completion.finish_reason == "length":
             problem = f"the action is longer than {self.settings.max_action_tokens} tokens"
         if action.call is not None:
-            problem = validate_call(action.call, self.environment.tools)
+            problem = validate_call(action.call, self.calls.tools)
         step = Step(
             index=index,
             text=completion.text,
@@ -174,20 +193,19 @@ class _Episode:
         # Recorded before the tool runs: should it break, the row still shows which call broke it.
         before = self.trajectory
         self.record(step)
-        observation = explain(problem) if problem is not None else await self.observe(step)
-        self.last = self.limit_reached(index, completion, observation)
+        result = ToolResult(explain(problem)) if problem is not None else await self.observe(step)
+        observation = result.text
+        self.last = not result.done and self.limit_reached(index, completion, observation)
         if self.last:
             observation = f"{observation}\n{LAST_STEP}"
+        step = replace(step, observation=observation, features=result.features, seconds=time.monotonic() - begun)
         self.trajectory = before
-        self.record(replace(step, observation=observation, seconds=time.monotonic() - begun))
-        return False
+        self.record(step, "ended" if result.done else "unanswered")
+        return result.done
 
-    async def observe(self, step: Step) -> str:
+    async def observe(self, step: Step) -> ToolResult:
         assert step.call is not None
-        try:
-            return plain(await self.environment.call(step.call))
-        except ToolError as problem:
-            return plain(str(problem)) or "error"
+        return await self.calls.call(step.call)
 
     def limit_reached(self, index: int, completion: Completion, observation: str) -> bool:
         """Whether the next call is the last one."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from evolve_dag.agent.loop import run_episode
 from evolve_dag.errors import DataError
-from evolve_dag.protocols import Environment, ExperienceSource, LanguageModel
+from evolve_dag.protocols import Environment, ExperienceSource, LanguageModel, StatefulEnvironment
 from evolve_dag.records import Task, Trajectory
 from evolve_dag.seeds import stable_hash
 
@@ -30,7 +30,7 @@ def run_rollouts(
     group_size: int,
     *,
     model: LanguageModel,
-    environment: Environment,
+    environment: Environment | StatefulEnvironment,
     verifier: Verifier,
     settings: RolloutSettings,
     seed: int,
@@ -64,7 +64,7 @@ async def gather_rollouts(
     group_size: int,
     *,
     model: LanguageModel,
-    environment: Environment,
+    environment: Environment | StatefulEnvironment,
     verifier: Verifier,
     settings: RolloutSettings,
     seed: int,

@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from evolve_dag.config.parts import Chosen, chosen
+from evolve_dag.config.outside import beside
+from evolve_dag.config.parts import CHOICES, UNUSABLE, Chosen, chosen
 from evolve_dag.config.schema import Experiment, contradictions
 from evolve_dag.config.section import PATH, S, Section, marked
 from evolve_dag.config.yamlfile import read_mapping
@@ -50,7 +51,7 @@ def read_experiment(
         raise ConfigError(f"{path}: is a study, not an experiment", f"run it as one: evolve study {path}")
     merged.setdefault("experiment", path.stem)
     for part in over:
-        _overlay(merged, deepcopy(dict(part)), "", stated_in or path, origin)
+        _overlay(merged, _located(deepcopy(dict(part)), stated_in or path), "", stated_in or path, origin)
     try:
         experiment = Experiment.model_validate(merged)
     except ValidationError as error:
@@ -96,8 +97,30 @@ def _merge_chain(path: Path, seen: tuple[Path, ...], mistakes: list[str]) -> tup
         base, origin = _merge_chain(path.parent / parent, (*seen, resolved), mistakes)
         if "experiment" not in content:
             base.pop("experiment", None)
-    _overlay(base, content, "", path, origin)
+    _overlay(base, _located(content, path), "", path, origin)
     return base, origin
+
+
+def _located(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """``content`` with the parts that lie in a file beside ``path`` named by their place; changed."""
+    for choice in CHOICES.values():
+        for place in choice.places:
+            *parents, last = place.split(".")
+            for holder in _below(content, parents):
+                if last in holder:
+                    holder[last] = beside(holder[last], path)
+    return content
+
+
+def _below(content: Any, parents: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The mappings under dotted names, ``*`` being any."""
+    if not isinstance(content, dict):
+        return
+    if not parents:
+        yield content
+        return
+    for name in content if parents[0] == "*" else [parents[0]]:
+        yield from _below(content.get(name), parents[1:])
 
 
 def _absolute(section: S, prefix: str, base: Callable[[str], Path], mistakes: list[str]) -> S:
@@ -197,7 +220,8 @@ def described(error: Any, model: type[Section], content: Mapping[str, Any]) -> s
         what = "missing"
     else:
         # Where the name of an environment variable belongs, a mistake may be the secret itself.
-        hidden = isinstance(error["input"], (dict, list)) or location[-1] in ("key", "webhook")
+        told = error["type"] == UNUSABLE
+        hidden = told or isinstance(error["input"], (dict, list)) or location[-1] in ("key", "webhook")
         shown = "" if hidden else f", not {error['input']!r}"
         what = re.sub(r"^(Input|Value error,) ?", "", error["msg"]) + shown
     return f"{key or 'file'}: {what}"

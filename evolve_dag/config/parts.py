@@ -2,21 +2,27 @@
 
 Of a *part* there is one row (:class:`Part`), and it stands in the part's own module, beside the code that it describes: the
 settings that it alone has, how it is made, the models and prompts that it uses, what it needs. Here is only where each name
-leads (:data:`CHOICES`); a row is imported when an experiment names it. :func:`part` is the one place where a name becomes code.
+leads (:data:`CHOICES`); a row is imported when an experiment names it. :func:`part` is the one place where a name becomes code,
+and where parts that others wrote come in (:mod:`evolve_dag.config.outside`): they are what ours are, within limits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from evolve_dag.config.fence import Fence
+from evolve_dag.config.outside import FILE, Found, changed, find, installed
 from evolve_dag.config.section import MOST, Section
+from evolve_dag.errors import PartError
+from evolve_dag.secrecy import describe_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +35,22 @@ class Choice:
     """The section of the experiment that is this part's settings; None where the name stands alone or in several places."""
     rows: Mapping[str, str]
     """Name -> where its row is, ``module:attribute``."""
+    row: str
+    """What the row of such a part must be, ``module:class``."""
+    settings: str | None = None
+    """What its settings must be, ``module:class``; None: it has none."""
+    elsewhere: tuple[str, ...] = ()
+    """Dotted keys where such parts are named, where it is no section; ``*`` stands for any name."""
 
     @property
     def place(self) -> str:
         """As people write it: ``selection.selector``."""
         return f"{self.section}.{self.key}" if self.section else self.key
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Every dotted key that names such a part."""
+        return self.elsewhere or (self.place,)
 
 
 CHOICES: Mapping[str, Choice] = {
@@ -45,6 +62,8 @@ CHOICES: Mapping[str, Choice] = {
             "corpus": "evolve_dag.environments.corpus:CORPUS",
             "tools": "evolve_dag.environments.web.tools:TOOLS",
         },
+        row="evolve_dag.environments.base:EnvironmentPart",
+        settings="evolve_dag.config.parts:EnvironmentSettings",
     ),
     "verifier": Choice(
         "kind",
@@ -55,6 +74,8 @@ CHOICES: Mapping[str, Choice] = {
             "mathematics": "evolve_dag.verification.mathematics:MATHEMATICS",
             "judge": "evolve_dag.verification.judge:JUDGE",
         },
+        row="evolve_dag.verification.base:VerifierPart",
+        settings="evolve_dag.config.parts:VerificationSettings",
     ),
     "extractor": Choice(
         "extractor",
@@ -63,6 +84,8 @@ CHOICES: Mapping[str, Choice] = {
             "contrast": "evolve_dag.experience.extraction.mining:CONTRAST",
             "llm": "evolve_dag.experience.extraction.llm:LLM",
         },
+        row="evolve_dag.experience.extraction.base:ExtractorPart",
+        settings="evolve_dag.config.parts:ExtractionSettings",
     ),
     "selector": Choice(
         "selector",
@@ -73,6 +96,8 @@ CHOICES: Mapping[str, Choice] = {
             "embedding": "evolve_dag.experience.selection.embedding:EMBEDDING",
             "llm": "evolve_dag.experience.selection.llm:LLM",
         },
+        row="evolve_dag.experience.selection.base:SelectorPart",
+        settings="evolve_dag.config.parts:SelectionSettings",
     ),
     "backend": Choice(
         "backend",
@@ -82,6 +107,9 @@ CHOICES: Mapping[str, Choice] = {
             "vllm": "evolve_dag.inference.backends:VLLM",
             "openai": "evolve_dag.inference.backends:OPENAI",
         },
+        row="evolve_dag.inference.backends:BackendPart",
+        settings="evolve_dag.config.schema:ModelSettings",
+        elsewhere=("models.*.backend",),
     ),
     "divergence": Choice(
         "divergence",
@@ -92,6 +120,8 @@ CHOICES: Mapping[str, Choice] = {
             "jsd": "evolve_dag.distillation.divergences:JSD",
             "cross_entropy": "evolve_dag.distillation.divergences:CROSS_ENTROPY",
         },
+        row="evolve_dag.distillation.divergences:Divergence",
+        elsewhere=("regime.divergence",),
     ),
     "suite": Choice(
         "suite",
@@ -104,6 +134,8 @@ CHOICES: Mapping[str, Choice] = {
             "aime": "evolve_dag.tasks.formats:AIME",
             "dapo": "evolve_dag.tasks.formats:DAPO",
         },
+        row="evolve_dag.tasks.formats:Suite",
+        elsewhere=("tasks.*.suite",),
     ),
 }
 
@@ -112,6 +144,19 @@ S = TypeVar("S", bound=Section)
 
 def _nothing(settings: Any, experiment: Any = None) -> tuple[Any, ...]:
     return ()
+
+
+def _listed(function: Callable[..., Iterable[str]]) -> Callable[..., tuple[str, ...]]:
+    """``function``, which others wrote and which may be a generator, read to its end."""
+    return lambda *args: tuple(map(str, function(*args)))
+
+
+def _pairs(function: Callable[..., Iterable[tuple[str, str]]]) -> Callable[..., list[tuple[str, str]]]:
+    return lambda *args: [(str(key), str(what)) for key, what in function(*args)]
+
+
+def _no_data(settings: Any) -> str:
+    return ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +179,23 @@ class Part(Generic[S]):
     """Module that it cannot work without -> the extra of this package that brings it."""
     variables: Sequence[str] = ()
     """Environment variables that it may read keys from."""
+    data: Callable[[S], str] = _no_data
+    """(settings) -> digest of what decides it and is neither in its code nor behind a key that is a file; '' for none."""
+    seconds: float = 60.0
+    """Longest that one call of a part from outside may take; what takes longer has failed."""
+
+    def fenced(self, fence: Fence) -> Self:
+        """The same row within limits, for a part from outside. What a row's class knows of the part itself, it adds."""
+        functions = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "settings"}
+        functions |= {name: _listed(functions[name]) for name in ("roles", "prompts", "unread")}
+        functions["mistakes"] = _pairs(functions["mistakes"])
+        fenced: dict[str, Any] = {name: fence.around(value) for name, value in functions.items() if callable(value)}
+        make = fenced["make"]
+        return replace(self, **fenced | {"make": lambda *given: self.held(make(*given), fence)})
+
+    def held(self, made: Any, fence: Fence) -> Any:
+        """What ``make`` gave, within limits."""
+        return made
 
 
 class EnvironmentSettings(Section):
@@ -173,12 +235,124 @@ def part(choice: str, name: str) -> Any:
 
     Raises:
         ValueError: nothing has that name; says which names there are.
+        PartError: what has that name comes from outside, and is no such part.
     """
-    rows = CHOICES[choice].rows
-    if not isinstance(name, str) or name not in rows:
-        raise ValueError(f"unknown {choice} {name!r}: should be {either(rows)}")
-    module, _, attribute = rows[name].partition(":")
+    ours = CHOICES[choice].rows
+    if isinstance(name, str):
+        if name in ours:
+            return _at(ours[name])
+        if (found := outside(choice, name)) is not None:
+            return found.row
+    raise ValueError(f"unknown {choice} {name!r}: should be {either(names(choice))}")
+
+
+_outside: dict[tuple[str, str], Found] = {}
+"""Rows from outside that this process has, within their limits."""
+
+
+def outside(choice: str, name: str) -> Found | None:
+    """What ``name`` leads to outside of this package, checked and fenced; None for a part of ours, and for no part.
+
+    Raises:
+        PartError: it cannot be imported, or is no such part.
+    """
+    if name in CHOICES[choice].rows:
+        return None
+    if (choice, name) not in _outside:
+        if (found := find(choice, name)) is None:
+            return None
+        _refuse_what_is_no_row(choice, found)
+        fence = Fence(f"{choice} {found.name} ({found.origin})", getattr(found.row, "seconds", 60.0))
+        _outside.setdefault((choice, name), replace(found, row=found.row.fenced(fence)))
+    return _outside[choice, name]
+
+
+def _refuse_what_is_no_row(choice: str, found: Found) -> None:
+    told, place = f"{choice} {found.name} ({found.origin})", CHOICES[choice]
+    wanted = _at(place.row)
+    if not isinstance(found.row, wanted):
+        it = f"the class {found.row.__name__}" if isinstance(found.row, type) else f"a {type(found.row).__name__}"
+        raise PartError(f"{told}: is {it}, not a row: a {wanted.__name__}", "docs/extending.md shows a row of each kind")
+    base = _at(place.settings) if place.settings else None
+    if base is not None and not (isinstance(found.row.settings, type) and issubclass(found.row.settings, base)):
+        raise PartError(f"{told}: its settings are no {base.__name__}", f"derive them from {place.settings}")
+    if isinstance(found.row, Part) and not (isinstance(found.row.seconds, (int, float)) and 0 < found.row.seconds < math.inf):
+        raise PartError(f"{told}: `seconds` must be a positive number, not {found.row.seconds!r}", "mend the row")
+
+
+def _at(place: str) -> Any:
+    module, _, attribute = place.partition(":")
     return getattr(import_module(module), attribute)
+
+
+def names(choice: str) -> list[str]:
+    """Every name that can stand in an experiment file: ours, then those of installed distributions."""
+    ours = CHOICES[choice].rows
+    return [*ours, *sorted(name for name in installed(choice) if name not in ours)]
+
+
+def usable(choice: str) -> list[str]:
+    """Those of :func:`names` that lead to a part."""
+
+    def leads(name: str) -> bool:
+        try:
+            part(choice, name)
+        except PartError:
+            return False
+        return True
+
+    return [name for name in names(choice) if leads(name)]
+
+
+def identity(choice: str, name: str, settings: Section) -> str:
+    """What stands for a part in a digest: the name of one of ours, whose code the steps' versions stand for; else what it is.
+
+    Raises:
+        PartError: it cannot be used, or cannot say what its data is.
+    """
+    if (found := outside(choice, name)) is None:
+        return name
+    data = found.row.data(settings) if isinstance(found.row, Part) else ""
+    return f"{found.identity} {data}" if data else found.identity
+
+
+def named_by(section: Section, key: str) -> str | None:
+    """The choice whose parts the key of a section names; None where it names none."""
+    field = type(section).model_fields[key]
+    if (one := known(field)) is not None:
+        return one.choice
+    choices = (name for name, choice in CHOICES.items() if choice.settings and choice.key == key)
+    return next((name for name in choices if isinstance(section, _at(str(CHOICES[name].settings)))), None)
+
+
+def parts_beside(experiment: Section) -> list[str]:
+    """What an experiment names of parts in files beside it: ``selector newest:NEWEST (file, sha256:...)``."""
+    told = []
+    for key in type(experiment).model_fields:
+        value = getattr(experiment, key)
+        if isinstance(value, Section):
+            told += parts_beside(value)
+        elif (choice := named_by(experiment, key)) and (found := outside(choice, value)) and found.origin == FILE:
+            told.append(f"{choice} {found.identity}")
+    return told
+
+
+def altered() -> list[str]:
+    """Parts from outside whose installed code is another than what this process has loaded."""
+    return [found.identity for (choice, _), found in _outside.items() if changed(found, choice)]
+
+
+def mistakes(choice: str, settings: Section, experiment: Any) -> list[tuple[str, str]]:
+    """What cannot work of a chosen part: (dotted key, what is wrong); also where the row itself fails to say."""
+    row = part_of(choice, settings)
+    try:
+        row.data(settings)
+        unknown = [role for role in row.roles(settings) if role not in type(experiment.models).model_fields]
+        row.prompts(settings, experiment), row.unread(settings, experiment)
+        wrong = [(CHOICES[choice].place, f"its row asks models.{role}, which is no role") for role in unknown]
+        return wrong or list(row.mistakes(settings, experiment))
+    except PartError as error:
+        return [(CHOICES[choice].place, error.what)]
 
 
 def part_of(choice: str, settings: Section) -> Any:
@@ -187,11 +361,10 @@ def part_of(choice: str, settings: Section) -> Any:
 
 
 def parts() -> Iterator[tuple[Choice, str, Part[Any]]]:
-    """Every part that has settings: (the choice, its name, its row)."""
+    """Every part that has settings and can be used: (the choice, its name, its row)."""
     for kind, choice in CHOICES.items():
-        for name in choice.rows:
-            row = part(kind, name)
-            if isinstance(row, Part):
+        for name in usable(kind):
+            if isinstance(row := part(kind, name), Part):
                 yield choice, name, row
 
 
@@ -210,9 +383,19 @@ class Known:
     def __call__(self, name: str) -> str:
         try:
             part(self.choice, name)
+        except PartError as error:
+            raise _unusable(error) from None
         except ValueError:
-            raise ValueError(f"should be {either(CHOICES[self.choice].rows)}") from None
+            raise ValueError(f"should be {either(names(self.choice))}") from None
         return name
+
+
+UNUSABLE = "unusable_part"
+"""Type of the mistake that a part from outside cannot be used: its message says it all."""
+
+
+def _unusable(error: PartError) -> PydanticCustomError:
+    return PydanticCustomError(UNUSABLE, "{what}", {"what": error.what})
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,11 +416,25 @@ class Chosen:
         if not isinstance(value, dict):
             words = "".join(f" or {word!r}" for word in self.words if word is not None)
             raise ValueError(f"should be a mapping{words}")
-        name, settings = self.name(value), self.settings(value)
-        if settings is None:
-            wrong = PydanticCustomError("part", "should be {names}", {"names": either(self.names)})
-            raise ValidationError.from_exception_data(self.choice, [InitErrorDetails(type=wrong, loc=(self.key,), input=name)])
-        return settings.model_validate({**value, self.key: name})
+        name = self.name(value)
+        try:
+            part(self.choice, name)
+        except PartError as error:
+            raise self._mistake(_unusable(error), name) from None
+        except ValueError:
+            pass
+        if (settings := self.settings(value)) is None:
+            raise self._mistake(PydanticCustomError("part", "should be {names}", {"names": either(self.names)}), name)
+        try:
+            return settings.model_validate({**value, self.key: name})
+        except ValidationError:
+            raise
+        except Exception as error:  # in a validator that others wrote
+            told = PartError(f"{self.choice} {name}: its settings: {describe_error(error)}")
+            raise self._mistake(_unusable(told), name) from error
+
+    def _mistake(self, error: PydanticCustomError, name: Any) -> ValidationError:
+        return ValidationError.from_exception_data(self.choice, [InitErrorDetails(type=error, loc=(self.key,), input=name)])
 
     @property
     def key(self) -> str:
@@ -256,14 +453,14 @@ class Chosen:
         """The settings of that part; None where it may not stand here, or is not known."""
         try:
             settings: type[Section] = part(self.choice, self.name(value)).settings
-        except ValueError:
+        except (ValueError, PartError):
             return None
         return settings if issubclass(settings, self.base) else None
 
     @property
     def names(self) -> list[str]:
         """Parts that may stand here."""
-        return [name for name in CHOICES[self.choice].rows if self.settings({self.key: name}) is not None]
+        return [name for name in names(self.choice) if self.settings({self.key: name}) is not None]
 
     def fields(self, name: str) -> Mapping[str, FieldInfo]:
         """Keys of one of them."""

@@ -1,7 +1,11 @@
-"""Writes docs/configuration.md from the settings classes: ``python -m evolve_dag.config.reference``."""
+"""Writes docs/configuration.md from the settings classes: ``python -m evolve_dag.config.reference``.
+
+With a file, ``python -m evolve_dag.config.reference mine.md``, it writes that one, with the parts of installed distributions.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
@@ -9,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from evolve_dag.config.parts import CHOICES, Chosen, chosen, known
+from evolve_dag.config.parts import CHOICES, Chosen, chosen, known, usable
 from evolve_dag.config.schema import Experiment, Models
 from evolve_dag.config.section import Section
 from evolve_dag.config.study import ArmSettings, StudySettings
@@ -34,15 +38,19 @@ an environment starts anew.
 HEAD = INTRODUCTION[INTRODUCTION.rindex("| key |") :]
 
 
-def reference() -> str:
-    """The page."""
-    parts = [INTRODUCTION, _table(_rows(Experiment, ""))]
+def reference(*, outside: bool = False) -> str:
+    """The page.
+
+    Args:
+        outside: with the parts that installed distributions bring and that can be used.
+    """
+    parts = [INTRODUCTION, _table(_rows(Experiment, "", outside=outside))]
     for name, field in Experiment.model_fields.items():
         if (chooser := chosen(field)) is not None:
-            parts += _sections(chooser, f"{name}.")
+            parts += _sections(chooser, f"{name}.", outside)
     policy = chosen(Models.model_fields["extractor"])
     assert policy is not None
-    parts += _sections(policy, "")
+    parts += _sections(policy, "", outside)
     for title, section in (
         ("A study file, for `evolve study`", StudySettings),
         ("An arm of a study: an experiment file, or a mapping", ArmSettings),
@@ -51,9 +59,9 @@ def reference() -> str:
     return "".join(parts)
 
 
-def _sections(chooser: Chosen, prefix: str) -> Iterator[str]:
+def _sections(chooser: Chosen, prefix: str, outside: bool) -> Iterator[str]:
     """A table for every part that can be named."""
-    for name in chooser.names:
+    for name in _of(chooser.choice, chooser.names, outside):
         settings = chooser.settings({chooser.key: name})
         assert settings is not None
         rows = _table(_rows(settings, prefix, skip=chooser.key))
@@ -65,7 +73,11 @@ def _table(rows: Iterator[tuple[str, str, str, str]]) -> str:
     return "".join(f"| `{key}` | {kind} | {default} | {meaning} |\n" for key, kind, default, meaning in rows)
 
 
-def _rows(section: type[Section], prefix: str, skip: str = "") -> Iterator[tuple[str, str, str, str]]:
+def _of(choice: str, names: Iterable[str], outside: bool) -> list[str]:
+    return [name for name in names if outside or name in CHOICES[choice].rows]
+
+
+def _rows(section: type[Section], prefix: str, skip: str = "", outside: bool = False) -> Iterator[tuple[str, str, str, str]]:
     for name, field in section.model_fields.items():
         key, inner, says = f"{prefix}{name}", field.annotation, _line(field.description)
         if name == skip:
@@ -76,14 +88,14 @@ def _rows(section: type[Section], prefix: str, skip: str = "") -> Iterator[tuple
         elif (chooser := chosen(field)) is not None:
             yield (
                 f"{key}.{chooser.key}",
-                _names(chooser.names),
+                _names(_of(chooser.choice, chooser.names, outside)),
                 _text(chooser.default),
                 " ".join((chooser.base.__doc__ or "").split()),
             )
         elif (named := known(field)) is not None:
-            yield key, _names(CHOICES[named.choice].rows), _text(field.default), says
+            yield key, _names(_of(named.choice, usable(named.choice), outside)), _text(field.default), says
         elif isinstance(inner, type) and issubclass(inner, Section):
-            yield from _rows(inner, f"{key}.")
+            yield from _rows(inner, f"{key}.", outside=outside)
         else:
             default = "required" if field.is_required() else "none" if field.default_factory else _text(field.default)
             yield key, _type(inner) + _bounds(field.metadata), default, says
@@ -127,7 +139,9 @@ def _bounds(metadata: list[Any]) -> str:
 
 def main() -> None:
     """Write the page."""
-    Path("docs/configuration.md").write_text(reference(), encoding="utf-8")
+    mine = sys.argv[1:]
+    page = reference(outside=bool(mine))
+    Path(*mine or ["docs/configuration.md"]).write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from evolve_dag.config.parts import (
     Known,
     SelectionSettings,
     VerificationSettings,
+    mistakes,
     part,
-    part_of,
 )
 from evolve_dag.config.scheduling import check_cron, check_timezone
 from evolve_dag.config.section import MOST, PATH, RUNTIME, Section, Strings, marked
@@ -226,7 +226,8 @@ class RolloutSettings(Section):
     max_action_tokens: int = Field(48, ge=4, le=MOST)
     """Tokens of one action."""
     max_seconds: float = Field(600.0, gt=0, le=1e7)
-    """Wall time of one episode; past it the next call is told to answer."""
+    """Wall time of one episode; past it the next call is told to answer. An episode fails when its environment takes longer
+    than that over its set-up or over one call."""
     plain_answers: bool = False
     """Whether a turn without a tool call is the final answer, as chat models are wont to give it; else it is malformed."""
 
@@ -303,7 +304,7 @@ class GateSettings(Section):
     max_premature_rise: float = Field(0.10, ge=0.0, le=1.0)
     """Largest rise of the premature-answer rate."""
     max_turn_ratio: float = Field(2.0, gt=1.0)
-    """Largest ratio of mean turns, candidate over champion."""
+    """Largest ratio of mean turns, candidate over the best champion, unless success is significantly better."""
 
 
 class TrackingSettings(Section):
@@ -445,5 +446,5 @@ def contradictions(e: Experiment) -> list[tuple[str, str]]:
     for choice, place in CHOICES.items():
         if place.section is not None:
             settings = getattr(e, place.section)
-            found.extend(part_of(choice, settings).mistakes(settings, e))
+            found.extend(mistakes(choice, settings, e))
     return found

@@ -12,8 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from evolve_dag.config.fence import Fence
+from evolve_dag.config.schema import DistillationSettings
+from evolve_dag.errors import PartError
+from evolve_dag.secrecy import describe_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +37,31 @@ class Divergence:
     compared, the sampled tokens are learned, and no teacher is needed."""
     keys: tuple[str, ...] = ()
     """Keys of ``distillation`` that it alone reads."""
+
+    def fenced(self, fence: Fence) -> Self:
+        """The same row for a divergence from outside: one that fails ends the training with its name, and nothing is stored.
+
+        It works inside of autograd, in the training's own thread, so the time that it takes is not limited.
+
+        Raises:
+            PartError: it names keys that are not there.
+        """
+        if unknown := set(self.keys) - set(DistillationSettings.model_fields):
+            raise fence.nonsense(f"there is no key distillation.{sorted(unknown)[0]}")
+        if (loss := self.loss) is None:
+            return self
+
+        def checked(p_N_K: Tensor, q_N_K: Tensor, **options: Any) -> Tensor:
+            try:
+                losses = loss(p_N_K, q_N_K, **options)
+            except Exception as error:
+                raise PartError(f"{fence.part}: {describe_error(error)}", "mend the part") from error
+            if getattr(losses, "shape", None) != p_N_K.shape[:1]:
+                shape = tuple(getattr(losses, "shape", ())) or type(losses).__name__
+                raise fence.nonsense(f"one loss a token, ({p_N_K.shape[0]},), not {shape}")
+            return losses
+
+        return replace(self, loss=checked)
 
 
 def _expectation(log_weight: Tensor, difference: Tensor) -> Tensor:

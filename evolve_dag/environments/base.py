@@ -1,16 +1,19 @@
-"""The row of an environment, and what one is opened with."""
+"""The row of an environment, what one is opened with, and how it tells a policy of its tools."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from evolve_dag.config.fence import Fence
 from evolve_dag.config.parts import EnvironmentSettings, Part
 from evolve_dag.config.schema import Experiment, PolicySettings, TaskSplit
+from evolve_dag.environments.fenced import FencedEnvironment
 from evolve_dag.inference.roles import Roles
-from evolve_dag.protocols import Environment
+from evolve_dag.protocols import Environment, StatefulEnvironment, ToolSpec
 from evolve_dag.records import Task
 
 
@@ -37,7 +40,7 @@ def _no_file(settings: Any) -> None:
 class EnvironmentPart(Part[S]):
     """The row of an environment."""
 
-    make: Callable[[S, Place], Environment]
+    make: Callable[[S, Place], Environment | StatefulEnvironment]
     """(settings, place) -> what answers the tool calls of one split."""
     tasks: Callable[[TaskSplit, str], tuple[Task, ...]] | None = None
     """(split, its name) -> tasks that the environment makes itself, other ones for every split; None: they are in files."""
@@ -45,6 +48,10 @@ class EnvironmentPart(Part[S]):
     """(split, iteration) -> what of the split of a stream of such tasks is another in that iteration."""
     check: Callable[[S], object] = _no_file
     """Reads the files that it names as a run will, so that their mistakes show before one begins. Raises DataError."""
+
+    def held(self, made: Any, fence: Fence) -> Any:
+        """An environment without state within limits; one with a state has a thread an episode."""
+        return FencedEnvironment(made, fence) if hasattr(made, "call") else made
 
 
 def file_tasks(experiment: Experiment) -> list[tuple[str, str]]:
@@ -57,3 +64,20 @@ def file_tasks(experiment: Experiment) -> list[tuple[str, str]]:
         elif split.stream and split.count is None and not Path(split.path).is_dir():
             found.append((f"tasks.{name}.count", "missing: how many rows of the file an iteration takes"))
     return found
+
+
+def tool_prompt(tools: Sequence[ToolSpec]) -> str:
+    """System message in the style of Qwen3's chat template: tools as JSON schema, the call's form, the answer's form."""
+    functions = [{"name": tool.name, "description": tool.description, "parameters": tool.arguments} for tool in tools]
+    listing = "\n".join(json.dumps({"type": "function", "function": one}, ensure_ascii=False) for one in functions)
+    return (
+        "Answer the question with the tools below. Before each step, say in a few words what you need next; "
+        "then either call one tool or give the final answer.\n\n"
+        "# Tools\n\n"
+        "You are provided with function signatures within <tools></tools> XML tags:\n"
+        f"<tools>\n{listing}\n</tools>\n\n"
+        "For a function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n"
+        '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>\n\n'
+        "For the final answer, write the answer alone within <answer></answer> XML tags:\n"
+        "<answer>the answer</answer>"
+    )

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from evolve_dag.config.parts import EnvironmentSettings
 from evolve_dag.config.section import PATH
-from evolve_dag.environments.base import EnvironmentPart, Place, file_tasks
+from evolve_dag.environments.base import EnvironmentPart, Place, file_tasks, tool_prompt
 from evolve_dag.errors import DataError
 from evolve_dag.inference.folders import is_pocket
 from evolve_dag.jsonlines import SHOWN, Mistake, kind_of, read_objects, refuse, text_mistakes
@@ -437,37 +437,6 @@ def title_mistakes(titles: Sequence[str], places: Sequence[str] | None = None) -
         else:
             first[fold(title)] = number
     return found
-
-
-def tool_prompt(tools: Sequence[ToolSpec]) -> str:
-    """System message in the style of Qwen3's chat template: tools as JSON schema, the call's form, the answer's form."""
-    schemas = [
-        {
-            "type": "function",
-            "function": {
-                "name": tool.name,
-                "description": tool.description,
-                "parameters": {
-                    "type": "object",
-                    "properties": {name: {"type": "string", "description": what} for name, what in tool.parameters.items()},
-                    "required": list(tool.parameters),
-                },
-            },
-        }
-        for tool in tools
-    ]
-    listing = "\n".join(json.dumps(schema, ensure_ascii=False) for schema in schemas)
-    return (
-        "Answer the question with the tools below. Before each step, say in a few words what you need next; "
-        "then either call one tool or give the final answer.\n\n"
-        "# Tools\n\n"
-        "You are provided with function signatures within <tools></tools> XML tags:\n"
-        f"<tools>\n{listing}\n</tools>\n\n"
-        "For a function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n"
-        '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>\n\n'
-        "For the final answer, write the answer alone within <answer></answer> XML tags:\n"
-        "<answer>the answer</answer>"
-    )
 
 
 def argument(call: ToolCall, name: str) -> str:

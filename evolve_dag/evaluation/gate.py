@@ -91,8 +91,8 @@ def decide(
 
     Declined is a candidate when too few tasks were judged on both sides, on a significant loss of success (the interval of the
     paired difference lies wholly below ``-margin``, among the judged tasks or among all), on a rise of premature answers above
-    ``max_premature_rise``, and on a ratio of mean turns above ``max_turn_ratio``. All checks run, so ``reasons`` names every
-    one that failed.
+    ``max_premature_rise``, and on a ratio of mean turns above ``max_turn_ratio`` that brought no significant gain of success.
+    All checks run, so ``reasons`` names every one that failed.
 
     Args:
         candidate: scores of the new policy on the development tasks, of one condition.
@@ -175,13 +175,16 @@ def _findings(night: Night, settings: GateSettings, seed: int) -> Iterator[_Find
         f"at least {LEAST_JUDGED:.0%} must be"
     )
     yield _Finding(sentence if few else "", few, {"tasks": night.tasks, "judged_tasks": common})
+    better = False
     if common:
-        yield _success(night.candidate, night.best, settings, seed)
+        success = _success(night.candidate, night.best, settings, seed)
+        better = (success.evidence["success_low"] or 0.0) > 0
+        yield success
     if night.everything is not None:
         yield _success(*night.everything, settings, seed, of="all_")
     if night.tasks:
         yield _premature(night.premature, settings)
-        yield _turns(night.turns, settings)
+        yield _turns(night.turns, settings, better=better)
 
 
 def _success(candidate_T: Floats, best_T: Floats, settings: GateSettings, seed: int, of: str = "") -> _Finding:
@@ -217,13 +220,16 @@ def _premature(rates: tuple[float, float], settings: GateSettings) -> _Finding:
     )
 
 
-def _turns(means: tuple[float, float], settings: GateSettings) -> _Finding:
+def _turns(means: tuple[float, float], settings: GateSettings, *, better: bool) -> _Finding:
+    """Does the candidate take many more turns, and nothing for it? A policy that used to give up early learns to take them."""
     candidate, best = means
     ratio, most = candidate / best if best else None, settings.max_turn_ratio
     numbers = {"turns_candidate": candidate, "turns_best": best, "turn_ratio": ratio, "max_turn_ratio": most}
     if ratio is None:
         return _Finding(f"mean turns {candidate:.2f}; the best champion took none, so there is no ratio", False, numbers)
     sentence = f"mean turns {candidate:.2f} against {best:.2f}: {ratio:.2f} times as many, at most {most:.2f} allowed"
+    if better:
+        return _Finding(f"{sentence}, or more where success is significantly better, as it is", False, numbers)
     return _Finding(sentence, ratio > most, numbers)
 
 

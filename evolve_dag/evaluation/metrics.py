@@ -121,7 +121,7 @@ def read_text(step: Step) -> str:
     lines = [line for line in step.observation.splitlines() if line.strip() and line.strip() != LAST_STEP]
     if len(lines) == 1:
         alone = _normal(lines[0])
-        for asked in sorted((_normal(v) for v in step.call.arguments.values()), key=len, reverse=True):
+        for asked in sorted((_normal(v) for v in step.call.texts.values()), key=len, reverse=True):
             alone = alone.replace(asked, " ") if asked else alone
         return alone
     return "\n".join(lines)

@@ -1,8 +1,11 @@
-"""Features that any tool-use trajectory has, computed from its text alone (METHOD step 3, DESIGN: extraction).
+"""Features that any tool-use trajectory has (METHOD step 3, DESIGN: extraction).
 
 Before each step the *situation* is a mapping feature -> value (:func:`features`); the step itself is one
 *action* value (:func:`action`). Both read only the question, the earlier calls and what they returned. They
-know no world, no page kinds and no agent; the rules, in the order in which they are tried, are:
+know no world, no page kinds and no agent. Where the environment describes an observation itself
+(:attr:`~evolve_dag.records.Step.features`), its word counts and the text is not read: ``observation`` is ``described``,
+each of its features stands in the situation under ``env:<name>``, and the next call is told by its tool (``use:<tool>``).
+Otherwise the text alone decides; the rules, in the order in which they are tried, are:
 
 ==============  ======================================================================================
 feature         values
@@ -35,7 +38,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from evolve_dag.records import Step, ToolCall, Trajectory
@@ -43,7 +46,10 @@ from evolve_dag.records import Step, ToolCall, Trajectory
 FEATURES: tuple[str, ...] = ("tool", "observation", "listed", "shared_name", "evidence", "mark", "repeat", "depth")
 """Names of the features, in the order in which a condition shows them."""
 
-OBSERVATIONS: tuple[str, ...] = ("none", "problem", "empty", "missing", "redirect", "listing", "page")
+OBSERVATIONS: tuple[str, ...] = ("none", "problem", "empty", "missing", "redirect", "listing", "page", "described")
+
+OWN = "env:"
+"""Begins the name of a feature that the environment gave."""
 
 ACTIONS: Mapping[str, str] = {
     "repeat": "the last call once more (to come back to an earlier one is what it is: a search, an opening)",
@@ -56,7 +62,7 @@ ACTIONS: Mapping[str, str] = {
     "search_short": "a free-text call of at most four words",
     "search_long": "a free-text call of more words",
     "use_tool": "any other call (code, or several arguments)",
-    "use:<tool>": "a call of a tool that neither searches nor opens nor runs code, by its name",
+    "use:<tool>": "a call, by its tool's name, where that neither searches nor opens nor runs code, or is described",
     "answer_highest": "of several rows with a number each, the last observation's, the answer is that with the highest number",
     "answer_lowest": "the same with the lowest number",
     "answer_top": "the same, the first row, when its number is neither",
@@ -200,6 +206,8 @@ class Observation:
     """Normalised target of a redirect."""
     keys: frozenset[str] = frozenset()
     """Stems of the words that count as evidence."""
+    own: Mapping[str, str] = field(default_factory=dict)
+    """What the environment says of it, by the names that a situation holds."""
     fields: tuple[tuple[str, str], ...] = ()
     """(stem of the key, value) of every ``key: value`` line of a page, in their order."""
 
@@ -240,6 +248,11 @@ class Observation:
 
 
 _START = Observation("none")
+
+
+def _described(step: Step) -> Observation:
+    words = f" {normalised(strip_last_step(step.observation or ''))} "
+    return Observation("described", words, words, own={f"{OWN}{name}": value for name, value in step.features.items()})
 
 
 @lru_cache(maxsize=16384)
@@ -317,7 +330,7 @@ def _fields(lines: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 
 def _call_key(call: ToolCall) -> tuple[str, tuple[tuple[str, str], ...]]:
-    return call.name, tuple(sorted((name, " ".join(value.lower().split())) for name, value in call.arguments.items()))
+    return call.name, tuple(sorted((name, " ".join(value.lower().split())) for name, value in call.texts.items()))
 
 
 def call_name(call: ToolCall) -> str:
@@ -366,7 +379,7 @@ class Tracker:
                 return
         else:
             self._tool = step.call.name
-            self._observations.append(parse_observation(step.observation or ""))
+            self._observations.append(_described(step) if step.features else parse_observation(step.observation or ""))
         self._last_call = _call_key(step.call)
         self._repeated = self._last_call in self._calls
         self._calls.add(self._last_call)
@@ -391,6 +404,7 @@ class Tracker:
             "mark": last.mark(self._question.head) if evidence == "asked" else "none",
             "repeat": "yes" if self._repeated else "no",
             "depth": "early" if self._count < 3 else "middle" if self._count < 6 else "late",
+            **last.own,
         }
 
     def action(self, step: Step) -> str:
@@ -401,10 +415,12 @@ class Tracker:
             return "malformed"
         if _call_key(step.call) == self._last_call:
             return "repeat"
+        if step.features or self.last.kind == "described":
+            return f"use:{call_name(step.call)}"
         kind = _call_kind(step.call)
         if kind == "run":
             return "use_tool"
-        argument = next(iter(step.call.arguments.values()))
+        argument = next(iter(step.call.texts.values()))
         plain = normalised(argument)
         rank = self._rank(argument) if kind != "search" else None
         pointed = bool(plain) and plain == self.last.target
@@ -445,7 +461,9 @@ class Tracker:
         value = normalised(answer)
         if not value:
             return "answer_unseen"
-        holders = [o for o in self._observations if o.kind in ("page", "redirect", "listing") and f" {value} " in o.text]
+        holders = [
+            o for o in self._observations if o.kind in ("page", "redirect", "listing", "described") and f" {value} " in o.text
+        ]
         if not holders:
             return "answer_unseen"
         if holders[-1] is self.last and self.last.kind == "listing":

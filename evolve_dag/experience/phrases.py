@@ -10,6 +10,7 @@ Phrases added to the agreed ones, because every feature value must have one:
 - joined with ``and``: ``the asked value is listed``, ``part of the question is listed``, ``the asked part is not
   listed``, ``the same call was made before``, ``the last call was new``, ``few steps are done``, ``some steps are
   done``, ``many steps are done``
+- what an environment says itself: ``the <feature> is <value>``
 - strategies: ``Link: open the page it names``, ``Direct: open a page that was not listed``, ``Tool: use another tool``
 """
 
@@ -19,6 +20,7 @@ import re
 from collections.abc import Mapping
 
 from evolve_dag.errors import DataError
+from evolve_dag.experience.features import OWN
 
 SITUATIONS: tuple[tuple[Mapping[str, str], str], ...] = (
     ({"observation": "none"}, "nothing is known yet"),
@@ -100,7 +102,10 @@ def situation_text(condition: Mapping[str, str]) -> str:
     if (mark := condition.get("mark", "none")) != "none":
         condition = {f: v for f, v in condition.items() if f not in ("mark", "evidence")}
     condition = {f: v for f, v in condition.items() if (f, v) != ("mark", "none")}
-    holding = [row for row in SITUATIONS if all(condition.get(f) == value for f, value in row[0].items())]
+    own = [f"the {f.removeprefix(OWN)} is {v}" for f, v in condition.items() if f.startswith(OWN)]
+    condition = {f: v for f, v in condition.items() if not f.startswith(OWN)}
+    rows = [({"observation": "described"}, " and ".join(own))] if own else SITUATIONS
+    holding = [row for row in rows if all(condition.get(f) == value for f, value in row[0].items())]
     if not holding:
         raise DataError(f"no phrase for the condition {dict(condition)}", "name a known `observation` in the condition")
     predicates, phrase = holding[0]

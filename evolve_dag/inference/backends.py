@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from evolve_dag.config.fence import Fence
 from evolve_dag.config.parts import Part, part_of
 from evolve_dag.config.schema import (
     ModelSettings,
@@ -19,7 +20,9 @@ from evolve_dag.config.schema import (
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.folders import base_identity, model_folder
 from evolve_dag.inference.ledger import Ledger, metered
-from evolve_dag.protocols import LanguageModel
+from evolve_dag.inference.outgoing import estimate
+from evolve_dag.protocols import Completion, CountsTokens, LanguageModel, Request
+from evolve_dag.records import Message
 
 if TYPE_CHECKING:
     from evolve_dag.inference.transformers import TransformersModel
@@ -50,6 +53,36 @@ class BackendPart(Part[S]):
     """What the model *is*, wherever it runs: the hash of its weights, or its name at an endpoint."""
     keeps_ledger: bool = False
     """Whether it writes its calls into the ledger itself."""
+    seconds: float = 900.0
+
+    def held(self, made: LanguageModel, fence: Fence) -> LanguageModel:
+        return FencedModel(made, fence)
+
+
+@dataclass(frozen=True, slots=True)
+class FencedModel:
+    """A model from outside. It belongs to the event loop of its step: only what it awaits can be cut off."""
+
+    model: LanguageModel
+    fence: Fence
+
+    async def generate(self, request: Request) -> Completion:
+        completion = await self.fence.limited(self.model.generate(request))
+        if not isinstance(completion, Completion) or not isinstance(completion.text, str):
+            raise self.fence.nonsense(f"what it gave is no Completion, but a {type(completion).__name__}")
+        return completion
+
+    def count_tokens(self, message: Message) -> int:
+        """As the model counts, else an estimate."""
+        if isinstance(self.model, CountsTokens):
+            return self.model.count_tokens(message)
+        return estimate([{"role": message.role, "content": message.content}])
+
+    def release(self, session: str) -> None:
+        self.model.release(session)
+
+    async def close(self) -> None:
+        await self.fence.limited(self.model.close())
 
 
 def open_backend(

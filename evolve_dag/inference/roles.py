@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from evolve_dag.config.schema import Experiment, HelperRole
     from evolve_dag.inference.ledger import Ledger
-    from evolve_dag.protocols import LanguageModel
+    from evolve_dag.protocols import Completion, LanguageModel, Request
     from evolve_dag.store.memory import Memory
 
 
@@ -106,7 +106,47 @@ class Roles:
         assert isinstance(settings, PolicySettings)
         return model_folder(settings)
 
+    def elsewhere(self) -> Roles:
+        """The same models for a part that works in a thread of its own: they are asked there, and answer in this loop."""
+        return _Elsewhere(self)
+
     async def close(self) -> None:
         """Close what was opened; safe to call twice."""
         while self._open:
             await self._open.popitem()[1].close()
+
+
+class _Elsewhere(Roles):
+    """Roles as another thread sees them; whoever made them closes them."""
+
+    def __init__(self, roles: Roles) -> None:
+        self.experiment, self.ledger, self.memory = roles.experiment, roles.ledger, roles.memory
+        self._roles = roles
+
+    def model(self, role: HelperRole) -> LanguageModel:
+        return _Asked(self._roles.model(role), self._roles._runner.get_loop())
+
+    def identity(self, role: HelperRole) -> str:
+        return self._roles.identity(role)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run(work)
+
+    async def close(self) -> None:
+        """Nothing was opened here."""
+
+
+class _Asked:
+    """A model that answers in a loop of its own, whoever asks it."""
+
+    def __init__(self, model: LanguageModel, loop: asyncio.AbstractEventLoop) -> None:
+        self._model, self._loop = model, loop
+
+    async def generate(self, request: Request) -> Completion:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._model.generate(request), self._loop))
+
+    def release(self, session: str) -> None:
+        self._loop.call_soon_threadsafe(self._model.release, session)
+
+    async def close(self) -> None:
+        """Whoever opened it closes it."""

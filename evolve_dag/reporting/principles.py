@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.evaluation.intervals import Interval, share_interval
-from evolve_dag.experience.features import FEATURES, Tracker
+from evolve_dag.experience.features import Tracker
 from evolve_dag.lineage import audit
 from evolve_dag.records import ExperienceItem, PoolEdit, Step, ToolCall
 from evolve_dag.steps.base import STEP_ORDER
@@ -229,7 +229,7 @@ class _Seen:
     def situations(self, rows: Iterable[tuple[Sequence[str], Mapping[str, str]]]) -> None:
         """(chosen items, features before the step) of many steps."""
         for names, features in rows:
-            values = [(feature, features[feature]) for feature in FEATURES]
+            values = list(features.items())
             self.all_steps += 1
             self.all_states.update(values)
             for name in set(names):
@@ -346,13 +346,13 @@ def _taught(trajectories: Artifact | None, iteration: int, seen: _Seen) -> dict[
 
 
 def _columns(artifact: Artifact, file: str, *names: str, of: Iterable[str] | None = None) -> pl.DataFrame:
-    """Some columns of a Parquet file, of the trajectories ``of`` alone where given; nothing else is read into memory."""
+    """Some columns of a Parquet file, those that it has, of the trajectories ``of`` alone where given; nothing else is read."""
     import polars as pl
 
     frame = pl.scan_parquet(artifact.file(file), glob=False)
     if of is not None:
         frame = frame.filter(pl.col("trajectory_id").is_in(list(of)))
-    return frame.select(names).collect()
+    return frame.select([name for name in names if name in frame.collect_schema()]).collect()
 
 
 def _rolled(artifact: Artifact, spelled: set[str]) -> list[Shown]:
@@ -376,7 +376,7 @@ def _rolled(artifact: Artifact, spelled: set[str]) -> list[Shown]:
 def _situations(artifact: Artifact, most: int) -> Iterable[tuple[Sequence[str], Mapping[str, str]]]:
     """Chosen items and features before every step of the first ``most`` episodes."""
     questions = dict(_columns(artifact, "trajectories.parquet", "id", "question").head(most).iter_rows())
-    names = ("trajectory_id", "index", "text", "tool", "arguments", "answer", "observation", "problem", "selected")
+    names = ("trajectory_id", "index", "text", "tool", "arguments", "answer", "observation", "problem", "selected", "features")
     walks: dict[str, Tracker] = {}
     steps = _columns(artifact, "steps.parquet", *names, of=questions)
     for row in steps.sort("trajectory_id", "index").iter_rows(named=True):
@@ -394,6 +394,7 @@ def _situations(artifact: Artifact, most: int) -> Iterable[tuple[Sequence[str], 
                 answer=row["answer"],
                 observation=row["observation"],
                 problem=row["problem"],
+                features=json.loads(row.get("features") or "{}"),
             )
         )
 

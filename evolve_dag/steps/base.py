@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from evolve_dag import prompts
+from evolve_dag.config.parts import altered
 from evolve_dag.config.schema import Experiment
-from evolve_dag.errors import OrderError, StoreError, no_slice_error
+from evolve_dag.errors import OrderError, PartError, StoreError, no_slice_error
 from evolve_dag.inference.folders import base_identity
 from evolve_dag.inference.ledger import Ledger
 from evolve_dag.inference.roles import Roles
@@ -260,6 +261,9 @@ def _make(expected: Resolved, experiment: Experiment, entering: PolicyRef, store
         twin = _twin(expected, store)
         with Roles(shown, ledger=ledger, memory=memory) as roles, prompts.only(names), no_slice_error():
             _body(name)(StepContext(shown, expected.iteration, store, inputs, build, progress, entering, roles, twin))
+        if changed := altered():
+            what = f"{name}: {', '.join(changed)} was installed anew while the step was made, which may be of both"
+            raise PartError(what, "run the same command again")
         if totals := ledger.totals():
             build.note(calls=totals)
             calls_to_frame(ledger.calls()).write_parquet(build.path / CALLS)

@@ -24,12 +24,14 @@ from evolve_dag.distillation.alignment import (
 )
 from evolve_dag.distillation.dataset import DistillationRow, load_contexts, make_rows, retention_rows, save_contexts
 from evolve_dag.distillation.teacher import TeacherScorer
+from evolve_dag.errors import PartError
 from evolve_dag.evaluation.metrics import counts
 from evolve_dag.experience.drills import Place, drills
 from evolve_dag.experience.injection import injected
 from evolve_dag.experience.pool import Pool
 from evolve_dag.protocols import ExperienceSource
 from evolve_dag.records import InjectionPattern, Trajectory
+from evolve_dag.secrecy import describe_error
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import (
@@ -189,17 +191,27 @@ def _drill(pattern: InjectionPattern, texts: Mapping[Place, str]) -> Inject:
 
 
 async def with_teacher_views(trajectories: Sequence[Trajectory], source: ExperienceSource | None) -> list[Trajectory]:
-    """Student trajectories with what the teacher would have had in its context recorded in every step."""
+    """Student trajectories with what the teacher would have had in its context recorded in every step.
+
+    One for which a selector from outside fails is ``failed``, as it is where the teacher acts: nothing is learned from it.
+    """
     if source is None:
         return list(trajectories)
     out = []
     for trajectory in trajectories:
-        steps = []
-        for step in trajectory.steps:
-            view = await source.prepare(replace(trajectory, steps=trajectory.steps[: step.index]))
-            steps.append(replace(step, selected=view.selected, injected=view.text, rationale=view.rationale))
-        out.append(replace(trajectory, steps=tuple(steps)))
+        try:
+            out.append(await _with_teacher_view(trajectory, source))
+        except PartError as error:
+            out.append(replace(trajectory, status="failed", reward=None, error=describe_error(error)))
     return out
+
+
+async def _with_teacher_view(trajectory: Trajectory, source: ExperienceSource) -> Trajectory:
+    steps = []
+    for step in trajectory.steps:
+        view = await source.prepare(replace(trajectory, steps=trajectory.steps[: step.index]))
+        steps.append(replace(step, selected=view.selected, injected=view.text, rationale=view.rationale))
+    return replace(trajectory, steps=tuple(steps))
 
 
 def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:

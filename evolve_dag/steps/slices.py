@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic.fields import FieldInfo
 
 from evolve_dag import prompts
-from evolve_dag.config.parts import CHOICES, part_of
+from evolve_dag.config.parts import CHOICES, identity, named_by, part_of
 from evolve_dag.config.schema import Experiment, PolicySettings, TaskSplit
 from evolve_dag.config.section import FOLDER, PATH, RUNTIME, Section, marked, only
 from evolve_dag.inference.folders import base_identity
@@ -73,10 +73,11 @@ def decisive(spec: StepSpec, experiment: Experiment) -> dict[str, Any]:
     part = slice_of(spec, experiment)
     values = {}
     for key in part.keys:
-        value: Any = experiment
-        for name in key.split("."):
-            value = getattr(value, name)
-        values[key] = dict(_values(value, key, part)) if isinstance(value, Section) else _plain(value)
+        section: Any = experiment
+        *parents, last = key.split(".")
+        for name in parents:
+            section = getattr(section, name)
+        values[key] = _value(section, last, key, part)
     names = {section: found for section, found in part.prompts.items() if found}
     return values | {f"prompts.{section}": prompts.digest(*found) for section, found in names.items()}
 
@@ -105,10 +106,17 @@ def _values(section: Section, prefix: str, part: Slice) -> Iterator[tuple[str, A
             continue
         if isinstance(section, TaskSplit) and name == "stream":
             continue  # which tasks it came to is said by the world, or by the rows' hash
-        if isinstance(value, Section):
-            yield name, dict(_values(value, key, part))
-        else:
-            yield name, _content(section, field, value, key) if marked(field, PATH) and value else _plain(value)
+        yield name, _content(section, field, value, key) if marked(field, PATH) and value else _value(section, name, key, part)
+
+
+def _value(section: Section, name: str, key: str, part: Slice) -> Any:
+    """What stands for one key: of a part from outside, what it is; of a section, its keys."""
+    value = getattr(section, name)
+    if isinstance(value, Section):
+        return dict(_values(value, key, part))
+    if (choice := named_by(section, name)) is not None:
+        return identity(choice, value, section)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _content(section: Section, field: FieldInfo, path: str, key: str) -> str:
@@ -117,7 +125,3 @@ def _content(section: Section, field: FieldInfo, path: str, key: str) -> str:
     if isinstance(section, TaskSplit) and section.stream:
         return rows_digest(section, key)
     return folder_digest(path, key) if marked(field, FOLDER) else file_digest(path, key)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -1,6 +1,6 @@
 """Records <-> Polars frames for Parquet, and <-> JSON dicts for journals; both ways lose nothing.
 
-Mappings (metadata, condition, evidence, arguments of a call) are JSON text in a frame, so that any key fits
+Mappings (metadata, condition, evidence, arguments of a call, features) are JSON text in a frame, so that any key fits
 one column and SQL reads them with ``column->>'$.key'``. Text that is not Unicode (a lone surrogate that a model wrote
 as ``\\ud83d``) cannot be stored in Parquet: such a character becomes U+FFFD. Log-probabilities are 32-bit floats,
 as models compute them.
@@ -72,6 +72,7 @@ def schemas() -> dict[str, pl.Schema]:
                 "rationale": text,
                 "prompt_tokens": number,
                 "seconds": pl.Float64(),
+                "features": text,
             }
         ),
         ITEMS: pl.Schema(
@@ -156,9 +157,10 @@ def trajectories_to_frames(trajectories: Sequence[Trajectory]) -> tuple[pl.DataF
         rows.append(values | {"turns": t.turns, "tokens": sum(len(step.token_ids) for step in t.steps)})
         for step in values["steps"]:
             call = step["call"] or {"name": None, "arguments": None}
-            arguments = call["arguments"]
-            text = None if arguments is None else _mapping_to_text(arguments, f"{t.id} step {step['index']}")
-            steps.append(step | {"trajectory_id": t.id, "tool": call["name"], "arguments": text})
+            arguments, where = call["arguments"], f"{t.id} step {step['index']}"
+            text = None if arguments is None else _mapping_to_text(arguments, where)
+            features = _mapping_to_text(step["features"], where)
+            steps.append(step | {"trajectory_id": t.id, "tool": call["name"], "arguments": text, "features": features})
     return _frame(rows, TRAJECTORIES), _frame(steps, STEPS)
 
 
@@ -169,9 +171,13 @@ def trajectories_from_frames(trajectories: pl.DataFrame, steps: pl.DataFrame) ->
         DataError: a column is missing or of another type, an id stands twice, or a step belongs to no
             trajectory.
     """
+    import polars as pl
+
     rows = _rows(trajectories, TRAJECTORIES)
     _refuse_repeats([row["id"] for row in rows], TRAJECTORIES)
     of: dict[str, list[Step]] = {row["id"]: [] for row in rows}
+    if "features" not in steps.columns:  # made before environments could describe what they show
+        steps = steps.with_columns(features=pl.lit("{}"))
     for row in _rows(steps, STEPS):
         if row["trajectory_id"] not in of:
             raise DataError(
@@ -179,7 +185,8 @@ def trajectories_from_frames(trajectories: pl.DataFrame, steps: pl.DataFrame) ->
             )
         call = None if row["tool"] is None else ToolCall(row["tool"], _mapping_from_text(row["arguments"], STEPS))
         where = f"{STEPS}: step {row['index']} of {row['trajectory_id']!r}"
-        of[row["trajectory_id"]].append(from_values(Step, row | {"call": call}, where, _AGAIN))
+        features = _mapping_from_text(row["features"], STEPS)
+        of[row["trajectory_id"]].append(from_values(Step, row | {"call": call, "features": features}, where, _AGAIN))
     return [
         from_values(
             Trajectory,

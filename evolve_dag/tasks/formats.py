@@ -13,12 +13,13 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+from evolve_dag.config.fence import Fence
 from evolve_dag.config.parts import part
-from evolve_dag.errors import DataError, OrderError
+from evolve_dag.errors import DataError, OrderError, PartError
 from evolve_dag.jsonlines import Mistake, read_objects
 from evolve_dag.records import Task
 from evolve_dag.tasks.jsonl import tasks_from
@@ -37,6 +38,20 @@ class Suite:
     """A row of the file -> ``id``, ``question``, ``answer`` and facts to break results down by."""
     once: bool = False
     """Whether the published file holds every problem many times over."""
+
+    def fenced(self, fence: Fence) -> Self:
+        """The same row for a suite from outside: what it cannot read is a mistake of that row of the file."""
+
+        def read(row: Row) -> Row:
+            try:
+                task = fence.run(self.read, row)
+            except PartError as error:
+                raise _RowError(error.what) from error
+            if not isinstance(task, Mapping):
+                raise _RowError(fence.nonsense(f"a task is a mapping, not a {type(task).__name__}").what)
+            return task
+
+        return replace(self, read=read)
 
 
 def load_suite(split: TaskSplit, *, suite: str) -> list[Task]:

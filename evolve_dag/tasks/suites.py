@@ -9,7 +9,7 @@ from evolve_dag.config.parts import part_of
 from evolve_dag.config.schema import Experiment, TaskSplit
 from evolve_dag.environments.base import EnvironmentPart, Place
 from evolve_dag.inference.roles import Roles
-from evolve_dag.protocols import Environment, Verifier
+from evolve_dag.protocols import Environment, StatefulEnvironment, Verifier
 from evolve_dag.records import Task
 from evolve_dag.tasks.formats import load_suite
 from evolve_dag.tasks.jsonl import refuse_shared_questions
@@ -23,7 +23,7 @@ class Split:
     """Tasks of one use, with what answers their tool calls and what judges their answers."""
 
     tasks: tuple[Task, ...]
-    environment: Environment
+    environment: Environment | StatefulEnvironment
     verifier: Verifier
 
 

@@ -287,7 +287,7 @@ def _step_spans(
                 parent,
                 until - 2 * _INSTANT,
                 until - _INSTANT,
-                inputs={name: new.text(value) for name, value in step.call.arguments.items()},
+                inputs={name: new.text(value) for name, value in step.call.texts.items()},
                 outputs={"observation": None if step.observation is None else new.text(step.observation)},
             )
         )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import TYPE_CHECKING, Self, TypeVar
 
+from evolve_dag.config.fence import Fence
 from evolve_dag.config.parts import Part, VerificationSettings
 from evolve_dag.protocols import Verifier
+from evolve_dag.records import Task
 
 if TYPE_CHECKING:
     from evolve_dag.inference.roles import Roles
@@ -21,3 +24,27 @@ class VerifierPart(Part[S]):
 
     make: Callable[[S, Roles | None], Verifier]
     """(settings, the models that it may ask; None: none is needed now) -> the verifier."""
+
+    def fenced(self, fence: Fence) -> Self:
+        """Its verifier within limits, too: what it cannot judge is not judged."""
+        row = Part.fenced(self, fence)
+        return replace(row, make=lambda settings, roles: row.make(settings, roles and roles.elsewhere()))
+
+    def held(self, made: Verifier, fence: Fence) -> Verifier:
+        return FencedVerifier(made, fence)
+
+
+@dataclass(frozen=True, slots=True)
+class FencedVerifier:
+    """A verifier from outside. An error, a hang or a reward that is none leaves its episode without a reward."""
+
+    verifier: Verifier
+    fence: Fence
+
+    async def verify(self, task: Task, answer: str | None) -> float | None:
+        reward = await self.fence.call(self.verifier.verify, task, answer)
+        if reward is None:
+            return None
+        if isinstance(reward, Real) and 0.0 <= float(reward) <= 1.0:  # no NaN
+            return float(reward)
+        raise self.fence.nonsense(f"a reward is a number from 0 to 1, or None, not {reward!r:.80}")

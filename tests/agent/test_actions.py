@@ -10,10 +10,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evolve_dag.agent.actions import ParsedAction, _enclosed, explain, parse_action, validate_call
+from evolve_dag.errors import DataError
 from evolve_dag.inference.chat import GRAMMAR_TAGS
 from evolve_dag.protocols import ToolSpec
 from evolve_dag.records import ToolCall
 
+PLACES = ToolSpec(
+    "go",
+    "walk",
+    schema={
+        "type": "object",
+        "properties": {
+            "to": {"type": "array", "items": {"type": "string"}, "maxItems": 2},
+            "how": {"enum": ["walk", "run"]},
+            "far": {"type": "number"},
+        },
+        "minProperties": 1,
+        "additionalProperties": False,
+    },
+)
 TOOLS = (ToolSpec("search", "find pages", {"query": "words"}), ToolSpec("visit", "read a page", {"page": "title"}))
 
 
@@ -162,3 +177,44 @@ tags = st.lists(st.sampled_from(["<tool_call>", "</tool_call>", "<answer>", "</a
 def test_what_is_enclosed_is_what_a_lazy_pattern_finds(text: str, tag: str) -> None:
     lazy = re.compile(f"<{tag}>(.*?)</{tag}>", re.S)  # takes quadratic time where tags are not closed
     assert _enclosed(text, tag) == (lazy.findall(text), lazy.sub("", text))
+
+
+def test_arguments_of_a_tool_with_a_schema_keep_their_types() -> None:
+    text = called('{"name": "go", "arguments": {"to": ["a", "b"], "far": 1.50}}')
+    call = parse_action(text, (*TOOLS, PLACES)).call
+    assert call == ToolCall("go", {"to": ["a", "b"], "far": 1.5})
+    assert call.texts == {"to": '["a", "b"]', "far": "1.5"}
+    assert validate_call(call, (*TOOLS, PLACES)) is None
+    assert parse_action(text, TOOLS).problem == "the argument to is a list, it must be text"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ('{"to": "a"}', "the argument to must be array; go takes to, how, far"),
+        ('{"to": ["a", 1]}', "the argument to.1 must be string"),
+        ('{"to": ["a", "b", "c"]}', "the argument to must keep to maxItems 2"),
+        ('{"how": "fly"}', "the argument how must be one of walk, run"),
+        ('{"where": 1}', "the argument where is unknown"),
+        ("{}", "the arguments must keep to minProperties 1"),
+        ('{"far": 1e999}', "out of range"),
+        ('{"far": NaN}', "out of range"),
+        (f'{{"far": {"9" * 5000}}}', "out of range"),
+        (f'{{"to": {"[" * 100}{"]" * 100}}}', "nested too deeply"),
+        ('{"how": "\\ud83d"}', "characters that are not text"),
+    ],
+)
+def test_a_breach_of_the_schema_is_said_in_words(arguments: str, says: str) -> None:
+    action = parse_action(called(f'{{"name": "go", "arguments": {arguments}}}'), (PLACES,))
+    problem = action.problem if action.call is None else validate_call(action.call, (PLACES,))
+    assert problem is not None
+    assert says in problem
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [({"type": "objekt"}, "tool go: its schema is wrong"), ({"type": "string"}, "not that of an object")],
+)
+def test_a_tool_with_a_wrong_schema_is_refused_when_it_is_made(schema: dict[str, str], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        ToolSpec("go", "walk", schema=schema)

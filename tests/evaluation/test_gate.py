@@ -68,6 +68,14 @@ def test_many_more_turns() -> None:
     assert d.evidence["turn_ratio"] == 2.25
 
 
+def test_turns_that_bring_success_are_no_fault() -> None:
+    """A base policy that answers after one look takes few turns; whoever has learned to look takes more."""
+    d = decide(side([1.0] * 40, turns=9), side([0.0] * 40, turns=4), SETTINGS, 0)
+    assert d.decision == "promote"
+    assert "2.25 times as many" in " ".join(d.reasons)
+    assert decide(side([1.0] + [0.0] * 39, turns=9), side([0.0] * 40, turns=4), SETTINGS, 0).decision == "keep"
+
+
 def test_every_failed_check_is_named() -> None:
     d = decide(side([0.0] * 50, turns=9, premature=True), side([1.0] * 50), SETTINGS, 0)
     assert d.decision == "keep"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from experience_builders import QUESTION, answer, malformed, search, trajectory, visit
@@ -273,3 +274,37 @@ def test_any_transcript_has_features_and_the_transcript_agrees_with_the_function
 @given(st.text(max_size=80))
 def test_normalised_is_idempotent(text: str) -> None:
     assert normalised(normalised(text)) == normalised(text)
+
+
+FAILED = {"result": "an error"}
+
+
+def test_what_the_environment_says_takes_the_place_of_what_the_text_looks_like() -> None:
+    listed = replace(search("Bado Keli", SHARED), features=FAILED)
+    state = features(QUESTION, [listed])
+    assert state["env:result"] == "an error"
+    assert (state["observation"], state["listed"], state["shared_name"], state["evidence"]) == (
+        "described",
+        "none",
+        "no",
+        "none",
+    )
+    assert "env:result" not in features(QUESTION, [search("Bado Keli", SHARED)])
+    assert "env:result" not in features(QUESTION, [listed, malformed()])
+
+
+def test_calls_in_a_described_environment_are_told_by_their_tool() -> None:
+    first = replace(search("Bado Keli", SHARED), features=FAILED)
+    assert action(QUESTION, [], first) == "use:search"
+    refused = replace(visit("person Bado Keli", ""), problem="there is no tool visit")
+    assert action(QUESTION, [first], refused) == "malformed"
+    assert action(QUESTION, [first], visit("person Bado Keli", "")) == "use:visit"
+    assert action(QUESTION, [first], first) == "repeat"
+    assert action(QUESTION, [replace(first, observation="rows\nRato Miku")], answer("Rato Miku")) == "answer_page"
+
+
+def test_calls_with_numbers_and_lists_are_compared_as_text() -> None:
+    step = Step(0, "", (), (), ToolCall("move", {"by": 2, "path": ["a", 1]}), observation="moved")
+    again = replace(step, call=ToolCall("move", {"path": ["a", 1], "by": 2}))
+    assert features(QUESTION, [step, again])["repeat"] == "yes"
+    assert features(QUESTION, [step, replace(step, call=ToolCall("move", {"by": 3, "path": ["a", 1]}))])["repeat"] == "no"

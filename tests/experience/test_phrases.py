@@ -30,6 +30,7 @@ def test_every_rendering_is_in_principle_form_and_can_be_read_back() -> None:
     conditions += [{**c, "tool": "search", "repeat": "no", "depth": "late"} for c in conditions]
     conditions += [{"observation": "listing", "shared_name": "yes", "evidence": "part", "repeat": "yes"}]
     conditions += [{"observation": "page", "evidence": "asked", "mark": "old"}]
+    conditions += [{"observation": "described", "env:result": "an error", "env:cursor": "at its end", "repeat": "yes"}]
     for condition, action in product(conditions, [*STRATEGIES, "use:archive", "use:web_lookup-b"]):
         text = render(condition, action)
         assert principle_problems(text) == []
@@ -48,6 +49,8 @@ def test_every_rendering_is_in_principle_form_and_can_be_read_back() -> None:
         ({"tool": "search", "observation": "listing", "listed": "one"}, "the search shows one result"),
         ({"observation": "listing", "shared_name": "yes"}, "several results share one name"),
         ({"observation": "redirect"}, "the page only points to another page"),
+        ({"observation": "described", "env:result": "an error", "repeat": "no"},
+         "the result is an error and the last call was new"),
         ({"observation": "page", "evidence": "part"}, "the page answers only part of the question"),
         ({"observation": "page", "evidence": "asked"}, "the page shows the asked value"),
         ({"observation": "page", "evidence": "none"}, "the page lacks the asked part"),

@@ -75,6 +75,7 @@ def run(
         build=SimpleNamespace(path=folder, note=lambda **facts: noted.update(facts)),
         entering=PolicyRef(iteration, "base", champion, None, standing=standing),
         roles=None,
+        twin=None,
     )
     scores.run(context)  # type: ignore[arg-type]
     return noted, folder

@@ -22,6 +22,9 @@ NAMES = st.lists(TEXT, max_size=3).map(tuple)
 SECONDS = st.floats(0, 1e6)
 NUMBER = st.integers(0, 2**31 - 1)
 LOGPROB = st.floats(-1e4, 0, width=32)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(-1e9, 1e9) | TEXT, lambda one: st.lists(one, max_size=2), max_leaves=3
+)
 
 
 @st.composite
@@ -32,7 +35,7 @@ def steps(draw: st.DrawFn, index: int) -> Step:
         text=draw(TEXT),
         token_ids=tuple(ids),
         logprobs=tuple(draw(LOGPROB) for _ in ids) if draw(st.booleans()) else (),
-        call=draw(st.none() | st.builds(ToolCall, TEXT, st.dictionaries(TEXT, TEXT, max_size=2))),
+        call=draw(st.none() | st.builds(ToolCall, TEXT, st.dictionaries(TEXT, JSON, max_size=2))),
         answer=draw(OPTIONAL),
         observation=draw(OPTIONAL),
         problem=draw(OPTIONAL),
@@ -40,6 +43,7 @@ def steps(draw: st.DrawFn, index: int) -> Step:
         injected=draw(TEXT),
         prompt_tokens=draw(NUMBER),
         seconds=draw(SECONDS),
+        features=draw(st.dictionaries(TEXT, TEXT, max_size=2)),
     )
 
 
@@ -55,7 +59,7 @@ def trajectories(draw: st.DrawFn) -> list[Trajectory]:
             system=draw(TEXT),
             question=draw(TEXT),
             steps=tuple(draw(steps(index)) for index in range(draw(st.integers(0, 3)))),
-            status=draw(st.sampled_from(["answered", "forced", "unanswered", "failed"])),
+            status=draw(st.sampled_from(["answered", "forced", "ended", "unanswered", "failed"])),
             answer=draw(OPTIONAL),
             reward=draw(st.none() | st.floats(0, 1)),
             error=draw(OPTIONAL),
@@ -102,7 +106,7 @@ SCORES = st.lists(
         condition=st.sampled_from(["without", "with", "greedy"]),
         reward=st.none() | st.floats(0, 1),
         premature=st.booleans(),
-        status=st.sampled_from(["answered", "forced", "unanswered", "failed"]),
+        status=st.sampled_from(["answered", "forced", "ended", "unanswered", "failed"]),
         turns=NUMBER,
         tokens=NUMBER,
         answer=OPTIONAL,
@@ -191,6 +195,11 @@ def test_derived_columns() -> None:
 def test_further_columns_are_ignored() -> None:
     rows, step_rows = (frame.with_columns(more=1) for frame in frames.trajectories_to_frames([ONE]))
     assert frames.trajectories_from_frames(rows, step_rows) == [ONE]
+
+
+def test_steps_of_before_they_had_features_are_read() -> None:
+    rows, step_rows = frames.trajectories_to_frames([ONE])
+    assert frames.trajectories_from_frames(rows, step_rows.drop("features")) == [ONE]
 
 
 def test_steps_come_back_in_order_whatever_the_order_of_the_rows() -> None:

@@ -20,8 +20,8 @@ from evolve_dag import prompts
 from evolve_dag.config.parts import EnvironmentSettings
 from evolve_dag.config.schema import Experiment
 from evolve_dag.config.section import FOLDER, MOST, Strings
-from evolve_dag.environments.base import EnvironmentPart, Place, file_tasks
-from evolve_dag.environments.corpus import argument, tool_prompt
+from evolve_dag.environments.base import EnvironmentPart, Place, file_tasks, tool_prompt
+from evolve_dag.environments.corpus import argument
 from evolve_dag.environments.web.files import FileReader
 from evolve_dag.environments.web.guard import Guard
 from evolve_dag.environments.web.reader import (

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Self, TypeVar
 
+from evolve_dag.config.fence import Fence
 from evolve_dag.config.parts import ExtractionSettings, Part
 from evolve_dag.experience.extraction.contrast import Evidence
 from evolve_dag.experience.pool import Pool
@@ -61,3 +62,15 @@ class ExtractorPart(Part[S]):
 
     make: Callable[[S, Material], Coroutine[Any, Any, Extraction]]
     """(settings, material) -> what is extracted from it."""
+    seconds: float = 7200.0
+
+    def fenced(self, fence: Fence) -> Self:
+        """Its extraction within limits, too. It is one call a step: where it fails, the step ends, and nothing is stored."""
+
+        async def make(settings: S, material: Material) -> Extraction:
+            found = await fence.call(self.make, settings, replace(material, roles=material.roles.elsewhere()))
+            if not isinstance(found, Extraction):
+                raise fence.nonsense(f"what it extracted is no Extraction, but a {type(found).__name__}")
+            return found
+
+        return replace(Part.fenced(self, fence), make=make)

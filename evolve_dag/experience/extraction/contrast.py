@@ -1,6 +1,6 @@
 """Contrast mining: which action separates success from failure in which situation (METHOD step 3, no LLM needed).
 
-Only groups with mixed outcomes teach (0 < mean reward < 1); trajectories that were not judged are left out, they
+Only groups with mixed outcomes teach (different rewards); trajectories that were not judged are left out, they
 are not failures. For a situation ``s`` and an action ``a``
 
     lift(s, a) = mean group-centred reward of the trajectories that show a in s
@@ -12,9 +12,9 @@ other and shrinks the variance by (G-1)/G; the variances are scaled back by G/(G
 
 Situations are conjunctions from a lattice: the base (kind of observation; for a page with ``evidence``, and where the asked
 value is shown with its ``mark``, so the lattice grows with what pages say) alone, or with one or two of
-``listed``/``shared_name``, ``evidence`` and ``repeat``. Per situation the best action is kept (highest lower end). Then
-a general situation goes when a special case of it clearly asks for something else, and a special case goes when it adds
-nothing to a general one that stays.
+``listed``/``shared_name``, ``evidence``, ``repeat`` and what the environment says itself (``env:...``). Per situation the best
+action is kept (highest lower end). Then a general situation goes when a special case of it clearly asks for something else,
+and a special case goes when it adds nothing to a general one that stays.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from itertools import combinations
 from typing import TypeVar
 
 from evolve_dag.errors import DataError
-from evolve_dag.experience.features import FEATURES, walk
+from evolve_dag.experience.features import FEATURES, OWN, walk
 from evolve_dag.experience.phrases import action_of, render, strategy
 from evolve_dag.experience.pool import Pool, Proposal
 from evolve_dag.records import ExperienceItem, Trajectory
@@ -243,7 +243,14 @@ def condition_of(mapping: Mapping[str, str]) -> Condition:
 
 
 def situations_of(state: Mapping[str, str]) -> Iterator[Condition]:
-    """Every situation of the lattice that holds in ``state``, the base first."""
+    """Every situation of the lattice that holds in ``state``, the most general first."""
+    for condition in _lattice(state):
+        # That something was answered is no situation: what the environment says of it is never left open altogether.
+        if state["observation"] != "described" or any(name.startswith(OWN) for name, _ in condition):
+            yield condition
+
+
+def _lattice(state: Mapping[str, str]) -> Iterator[Condition]:
     base = {"observation": state["observation"]}
     if state["observation"] == "page":
         # What a page shows of the question is never left open: advice for any page would also hold under a mark that no one
@@ -255,6 +262,7 @@ def situations_of(state: Mapping[str, str]) -> Iterator[Condition]:
             options.append([{"listed": "one"}])
         else:
             options.append([{"listed": "several"}, {"listed": "several", "shared_name": state["shared_name"]}])
+    options += [[{name: value}] for name, value in state.items() if name.startswith(OWN)]
     if state["observation"] == "listing":
         options.append([{"evidence": state["evidence"]}])
     if state["observation"] != "none":
@@ -430,7 +438,7 @@ def fails_in(
     splits: dict[tuple[str, str], set[int]] = {}
     for state, places in matching.items():
         for atom in set(state) - set(condition):
-            if atom[0] in LATTICE:
+            if atom[0] in LATTICE or atom[0].startswith(OWN):
                 splits.setdefault(atom, set()).update(places)
     for atom, places in sorted(splits.items()):
         part, rest = (_plain([rewards[place] for place in some]) for some in (places, whole - places))
@@ -456,7 +464,7 @@ def _centred(trajectories: Sequence[Trajectory]) -> tuple[list[tuple[Trajectory,
     mixed = members = 0
     for group in groups.values():
         mean = sum(reward for _, reward in group) / len(group) if group else 0.0
-        size = len(group) if len(group) > 1 and 0 < mean < 1 else 0
+        size = len(group) if len({reward for _, reward in group}) > 1 else 0
         mixed += size > 0
         members += size
         found += [(t, reward - mean if size else 0.0, size) for t, reward in group]

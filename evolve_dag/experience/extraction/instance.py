@@ -64,9 +64,7 @@ def cases(trajectories: Sequence[Trajectory], *, seed: int, path: bool = False) 
         if not successes:
             continue
         best = min(successes, key=lambda t: len(t.steps))
-        calls = (
-            [f"{s.call.name} {' '.join(s.call.arguments.values())}" for s in best.steps if s.call is not None] if path else ()
-        )
+        calls = [f"{s.call.name} {' '.join(s.call.texts.values())}" for s in best.steps if s.call is not None] if path else ()
         text = case_text(best.question, best.answer or "", calls)
         case = Case(strip_last_step(best.question), text, best.id, len(best.steps), mean)
         (mixed if mean < 1 else others).append(case)

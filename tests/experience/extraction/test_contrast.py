@@ -360,3 +360,34 @@ def test_a_forced_answer_is_no_choice_and_so_no_evidence() -> None:
     with_free = mine(data + [trajectory(f"t{n}", 9, free, 0.0) for n in range(60)])
     assert with_forced.effect(SHARED_STATE, "answer_unseen") is None
     assert with_free.effect(SHARED_STATE, "answer_unseen") is not None
+
+
+def test_what_an_environment_says_of_itself_becomes_a_lesson() -> None:
+    draw = random.Random(5)
+    data = []
+    for task in range(40):
+        for rollout in range(4):
+            failed, looked = draw.random() < 0.5, draw.random() < 0.5
+            result = {"result": "an error" if failed else "rows"}
+            steps = [replace(search("Bado Keli", "text"), features=result)]
+            steps += [replace(visit("table", "columns"), features={"result": "rows"})] if looked else []
+            chance = 0.9 if failed == looked else 0.2  # to look helps after an error, and nowhere else
+            data.append(trajectory(f"t{task}", rollout, [*steps, answer("x")], float(draw.random() < chance)))
+    texts = {pattern.text for pattern in mine(data).patterns}
+    assert "Source: when the result is an error, call visit." in texts
+    assert not any("when the result is rows, call visit" in text for text in texts)
+
+
+def test_partial_rewards_teach_and_equal_ones_do_not() -> None:
+    def data(better: float, worse: float) -> list[Trajectory]:
+        rows = [(FITTING, better), (FIRST, worse)] * 2
+        return [
+            trajectory(f"t{task}", n, [search("Bado Keli", SHARED), step, answer("x")], reward)
+            for task in range(10)
+            for n, (step, reward) in enumerate(rows)
+        ]
+
+    assert lift_of(mine(data(0.75, 0.25)))[0] == pytest.approx(0.5)
+    equal = mine(data(0.5, 0.5))
+    assert equal.statistics["mixed_groups"] == 0
+    assert equal.effect(SHARED_STATE, "open_fitting") is None

@@ -1,0 +1,217 @@
+"""A part from outside that fails costs what it touched: an episode, a step; never what is stored."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_lineage import copy_of, small
+
+from evolve_dag.agent.loop import run_episode
+from evolve_dag.config.fence import Fence
+from evolve_dag.config.loading import load_experiment
+from evolve_dag.config.schema import Experiment, RolloutSettings
+from evolve_dag.environments.fenced import FencedEnvironment
+from evolve_dag.errors import ConfigError, ModelError, PartError
+from evolve_dag.experience.pool import Pool
+from evolve_dag.experience.selection.base import FencedSelector, Selection
+from evolve_dag.inference.backends import FencedModel
+from evolve_dag.inference.scripted import ScriptedModel
+from evolve_dag.protocols import Injected, Request, Sampling
+from evolve_dag.records import Message, Step, Task, ToolCall, Trajectory
+from evolve_dag.steps import base
+from evolve_dag.steps.contexts import with_teacher_views
+from evolve_dag.store.artifacts import Store
+from evolve_dag.tasks.suites import load_split
+from evolve_dag.verification.base import FencedVerifier
+
+TASK = Task("t", "Who?", "Rato Miku")
+FENCE = Fence("part odd (file)", 5.0)
+
+
+class World:
+    tools = ()
+    system_prompt = "Answer."
+    digest = ""
+
+
+class Verifier:
+    def __init__(self, reward: Any) -> None:
+        self.reward = reward
+
+    async def verify(self, task: Task, answer: str | None) -> Any:
+        return self.reward
+
+
+class Source:
+    """Fails for one trajectory."""
+
+    async def prepare(self, trajectory: Trajectory) -> Injected:
+        if trajectory.id == "bad":
+            raise PartError("selector odd (file): KeyError: 'x'")
+        return Injected((), ("p0001",), "\nhint:\nSearch.")
+
+
+def episode(reward: Any) -> Trajectory:
+    return asyncio.run(
+        run_episode(
+            TASK,
+            0,
+            model=ScriptedModel(["<answer>Rato Miku</answer>"]),
+            environment=World(),  # type: ignore[arg-type]
+            verifier=FencedVerifier(Verifier(reward), FENCE),
+            settings=RolloutSettings(),
+            seed=1,
+        )
+    )
+
+
+def test_an_episode_whose_verifier_gives_nonsense_is_not_judged() -> None:
+    wrong = episode(float("nan"))
+    assert (wrong.status, wrong.reward) == ("answered", None)
+    assert "part odd (file): a reward is a number from 0 to 1, or None, not nan" in str(wrong.error)
+    assert episode(1).reward == 1.0
+
+
+def test_a_trajectory_whose_selector_fails_is_failed_and_the_others_stand() -> None:
+    steps = (Step(0, "look", (), ()), Step(1, "answer", (), ()))
+    made = [Trajectory(name, "t", 0, 0, "", "?", steps, "answered", "a", 1.0) for name in ("good", "bad")]
+    good, bad = asyncio.run(with_teacher_views(made, Source()))
+    assert [step.selected for step in good.steps] == [("p0001",)] * 2
+    assert (bad.status, bad.reward) == ("failed", None)
+    assert "selector odd (file): KeyError" in str(bad.error)
+    assert bad.steps == steps
+
+
+def test_a_step_whose_part_was_installed_anew_meanwhile_is_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    monkeypatch.setattr(base, "altered", lambda: ["hybrid (evolve-hybrid 0.1, sha256:0)"])
+    with pytest.raises(PartError, match=r"policy: hybrid .* was installed anew while the step was made"):
+        base.run_step("policy", Experiment(experiment="x"), 1, store)
+    assert list(store.artifacts()) == []
+    monkeypatch.undo()
+    assert base.run_step("policy", Experiment(experiment="x"), 1, store).recomputed
+
+
+EXTRACTOR = '''
+from evolve_dag.config.parts import ExtractionSettings
+from evolve_dag.experience.extraction.base import Extraction, ExtractorPart
+
+class Settings(ExtractionSettings):
+    """Finds nothing, or nonsense."""
+
+async def make(settings, material):
+    return "lessons" if settings.cap == 1 else Extraction(material.pool, (), {"groups": len(material.tasks)})
+
+X = ExtractorPart(settings=Settings, make=make)
+'''
+
+
+def test_an_extractor_that_fails_ends_its_step_and_nothing_is_stored(tmp_path: Path, small_lineage: Store) -> None:
+    (tmp_path / "mine.py").write_text(EXTRACTOR)
+    store, extractor = copy_of(small_lineage, tmp_path / "store"), f"{tmp_path / 'mine.py'}:X"
+    before = {artifact.digest for artifact in store.artifacts()}
+    with pytest.raises(PartError, match=r"extractor mine:X \(file\): what it extracted is no Extraction, but a str"):
+        base.run_step("experience", small(extraction={"extractor": extractor, "cap": 1}), 1, store)
+    assert {artifact.digest for artifact in store.artifacts()} == before
+    made = base.run_step("experience", small(extraction={"extractor": extractor, "cap": 2}), 1, store).artifact
+    assert made.summary["statistics"] == {"groups": 12}
+    assert made.manifest.config["extraction"]["extractor"].startswith("mine:X (file, sha256:")
+
+
+ENVIRONMENT = '''
+from evolve_dag.config.parts import EnvironmentSettings
+from evolve_dag.environments.base import EnvironmentPart, file_tasks
+from evolve_dag.protocols import ToolError, ToolSpec
+
+class Settings(EnvironmentSettings):
+    """Says it again."""
+
+    broken: bool = False
+    """Whether every call fails."""
+
+class Echo:
+    tools = (ToolSpec("say", "says it again", {"text": "what"}),)
+    system_prompt, digest = "Say it.", "echo"
+
+    def __init__(self, settings):
+        self.broken = settings.broken
+
+    async def call(self, call):
+        if call.arguments["text"] == "nothing":
+            raise ToolError("say something")
+        return call.arguments["text"] + "!" if not self.broken else 1 / 0
+
+X = EnvironmentPart(settings=Settings, make=lambda settings, place: Echo(settings), mistakes=lambda settings, e: file_tasks(e))
+'''
+
+
+def test_a_call_that_blocks_costs_its_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evolve_dag.config.fence.GRACE", 0.1)
+
+    class Blocking(World):
+        async def call(self, call: ToolCall) -> str:
+            while True:
+                time.sleep(0.01)
+
+    environment = FencedEnvironment(Blocking(), Fence("environment slow (file)", 0.2))  # type: ignore[arg-type]
+    with pytest.raises(PartError, match=r"environment slow \(file\): no answer within 0.2 s"):
+        asyncio.run(environment.call(ToolCall("say", {})))
+
+
+def test_an_environment_from_outside_answers_and_one_that_breaks_costs_its_episode(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(ENVIRONMENT)
+    names = ("train", "development", "held_out")
+    for name in names:
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"question": "what is {name}?", "answer": "x"}}\n')
+    tasks = f"tasks: {{{', '.join(f'{name}: {{path: {name}.jsonl}}' for name in names)}}}\n"
+    say = '<tool_call>\n{"name": "say", "arguments": {"text": "well"}}\n</tool_call>'
+    found = []
+    for broken in ("false", "true"):
+        (tmp_path / "x.yaml").write_text(f"{tasks}environment: {{kind: 'mine:X', broken: {broken}}}\n")
+        split = load_split(load_experiment(tmp_path / "x.yaml"), "train")
+        model, settings = ScriptedModel([say.replace("well", "nothing"), say, "<answer>x</answer>"]), RolloutSettings()
+        parts: dict[str, Any] = {"model": model, "environment": split.environment, "verifier": split.verifier}
+        found.append(asyncio.run(run_episode(split.tasks[0], 0, settings=settings, seed=1, **parts)))
+    good, bad = found
+    assert (good.status, good.reward) == ("answered", 1.0)
+    assert [step.observation for step in good.steps] == ["say something", "well!", None]
+    assert (bad.status, bad.reward) == ("failed", None)
+    assert "ZeroDivisionError" in str(bad.error)
+    (tmp_path / "x.yaml").write_text("environment: {kind: 'mine:X'}\n")
+    with pytest.raises(ConfigError, match=r"tasks.train.path: missing"):
+        load_experiment(tmp_path / "x.yaml")
+
+
+def test_a_selector_that_blocks_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evolve_dag.config.fence.GRACE", 0.1)
+
+    class Blocking:
+        async def select(self, question: str, steps: Any, pool: Pool) -> Selection:
+            while True:
+                pass
+
+    selector = FencedSelector(Blocking(), 3, Fence("selector slow (file)", 0.2))
+    with pytest.raises(PartError, match=r"selector slow \(file\): no answer within 0.2 s"):
+        asyncio.run(selector.select("?", (), Pool()))
+
+
+def test_a_model_from_outside_is_held_to_its_protocol() -> None:
+    class Model(ScriptedModel):
+        async def generate(self, request: Request) -> Any:
+            if request.session == "slow":
+                await asyncio.sleep(1e6)
+            return "just text" if request.session == "odd" else await super().generate(request)
+
+    model = FencedModel(Model(["yes"]), Fence("backend odd", 0.2))
+    ask = Request((Message("user", "?"),), Sampling())
+    assert asyncio.run(model.generate(ask)).text == "yes"
+    for session, wrong in (("slow", "no answer within"), ("odd", "no Completion, but a str")):
+        with pytest.raises(PartError, match=wrong):
+            asyncio.run(model.generate(Request(ask.messages, ask.sampling, session)))
+    assert model.count_tokens(Message("tool", "four words are here")) > 0
+    with pytest.raises(ModelError):  # the script has no second reply: an error of ours stays what it is
+        asyncio.run(model.generate(ask))
