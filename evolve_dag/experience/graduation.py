@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from evolve_dag.evaluation.intervals import Interval, wilson
 from evolve_dag.experience.features import walk
 from evolve_dag.experience.phrases import action_of
 from evolve_dag.experience.pool import Pool, Proposal
@@ -29,14 +30,9 @@ class Habit:
     """Of these."""
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """95% interval of the share (Wilson's score interval, JASA 22, 1927); (0, 1) without steps."""
-        if not self.steps:
-            return 0.0, 1.0
-        z2, n, share = 1.959964**2, self.steps, self.followed / self.steps
-        middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-        half = (z2 * share * (1 - share) / n + z2**2 / (4 * n**2)) ** 0.5 / (1 + z2 / n)
-        return middle - half, middle + half
+    def interval(self) -> Interval:
+        """95% interval of the share (Wilson's); (0, 1) without steps."""
+        return wilson(self.followed / max(1, self.steps), self.steps) or (0.0, 1.0)
 
 
 def habits(items: Sequence[ExperienceItem], trajectories: Sequence[Trajectory]) -> dict[str, Habit]:
