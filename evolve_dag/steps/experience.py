@@ -32,10 +32,11 @@ def run(context: StepContext) -> None:
     experiment = context.experiment
     trajectories = load_trajectories(context.inputs["trajectories"])
     entering = context.store.open("experience", context.entering.experience) if context.entering.experience else None
-    pool = open_pool(entering, MINED) if entering and MINED in entering.manifest.files else open_pool(entering)
+    shown = open_pool(entering)
+    pool = open_pool(entering, MINED) if entering and MINED in entering.manifest.files else shown
     pool = replace(pool, next_number=max(pool.next_number, context.entering.next_item))
     tasks = load_tasks_of(experiment, "train")
-    found = _extract(context, trajectories, tasks, pool, open_pool(entering))
+    found = _extract(context, trajectories, tasks, pool, shown, _evidence(entering))
     folder = context.build.path
     if found.mined is not None:
         (folder / MINED).write_text(found.mined.to_json(), encoding="utf-8")
@@ -53,19 +54,20 @@ def run(context: StepContext) -> None:
     )
 
 
-def _evidence(context: StepContext) -> Evidence | None:
+def _evidence(entering: Artifact | None) -> Evidence | None:
     """What the pool that entered rests on; None for the first, for one from a file, and for one of another extractor."""
-    entering = context.entering.experience
-    if not entering or not context.store.exists("experience", entering):
+    if entering is None or EVIDENCE not in entering.manifest.files:
         return None
-    artifact = context.store.open("experience", entering)
-    if EVIDENCE not in artifact.manifest.files:
-        return None
-    return Evidence.from_json(artifact.file(EVIDENCE).read_text(encoding="utf-8"))
+    return Evidence.from_json(entering.file(EVIDENCE).read_text(encoding="utf-8"))
 
 
 def _extract(
-    context: StepContext, trajectories: Sequence[Trajectory], tasks: Sequence[Task], pool: Pool, shown: Pool
+    context: StepContext,
+    trajectories: Sequence[Trajectory],
+    tasks: Sequence[Task],
+    pool: Pool,
+    shown: Pool,
+    before: Evidence | None,
 ) -> Extraction:
     experiment, roles = context.experiment, context.roles
     row: ExtractorPart[Any] = part_of("extractor", experiment.extraction)
@@ -82,7 +84,7 @@ def _extract(
                 experiment.granularity,
                 context.iteration,
                 experiment.seed,
-                before=_evidence(context),
+                before=before,
                 roles=roles,
                 concurrency=experiment.runtime.concurrency,
                 on_progress=context.progress.advance,
