@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 from distillation import best_of, synthetic
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from rollouts import random_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from evolve_dag.config.schema import DistillationSettings, Regime
 from evolve_dag.distillation.adapter import attach, detach
@@ -48,10 +49,7 @@ def model(shape: str, seed: int) -> torch.nn.Module:
             tie_word_embeddings=True,
         )
         return LlamaForCausalLM(config).eval()
-    small = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
-    return Qwen3ForCausalLM(
-        Qwen3Config(vocab_size=2048, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True, **small)
-    ).eval()
+    return random_model(seed=seed)
 
 
 def trajectories(count: int, vocabulary: int) -> list[Aligned]:

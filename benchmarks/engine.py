@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from distillation import best_of, plain_loop, synthetic, view_by_view
 from memory import random_row
-from rollouts import Script, episodes, pocket_shape, tokenizer
+from rollouts import Script, episodes, random_model, tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from evolve_dag.config.schema import DistillationSettings, Regime
 from evolve_dag.distillation.alignment import TeacherView
@@ -52,13 +52,6 @@ class Row:
     found: str
 
 
-def random_model(hidden: int = 128, layers: int = 4, vocabulary: int = 2048) -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    heads = {"num_attention_heads": hidden // 32, "num_key_value_heads": hidden // 64, "head_dim": 32}
-    shape = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "vocab_size": vocabulary}
-    return Qwen3ForCausalLM(Qwen3Config(**shape, **heads, tie_word_embeddings=True)).eval()
-
-
 def scoring() -> Iterator[Row]:
     """Step-wise and global injection, ten steps, groups of six."""
     model = random_model()
@@ -75,7 +68,7 @@ def scoring() -> Iterator[Row]:
 def sampled() -> Iterator[Row]:
     """What keeping the sampler's distributions costs, against scoring the same views."""
     chat = ChatFormat.from_tokenizer(tokenizer())
-    policy, scripts = pocket_shape(chat.vocab_size), [Script(number) for number in range(96)]
+    policy, scripts = random_model(chat.vocab_size), [Script(number) for number in range(96)]
     model = TransformersModel.load(copy.deepcopy(policy), chat, threads=1, max_batch=96)
     asyncio.run(episodes(model, scripts[:4], 4))
     views: list[list[TeacherView]] = []
@@ -190,7 +183,7 @@ class _Flops(TorchDispatchMode):
 
 def utilisation() -> Iterator[Row]:
     """FLOPs of one training against those of a plain product."""
-    model = random_model(256, 6)
+    model = random_model(hidden=256, layers=6)
     rows = rows_of(model, 8192)
     with _Flops() as counted:
         train(model, rows, 1 << 20)
@@ -203,7 +196,7 @@ def utilisation() -> Iterator[Row]:
 def rollouts() -> Iterator[Row]:
     """One ``generate`` of transformers per turn for all episodes at once, left-padded; both sample as many tokens."""
     chat = ChatFormat.from_tokenizer(tokenizer())
-    policy, scripts = pocket_shape(chat.vocab_size), [Script(number) for number in range(64)]
+    policy, scripts = random_model(chat.vocab_size), [Script(number) for number in range(64)]
     model = TransformersModel.load(copy.deepcopy(policy), chat, threads=1, max_batch=64)
     asyncio.run(episodes(model, scripts[:4], 4))
     seconds, _ = best_of(

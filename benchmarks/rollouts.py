@@ -57,17 +57,17 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="<|im_end|>")
 
 
-def pocket_shape(vocabulary: int) -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
+def random_model(vocabulary: int = 2048, hidden: int = 128, layers: int = 4, seed: int = 0) -> Qwen3ForCausalLM:
+    """A model of random weights, by default of the pocket policy's shape."""
+    torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=vocabulary,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64,
         head_dim=32,
-        max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
     return Qwen3ForCausalLM(config).eval()
@@ -149,7 +149,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     chat = ChatFormat.from_tokenizer(tokenizer())
-    policy = pocket_shape(chat.vocab_size)
+    policy = random_model(chat.vocab_size)
     scripts = [Script(number) for number in range(options.episodes)]
 
     model = TransformersModel.load(policy, chat, threads=options.threads, max_batch=options.concurrency)
