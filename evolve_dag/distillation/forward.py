@@ -23,6 +23,7 @@ class Forward:
     Args:
         share: pack sequences that begin alike (the default). Models whose attention cannot take a packed row (sliding
             windows, an attention of their own) get one padded row per sequence whatever this says.
+        recompute: keep only what enters each layer, and compute the layer again on the way back (activation checkpointing).
 
     Raises:
         ModelError: the model rescales its logits behind the output layer, or is not a causal model.
