@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from evolve_dag.distillation.dataset import load_contexts
+from evolve_dag.distillation.forward import decoder_and_head
 from evolve_dag.distillation.losses import Teacher, token_losses, token_losses_from_hidden
-from evolve_dag.distillation.teacher import decoder_and_head
 from evolve_dag.distillation.trainer import load_model
 from evolve_dag.steps.contexts import RETENTION
 

@@ -235,7 +235,7 @@ def sums(rows: list[DistillationRow], divergences: list[tuple[float, ...]]) -> d
     Args:
         rows: learned trajectories.
         divergences: per row, mean nats per action token of each kept step
-            (:func:`evolve_dag.distillation.trainer.step_divergences`).
+            (:func:`evolve_dag.distillation.batch.step_divergences`).
 
     Returns:
         Item id (or :data:`ALL`, :data:`NONE`) -> task id -> sums. A step with several items counts for each of them.
