@@ -9,7 +9,7 @@ carries no verdict, so nothing about tasks can be learned from it.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from evolve_dag.experience.extraction.contrast import Condition, situations_of
 from evolve_dag.experience.features import walk
@@ -31,12 +31,12 @@ def drills(trajectories: Sequence[Trajectory], share: float, seed: int) -> dict[
     """
     if share <= 0:
         return {}
-    situations = {t.id: [next(situations_of(state)) for state, _ in walk(t)] for t in trajectories}
-    done = _done(trajectories, situations)
+    walked = {t.id: [(next(situations_of(state)), action) for state, action in walk(t)] for t in trajectories}
+    done = _done(walked.values())
     texts: dict[Place, str] = {}
     for trajectory in trajectories:
         # A call that is announced as the last has no situation: there is nothing to advise.
-        for step, condition in zip(trajectory.steps, situations[trajectory.id], strict=False):
+        for step, (condition, _) in zip(trajectory.steps, walked[trajectory.id], strict=False):
             draw = random.Random(f"drill:{seed}:{trajectory.id}:{step.index}")
             advised = done.get(condition, ())
             if draw.random() < share and len(advised) > 1:
@@ -44,13 +44,11 @@ def drills(trajectories: Sequence[Trajectory], share: float, seed: int) -> dict[
     return texts
 
 
-def _done(
-    trajectories: Sequence[Trajectory], situations: Mapping[str, Sequence[Condition]]
-) -> dict[Condition, tuple[str, ...]]:
+def _done(walked: Iterable[Sequence[tuple[Condition, str]]]) -> dict[Condition, tuple[str, ...]]:
     """Situation -> the actions that were done there and can be advised, in a fixed order."""
     found: dict[Condition, set[str]] = {}
-    for trajectory in trajectories:
-        for condition, (_, action) in zip(situations[trajectory.id], walk(trajectory), strict=True):
+    for steps in walked:
+        for condition, action in steps:
             if strategy(action) is not None:
                 found.setdefault(condition, set()).add(action)
     return {condition: tuple(sorted(actions)) for condition, actions in found.items()}
