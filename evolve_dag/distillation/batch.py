@@ -43,6 +43,9 @@ def row_losses(forward: Forward, rows: Sequence[DistillationRow], divergence: st
     from evolve_dag.distillation.losses import token_losses_from_hidden
 
     teacher = joined_teacher(rows, forward.device)
+    sampled = None
+    if part("divergence", divergence).loss is None:
+        sampled = torch.tensor([one for row in rows for one in row.row.action_ids], device=forward.device)
     states_T_H, paths = forward.states([row.row.ids for row in rows])
     predictors = [path[np.array(row.row.positions) - 1] for row, path in zip(rows, paths, strict=True)]
     found = token_losses_from_hidden(
@@ -50,7 +53,7 @@ def row_losses(forward: Forward, rows: Sequence[DistillationRow], divergence: st
         states_T_H.index_select(0, torch.from_numpy(np.concatenate(predictors)).to(forward.device)),
         forward.head,
         teacher=teacher,
-        sampled_N=torch.tensor([one for row in rows for one in row.row.action_ids], device=forward.device),
+        sampled_N=sampled,
         **options,
     )
     return Losses(*found)

@@ -434,21 +434,21 @@ class _Run:
         """
         import torch
 
-        weights = [self._weight(row) for row in rows]
         sums = _Sums()
         for chosen in self.forward.passes([row.row.ids for row in rows], self.tokens_per_pass):
             here = [rows[index] for index in chosen]
             found = row_losses(self.forward, here, self.regime.divergence, **self.options)
             counts = torch.tensor([row.action_tokens for row in here])
-            weight_N = torch.tensor([weights[index] for index in chosen]).repeat_interleave(counts).to(found.loss)
+            weight_N = torch.tensor([self._weight(row) for row in here]).repeat_interleave(counts).to(found.loss)
             retention_N = torch.tensor([row.retention for row in here]).repeat_interleave(counts).to(found.loss.device)
             loss_N = found.loss * weight_N / weight
-            sums.loss += float(loss_N.sum().detach())
+            loss = loss_N.sum()
+            sums.loss += float(loss.detach())
             sums.retention_loss += float(loss_N[retention_N].sum().detach())
             sums.divergence += float(found.divergence[~retention_N].sum())
             if not math.isfinite(sums.loss):
                 break
-            loss_N.sum().backward()
+            loss.backward()
         return sums
 
 
