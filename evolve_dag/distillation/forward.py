@@ -133,9 +133,9 @@ def decoder_and_head(model: nn.Module) -> tuple[Any, Any]:
     Raises:
         ModelError: the architecture changes the logits behind its output layer, or is not a causal model.
     """
-    base: Any = model
-    if hasattr(base, "get_base_model"):
-        base = base.get_base_model()
+    from evolve_dag.inference.attention import bare
+
+    base = bare(model)
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if head is None:
         raise ModelError(f"{type(base).__name__} has no output embeddings", "give a causal language model (…ForCausalLM)")

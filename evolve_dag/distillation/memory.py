@@ -21,6 +21,7 @@ from evolve_dag.distillation.adapter import attach
 from evolve_dag.distillation.forward import Forward
 from evolve_dag.distillation.lora import fuse
 from evolve_dag.distillation.losses import Teacher, token_losses_from_hidden
+from evolve_dag.inference.kv import bytes_per_token
 
 if TYPE_CHECKING:
     from evolve_dag.config.schema import DistillationSettings
@@ -73,10 +74,7 @@ def training_memory(
 
 def cache_memory(config: Any, dtype: str, tokens: int) -> int:
     """Bytes of the keys and values of ``tokens`` tokens while sampling."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * size * getattr(torch, dtype).itemsize * tokens
+    return bytes_per_token(config.get_text_config(), getattr(torch, dtype)) * tokens
 
 
 def _run(
@@ -116,7 +114,6 @@ def _loss(forward: Forward, settings: DistillationSettings, rows: Sequence[int])
         states_T_H.index_select(0, torch.arange(actions)),
         forward.head,
         teacher=Teacher(torch.zeros(kept), ids, tail),
-        sampled_N=torch.zeros(actions, dtype=torch.long),
     )
     return losses.sum()
 

@@ -134,9 +134,14 @@ class _Gather(torch.autograd.Function):
         return total, None
 
 
+def bare(model: Any) -> Any:
+    """The model itself, without peft's wrapping."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def takes_chains(model: Any) -> bool:
     """Whether every layer of ``model`` (bare or wrapped by peft) is full attention by the registered function."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = bare(model)
     if not (getattr(base, "_supports_attention_backend", False) and getattr(base, "_supports_sdpa", False)):
         return False
     config = base.config.get_text_config()
@@ -151,7 +156,7 @@ def takes_chains(model: Any) -> bool:
 @contextmanager
 def our_attention(model: Any) -> Iterator[None]:
     """``model`` uses :func:`attention` meanwhile."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = bare(model)
     before = base.config._attn_implementation
     base.set_attn_implementation(ATTENTION)
     try:

@@ -8,12 +8,24 @@ as the start of another session with the same beginning (the system message).
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
 _COLUMN_STEP = 128
+
+
+def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Of the keys and values of one token in all layers.
+
+    Args:
+        config: of the text model.
+    """
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize)
 
 
 class SlotPool:

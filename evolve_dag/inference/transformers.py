@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from evolve_dag.errors import ContextOverflowError, ModelError
-from evolve_dag.inference.attention import ATTENTION
+from evolve_dag.inference.attention import ATTENTION, bare
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.guided import Guide, Guides
-from evolve_dag.inference.kv import RoundCache, SlotPool
+from evolve_dag.inference.kv import RoundCache, SlotPool, bytes_per_token
 from evolve_dag.inference.quiet import quiet_peft
 from evolve_dag.inference.recording import Recording, distribution
 from evolve_dag.protocols import Completion, Request
@@ -641,15 +641,12 @@ def _cache_budget(config: Any, dtype: torch.dtype, device: torch.device, cache_b
         else:
             free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 2**32
             cache_bytes = min(free // 4, 2**31)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
-    return max(1, cache_bytes // per_token)
+    return max(1, cache_bytes // bytes_per_token(config, dtype))
 
 
 def _choose_attention(model: Any) -> None:
     """The function above where the model goes through transformers' attention interface, else what it has."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = bare(model)
     if getattr(base.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         base.set_attn_implementation("eager")
     elif getattr(base, "_supports_attention_backend", False) and getattr(base, "_supports_sdpa", False):
