@@ -3,7 +3,7 @@
 What launches runs is off until somebody switches it on. ``config_watch`` is on: it tells Dagster what is there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from evolve_dag.assets.settings import CONFIGURED_STEPS, settings_assets, settin
 
 from evolve_dag.config import registry, scheduling
 from evolve_dag.config.schema import Experiment
-from evolve_dag.errors import EvolveError
+from evolve_dag.errors import ConfigError, EvolveError
 from evolve_dag.steps.base import resolve, settings_digest
 from evolve_dag.store.mirror import open_store
 
@@ -60,16 +60,23 @@ def recorded_version(instance: dg.DagsterInstance, key: dg.AssetKey, partition: 
 
 def known_experiments(root: Path) -> tuple[list[Experiment], list[str]]:
     """Experiments of the configs folder and of the store, and what is wrong with the others."""
-    found, mistakes = registry.scan(registry.configs_folder())
+    return _known(root, *registry.scan(registry.configs_folder()))
+
+
+def _known(
+    root: Path, found: Mapping[registry.Entry, Experiment], mistakes: Sequence[ConfigError]
+) -> tuple[list[Experiment], list[str]]:
     problems = [mistake.what for mistake in mistakes]
-    by_name = {entry.name: entry for entry in found} | {entry.name: entry for entry in registry.entries(root)}
-    experiments = []
-    for entry in by_name.values():
+    experiments = {entry.name: experiment for entry, experiment in found.items()}
+    for entry in registry.entries(root):
+        if entry in found:
+            continue
+        experiments.pop(entry.name, None)  # the name is the registered file's, whatever that has come to
         try:
-            experiments.append(entry.load())
+            experiments[entry.name] = entry.load()
         except EvolveError as error:
             problems.append(error.what)
-    return experiments, sorted(set(problems))
+    return list(experiments.values()), sorted(set(problems))
 
 
 @dg.sensor(
@@ -78,9 +85,10 @@ def known_experiments(root: Path) -> tuple[list[Experiment], list[str]]:
     description="Reads the experiment files: adds their partitions, and reports config slices that have changed.",
 )
 def config_watch(context: dg.SensorEvaluationContext, store: StoreResource) -> dg.SensorResult | dg.SkipReason:
-    for entry in registry.scan(registry.configs_folder())[0]:
+    found, mistakes = registry.scan(registry.configs_folder())
+    for entry in found:
         registry.remember(store.path, entry)
-    experiments, problems = known_experiments(store.path)
+    experiments, problems = _known(store.path, found, mistakes)
     events: list[dg.AssetMaterialization] = []
     for experiment in experiments:
         try:

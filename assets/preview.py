@@ -14,11 +14,10 @@ from evolve_dag.evaluation.metrics import Metrics, metrics_from_json
 from evolve_dag.reporting.summary import summarize
 from evolve_dag.steps import base
 from evolve_dag.store.artifacts import Artifact, Store
+from evolve_dag.store.layout import DECISION, SUMMARY
 
 CELL = 80
 """Characters of one cell."""
-DECISION, SUMMARY = "decision.json", "summary.json"
-"""Files that a reader sees as sentences and numbers: what the gate decided, and results by condition."""
 
 PLOTTED = ("success", "premature", "unanswered", "turns")
 """Metrics that become numbers of their own; those of development tasks are the promotion's evidence."""

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ from evolve_dag.study import files
 from evolve_dag.study.agenda import Agenda, Unit
 from evolve_dag.study.definition import Study
 
+START = "spawn"
+"""How workers start: a fork of a process with threads (polars, torch) can hang."""
 LOOK_SECONDS = 2.0
 """Between two looks at how far the units are that go on."""
 
@@ -147,7 +150,7 @@ class Worker:
         self._start()
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")  # a fork of a process with threads (polars, torch) can hang
+        context: SpawnContext = mp.get_context(START)  # type: ignore[assignment]
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, self._work), daemon=True)
         self.process.start()

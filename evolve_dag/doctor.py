@@ -7,21 +7,25 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from evolve_dag.config import registry
 from evolve_dag.config.outside import distribution, installed
-from evolve_dag.config.parts import CHOICES, part, parts, parts_beside
-from evolve_dag.errors import EvolveError, PartError
+from evolve_dag.config.parts import CHOICES, Choice, Part, part, parts, parts_beside
+from evolve_dag.config.registry import Entry
+from evolve_dag.errors import ConfigError, EvolveError, PartError
 
 if TYPE_CHECKING:
     from evolve_dag.config.schema import Experiment
 
 State = Literal["ok", "note", "broken"]
+Row = tuple[Choice, str, Part[Any]]
+"""What :func:`parts` gives."""
 
 LEAST_FREE_GIB = 1.0
 """Free disk below which a note is made: a store of three pocket iterations takes a few hundred MB."""
@@ -49,21 +53,23 @@ def examine(root: Path, experiment: Experiment | None = None) -> Iterator[Findin
         root: the store.
         experiment: whose memory is to be calculated.
     """
+    here = cache(lambda: registry.scan(registry.configs_folder()))  # read once, inside of a check: one may be unreadable
+    rows = cache(lambda: list(parts()))
     checks: list[Callable[[], Iterator[Finding]]] = [
         _python,
         _packages,
         _threads,
         _weights,
-        _configs,
-        _parts,
-        lambda: _gates(root),
+        lambda: _configs(*here()),
+        lambda: _parts(here()[0]),
+        lambda: _gates(root, here()[0]),
         lambda: _registry(root),
         lambda: _store(root),
         lambda: _dagster_home(root),
         lambda: _databases(root),
-        _optional,
+        lambda: _optional(rows()),
         _sandbox,
-        _keys,
+        lambda: _keys(rows()),
     ]
     if experiment is not None:
         checks.append(lambda: _memory(experiment))
@@ -211,9 +217,8 @@ def _weights() -> Iterator[Finding]:
     yield Finding("ok", "pocket weights", f"{count} tensors, digest {digest[:12]}..., {checked}")
 
 
-def _configs() -> Iterator[Finding]:
+def _configs(found: Mapping[Entry, Experiment], mistakes: Sequence[ConfigError]) -> Iterator[Finding]:
     folder = registry.configs_folder()
-    found, mistakes = registry.scan(folder)
     for mistake in mistakes:
         yield Finding("broken", "experiment file", mistake.what)
     if found:
@@ -226,7 +231,7 @@ def _configs() -> Iterator[Finding]:
         )
 
 
-def _parts() -> Iterator[Finding]:
+def _parts(experiments: Mapping[Entry, Experiment]) -> Iterator[Finding]:
     """Parts from outside: what installed distributions bring, and what experiment files name in files beside them."""
     for kind, choice in CHOICES.items():
         for name, entries in installed(kind).items():
@@ -240,18 +245,18 @@ def _parts() -> Iterator[Finding]:
                 yield Finding("note", "part", f"{error.what}: {error.remedy}")
             else:
                 yield Finding("ok", "part", who)
-    for entry in registry.scan(registry.configs_folder())[0]:
-        for told in parts_beside(entry.load()):
+    for entry, experiment in experiments.items():
+        for told in parts_beside(experiment):
             yield Finding("ok", "part", f"{told}, named by {entry.config.name}")
 
 
-def _gates(root: Path) -> Iterator[Finding]:
+def _gates(root: Path, experiments: Mapping[Entry, Experiment]) -> Iterator[Finding]:
     from evolve_dag.lineage.power import warning
     from evolve_dag.store.artifacts import Store
 
     told: dict[str, list[str]] = {}
-    for entry in registry.scan(registry.configs_folder())[0]:
-        told.setdefault(warning(entry.load(), Store(root)), []).append(entry.name)
+    for entry, experiment in experiments.items():
+        told.setdefault(warning(experiment, Store(root)), []).append(entry.name)
     for text, names in told.items():
         if text:
             yield Finding("note", "gate", f"{', '.join(names)}: {text}")
@@ -306,12 +311,12 @@ def _databases(root: Path) -> Iterator[Finding]:
         yield Finding("broken", "database", f"{path}: damaged: move it away; artifacts are files of their own and not touched")
 
 
-def _optional() -> Iterator[Finding]:
+def _optional(rows: Sequence[Row]) -> Iterator[Finding]:
     features = {
         "dagster_webserver": "the web interface (evolve ui): pip install dagster-webserver",
         **{
             library: f"`{choice.place}: {name}`: pip install 'evolve-dag[{extra}]'"
-            for choice, name, row in parts()
+            for choice, name, row in rows
             for library, extra in row.libraries.items()
         },
         "gguf": "model folders from GGUF files (evolve model): pip install 'evolve-dag[gguf]'",
@@ -331,7 +336,7 @@ def _sandbox() -> Iterator[Finding]:
     yield Finding("ok" if "holds" in report else "note", "python sandbox", report)
 
 
-def _keys() -> Iterator[Finding]:
-    names = [*(name for _, _, row in parts() for name in row.variables), "MLFLOW_TRACKING_URI", "EVOLVE_MIRROR"]
+def _keys(rows: Sequence[Row]) -> Iterator[Finding]:
+    names = [*(name for _, _, row in rows for name in row.variables), "MLFLOW_TRACKING_URI", "EVOLVE_MIRROR"]
     found = [name for name in names if os.environ.get(name)]  # never their values
     yield Finding("ok", "environment", f"set: {', '.join(found)}" if found else f"none of {', '.join(names)} is set")

@@ -15,7 +15,7 @@ from living import Living, Place, wait
 
 from evolve_dag.steps.base import STEP_ORDER
 from evolve_dag.store.artifacts import Store
-from evolve_dag.store.frames import STEPS
+from evolve_dag.store.layout import STEPS
 
 LAUNCH = """mutation($p: LaunchBackfillParams!){launchPartitionBackfill(backfillParams: $p){
   __typename ... on LaunchBackfillSuccess{backfillId} ... on PythonError{message}}}"""

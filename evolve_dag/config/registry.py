@@ -81,33 +81,32 @@ def load_seeded(config: Path, seed: int | None = None) -> Experiment:
     return experiment.model_copy(update={"seed": seed, "experiment": f"{experiment.experiment}-s{seed}"})
 
 
-def scan(folder: Path) -> tuple[list[Entry], list[ConfigError]]:
+def scan(folder: Path) -> tuple[dict[Entry, Experiment], list[ConfigError]]:
     """Experiments of a configs folder, and the mistakes of the files that are left out; studies are no experiments.
 
     Two files that give the same name are a mistake of the second; the first keeps the name.
     """
     from evolve_dag.config.loading import is_study
 
-    found: dict[str, Entry] = {}
+    found: dict[Entry, Experiment] = {}
+    files: dict[str, Path] = {}
     mistakes: list[ConfigError] = []
     for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
         if is_study(path):
             continue
         try:
-            name = load_seeded(path).experiment
+            experiment = load_seeded(path)
         except ConfigError as error:
             mistakes.append(error)
             continue
-        if name in found:
-            mistakes.append(
-                ConfigError(
-                    f"{path}: the name {name!r} is taken by {found[name].config.name}",
-                    "give it its own with `experiment: <name>`",
-                )
-            )
+        name = experiment.experiment
+        if name in files:
+            what = f"{path}: the name {name!r} is taken by {files[name].name}"
+            mistakes.append(ConfigError(what, "give it its own with `experiment: <name>`"))
             continue
-        found[name] = Entry(name, path.resolve())
-    return list(found.values()), mistakes
+        files[name] = path
+        found[Entry(name, path.resolve())] = experiment
+    return found, mistakes
 
 
 def register(root: Path, config: Path, seed: int | None = None) -> Experiment:

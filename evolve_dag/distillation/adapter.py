@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import ConfigError, ModelError, StoreError
 from evolve_dag.inference.quiet import quiet_peft
+from evolve_dag.store.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 
 
 def attach(model: nn.Module, *, rank: int, alpha: float, seed: int, init_adapter: Path | None = None) -> Any:
@@ -101,9 +99,9 @@ def save_adapter(wrapped: Any, folder: Path, *, base: str = "") -> None:
     config = {**wrapped.peft_config["default"].to_dict(), "base_model_name_or_path": name, "inference_mode": True}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights, str(folder / WEIGHTS), metadata={"format": "pt"})
+        save_file(weights, str(folder / ADAPTER_WEIGHTS), metadata={"format": "pt"})
         text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
-        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+        (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
     except Exception as error:  # safetensors has error types of its own for a full disk
         raise StoreError(f"{folder}: adapter cannot be written: {error}", "free disk space, or use another store") from error
 
@@ -136,7 +134,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         StoreError: it is missing, not JSON, or not a LoRA config.
     """
-    path = folder / CONFIG
+    path = folder / ADAPTER_CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -156,7 +154,7 @@ _AGAIN = "the file was changed or cut off: delete the artifact and materialize a
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    path = folder / WEIGHTS
+    path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         raise StoreError(f"{path}: no such file", "the folder holds no adapter: materialize adapter again")
     try:
@@ -174,12 +172,12 @@ def _load_weights(wrapped: Any, folder: Path) -> None:
     wrong = sorted(set(weights) ^ set(expected)) or [name for name in weights if weights[name].shape != expected[name].shape]
     if wrong:
         raise StoreError(
-            f"{folder / WEIGHTS}: does not fit this model: {len(wrong)} weights, the first {wrong[0]}",
+            f"{folder / ADAPTER_WEIGHTS}: does not fit this model: {len(wrong)} weights, the first {wrong[0]}",
             "the adapter belongs to another base model: check models.policy.path",
         )
     broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise StoreError(f"{folder / WEIGHTS}: {broken[0]} is not finite", _AGAIN)
+        raise StoreError(f"{folder / ADAPTER_WEIGHTS}: {broken[0]} is not finite", _AGAIN)
     set_peft_model_state_dict(wrapped, weights)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from evolve_dag.distillation.alignment import Aligned, StudentRow, TeacherView
 from evolve_dag.distillation.teacher import TeacherTargets
 from evolve_dag.errors import AlignmentError, StoreError
+from evolve_dag.store.layout import CONTEXTS
 
 if TYPE_CHECKING:
     import polars as pl
@@ -242,7 +243,7 @@ def save_contexts(folder: Path, rows: Sequence[DistillationRow]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         rows_frame.write_parquet(folder / "rows.parquet")
-        contexts_frame.write_parquet(folder / "contexts.parquet")
+        contexts_frame.write_parquet(folder / CONTEXTS)
         if kind != "none":
             save_file(_teacher_arrays(rows), str(folder / "teacher.safetensors"))
         (folder / "contexts.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -263,9 +264,9 @@ def load_contexts(folder: Path) -> list[DistillationRow]:
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise StoreError(f"{folder / 'contexts.json'}: not a contexts folder of format {FORMAT}", _AGAIN)
     rows = _read(folder, "rows.parquet", pl.read_parquet)
-    contexts = _read(folder, "contexts.parquet", pl.read_parquet)
+    contexts = _read(folder, CONTEXTS, pl.read_parquet)
     _check_schema(folder / "rows.parquet", rows, _rows_schema())
-    _check_schema(folder / "contexts.parquet", contexts, _contexts_schema())
+    _check_schema(folder / CONTEXTS, contexts, _contexts_schema())
     if facts.get("rows") != rows.height or facts.get("steps") != contexts.height:
         raise StoreError(
             f"{folder}: contexts.json counts {facts.get('rows')} rows and {facts.get('steps')} steps, "

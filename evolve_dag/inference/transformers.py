@@ -34,6 +34,7 @@ from evolve_dag.inference.quiet import quiet_peft
 from evolve_dag.inference.recording import Recording, distribution
 from evolve_dag.protocols import Completion, Request
 from evolve_dag.records import Message
+from evolve_dag.store.layout import ADAPTER_CONFIG
 
 _SHARED_PREFIX = 16
 """Least tokens that new sessions must share before the shared part is computed once and copied."""
@@ -674,8 +675,8 @@ def _read_tokenizer(path_or_model: str | Path | torch.nn.Module, name: str) -> A
 def _add_adapter(model: Any, adapter_dir: Path, name: str, *, in_memory: bool) -> Any:
     from peft import PeftModel
 
-    if not (adapter_dir / "adapter_config.json").is_file():
-        raise ModelError(f"adapter {adapter_dir}: there is no adapter_config.json", "name the folder that peft wrote")
+    if not (adapter_dir / ADAPTER_CONFIG).is_file():
+        raise ModelError(f"adapter {adapter_dir}: there is no {ADAPTER_CONFIG}", "name the folder that peft wrote")
     base = copy.deepcopy(model) if in_memory else model
     return _reading(
         f"adapter {adapter_dir}",

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from evolve_dag.errors import ModelError
 from evolve_dag.protocols import Sampling
+from evolve_dag.store.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of ``max_lora_rank`` that vLLM knows."""
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -41,16 +41,16 @@ class Adapter:
         folder = folder.resolve()
         digest = hashlib.sha256()
         try:
-            text = (folder / CONFIG).read_bytes()
+            text = (folder / ADAPTER_CONFIG).read_bytes()
             digest.update(text)
-            with (folder / WEIGHTS).open("rb") as handle:
+            with (folder / ADAPTER_WEIGHTS).open("rb") as handle:
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
             config = json.loads(text)
             rank, modules = int(config["r"]), config.get("target_modules")
         except (OSError, ValueError, KeyError, TypeError) as problem:
             raise ModelError(
                 f"adapter {folder}: cannot be read: {type(problem).__name__}: {problem}",
-                f"name the folder that holds {CONFIG} and {WEIGHTS}; materialize adapter again if they are broken",
+                f"name the folder of {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}; materialize adapter again if they are broken",
             ) from problem
         if rank > RANKS[-1]:
             raise ModelError(

@@ -24,6 +24,7 @@ from evolve_dag.jsonlines import kind_of, read_objects, refuse, refuse_all
 from evolve_dag.records import ExperienceItem, Granularity, PoolEdit
 from evolve_dag.store.disk import read_bytes
 from evolve_dag.store.jsonvalues import is_finite
+from evolve_dag.store.layout import EDITS, ITEMS, POOL
 
 if TYPE_CHECKING:
     from evolve_dag.store.artifacts import Store
@@ -235,9 +236,9 @@ def artifact_of(pool: Pool, store: Store, source: str, *, renamed: Mapping[str, 
         "experience", digest, code_version=f"imported/{VERSION}", config=pool_config(pool, source), inputs={}
     ) as build:
         if build.artifact is None:
-            (build.path / "pool.json").write_text(pool.to_json(), encoding="utf-8")
-            items_to_frame(pool.items).write_parquet(build.path / "items.parquet")
-            edits_to_frame(edits).write_parquet(build.path / "edits.parquet")
+            (build.path / POOL).write_text(pool.to_json(), encoding="utf-8")
+            items_to_frame(pool.items).write_parquet(build.path / ITEMS)
+            edits_to_frame(edits).write_parquet(build.path / EDITS)
             build.note(imported=source, items=len(pool), **counted(edits),
                        locality=asdict(locality(pool.items)), statistics={}, renamed=dict(names))  # fmt: skip
     return digest

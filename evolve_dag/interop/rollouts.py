@@ -38,6 +38,7 @@ from evolve_dag.plain import plain
 from evolve_dag.records import Granularity, Step, Task, ToolCall, Trajectory, TrajectoryStatus
 from evolve_dag.secrecy import describe_error
 from evolve_dag.store.jsonvalues import is_finite
+from evolve_dag.store.layout import TASKS
 from evolve_dag.tasks.jsonl import question_id
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def artifact_of_rollouts(found: ImportedRollouts, store: Store, path: str | Path
 def _save_tasks(build: Build, found: ImportedRollouts) -> None:
     lines = [json.dumps({"id": t.id, "question": t.question, "answer": t.answer}, ensure_ascii=False) for t in found.tasks]
     text = "".join(f"{line}\n" for line in lines)
-    (build.path / "tasks.jsonl").write_bytes(text.encode("utf-8", "replace"))
+    (build.path / TASKS).write_bytes(text.encode("utf-8", "replace"))
     places = {t.id: line for t, line in zip(found.trajectories, found.lines, strict=True)}
     (build.path / "lines.json").write_text(json.dumps(places, indent=1) + "\n", encoding="utf-8")
 
@@ -528,7 +529,7 @@ def import_file(
     judged = sum(t.reward is not None for t in rolled.trajectories)
     ids = tuple(dict.fromkeys(t.task_id for t in rolled.trajectories))
     facts = {"trajectories": len(rolled.trajectories), "tasks": len(ids), "judged": judged}
-    file = store.open("trajectories", digest).file("tasks.jsonl")
+    file = store.open("trajectories", digest).file(TASKS)
     return Report(kind, path.name, digest, lineage, facts, rolled.notes, ids, file)
 
 

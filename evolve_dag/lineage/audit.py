@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import ConfigError, DataError, StoreError
 from evolve_dag.store.disk import write_atomic
+from evolve_dag.store.layout import DECISION, ITEMS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -353,7 +354,7 @@ def _now(sound: list[tuple[int, dict[str, Artifact]]]) -> str | None:
     """Adapter of the policy that the last decision left."""
     for _, found in reversed(sound):
         if "promotion" in found and found["promotion"].inputs.get("adapter") == found["adapter"].digest:
-            leaving = found["promotion"].json("decision.json").get("policy") or {}
+            leaving = found["promotion"].json(DECISION).get("policy") or {}
             adapter: str | None = leaving.get("adapter")
             return adapter
     policy = sound[0][1]["policy"].manifest.config.get("policy")
@@ -397,7 +398,7 @@ def _interval(before: Mapping[str, Sums], after: Mapping[str, Sums]) -> Interval
 def _texts(store: Store, experience: str | None) -> dict[str, str]:
     if experience is None:
         return {}
-    frame = store.open("experience", experience).frame("items.parquet")
+    frame = store.open("experience", experience).frame(ITEMS)
     return dict(zip(frame["id"].to_list(), frame["text"].to_list(), strict=True))
 
 

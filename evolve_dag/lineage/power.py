@@ -9,6 +9,7 @@ from evolve_dag.errors import EvolveError
 from evolve_dag.evaluation.gate import gate_from_json
 from evolve_dag.evaluation.intervals import POWER, detectable, tasks_for
 from evolve_dag.store.artifacts import Store
+from evolve_dag.store.layout import DECISION
 from evolve_dag.tasks.suites import load_tasks_of
 
 LOSS = 0.05
@@ -72,7 +73,7 @@ def _measured(name: str, store: Store | None) -> tuple[int | None, float | None]
         newest = max(decided, key=lambda ref: ref.iteration, default=None)
         if store is None or newest is None:
             return None, None
-        gate = gate_from_json(store.open("promotion", newest.digest).json("decision.json"))
+        gate = gate_from_json(store.open("promotion", newest.digest).json(DECISION))
     except EvolveError:
         return None, None
     return newest.iteration, gate.evidence.get("success_sd")

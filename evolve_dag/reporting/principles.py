@@ -19,6 +19,7 @@ from evolve_dag.lineage import audit
 from evolve_dag.records import ExperienceItem, PoolEdit, Step, ToolCall
 from evolve_dag.steps.base import STEP_ORDER
 from evolve_dag.store.frames import edits_from_frame, items_from_frame
+from evolve_dag.store.layout import CONTEXTS, DECISION, EDITS, ITEMS, SCORES, STEPS, TRAJECTORIES
 
 if TYPE_CHECKING:
     import polars as pl
@@ -197,10 +198,10 @@ class _Seen:
 
     def pool(self, experience: Artifact) -> None:
         """Items and edits of one pool; a pool carries the edits of its predecessors, which are told once."""
-        items = items_from_frame(experience.frame("items.parquet"))
+        items = items_from_frame(experience.frame(ITEMS))
         self.items |= {item.id: item for item in items}
         self.newest = tuple(item.id for item in items)
-        for edit in edits_from_frame(experience.frame("edits.parquet")):
+        for edit in edits_from_frame(experience.frame(EDITS)):
             key = (edit.operation, edit.iteration, edit.reason, edit.before, edit.after)
             self.edits.setdefault(edit.item_id, {}).setdefault(key, edit)
 
@@ -277,12 +278,12 @@ def _chain(iteration: int, artifacts: Mapping[str, Artifact], seen: _Seen) -> Ch
     if experience is not None:
         seen.pool(experience)
     learned: list[Shown] = []
-    if contexts is not None and "contexts.parquet" in contexts.manifest.files:
+    if contexts is not None and CONTEXTS in contexts.manifest.files:
         learned = _learned(contexts, iteration, seen)
     rows: list[ScoreRow] = []
     if scores is not None:
         rows = _scores(scores, iteration, seen)
-    decision = artifacts["promotion"].json("decision.json") if "promotion" in artifacts else {}
+    decision = artifacts["promotion"].json(DECISION) if "promotion" in artifacts else {}
     policy = artifacts["policy"].manifest.config.get("policy") if "policy" in artifacts else None
     return Chain(
         iteration,
@@ -297,7 +298,7 @@ def _chain(iteration: int, artifacts: Mapping[str, Artifact], seen: _Seen) -> Ch
 
 
 def _learned(contexts: Artifact, iteration: int, seen: _Seen) -> list[Shown]:
-    frame = _columns(contexts, "contexts.parquet", "trajectory_id", "step", "selected")
+    frame = _columns(contexts, CONTEXTS, "trajectory_id", "step", "selected")
     seen.learn(iteration, frame)
     rolled = _rolled(contexts, set(frame["trajectory_id"].unique(maintain_order=True).head(SPELLED_OUT)))
     if contexts.manifest.config.get("regime.source") == "teacher":
@@ -322,7 +323,7 @@ def _learned(contexts: Artifact, iteration: int, seen: _Seen) -> list[Shown]:
 
 
 def _scores(scores: Artifact, iteration: int, seen: _Seen) -> list[ScoreRow]:
-    table = _columns(scores, "scores.parquet", "task_id", "rollout", "condition", "reward", "premature").to_dicts()
+    table = _columns(scores, SCORES, "task_id", "rollout", "condition", "reward", "premature").to_dicts()
     named = [(row, f"{row['task_id']}#{row['rollout']}") for row in table if row["condition"] in ("without", "with")]
     spelled: set[str] = set()
     for condition in ("without", "with"):
@@ -360,9 +361,9 @@ def _rolled(artifact: Artifact, spelled: set[str]) -> list[Shown]:
 
     Only the columns that are shown are read, so that any version of the file will do.
     """
-    heads = _columns(artifact, "trajectories.parquet", "id", "question", "status", "reward", "answer")
-    light = _columns(artifact, "steps.parquet", "trajectory_id", "index", "selected")
-    heavy = _columns(artifact, "steps.parquet", "trajectory_id", "index", "text", "observation", of=spelled)
+    heads = _columns(artifact, TRAJECTORIES, "id", "question", "status", "reward", "answer")
+    light = _columns(artifact, STEPS, "trajectory_id", "index", "selected")
+    heavy = _columns(artifact, STEPS, "trajectory_id", "index", "text", "observation", of=spelled)
     texts = {(name, index): (text, observation) for name, index, text, observation in heavy.iter_rows()}
     of: dict[str, list[ShownStep]] = {}
     for name, index, selected in light.iter_rows():
@@ -375,10 +376,10 @@ def _rolled(artifact: Artifact, spelled: set[str]) -> list[Shown]:
 
 def _situations(artifact: Artifact, most: int) -> Iterable[tuple[Sequence[str], Mapping[str, str]]]:
     """Chosen items and features before every step of the first ``most`` episodes."""
-    questions = dict(_columns(artifact, "trajectories.parquet", "id", "question").head(most).iter_rows())
+    questions = dict(_columns(artifact, TRAJECTORIES, "id", "question").head(most).iter_rows())
     names = ("trajectory_id", "index", "text", "tool", "arguments", "answer", "observation", "problem", "selected", "features")
     walks: dict[str, Tracker] = {}
-    steps = _columns(artifact, "steps.parquet", *names, of=questions)
+    steps = _columns(artifact, STEPS, *names, of=questions)
     for row in steps.sort("trajectory_id", "index").iter_rows(named=True):
         name = row["trajectory_id"]
         walk = walks.setdefault(name, Tracker(questions[name]))

@@ -28,6 +28,7 @@ from evolve_dag.records import ExperienceItem
 from evolve_dag.steps.base import STEP_ORDER
 from evolve_dag.steps.scores import BASE_AT
 from evolve_dag.store.artifacts import joined_config
+from evolve_dag.store.layout import CURVE, DECISION, ITEMS, SUMMARY
 
 if TYPE_CHECKING:
     from evolve_dag.lineage.audit import Internalized
@@ -223,7 +224,7 @@ def summarize(
             outdated.append(iteration)
             continue
         settings |= joined_config(artifacts.values())
-        scores = _json(artifacts.get("scores"), "summary.json")
+        scores = _json(artifacts.get("scores"), SUMMARY)
         if iteration == 1 and scores.get("base") is not None:
             rows.append(_base_row(scores, artifacts["scores"]))
         row = _row(iteration, found, artifacts, scores, recomputed or {})
@@ -255,7 +256,7 @@ def _follows(artifacts: Mapping[str, Artifact], before: Mapping[str, tuple[Ref, 
         if any(kind in artifacts and artifacts[kind].digest != digest for kind, digest in artifact.inputs.items()):
             return False
     if "policy" in artifacts and "promotion" in before:
-        decided = before["promotion"][1].json("decision.json").get("policy") or {}
+        decided = before["promotion"][1].json(DECISION).get("policy") or {}
         entered = artifacts["policy"].summary
         return all(entered.get(key) == decided.get(key) for key in ("adapter", "experience"))
     return True
@@ -279,7 +280,7 @@ def _row(
     experience, adapter = artifacts.get("experience"), artifacts.get("adapter")
     pool = experience.summary if experience else {}
     shares = pool.get("locality") or {}
-    decision = _json(artifacts.get("promotion"), "decision.json")
+    decision = _json(artifacts.get("promotion"), DECISION)
     return IterationRow(
         iteration,
         without=_metrics(scores, "without", artifacts.get("scores")),
@@ -498,15 +499,15 @@ def _metrics(scores: Mapping[str, Any], condition: str, artifact: Artifact | Non
     try:
         return metrics_from_json(scores[condition])
     except DataError as error:
-        where = artifact.path / "summary.json" if artifact else "summary.json"
+        where = artifact.path / SUMMARY if artifact else SUMMARY
         raise DataError(f"{where}: {condition}: {error.what}", error.remedy) from error
 
 
 def _curve(adapter: Artifact | None) -> tuple[Mapping[str, float], ...]:
     if adapter is None:
         return ()
-    if "curve.parquet" in adapter.manifest.files:
-        records: Any = adapter.frame("curve.parquet").to_dicts()
+    if CURVE in adapter.manifest.files:
+        records: Any = adapter.frame(CURVE).to_dicts()
     elif "curve.json" in adapter.manifest.files:
         records = adapter.json("curve.json")
     else:
@@ -516,8 +517,8 @@ def _curve(adapter: Artifact | None) -> tuple[Mapping[str, float], ...]:
 
 
 def _items(experience: Artifact | None) -> tuple[ExperienceItem, ...]:
-    if experience is None or "items.parquet" not in experience.manifest.files:
+    if experience is None or ITEMS not in experience.manifest.files:
         return ()
     from evolve_dag.store.frames import items_from_frame
 
-    return tuple(items_from_frame(experience.frame("items.parquet")))
+    return tuple(items_from_frame(experience.frame(ITEMS)))

@@ -21,12 +21,12 @@ from evolve_dag.steps.contexts import DRILLS, RETENTION, score, with_teacher_vie
 from evolve_dag.steps.policies import adapter_folder, closing, experience_source, open_policy, open_pool, open_teacher
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
+from evolve_dag.store.layout import ADAPTER_WEIGHTS, CURVE
 from evolve_dag.tasks.suites import Split, load_split
 
 if TYPE_CHECKING:
     from torch import nn
 
-CURVE = "curve.parquet"
 MAX_SKIPPED = 0.1
 """Largest share of optimizer steps without a finite gradient."""
 
@@ -184,7 +184,7 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
     curve = artifact.frame(CURVE)
     taken = curve.filter(~curve["skipped"])
     bad = [step for step, loss in taken.select("step", "loss").iter_rows() if loss is None or not isfinite(loss)]
-    weights = load_file(artifact.file("adapter_model.safetensors"))
+    weights = load_file(artifact.file(ADAPTER_WEIGHTS))
     broken = [name for name, weight in weights.items() if not isfinite(float(abs(weight).max()))]
     skipped = curve.height - taken.height
     evidence = {"broken_tensors": broken, "optimizer_steps": curve.height, "skipped": skipped, "not_finite": bad}

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +36,8 @@ from evolve_dag.steps.body import Body, Progress, Silent, StepContext
 from evolve_dag.steps.slices import decisive, visible
 from evolve_dag.steps.spec import StepSpec
 from evolve_dag.store.artifacts import Artifact, Store
-from evolve_dag.store.frames import CALLS, calls_to_frame
+from evolve_dag.store.frames import calls_to_frame
+from evolve_dag.store.layout import CALLS
 from evolve_dag.store.memory import Memory
 from evolve_dag.tasks.streams import of_iteration
 
@@ -105,15 +106,14 @@ def resolve(name: str, experiment: Experiment, iteration: int, store: Store) -> 
 
 def resolve_iteration(experiment: Experiment, iteration: int, store: Store) -> dict[str, Resolved]:
     """All seven steps of one iteration, in order."""
-    entering = _entering(experiment, iteration, store)
-    return {name: resolve_from(name, experiment, iteration, store, entering) for name in STEP_ORDER}
+    return resolve_all_from(experiment, iteration, store, _entering(experiment, iteration, store))
 
 
 def resolve_lineage(experiment: Experiment, iterations: int, store: Store) -> Iterator[dict[str, Resolved]]:
     """All seven steps of iterations 1, 2, ...; the last one is the first that is not promoted, or number ``iterations``."""
     entering = first_policy(experiment)
     for k in range(1, iterations + 1):
-        resolved = {name: resolve_from(name, experiment, k, store, entering) for name in STEP_ORDER}
+        resolved = resolve_all_from(experiment, k, store, entering)
         yield resolved
         decided = resolved["promotion"]
         if decided.digest is None or not decided.exists:
@@ -172,7 +172,33 @@ def _entering(experiment: Experiment, iteration: int, store: Store) -> PolicyRef
 
 def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store, entering: PolicyRef | str) -> Resolved:
     """:func:`resolve` where the entering policy is known already, or what is missing for it."""
-    spec = SPECS[name]
+    return _resolved(sources(name), experiment, iteration, store, entering)[name]
+
+
+def resolve_all_from(experiment: Experiment, iteration: int, store: Store, entering: PolicyRef | str) -> dict[str, Resolved]:
+    """:func:`resolve_iteration` where the entering policy is known already, or what is missing for it."""
+    return _resolved(SPECS.values(), experiment, iteration, store, entering)
+
+
+def _resolved(
+    specs: Iterable[StepSpec], experiment: Experiment, iteration: int, store: Store, entering: PolicyRef | str
+) -> dict[str, Resolved]:
+    """Steps in the order of the loop, each after all that it is made from."""
+    known: dict[str, Resolved] = {}
+    for spec in specs:
+        known[spec.name] = _resolve(spec, experiment, iteration, store, entering, known)
+    return known
+
+
+def _resolve(
+    spec: StepSpec,
+    experiment: Experiment,
+    iteration: int,
+    store: Store,
+    entering: PolicyRef | str,
+    known: Mapping[str, Resolved],
+) -> Resolved:
+    name = spec.name
     if isinstance(entering, str):
         return Resolved(name, iteration, None, False, missing=entering)
     try:
@@ -185,7 +211,7 @@ def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store
         config |= {"policy": entering.content}
     else:
         for upstream in spec.inputs:
-            found = resolve_from(upstream, experiment, iteration, store, entering)
+            found = known[upstream]
             if found.digest is None:
                 return Resolved(name, iteration, None, False, missing=found.missing)
             inputs[upstream] = found.digest

@@ -48,7 +48,8 @@ from evolve_dag.steps.policies import (
 )
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
-from evolve_dag.store.frames import STEPS, TRAJECTORIES, load_trajectories, save_trajectories, trajectories_from_frames
+from evolve_dag.store.frames import load_trajectories, save_trajectories, trajectories_from_frames
+from evolve_dag.store.layout import CONTEXTS, STEPS, TRAJECTORIES
 from evolve_dag.tasks.suites import load_split
 
 if TYPE_CHECKING:
@@ -292,5 +293,5 @@ SPEC = StepSpec(
         ),
     ),
     examine=examine,
-    tables=(Table("contexts.parquet", ("trajectory_id", "step", "selected", "injected", "teacher_tokens")),),
+    tables=(Table(CONTEXTS, ("trajectory_id", "step", "selected", "injected", "teacher_tokens")),),
 )

@@ -18,7 +18,8 @@ from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import open_policy, open_pool
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
-from evolve_dag.store.frames import EDITS, ITEMS, edits_to_frame, items_from_frame, items_to_frame, load_trajectories
+from evolve_dag.store.frames import edits_to_frame, items_from_frame, items_to_frame, load_trajectories
+from evolve_dag.store.layout import EDITS, ITEMS, POOL
 from evolve_dag.tasks.suites import load_tasks_of
 
 EVIDENCE = "evidence.json"
@@ -42,7 +43,7 @@ def run(context: StepContext) -> None:
         (folder / MINED).write_text(found.mined.to_json(), encoding="utf-8")
     if found.evidence is not None:
         (folder / EVIDENCE).write_text(found.evidence.to_json(), encoding="utf-8")
-    (folder / "pool.json").write_text(found.pool.to_json(), encoding="utf-8")
+    (folder / POOL).write_text(found.pool.to_json(), encoding="utf-8")
     items_to_frame(found.pool.items).write_parquet(folder / ITEMS)
     edits_to_frame(found.edits).write_parquet(folder / EDITS)
     context.build.note(

@@ -15,6 +15,7 @@ from evolve_dag.inference.ledger import metered
 from evolve_dag.protocols import LanguageModel
 from evolve_dag.records import Task, Trajectory
 from evolve_dag.steps.spec import Verdict
+from evolve_dag.store.layout import POOL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,7 +97,7 @@ def adapter_folder(store: Store, digest: str | None) -> Path | None:
     return artifact.path
 
 
-def open_pool(artifact: Artifact | None, name: str = "pool.json") -> Pool:
+def open_pool(artifact: Artifact | None, name: str = POOL) -> Pool:
     """The pool of an experience artifact, or an empty one."""
     from evolve_dag.experience.pool import Pool
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.spec import StepSpec
+from evolve_dag.store.layout import POLICY
 
 
 def run(context: StepContext) -> None:
@@ -18,7 +19,7 @@ def run(context: StepContext) -> None:
 
         found = read_pool(start)
         artifact_of(found.pool, context.store, Path(start).name, renamed=found.renamed)
-    (context.build.path / "policy.json").write_text(json.dumps(ref.content, indent=2) + "\n")
+    (context.build.path / POLICY).write_text(json.dumps(ref.content, indent=2) + "\n")
     context.build.note(adapter=ref.adapter, experience=ref.experience, base=ref.base)
 
 

@@ -18,7 +18,8 @@ from evolve_dag.steps.policies import open_pool
 from evolve_dag.steps.scores import AGAINST, DEVELOPMENT
 from evolve_dag.steps.spec import Check, StepSpec, Verdict
 from evolve_dag.store.artifacts import Artifact
-from evolve_dag.store.frames import SCORES, scores_from_frame
+from evolve_dag.store.frames import scores_from_frame
+from evolve_dag.store.layout import DECISION, SCORES
 
 
 def run(context: StepContext) -> None:
@@ -41,14 +42,14 @@ def run(context: StepContext) -> None:
         gate = replace(gate, standing=standing)
     gate = replace(gate, reasons=(*gate.reasons, *gone))
     policy = {key: value for key, value in leaving.content.items() if key != "iteration"}
-    (context.build.path / "decision.json").write_text(json.dumps({**gate_to_json(gate), "policy": policy}, indent=1) + "\n")
+    (context.build.path / DECISION).write_text(json.dumps({**gate_to_json(gate), "policy": policy}, indent=1) + "\n")
     after = gate.standing
     context.build.note(decision=gate.decision, reasons=list(gate.reasons), champion=after.champion, best=after.best)
 
 
 def next_policy(promotion: Artifact, iteration: int) -> PolicyRef:
     """policy(k+1) as the promotion of iteration k recorded it."""
-    content = promotion.json("decision.json")
+    content = promotion.json(DECISION)
     policy = PolicyRef(iteration, **content["policy"])
     if "standing" in content:
         return replace(policy, standing=gate_from_json(content).standing)
@@ -89,7 +90,7 @@ def _gone(best: Standing) -> str:
 
 def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
     """Whether the candidate passed."""
-    gate = gate_from_json(artifact.json("decision.json"))
+    gate = gate_from_json(artifact.json(DECISION))
     evidence = {name: float(f"{value:.4g}") for name, value in gate.evidence.items() if value is not None}
     restored = gate.decision == "restore"
     yield Verdict("gate", gate.decision == "promote", evidence, "; ".join(gate.reasons), serious=restored)

@@ -37,7 +37,8 @@ from evolve_dag.steps.policies import (
 )
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
-from evolve_dag.store.frames import SCORES, load_trajectories, save_trajectories, scores_to_frame
+from evolve_dag.store.frames import load_trajectories, save_trajectories, scores_to_frame
+from evolve_dag.store.layout import SCORES, SUMMARY
 from evolve_dag.tasks.suites import Split, check_disjoint, load_split
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def run(context: StepContext) -> None:
     trajectories = [trajectory for found in episodes.values() for trajectory in found]
     folder = context.build.path
     scores_to_frame(scores).write_parquet(folder / SCORES)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     save_trajectories(folder, _distinct(trajectories, scores))
     note = counts(trajectories)
     context.build.note(

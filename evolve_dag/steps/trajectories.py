@@ -12,7 +12,8 @@ from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import TASK_KEYS, judged, open_policy, roll_out
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
-from evolve_dag.store.frames import TRAJECTORIES, save_trajectories
+from evolve_dag.store.frames import save_trajectories
+from evolve_dag.store.layout import TRAJECTORIES
 from evolve_dag.tasks.suites import check_disjoint, load_split
 
 

@@ -35,6 +35,7 @@ from evolve_dag.errors import ConcurrencyError, ConfigError, EvolveError, StoreE
 from evolve_dag.store.disk import fsync_folder, pretty, write_atomic
 from evolve_dag.store.faults import disk_error, is_disk_error
 from evolve_dag.store.journal import Journal
+from evolve_dag.store.layout import MANIFEST
 from evolve_dag.store.locks import discard, locked
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 WAIT_SECONDS = 3600.0
 """How long a builder waits for another process that makes the same artifact."""
 

@@ -17,18 +17,13 @@ from typing import TYPE_CHECKING, Any, cast
 from evolve_dag.errors import DataError
 from evolve_dag.records import Call, ExperienceItem, PoolEdit, Score, Step, ToolCall, Trajectory
 from evolve_dag.store.jsonvalues import from_values, to_values
+from evolve_dag.store.layout import CALLS, EDITS, ITEMS, SCORES, STEPS, TRAJECTORIES
 
 if TYPE_CHECKING:
     import polars as pl
 
     from evolve_dag.store.artifacts import Artifact
 
-TRAJECTORIES = "trajectories.parquet"
-STEPS = "steps.parquet"
-ITEMS = "items.parquet"
-EDITS = "edits.parquet"
-SCORES = "scores.parquet"
-CALLS = "calls.parquet"
 _AGAIN = "delete the artifact's folder and run again"
 
 
@@ -350,4 +345,4 @@ def save_trajectories(folder: Path, trajectories: Sequence[Trajectory], prefix: 
 
 def load_trajectories(artifact: Artifact) -> list[Trajectory]:
     """What :func:`save_trajectories` wrote."""
-    return trajectories_from_frames(artifact.frame("trajectories.parquet"), artifact.frame("steps.parquet"))
+    return trajectories_from_frames(artifact.frame(TRAJECTORIES), artifact.frame(STEPS))

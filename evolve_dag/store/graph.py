@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from evolve_dag.errors import StoreError
-from evolve_dag.store.artifacts import MANIFEST
+from evolve_dag.store.layout import DECISION, MANIFEST, POLICY
 
-NAMING = ("decision.json", "policy.json")
+NAMING = (DECISION, POLICY)
 """Files of artifacts that name other artifacts, besides the manifest."""
 _DIGEST = re.compile(rb"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
 _CHUNK = 1 << 22

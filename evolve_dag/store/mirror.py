@@ -45,10 +45,11 @@ from urllib.parse import urlsplit
 
 from evolve_dag.errors import ConfigError, EvolveError, StoreError
 from evolve_dag.secrecy import describe_error
-from evolve_dag.store.artifacts import DIGEST, EXPERIMENT, KIND, MANIFEST, WAIT_SECONDS, Artifact, Build, FileFact, Ref, Store
+from evolve_dag.store.artifacts import DIGEST, EXPERIMENT, KIND, WAIT_SECONDS, Artifact, Build, FileFact, Ref, Store
 from evolve_dag.store.disk import fsync_folder, pretty, write_atomic
 from evolve_dag.store.faults import disk_error, is_disk_error
 from evolve_dag.store.graph import named_by, reach
+from evolve_dag.store.layout import MANIFEST
 from evolve_dag.store.locks import locked
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from evolve_dag.errors import DataError
 from evolve_dag.store import frames
 from evolve_dag.store.artifacts import Artifact, Store
+from evolve_dag.store.layout import CALLS, CONTEXTS, CURVE, EDITS, ITEMS, SCORES, STEPS, TRAJECTORIES
 
 if TYPE_CHECKING:
     import duckdb
@@ -38,17 +39,15 @@ VIEWS = {
 """View -> what a row is. Every view but ``artifacts`` and ``refs`` starts with kind, digest, experiment and iteration of
 the artifact; a column of its own with such a name bears the view's name (``edits``: ``edit_iteration``)."""
 
-CONTEXTS = "contexts.parquet"
-CURVE = "curve.parquet"
 _PLACE = ("kind", "digest", "experiment", "iteration")
 _FILES = {
-    "trajectories": frames.TRAJECTORIES,
-    "steps": frames.STEPS,
-    "items": frames.ITEMS,
-    "edits": frames.EDITS,
+    "trajectories": TRAJECTORIES,
+    "steps": STEPS,
+    "items": ITEMS,
+    "edits": EDITS,
     "contexts": CONTEXTS,
-    "scores": frames.SCORES,
-    "calls": frames.CALLS,
+    "scores": SCORES,
+    "calls": CALLS,
     "curves": CURVE,
 }
 

@@ -14,6 +14,7 @@ from evolve_dag.evaluation.metrics import ALIASES, MOST_VALUES, Metrics, metrics
 from evolve_dag.steps import base
 from evolve_dag.steps.scores import BASE_AT
 from evolve_dag.store.artifacts import Artifact, Store
+from evolve_dag.store.layout import DECISION, SCORES, SUMMARY
 from evolve_dag.study.definition import Cell, Study
 
 Column = Mapping[int, Mapping[str, float]]
@@ -109,7 +110,7 @@ def _cell(cell: Cell, store: Store, facts: dict[str, Mapping[str, str]]) -> Iter
             return
         made = {name: store.open(name, str(step.digest)) for name, step in resolved.items()}
         rewards = _rewards(made["scores"], facts)
-        metrics = {name: metrics_from_json(content) for name, content in made["scores"].json("summary.json").items()}
+        metrics = {name: metrics_from_json(content) for name, content in made["scores"].json(SUMMARY).items()}
         if k == 1:
             first = {"without" if name == "base" else name: name for name in rewards if name.startswith("base")}
             yield Result(
@@ -123,7 +124,7 @@ def _cell(cell: Cell, store: Store, facts: dict[str, Mapping[str, str]]) -> Iter
             {name: rewards[name] for name in HELD_OUT if name in rewards},
             {name: metrics[name] for name in HELD_OUT if name in metrics},
             items=int(made["experience"].summary.get("items") or 0),
-            decision=str(made["promotion"].json("decision.json")["decision"]),
+            decision=str(made["promotion"].json(DECISION)["decision"]),
             sampled=sum(_sampled(made[kind]) for kind in ("trajectories", "experience", "contexts", "adapter")),
             trained=int(made["adapter"].summary.get("tokens_trained") or 0),
             seconds=sum(artifact.manifest.seconds for artifact in made.values()),
@@ -140,7 +141,7 @@ def _rewards(scores: Artifact, facts: dict[str, Mapping[str, str]]) -> dict[str,
     """Condition -> task -> mean reward of its judged rollouts, of the held-out conditions; adds to ``facts``."""
     import polars as pl
 
-    frame = scores.frame("scores.parquet").filter(~pl.col("condition").str.starts_with("development"))
+    frame = scores.frame(SCORES).filter(~pl.col("condition").str.starts_with("development"))
     for task, told in frame.unique("task_id").select("task_id", "metadata").iter_rows():
         facts.setdefault(task, json.loads(told) if told else {})
     judged = frame.filter(pl.col("reward").is_not_null()).group_by("condition", "task_id").agg(pl.col("reward").mean())

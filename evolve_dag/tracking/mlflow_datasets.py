@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+from evolve_dag.store.layout import TRAJECTORIES
 from evolve_dag.tracking.mlflow_facts import IterationFacts
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def datasets(facts: IterationFacts) -> tuple[list[DatasetInput], list[DatasetInp
     trajectories, tasks = [], []
     for kind, context in CONTEXTS.items():
         artifact = facts.artifacts[kind]
-        frame = artifact.frame("trajectories.parquet")
+        frame = artifact.frame(TRAJECTORIES)
         trajectories.append(_input(frame, f"{facts.experiment} {kind}", artifact.digest, context, kind))
         if kind == "contexts":
             continue  # the training tasks again

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.inference.folders import POCKET, folder_digest
+from evolve_dag.store.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAJECTORIES
 from evolve_dag.tracking.mlflow_facts import IterationFacts, version
 from evolve_dag.tracking.mlflow_policy import DEFAULTS, write_policy
 
@@ -21,7 +22,7 @@ ALIAS = "champion"
 FOLDER = "policy"
 """Artifact folder of a run that holds the model."""
 _DIGEST = "evolve.digest.adapter"
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 
 
 def register(client: MlflowClient, run_id: str, facts: IterationFacts, experiment: Experiment | None) -> bool:
@@ -104,7 +105,7 @@ def description(facts: IterationFacts, experiment: Experiment | None) -> dict[st
         path = "pocket"
     else:
         path = experiment.models.policy.path if experiment is not None else ""
-    trajectories = facts.artifacts["trajectories"].frame("trajectories.parquet")
+    trajectories = facts.artifacts["trajectories"].frame(TRAJECTORIES)
     rollout = facts.artifacts["trajectories"].manifest.config.get("rollout") or {}
     return {
         "base": base,

@@ -35,6 +35,7 @@ from evolve_dag.reporting.summary import IterationRow, LineageSummary, summarize
 from evolve_dag.secrecy import describe_error
 from evolve_dag.steps.body import Progress, Silent
 from evolve_dag.store.artifacts import Store
+from evolve_dag.store.layout import DECISION
 from evolve_dag.store.mirror import open_store
 from evolve_dag.tracking import mlflow_facts, mlflow_models, mlflow_traces
 from evolve_dag.tracking.mlflow_facts import IterationFacts, Point
@@ -411,8 +412,8 @@ class _Sender:
             self._log(run_id, metrics=[*mlflow_facts.curve(facts), *results])
             self._log(parent, metrics=on_parent)
             self._datasets(run_id, parent, facts)
-            decision = facts.artifacts["promotion"].json("decision.json")
-            self._files(run_id, {"decision.json": decision, "config.json": settings})
+            decision = facts.artifacts["promotion"].json(DECISION)
+            self._files(run_id, {DECISION: decision, "config.json": settings})
             self.client.set_terminated(run_id, "FINISHED", facts.ended)
             self._done(facts, "facts", True)
         if self._missing(facts, "model"):

@@ -18,6 +18,7 @@ from evolve_dag.records import ExperienceItem, Step, Trajectory
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.scores import DEVELOPMENT
 from evolve_dag.store.frames import trajectories_from_frames
+from evolve_dag.store.layout import STEPS, TRAJECTORIES
 from evolve_dag.tracking.mlflow_facts import IterationFacts, masker, milliseconds
 
 if TYPE_CHECKING:
@@ -65,12 +66,12 @@ def samples(facts: IterationFacts, count: int) -> list[Sample]:
     found: list[Sample] = []
     for kind in ("trajectories", "contexts", "scores"):
         artifact = facts.artifacts.get(kind)
-        if artifact is None or count < 1 or "steps.parquet" not in artifact.manifest.files:
+        if artifact is None or count < 1 or STEPS not in artifact.manifest.files:
             continue
         if kind == "contexts" and facts.artifacts["contexts"].manifest.config.get("regime.source") != "teacher":
             continue  # the student's trajectories again
         by_condition: dict[str, list[Trajectory]] = {}
-        for trajectory in trajectories_from_frames(artifact.frame("trajectories.parquet"), artifact.frame("steps.parquet")):
+        for trajectory in trajectories_from_frames(artifact.frame(TRAJECTORIES), artifact.frame(STEPS)):
             name = {"trajectories": "train", "contexts": "teacher"}.get(kind) or trajectory.id.partition("/")[0]
             by_condition.setdefault(name, []).append(trajectory)
         ended = milliseconds(artifact.manifest.created)

@@ -10,10 +10,12 @@ from typing import Any
 
 from assets_helpers import FakeSteps
 from evolve_dag.assets import studies
+from rich.console import Console
 
 from evolve_dag.errors import DataError
 from evolve_dag.steps import base
 from evolve_dag.steps.body import StepContext
+from evolve_dag.study.definition import Choice, load_study
 
 REAL = base._body
 
@@ -23,9 +25,22 @@ def fake(job: studies.Job) -> studies.Done:
     return _with(job)
 
 
-def slow(job: studies.Job) -> studies.Done:
-    """The same, with an adapter that takes its time."""
-    return _with(job, adapter=lambda context: time.sleep(0.6))
+def held(job: studies.Job) -> studies.Done:
+    """The same up to as many bodies as the file ``most`` says; then it waits for its end."""
+    return _with(job, **dict.fromkeys(base.STEP_ORDER, _wait))
+
+
+def command(file: Path) -> None:
+    """What a process does that runs a study and is going to be killed."""
+    os.chdir(file.parent)
+    studies.START = "forkserver"
+    asked = load_study(file, Choice(("plain", "greedy"), iterations=1))
+    studies.run(asked, Path(".evolve"), Console(stderr=True, quiet=True), held)
+
+
+def _wait(context: StepContext) -> None:
+    while Path("ran").exists() and len(Path("ran").read_text().splitlines()) >= int(Path("most").read_text()):
+        time.sleep(0.05)
 
 
 def two_of_three(job: studies.Job) -> studies.Done:

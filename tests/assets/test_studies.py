@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -47,6 +47,16 @@ def _write(path: Path, content: dict) -> Path:
     return path
 
 
+LIGHT = multiprocessing.get_context("forkserver")
+LIGHT.set_forkserver_preload(["evolve_dag.definitions", "evolve_dag.assets.studies"])
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that do not each import everything, which takes seconds."""
+    monkeypatch.setattr(studies, "START", "forkserver")
+
+
 def run(study: Study, work: object = study_workers.fake) -> tuple[studies.Finished, str]:
     printed = io.StringIO()
     finished = studies.run(study, ROOT, Console(file=printed, width=160), work)
@@ -74,6 +84,7 @@ def test_every_cell_is_an_experiment_in_dagster_and_nothing_is_made_twice(study:
     assert (again.iterations, again.made, printed) == (6, 0, "")
 
 
+@pytest.mark.usefixtures("light")
 def test_a_cell_that_fails_or_takes_its_process_down_costs_itself_only(place: Path, study: Study) -> None:
     study = load_study(study.file, Choice(iterations=1))
     finished, printed = run(study, study_workers.two_of_three)
@@ -87,36 +98,23 @@ def test_a_cell_that_fails_or_takes_its_process_down_costs_itself_only(place: Pa
     assert (finished.iterations, finished.made, finished.failed) == (3, 2, {})
 
 
-ONE = Choice(("plain", "greedy"), iterations=1)
-COMMAND = """
-import sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-import study_workers
-from evolve_dag.assets import studies
-from evolve_dag.study.definition import Choice, load_study
-from rich.console import Console
-if __name__ == "__main__":
-    asked = load_study("tiny.yaml", Choice(("plain", "greedy"), iterations=1))
-    studies.run(asked, Path(".evolve"), Console(stderr=True), study_workers.slow)
-"""
-
-
+@pytest.mark.usefixtures("light")
 def test_killed_at_any_moment_the_same_command_goes_on(study: Study) -> None:
-    study, store = load_study(study.file, ONE), Store(ROOT)
-    Path("command.py").write_text(COMMAND.format(tests=str(Path(__file__).parent)))
+    store = Store(ROOT)
     for least in (2, 9):
-        process = subprocess.Popen([sys.executable, "command.py"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        Path("most").write_text(str(least + 2))  # it cannot finish before it is killed, however long that takes
+        process = LIGHT.Process(target=study_workers.command, args=(study.file.resolve(),))
+        process.start()
         deadline = time.monotonic() + 300
         while len(ran()) < least:
-            assert process.poll() is None, "finished before it could be killed"
+            assert process.is_alive()
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         _wait_until_workers_are_gone()
         there, before = {digest for _, digest in store.listing()}, len(ran())
-    finished, _ = run(study)
+    finished, _ = run(load_study(study.file, Choice(("plain", "greedy"), iterations=1)))
     assert (finished.iterations, finished.failed) == (2, {})
     again = {line.split()[1] for line in ran()[before:]}
     assert not again & there, "what was there is not made again"
@@ -125,7 +123,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(study: Study) -> None:
 
 def _wait_until_workers_are_gone() -> None:
     """A worker holds its experiment until it is gone; its parent cannot end it any more."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     for holder in (ROOT / "locks").glob("experiment-*.holder"):
         while True:
             try:
@@ -174,6 +172,7 @@ def test_names_belong_to_one_file_of_a_store(study: Study, place: Path) -> None:
     assert registry.load(ROOT, "tiny.plain-s1").seed == 1
 
 
+@pytest.mark.usefixtures("light")
 def test_another_study_may_use_the_store_and_shares_it(study: Study, place: Path) -> None:
     run(load_study(study.file, Choice(("plain",), iterations=1)))
     before = len(ran())

@@ -226,7 +226,7 @@ def test_the_doctor_lists_what_was_found_and_why_what_was_not(tmp_path: Path, mo
     install(tmp_path / "2", monkeypatch, "evolve-bad", broken, "import nowhere_to_be_found")
     monkeypatch.setenv(registry.CONFIGS_VARIABLE, str(tmp_path))
     written(tmp_path, "selection: {selector: 'mine:NEWEST'}")
-    found = {(finding.state, finding.text) for finding in doctor._parts()}
+    found = {(finding.state, finding.text) for finding in doctor._parts(registry.scan(tmp_path)[0])}
     assert ("ok", "evolve-good 0.1, `selection.selector: good`") in found
     assert any(
         state == "note" and "`selection.selector: lexical`: not used, the name is one of" in text for state, text in found

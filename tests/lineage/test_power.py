@@ -75,7 +75,7 @@ def test_plan_and_doctor_say_it_before_the_run(tmp_path: Path, monkeypatch: pyte
         "tasks: {development: {count: 16, world: 21}, train: {count: 4, world: 11}, held_out: {count: 4, world: 31}}\n"
     )
     monkeypatch.setenv(registry.CONFIGS_VARIABLE, str(configs))
-    [finding] = doctor._gates(tmp_path / "store")
+    [finding] = doctor._gates(tmp_path / "store", registry.scan(configs)[0])
     assert (finding.state, finding.subject) == ("note", "gate")
     assert finding.text.startswith("small: 16 development tasks are few")
     result = CliRunner().invoke(cli.app, ["plan", str(configs / "small.yaml"), "--store", str(tmp_path / "store")])

@@ -14,6 +14,7 @@ from evolve_dag.lineage.trace import SHOWN, Trace, TraceNode, render, trace
 from evolve_dag.records import ExperienceItem, PoolEdit, Score, Step, ToolCall, Trajectory
 from evolve_dag.store import frames
 from evolve_dag.store.artifacts import Artifact, Store
+from evolve_dag.store.layout import EDITS, ITEMS, SCORES, STEPS, TRAJECTORIES
 
 
 def make(store: Store, kind: str, tables: dict[str, pl.DataFrame], config: dict[str, Any], **inputs: Artifact) -> Artifact:
@@ -36,11 +37,11 @@ def trajectory(task: str, rollout: int, reward: float | None, selected: tuple[st
 
 def both(trajectories: list[Trajectory]) -> dict[str, pl.DataFrame]:
     rows, steps = frames.trajectories_to_frames(trajectories)
-    return {frames.TRAJECTORIES: rows, frames.STEPS: steps}
+    return {TRAJECTORIES: rows, STEPS: steps}
 
 
 def pool(items: list[ExperienceItem], edits: list[PoolEdit]) -> dict[str, pl.DataFrame]:
-    return {frames.ITEMS: frames.items_to_frame(items), frames.EDITS: frames.edits_to_frame(edits)}
+    return {ITEMS: frames.items_to_frame(items), EDITS: frames.edits_to_frame(edits)}
 
 
 def contexts(trajectories: list[Trajectory]) -> dict[str, pl.DataFrame]:
@@ -82,7 +83,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, dict[str, Ar
     made["adapter1"] = make(store, "adapter", {}, {}, policy=made["policy1"], contexts=made["contexts1"])
     tables = both([trajectory("with/h", 0, 1.0, ("p1",)), trajectory("without/h", 0, 0.0)])
     scores = [Score("h", 0, condition, 1.0, False, "answered", 2, 2, "Rato") for condition in ("with", "without")]
-    tables[frames.SCORES] = frames.scores_to_frame(scores)
+    tables[SCORES] = frames.scores_to_frame(scores)
     made["scores1"] = make(store, "scores", tables, {}, adapter=made["adapter1"], experience=made["experience1"])
     made["promotion1"] = make(store, "promotion", {}, {}, adapter=made["adapter1"], scores=made["scores1"])
     entering = {"iteration": 2, "base": "b", "adapter": made["adapter1"].digest, "experience": made["experience1"].digest}

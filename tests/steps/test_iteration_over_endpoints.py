@@ -23,7 +23,7 @@ from evolve_dag.config.schema import Experiment
 from evolve_dag.inference.openai import OpenAIModel
 from evolve_dag.steps.base import STEP_ORDER, run_step
 from evolve_dag.store.artifacts import Artifact, Store
-from evolve_dag.store.frames import CALLS
+from evolve_dag.store.layout import CALLS
 from evolve_dag.store.query import run_sql
 
 LESSONS = (

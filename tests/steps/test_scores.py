@@ -17,7 +17,8 @@ from evolve_dag.experience.pool import Pool
 from evolve_dag.records import PolicyRef, Standing, Task, Trajectory
 from evolve_dag.steps import scores
 from evolve_dag.store.artifacts import Store
-from evolve_dag.store.frames import SCORES, scores_from_frame
+from evolve_dag.store.frames import scores_from_frame
+from evolve_dag.store.layout import SCORES
 
 TASKS = {name: (Task(f"{name}0", "Who?", "Rato"), Task(f"{name}1", "Who?", "Miku")) for name in ("held_out", "development")}
 

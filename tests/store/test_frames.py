@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from evolve_dag.errors import DataError
 from evolve_dag.records import ExperienceItem, PoolEdit, Score, Step, ToolCall, Trajectory
-from evolve_dag.store import frames
+from evolve_dag.store import frames, layout
 from evolve_dag.store.jsonvalues import from_values, to_values
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -179,11 +179,11 @@ ONE = Trajectory(
 
 def test_empty_frames_have_the_columns() -> None:
     rows, step_rows = frames.trajectories_to_frames([])
-    assert rows.schema == frames.schemas()[frames.TRAJECTORIES]
-    assert step_rows.schema == frames.schemas()[frames.STEPS]
-    assert frames.items_to_frame([]).schema == frames.schemas()[frames.ITEMS]
-    assert frames.edits_to_frame([]).schema == frames.schemas()[frames.EDITS]
-    assert frames.scores_to_frame([]).schema == frames.schemas()[frames.SCORES]
+    assert rows.schema == frames.schemas()[layout.TRAJECTORIES]
+    assert step_rows.schema == frames.schemas()[layout.STEPS]
+    assert frames.items_to_frame([]).schema == frames.schemas()[layout.ITEMS]
+    assert frames.edits_to_frame([]).schema == frames.schemas()[layout.EDITS]
+    assert frames.scores_to_frame([]).schema == frames.schemas()[layout.SCORES]
 
 
 def test_derived_columns() -> None:

@@ -13,6 +13,7 @@ from evolve_dag.errors import DataError, StoreError
 from evolve_dag.records import ExperienceItem, PoolEdit, Score, Step, ToolCall, Trajectory
 from evolve_dag.store import frames
 from evolve_dag.store.artifacts import Artifact, Store
+from evolve_dag.store.layout import EDITS, ITEMS, SCORES, STEPS, TRAJECTORIES
 from evolve_dag.store.query import VIEWS, connect, run_sql
 
 
@@ -39,7 +40,7 @@ def trajectory(task: str, rollout: int, reward: float | None, **fields: Any) -> 
 
 def both(trajectories: list[Trajectory]) -> dict[str, pl.DataFrame]:
     rows, steps = frames.trajectories_to_frames(trajectories)
-    return {frames.TRAJECTORIES: rows, frames.STEPS: steps}
+    return {TRAJECTORIES: rows, STEPS: steps}
 
 
 @pytest.fixture
@@ -48,10 +49,10 @@ def store(tmp_path: Path) -> Store:
     rolled = make(store, "trajectories", both([trajectory("a", 0, 1.0), trajectory("a", 1, 0.0), trajectory("b", 0, None)]))
     item = ExperienceItem("p1", "Look: when lost, search.", "principle", {"last_tool": "visit"}, {"lift": 0.25}, ("a#0",), 1, 1)
     edit = PoolEdit("add", "p1", 1, None, item.text, "lift 0.25", ("a#0",))
-    tables = {frames.ITEMS: frames.items_to_frame([item]), frames.EDITS: frames.edits_to_frame([edit])}
+    tables = {ITEMS: frames.items_to_frame([item]), EDITS: frames.edits_to_frame([edit])}
     pool = make(store, "experience", tables, {"seed": 3}, trajectories=rolled.digest)
     scores = [Score("h", 0, "without", 1.0, False, "answered", 3, 20, "Rato Miku", {"hops": "2"})]
-    held_out = {frames.SCORES: frames.scores_to_frame(scores), **both([trajectory("without/h", 0, 1.0)])}
+    held_out = {SCORES: frames.scores_to_frame(scores), **both([trajectory("without/h", 0, 1.0)])}
     scored = make(store, "scores", held_out, None, experience=pool.digest)
     curve = pl.DataFrame({"step": [0, 1], "round": [0, 0], "loss": [1.5, float("nan")], "tokens_per_second": [10.0, 11.0]})
     curve = curve.cast({"step": pl.Int32, "round": pl.Int32})
