@@ -32,8 +32,9 @@ demo: install  ## three iterations of self-evolution in the pocket world, a tabl
 ui: install  ## Dagster on http://127.0.0.1:3000 and MLflow on :5000, over the same store as the demo
 	$(BIN)/evolve ui
 
-test: install  ## every test
-	$(BIN)/python -m pytest
+test: export OMP_NUM_THREADS = 1
+test: install  ## every test, in as many processes as there are cores
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 test-ui: install  ## the Dagster and MLflow pages in Chromium, and the real daemon (15 minutes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[ui-tests]'

@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from evolve_dag.agent.rollouts import run_rollouts
+from evolve_dag.agent.rollouts import gather_rollouts
 from evolve_dag.config.schema import OpenAIModelSettings, RolloutSettings
 from evolve_dag.environments.corpus import CorpusSearch
 from evolve_dag.environments.pocket.tools import PocketTools
@@ -59,16 +59,18 @@ def measure(environment: CorpusSearch, tasks: list[Task], url: str, concurrency:
     ledger = Ledger(folder / "calls.jsonl")
     model = OpenAIModel(settings, role="policy", ledger=ledger)
     cpu, wall = time.process_time(), time.perf_counter()
-    done = run_rollouts(
-        tasks,
-        1,
-        model=model,
-        environment=environment,
-        verifier=ExactVerifier(),
-        settings=RolloutSettings(),
-        seed=1,
-        concurrency=concurrency,
-        experience=Injector("step_wise", pool(), LexicalSelector()),
+    done = asyncio.run(
+        gather_rollouts(
+            tasks,
+            1,
+            model=model,
+            environment=environment,
+            verifier=ExactVerifier(),
+            settings=RolloutSettings(),
+            seed=1,
+            concurrency=concurrency,
+            experience=Injector("step_wise", pool(), LexicalSelector()),
+        )
     )
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     calls = ledger.totals()["policy"]["calls"]

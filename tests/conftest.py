@@ -27,8 +27,12 @@ os.environ.pop("EVOLVE_MIRROR", None)  # a developer's own object storage gets n
 @pytest.fixture(scope="session")
 def small_lineage(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store with one iteration of :data:`small_lineage.SMALL`; not to be changed (:func:`small_lineage.copy_of`)."""
+    from filelock import FileLock
     from small_lineage import iterate, small
 
     from evolve_dag.store.artifacts import Store
 
-    return iterate(Store(tmp_path_factory.mktemp("small") / "store"), small())
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "small"  # one process makes it for all
+    with FileLock(f"{shared}.lock"):
+        return iterate(Store(shared), small())

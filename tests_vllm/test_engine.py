@@ -18,7 +18,7 @@ from conftest import PYTHON, ROOT, RUNTIME, SYSTEM, Bench, make_adapter, questio
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from evolve_dag.agent.rollouts import run_rollouts
+from evolve_dag.agent.rollouts import gather_rollouts
 from evolve_dag.config.schema import RolloutSettings
 from evolve_dag.environments.pocket.world import World
 from evolve_dag.errors import ModelError
@@ -214,15 +214,15 @@ def test_episodes_are_those_of_the_model_in_this_process(engine: EngineProcess, 
     }
     tasks = world.tasks(16, "pocket/held_out")
     ours = TransformersModel.load(POCKET, threads=1)
-    mine = run_rollouts(tasks, 1, model=ours, greedy=True, **arguments)
-    theirs = run_rollouts(tasks, 1, model=bench.model(engine, None), greedy=True, **arguments)
+    mine = asyncio.run(gather_rollouts(tasks, 1, model=ours, greedy=True, **arguments))
+    theirs = asyncio.run(gather_rollouts(tasks, 1, model=bench.model(engine, None), greedy=True, **arguments))
     assert [[(s.token_ids, s.observation) for s in t.steps] for t in theirs] == [
         [(s.token_ids, s.observation) for s in t.steps] for t in mine
     ]
     assert [t.reward for t in theirs] == [t.reward for t in mine]
     assert all(t.status != "failed" for t in theirs)
     assert sum(t.turns for t in theirs) > 32
-    sampled = run_rollouts(tasks, 2, model=bench.model(engine, bench.a), **arguments)
+    sampled = asyncio.run(gather_rollouts(tasks, 2, model=bench.model(engine, bench.a), **arguments))
     assert all(t.status != "failed" and len(s.logprobs) == len(s.token_ids) > 0 for t in sampled for s in t.steps)
     asyncio.run(ours.close())
 

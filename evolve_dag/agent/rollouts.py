@@ -25,40 +25,6 @@ def episode_seed(seed: int, task_id: str, rollout: int) -> int:
     return stable_hash("episode", seed, task_id, rollout)
 
 
-def run_rollouts(
-    tasks: Sequence[Task],
-    group_size: int,
-    *,
-    model: LanguageModel,
-    environment: Environment | StatefulEnvironment,
-    verifier: Verifier,
-    settings: RolloutSettings,
-    seed: int,
-    concurrency: int,
-    experience: ExperienceSource | None = None,
-    journal: Journal | None = None,
-    on_done: Callable[[Trajectory], None] | None = None,
-    greedy: bool = False,
-) -> list[Trajectory]:
-    """:func:`gather_rollouts` for callers without an event loop."""
-    return asyncio.run(
-        gather_rollouts(
-            tasks,
-            group_size,
-            model=model,
-            environment=environment,
-            verifier=verifier,
-            settings=settings,
-            seed=seed,
-            concurrency=concurrency,
-            experience=experience,
-            journal=journal,
-            on_done=on_done,
-            greedy=greedy,
-        )
-    )
-
-
 async def gather_rollouts(
     tasks: Sequence[Task],
     group_size: int,

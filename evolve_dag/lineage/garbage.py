@@ -46,7 +46,7 @@ TRACKED = "tracking"
 """Folder of the store whose files name what MLflow was told."""
 
 
-What = Literal["artifact", "work", "quarantine", "cache", "temporary", "trash"]
+What = Literal["artifact", "work", "cache", "temporary", "trash"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,8 @@ class Removable:
     """One folder or file that nothing needs."""
 
     what: What
-    """``artifact``; ``work``: of a killed step that no experiment would resume; ``quarantine``: an artifact found damaged;
-    ``cache``: an audit of artifacts that are gone; ``temporary``: what a killed process was about to write;
-    ``trash``: left over by a clean-up that was stopped."""
+    """``artifact``; ``work``: of a killed step that no experiment would resume; ``cache``: an audit of artifacts that are gone;
+    ``temporary``: what a killed process was about to write; ``trash``: left over by a clean-up that was stopped."""
     kind: str
     """Artifact kind; '' for trash."""
     digest: str
@@ -144,9 +143,6 @@ def find(
         # A journal lets a killed step go on where it was: worth nothing once no experiment asks for its digest.
         if digest not in fresh and digest not in work_wanted and now - _touched(path) >= least:
             removable.append(_removable("work", path.parent.name, digest, path))
-    for path in sorted((store.root / "quarantine").glob("*/*")):
-        if now - _touched(path) >= least:
-            removable.append(_removable("quarantine", path.parent.name, path.name.split("-")[0], path))
     for path in sorted((store.root / "cache" / "audit").glob("*.json")):
         named = [part for part in path.stem.split("-") if DIGEST.fullmatch(part)]
         if any(digest not in kept_all for digest in named) and now - _touched(path) >= least:

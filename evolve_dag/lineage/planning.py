@@ -274,7 +274,7 @@ def _planned(expected: base.Resolved, experiment: Experiment, store: Store) -> P
     if ref is None:
         found = [Reason("unknown", broken) if broken else Reason("never_made", "never made")]
     elif ref.digest == expected.digest:
-        found = [Reason("missing", f"its artifact {ref.digest[:12]} is gone{_quarantined(store, name, ref.digest)}")]
+        found = [Reason("missing", f"its artifact {ref.digest[:12]} is gone")]
     elif used is None:
         found = [Reason("unknown", f"the artifact in use, {ref.digest[:12]}, cannot be read: what changed is not known")]
     else:
@@ -287,10 +287,6 @@ def _ref(experiment: Experiment, iteration: int, name: str, store: Store) -> tup
         return store.ref(experiment.experiment, iteration, name), ""
     except StoreError as error:  # a run writes it anew
         return None, f"its reference is damaged: {error.what}"
-
-
-def _quarantined(store: Store, kind: str, digest: str) -> str:
-    return " (in quarantine)" if any((store.root / "quarantine" / kind).glob(f"{digest}-*")) else ""
 
 
 def _made_by(store: Store, kind: str, digest: str) -> str:

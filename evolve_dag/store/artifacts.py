@@ -7,7 +7,7 @@ Layout under the root::
     work/<kind>/<digest>/journals/     JSON lines that outlive a killed builder, so that it resumes
     refs/<experiment>/<iteration>/     <kind>.json: which artifact an iteration of an experiment uses
     mirror/                            what waits to be sent to object storage (:mod:`evolve_dag.store.mirror`)
-    locks/  quarantine/                locks that vanish with their process; artifacts found corrupt
+    locks/                             locks that vanish with their process
 
 The digest of an artifact is the hash of its kind, the version of the code, the slice of config that its
 step reads and the digests of what it read. So a killed step that resumes ends in the same digest, and two
@@ -340,28 +340,11 @@ class Store:
                     yield self.read(found_kind, digest)
                 except StoreError:
                     if self.folder(found_kind, digest).is_dir():
-                        raise  # else it went into quarantine while we were listing
+                        raise  # else it was removed while we were listing
 
     def find(self, prefix: str) -> list[Artifact]:
         """Artifacts of any kind whose digest starts with ``prefix``."""
         return [self.read(kind, digest) for kind, digest in self.listing() if digest.startswith(prefix.lower())]
-
-    def quarantine(self, kind: str, digest: str) -> Path:
-        """Move an artifact out of the way, so that it is recomputed; returns where it went.
-
-        Raises:
-            StoreError: there is no such artifact, or it cannot be moved.
-        """
-        source = self.folder(kind, digest)
-        target = self.root / "quarantine" / kind / f"{digest}-{time.time_ns()}"
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            source.rename(target)
-            fsync_folder(source.parent)
-        except OSError as error:
-            what = f"{source}: cannot be moved to quarantine: {error.strerror}"
-            raise StoreError(what, "check that it exists and that you may write there") from error
-        return target
 
     @contextlib.contextmanager
     def build(

@@ -9,32 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from evolve_dag.errors import DataError
-from evolve_dag.jsonlines import SHOWN, Mistake, kind_of, read_objects, refuse, text_mistakes
+from evolve_dag.jsonlines import SHOWN, Mistake, kind_of, refuse, text_mistakes
 from evolve_dag.records import Task
 
 ALIAS_SEPARATOR = "|"
 """Between the texts of one metadata field that holds several, e.g. ``aliases``."""
-
-
-def load_tasks(path: str | Path, *, suite: str, count: int | None = None, seed: int = 0) -> list[Task]:
-    """The tasks of a JSONL file, in the order of the file.
-
-    A line reads ``{"question": ..., "answer": ...}``. ``"id"`` is optional: without it the id is a hash of the question,
-    so that adding or moving lines renames nothing. Any other field goes to the task's metadata as text; a list of texts
-    is joined with ``|`` (``"aliases": ["US", "USA"]`` are further right answers, see ExactVerifier).
-
-    Args:
-        path: the file.
-        suite: name of the suite, kept in every task.
-        count: take a sample of this many tasks; None takes all. The sample depends on ``seed`` and the ids alone: a
-            smaller count is part of a larger one, and a line more moves at most one task in or out.
-        seed: decides the sample.
-
-    Raises:
-        DataError: lists every broken line with its number; or says how many tasks there are when ``count`` is larger.
-    """
-    objects, mistakes = read_objects(path)
-    return tasks_from(path, objects, mistakes, suite=suite, count=count, seed=seed)
 
 
 def tasks_from(
@@ -47,12 +26,24 @@ def tasks_from(
     seed: int = 0,
     skip: int = 0,
 ) -> list[Task]:
-    """The tasks of rows that were read already; as :func:`load_tasks`.
+    """The tasks of a file's rows, in the order of the file.
+
+    A row reads ``{"question": ..., "answer": ...}``. ``"id"`` is optional: without it the id is a hash of the question,
+    so that adding or moving rows renames nothing. Any other field goes to the task's metadata as text; a list of texts
+    is joined with ``|`` (``"aliases": ["US", "USA"]`` are further right answers, see ExactVerifier).
 
     Args:
-        objects: line or row number and the row, with ``question``, ``answer`` and perhaps ``id``.
+        path: the file.
+        objects: line or row number and the row.
         mistakes: what is wrong with the rows that are not in ``objects``.
+        suite: name of the suite, kept in every task.
+        count: take a sample of this many tasks; None takes all. The sample depends on ``seed`` and the ids alone: a
+            smaller count is part of a larger one, and a row more moves at most one task in or out.
+        seed: decides the sample.
         skip: tasks to pass over in the order of the draw, so that two splits of one file share none.
+
+    Raises:
+        DataError: lists every broken row with its number; or says how many tasks there are when ``count`` is larger.
     """
     tasks: list[tuple[int, Task]] = []
     for number, value in objects:

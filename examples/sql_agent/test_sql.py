@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from evolve_sql import COLUMNS, Accounts, Databases, tasks
 
-from evolve_dag.agent.rollouts import run_rollouts
+from evolve_dag.agent.rollouts import gather_rollouts
 from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.parts import CHOICES
 from evolve_dag.config.schema import RolloutSettings, TaskSplit
@@ -48,10 +49,10 @@ def guesses(messages: Sequence[Message]) -> str:
 
 
 def play(script: Any, chosen: Sequence[Task] = TASKS, group: int = 1) -> list[Trajectory]:
-    return run_rollouts(
+    return asyncio.run(gather_rollouts(
         chosen, group, model=ScriptedModel(script), environment=Databases(), verifier=ExactVerifier(),
         settings=RolloutSettings(max_steps=8), seed=3, concurrency=4,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def test_the_database_is_the_episodes_own_and_judges_it() -> None:

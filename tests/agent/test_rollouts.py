@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from worlds import ANSWER, SEARCH, Exact, World
 
-from evolve_dag.agent.rollouts import episode_seed, gather_rollouts, run_rollouts
+from evolve_dag.agent.rollouts import episode_seed, gather_rollouts
 from evolve_dag.config.schema import RolloutSettings
 from evolve_dag.errors import DataError
 from evolve_dag.inference.scripted import ScriptedModel
@@ -63,7 +63,7 @@ def test_order_is_by_task_then_rollout() -> None:
 
     done: list[str] = []
     model = Uneven(two_steps)
-    trajectories = run_rollouts(TASKS, 3, **arguments(model), on_done=lambda t: done.append(t.id))
+    trajectories = asyncio.run(gather_rollouts(TASKS, 3, **arguments(model), on_done=lambda t: done.append(t.id)))
     assert [t.id for t in trajectories] == [f"t{n}#{r}" for n in range(5) for r in range(3)]
     assert sorted(done) == sorted(t.id for t in trajectories)
     assert done != [t.id for t in trajectories]
@@ -82,33 +82,33 @@ def test_concurrency_is_bounded_and_used() -> None:
             now -= 1
             return await super().generate(request)
 
-    run_rollouts(TASKS, 4, **arguments(Counting(two_steps), concurrency=6))
+    asyncio.run(gather_rollouts(TASKS, 4, **arguments(Counting(two_steps), concurrency=6)))
     assert most == 6
 
 
 def test_resume_runs_only_what_is_missing() -> None:
     whole = ListJournal()
-    expected = run_rollouts(TASKS, 2, **arguments(ScriptedModel(two_steps)), journal=whole)
+    expected = asyncio.run(gather_rollouts(TASKS, 2, **arguments(ScriptedModel(two_steps)), journal=whole))
     assert len(whole.records()) == 10
 
     cut = ListJournal(whole.records()[:7])
     model, done = ScriptedModel(two_steps), []
-    again = run_rollouts(TASKS, 2, **arguments(model), journal=cut, on_done=lambda t: done.append(t.id))
+    again = asyncio.run(gather_rollouts(TASKS, 2, **arguments(model), journal=cut, on_done=lambda t: done.append(t.id)))
     assert strip(again) == strip(expected)
     assert len(model.requests) == 3 * 2
     assert len(cut.records()) == 10
     assert len(done) == 10
 
     idle = ScriptedModel(two_steps)
-    assert strip(run_rollouts(TASKS, 2, **arguments(idle), journal=cut)) == strip(expected)
+    assert strip(asyncio.run(gather_rollouts(TASKS, 2, **arguments(idle), journal=cut))) == strip(expected)
     assert idle.requests == []
 
 
 def test_journal_of_another_seed_is_not_taken() -> None:
     journal = ListJournal()
-    run_rollouts(TASKS, 1, **arguments(ScriptedModel(two_steps)), journal=journal)
+    asyncio.run(gather_rollouts(TASKS, 1, **arguments(ScriptedModel(two_steps)), journal=journal))
     model = ScriptedModel(two_steps)
-    run_rollouts(TASKS, 1, **arguments(model, seed=4), journal=journal)
+    asyncio.run(gather_rollouts(TASKS, 1, **arguments(model, seed=4), journal=journal))
     assert len(model.requests) == 10
 
 
@@ -117,21 +117,21 @@ def test_failed_rollouts_are_rows_and_count_as_done() -> None:
         return RuntimeError("gone") if messages[1].content == "question 2?" else two_steps(messages)
 
     journal = ListJournal()
-    trajectories = run_rollouts(TASKS, 2, **arguments(ScriptedModel(broken)), journal=journal)
+    trajectories = asyncio.run(gather_rollouts(TASKS, 2, **arguments(ScriptedModel(broken)), journal=journal))
     assert [t.status for t in trajectories] == ["answered"] * 4 + ["failed"] * 2 + ["answered"] * 4
     assert [t.reward for t in trajectories][4:6] == [None, None]
     model = ScriptedModel(two_steps)
-    assert strip(run_rollouts(TASKS, 2, **arguments(model), journal=journal)) == strip(trajectories)
+    assert strip(asyncio.run(gather_rollouts(TASKS, 2, **arguments(model), journal=journal))) == strip(trajectories)
     assert model.requests == []
 
 
 def test_full_disk_stops_everything_and_what_was_written_resumes() -> None:
     journal = ListJournal(room=3)
     with pytest.raises(OSError, match="No space left"):
-        run_rollouts(TASKS, 2, **arguments(ScriptedModel(two_steps)), journal=journal)
+        asyncio.run(gather_rollouts(TASKS, 2, **arguments(ScriptedModel(two_steps)), journal=journal))
     assert len(journal.records()) == 3
     model = ScriptedModel(two_steps)
-    again = run_rollouts(TASKS, 2, **arguments(model), journal=ListJournal(journal.records()))
+    again = asyncio.run(gather_rollouts(TASKS, 2, **arguments(model), journal=ListJournal(journal.records())))
     assert len(again) == 10
     assert len(model.requests) == 14
 
@@ -158,23 +158,23 @@ def test_cancel_leaves_finished_episodes_in_the_journal_and_no_other() -> None:
     kept = len(journal.records())
     assert 3 <= kept <= 4
     rest = ScriptedModel(two_steps)
-    assert len(run_rollouts(TASKS, 2, **arguments(rest), journal=journal)) == 10
+    assert len(asyncio.run(gather_rollouts(TASKS, 2, **arguments(rest), journal=journal))) == 10
     assert len(rest.requests) == 2 * (10 - kept)
 
 
 def test_greedy_samples_at_temperature_zero() -> None:
     model = ScriptedModel(two_steps)
-    run_rollouts(TASKS, 1, **arguments(model, settings=RolloutSettings(temperature=0.7)), greedy=True)
+    asyncio.run(gather_rollouts(TASKS, 1, **arguments(model, settings=RolloutSettings(temperature=0.7)), greedy=True))
     assert {request.sampling.temperature for request in model.requests} == {0.0}
 
 
 def test_repeated_task_ids_are_refused() -> None:
     with pytest.raises(DataError, match="'t0'"):
-        run_rollouts([*TASKS, TASKS[0]], 1, **arguments(ScriptedModel(two_steps)))
+        asyncio.run(gather_rollouts([*TASKS, TASKS[0]], 1, **arguments(ScriptedModel(two_steps))))
 
 
 def test_no_tasks_is_no_trajectory() -> None:
-    assert run_rollouts([], 3, **arguments(ScriptedModel(two_steps))) == []
+    assert asyncio.run(gather_rollouts([], 3, **arguments(ScriptedModel(two_steps)))) == []
 
 
 def test_episode_seeds_are_stable_and_differ() -> None:

@@ -13,7 +13,7 @@ from stateful_worlds import GOAL, Counters, add
 from worlds import ANSWER, SEARCH, TASK, Exact, World
 
 from evolve_dag.agent.loop import run_episode
-from evolve_dag.agent.rollouts import episode_seed, run_rollouts
+from evolve_dag.agent.rollouts import episode_seed, gather_rollouts
 from evolve_dag.agent.sessions import MOST_CHARACTERS, Worker, checked_reward
 from evolve_dag.config.schema import RolloutSettings
 from evolve_dag.errors import SessionError
@@ -271,13 +271,13 @@ def test_one_broken_episode_leaves_the_others_alone_and_a_journal_holds_all() ->
         "journal": journal,
     }
     model = ScriptedModel([add(5), add(5)])
-    first = run_rollouts(tasks, 2, model=model, environment=OneBreaks(), **arguments)
+    first = asyncio.run(gather_rollouts(tasks, 2, model=model, environment=OneBreaks(), **arguments))
     assert [t.status for t in first] == ["ended", "ended", "failed", "failed", "ended", "ended"]
     # Killed before the last row was written: only that one begins again, from its set-up and with its seed.
     world = OneBreaks()
     lost = journal.records()[:-1]
     arguments["journal"] = ListJournal(lost)
-    again = run_rollouts(tasks, 2, model=ScriptedModel([add(5), add(5)]), environment=world, **arguments)
+    again = asyncio.run(gather_rollouts(tasks, 2, model=ScriptedModel([add(5), add(5)]), environment=world, **arguments))
     written = {record["id"] for record in lost}
     [missing] = [t for t in first if t.id not in written]
     assert world.seeds == [episode_seed(3, missing.task_id, missing.rollout)]

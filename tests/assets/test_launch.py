@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import cycle
 from pathlib import Path
 
 import dagster as dg
@@ -242,8 +243,7 @@ def test_bars_follow_a_steps_phases() -> None:
 FAULTS = (RuntimeError("boom"), ValueError("boom"), KeyError("boom"), MemoryError())
 
 
-@pytest.mark.parametrize("step", base.STEP_ORDER)
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+@pytest.mark.parametrize(("step", "fault"), zip(base.STEP_ORDER, cycle(FAULTS)), ids=repr)
 def test_a_fault_in_any_step_ends_with_a_message_and_the_next_run_goes_on(
     fake: FakeSteps, config: Path, step: str, fault: BaseException
 ) -> None:

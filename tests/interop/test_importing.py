@@ -19,6 +19,7 @@ from evolve_dag.experience.injection import assert_clean
 from evolve_dag.experience.pool import Pool
 from evolve_dag.interop.pools import artifact_of, pool_digest, pool_from_file, read_pool
 from evolve_dag.interop.rollouts import detect, import_file, read_rollouts, rollouts_from_file
+from evolve_dag.jsonlines import read_objects
 from evolve_dag.lineage import garbage
 from evolve_dag.lineage.trace import render, trace
 from evolve_dag.records import ExperienceItem, Step, ToolCall
@@ -26,7 +27,7 @@ from evolve_dag.steps.policies import open_pool
 from evolve_dag.store.artifacts import Store
 from evolve_dag.store.frames import edits_from_frame, load_trajectories
 from evolve_dag.store.query import run_sql
-from evolve_dag.tasks.jsonl import load_tasks, question_id
+from evolve_dag.tasks.jsonl import question_id, tasks_from
 
 PRINCIPLE = "Verify: when a snippet names the answer, open its page first."
 LOOSE = "Source choice: Prefer named sources over assumptions."
@@ -430,7 +431,9 @@ def test_imported_rollouts_can_be_queried_traced_and_extracted_from(extraction: 
     assert learned.statistics["judged"] == 4
     assert {item.trajectory_ids for item in learned.pool.items} == {("8#0",), ("35#1",)}
     assert done.file is not None
-    tasks = load_tasks(done.file, suite="x")  # a split can name it, and its ids are those of the rollouts
+    tasks = tasks_from(
+        done.file, *read_objects(done.file), suite="x", count=None
+    )  # a split can name it, and its ids are those of the rollouts
     assert {t.id for t in tasks} == {t.task_id for t in trajectories}
     assert store.open("trajectories", done.digest).json("lines.json") == {"8#0": 1, "35#0": 2, "8#1": 3, "35#1": 4}
 

@@ -247,17 +247,13 @@ def test_work_that_nobody_would_resume_goes_after_an_hour(store: Store, tmp_path
     assert run(e, store) == {(1, "scores")}
 
 
-def test_quarantine_and_measurements_of_what_is_gone_go_too(store: Store) -> None:
-    run(experiment(), store)
-    ref = store.ref("quick", 3, "scores")
-    store.quarantine("scores", ref.digest)
+def test_measurements_of_what_is_gone_go_too(store: Store) -> None:
     run(experiment(), store)
     contexts, adapter = (store.ref("quick", 1, kind).digest for kind in ("contexts", "adapter"))
     for names in ((contexts, adapter), (contexts, None), ("c" * 32, adapter)):
         audit._write(store, audit.Measurement(*names, {}))
-    found, removed = garbage.remove(store)
-    assert {one.what for one in removed.removed} == {"quarantine", "cache"}
-    assert digests(found, "quarantine") == {ref.digest}
+    _, removed = garbage.remove(store)
+    assert {one.what for one in removed.removed} == {"cache"}
     left = sorted(p.name for p in (store.root / "cache" / "audit").iterdir())
     assert left == sorted([f"{contexts}-{adapter}.json", f"{contexts}-base.json"])
 

@@ -181,17 +181,14 @@ def test_a_changed_file_of_tasks_is_told_by_its_content(store: Store, tmp_path: 
     check(planned, run(mine, store))
 
 
-def test_what_is_gone_and_what_lies_in_quarantine(store: Store) -> None:
+def test_what_is_gone(store: Store) -> None:
     run(experiment(), store)
-    contexts, adapter = (store.ref("quick", 1, kind) for kind in ("contexts", "adapter"))
+    contexts = store.ref("quick", 1, "contexts")
     assert contexts is not None
-    assert adapter is not None
     shutil.rmtree(store.root / "objects" / "contexts" / contexts.digest)
-    store.quarantine("adapter", adapter.digest)
     planned = plan(experiment(), store)
-    assert told(planned, "recompute") == {(1, "contexts"), (1, "adapter")}
+    assert told(planned, "recompute") == {(1, "contexts")}
     assert "is gone" in planned.steps[3].reasons[0].text
-    assert "in quarantine" in planned.steps[4].reasons[0].text
     check(planned, run(experiment(), store))
 
 

@@ -186,7 +186,7 @@ def test_other_intervals_need_no_other_episodes(copied: Store, monkeypatch: pyte
     assert {**after.summary} == {**before.summary}
     monkeypatch.undo()
     (copied.folder("scores", before.digest) / "steps.parquet").write_bytes(b"?")
-    copied.quarantine("scores", after.digest)
+    shutil.rmtree(copied.folder("scores", after.digest))
     again = run_step("scores", finer, 1, copied).artifact  # a damaged twin is none: the episodes are sampled anew
     assert again.frame("scores.parquet").drop("seconds", strict=False).height == after.frame("scores.parquet").height
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from evolve_dag.config.loading import load_experiment
 from evolve_dag.environments.corpus import CorpusSearch
 from evolve_dag.errors import DataError
-from evolve_dag.tasks.jsonl import load_tasks, question_id, refuse_shared_questions
+from evolve_dag.jsonlines import read_objects
+from evolve_dag.records import Task
+from evolve_dag.tasks.jsonl import question_id, refuse_shared_questions, tasks_from
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -21,6 +23,10 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def write(path: Path, *lines: object) -> Path:
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
     return path
+
+
+def load_tasks(path: Path, *, suite: str, count: int | None = None, seed: int = 0) -> list[Task]:
+    return tasks_from(path, *read_objects(path), suite=suite, count=count, seed=seed)
 
 
 def numbered(path: Path, count: int) -> Path:
