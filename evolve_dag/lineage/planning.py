@@ -145,7 +145,7 @@ def plan(experiment: Experiment, store: Store, iterations: int | None = None) ->
         if isinstance(entering, str):
             same: dict[str, PlannedStep] = {}
             if assumed is not None:
-                resolved = base.resolve_all_from(experiment, k, store, assumed)
+                resolved = base.resolve_all(experiment, k, store, assumed)
                 same = {name: _planned(expected, experiment, store) for name, expected in resolved.items()}
                 assumed = _as_before(same["promotion"], experiment, store)
             text = f"follows {entering}"
@@ -157,7 +157,7 @@ def plan(experiment: Experiment, store: Store, iterations: int | None = None) ->
                 steps.append(PlannedStep(name, k, "follows", None, (Reason("follows", text),), if_same=if_same))
             continue
         # The digests that a run itself would ask for; from the policy that is known here, so that K iterations cost K.
-        resolved = base.resolve_all_from(experiment, k, store, entering)
+        resolved = base.resolve_all(experiment, k, store, entering)
         steps += [_planned(expected, experiment, store) for expected in resolved.values()]
         entering = _leaving(steps[-1], experiment, store)
         if isinstance(entering, str):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -106,14 +106,22 @@ def resolve(name: str, experiment: Experiment, iteration: int, store: Store) -> 
 
 def resolve_iteration(experiment: Experiment, iteration: int, store: Store) -> dict[str, Resolved]:
     """All seven steps of one iteration, in order."""
-    return resolve_all_from(experiment, iteration, store, _entering(experiment, iteration, store))
+    return resolve_all(experiment, iteration, store, _entering(experiment, iteration, store))
+
+
+def resolve_all(experiment: Experiment, iteration: int, store: Store, entering: PolicyRef | str) -> dict[str, Resolved]:
+    """:func:`resolve_iteration` where the entering policy is known already, or what is missing for it."""
+    known: dict[str, Resolved] = {}
+    for name in STEP_ORDER:
+        known[name] = resolve_from(name, experiment, iteration, store, entering, known)
+    return known
 
 
 def resolve_lineage(experiment: Experiment, iterations: int, store: Store) -> Iterator[dict[str, Resolved]]:
     """All seven steps of iterations 1, 2, ...; the last one is the first that is not promoted, or number ``iterations``."""
     entering = first_policy(experiment)
     for k in range(1, iterations + 1):
-        resolved = resolve_all_from(experiment, k, store, entering)
+        resolved = resolve_all(experiment, k, store, entering)
         yield resolved
         decided = resolved["promotion"]
         if decided.digest is None or not decided.exists:
@@ -170,35 +178,20 @@ def _entering(experiment: Experiment, iteration: int, store: Store) -> PolicyRef
     return ref
 
 
-def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store, entering: PolicyRef | str) -> Resolved:
-    """:func:`resolve` where the entering policy is known already, or what is missing for it."""
-    return _resolved(sources(name), experiment, iteration, store, entering)[name]
-
-
-def resolve_all_from(experiment: Experiment, iteration: int, store: Store, entering: PolicyRef | str) -> dict[str, Resolved]:
-    """:func:`resolve_iteration` where the entering policy is known already, or what is missing for it."""
-    return _resolved(SPECS.values(), experiment, iteration, store, entering)
-
-
-def _resolved(
-    specs: Iterable[StepSpec], experiment: Experiment, iteration: int, store: Store, entering: PolicyRef | str
-) -> dict[str, Resolved]:
-    """Steps in the order of the loop, each after all that it is made from."""
-    known: dict[str, Resolved] = {}
-    for spec in specs:
-        known[spec.name] = _resolve(spec, experiment, iteration, store, entering, known)
-    return known
-
-
-def _resolve(
-    spec: StepSpec,
+def resolve_from(
+    name: str,
     experiment: Experiment,
     iteration: int,
     store: Store,
     entering: PolicyRef | str,
-    known: Mapping[str, Resolved],
+    known: dict[str, Resolved] | None = None,
 ) -> Resolved:
-    name = spec.name
+    """:func:`resolve` where the entering policy is known already, or what is missing for it.
+
+    Args:
+        known: steps of the same iteration that were resolved already; those that this one needs are added.
+    """
+    spec, known = SPECS[name], {} if known is None else known
     if isinstance(entering, str):
         return Resolved(name, iteration, None, False, missing=entering)
     try:
@@ -211,6 +204,8 @@ def _resolve(
         config |= {"policy": entering.content}
     else:
         for upstream in spec.inputs:
+            if upstream not in known:
+                known[upstream] = resolve_from(upstream, experiment, iteration, store, entering, known)
             found = known[upstream]
             if found.digest is None:
                 return Resolved(name, iteration, None, False, missing=found.missing)
