@@ -9,9 +9,9 @@ from typing import Literal
 from evolve_dag.study.results import HELD_OUT, Column, Result, Results, breakdowns, temperature_of
 from evolve_dag.study.statistics import AgainstBest, Estimate, against_best, difference, mean
 
-Question = Literal["arm", "night", "first", "best", "base", "experience", "ceiling"]
+ContrastKind = Literal["arm", "night", "first", "best", "base", "experience", "ceiling"]
 
-QUESTIONS: Mapping[Question, str] = {
+QUESTIONS: Mapping[ContrastKind, str] = {
     "arm": "against the reference arm, at the same iteration",
     "night": "against the iteration before (the first: against the base policy)",
     "first": "against iteration 1",
@@ -38,7 +38,7 @@ class Point:
 class Contrast:
     """One paired difference of success."""
 
-    question: Question
+    question: ContrastKind
     arm: str
     iteration: int
     against: str
@@ -92,7 +92,7 @@ class Findings:
     def point(self, arm: str, iteration: int, condition: str = "without") -> Point | None:
         return next((p for p in self.points if (p.arm, p.iteration, p.condition) == (arm, iteration, condition)), None)
 
-    def asked(self, question: Question, arm: str | None = None, iteration: int | None = None) -> list[Contrast]:
+    def asked(self, question: ContrastKind, arm: str | None = None, iteration: int | None = None) -> list[Contrast]:
         """The contrasts of one question."""
         return [
             c for c in self.contrasts if c.question == question and arm in (None, c.arm) and iteration in (None, c.iteration)
@@ -139,13 +139,13 @@ def _contrasts(results: Results, arm: str) -> Iterator[Contrast]:
         yield from _to_best("best", arm, iterations[-1], columns[iterations[-1]], own)
 
 
-def _contrast(question: Question, arm: str, k: int, against: str, a: Column, b: Column) -> Iterator[Contrast]:
+def _contrast(question: ContrastKind, arm: str, k: int, against: str, a: Column, b: Column) -> Iterator[Contrast]:
     found = difference(a, b)
     if found is not None:
         yield Contrast(question, arm, k, against, found)
 
 
-def _to_best(question: Question, arm: str, k: int, policy: Column, others: Mapping[str, Column]) -> Iterator[Contrast]:
+def _to_best(question: ContrastKind, arm: str, k: int, policy: Column, others: Mapping[str, Column]) -> Iterator[Contrast]:
     found: AgainstBest | None = against_best(policy, others) if others else None
     if found is not None:
         yield Contrast(question, arm, k, found.best, found.honest, found.naive)

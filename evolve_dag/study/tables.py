@@ -13,7 +13,7 @@ from evolve_dag.reporting.summary import count, percent, percent_interval
 from evolve_dag.store.disk import write_atomic
 from evolve_dag.store.faults import disk_error
 from evolve_dag.study import figures
-from evolve_dag.study.findings import QUESTIONS, Contrast, Findings, Question
+from evolve_dag.study.findings import QUESTIONS, Contrast, ContrastKind, Findings
 from evolve_dag.study.published import SOURCE, compared, points
 from evolve_dag.study.statistics import Estimate
 
@@ -160,7 +160,7 @@ def _curves(findings: Findings) -> list[str]:
     return _table(heads, rows)
 
 
-def shown_contrasts(findings: Findings, question: Question) -> list[Contrast]:
+def shown_contrasts(findings: Findings, question: ContrastKind) -> list[Contrast]:
     """Of questions that are asked at every iteration of every arm, some: all of the reference arm, the last of the others."""
     reference = findings.results.study.reference
     return [
@@ -170,7 +170,7 @@ def shown_contrasts(findings: Findings, question: Question) -> list[Contrast]:
     ]
 
 
-def _contrasts(question: Question, asked: Sequence[Contrast]) -> list[str]:
+def _contrasts(question: ContrastKind, asked: Sequence[Contrast]) -> list[str]:
     heads = ["arm", "iteration", "against", "difference (over tasks; over seeds)", "verdict over tasks"]
     naive = any(c.naive for c in asked)
     rows = [
