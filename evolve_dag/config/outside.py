@@ -103,6 +103,8 @@ def _entry(choice: str, name: str, entries: Sequence[metadata.EntryPoint]) -> Fo
 
 def changed(found: Found, choice: str) -> bool:
     """Whether the installed code of a part is another than the one that was loaded: modules may be imported late."""
+    if found.origin == FILE:  # loaded whole, and as it was hashed
+        return False
     entries = installed(choice).get(found.name, ())
     try:
         return any(_package_digest(entry.module) != found.digest for entry in entries)
