@@ -21,6 +21,7 @@ os.environ.setdefault("EVOLVE_TRACKING", "off")  # no process in the background 
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("long", settings.get_profile("shared"), max_examples=10_000)  # --hypothesis-profile long
 settings.load_profile("shared")
+os.fsync = lambda descriptor: None  # no power cut here, and thousands of waits for the disk
 os.environ.pop("EVOLVE_MIRROR", None)  # a developer's own object storage gets no test artifacts
 
 

@@ -47,7 +47,6 @@ def fake_steps(monkeypatch: pytest.MonkeyPatch, decide: Callable[[int], str] = l
         return run
 
     monkeypatch.setattr(base, "_body", body)
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # hundreds of artifacts that no power cut must outlive
 
 
 def run(e: Experiment, store: Store, iterations: int | None = None) -> set[tuple[int, str]]:

@@ -54,7 +54,6 @@ def nights(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
         monkeypatch.setattr(base, "_body", body)
 
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
     return given
 
 

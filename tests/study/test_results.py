@@ -70,7 +70,6 @@ BODIES = {
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Study, Store]:
     """A study whose last cell has one of two iterations."""
     monkeypatch.setattr(base, "_body", BODIES.__getitem__)
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
     found, store = study(tmp_path, set={"evaluation": {"bootstrap": 100}}), Store(tmp_path / "store")
     for cell in found.cells:
         for k in range(1, cell.iterations + (cell is not found.cells[-1])):
