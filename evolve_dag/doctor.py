@@ -246,8 +246,8 @@ def _parts(experiments: Mapping[Entry, Experiment]) -> Iterator[Finding]:
             else:
                 yield Finding("ok", "part", who)
     for entry, experiment in experiments.items():
-        for told in parts_beside(experiment):
-            yield Finding("ok", "part", f"{told}, named by {entry.config.name}")
+        for choice, found in parts_beside(experiment):
+            yield Finding("ok", "part", f"{choice} {found.identity}, named by {entry.config.name}")
 
 
 def _gates(root: Path, experiments: Mapping[Entry, Experiment]) -> Iterator[Finding]:

@@ -326,16 +326,16 @@ def named_by(section: Section, key: str) -> str | None:
     return next((name for name in choices if isinstance(section, _at(str(CHOICES[name].settings)))), None)
 
 
-def parts_beside(experiment: Section) -> list[str]:
-    """What an experiment names of parts in files beside it: ``selector newest:NEWEST (file, sha256:...)``."""
-    told = []
+def parts_beside(experiment: Section) -> list[tuple[str, Found]]:
+    """The parts in files beside it that an experiment names, each with its choice."""
+    beside = []
     for key in type(experiment).model_fields:
         value = getattr(experiment, key)
         if isinstance(value, Section):
-            told += parts_beside(value)
+            beside += parts_beside(value)
         elif (choice := named_by(experiment, key)) and (found := outside(choice, value)) and found.origin == FILE:
-            told.append(f"{choice} {found.identity}")
-    return told
+            beside.append((choice, found))
+    return beside
 
 
 def altered() -> list[str]:

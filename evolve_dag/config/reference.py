@@ -1,6 +1,7 @@
 """Writes docs/configuration.md from the settings classes: ``python -m evolve_dag.config.reference``.
 
-With a file, ``python -m evolve_dag.config.reference mine.md``, it writes that one, with the parts of installed distributions.
+With a file, ``python -m evolve_dag.config.reference mine.md``, it writes that one, with the parts of installed distributions;
+experiment files after it, ``... mine.md a.yaml b.yaml``, add the parts that they name in files beside them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from evolve_dag.config.parts import CHOICES, Chosen, chosen, known, usable
+from evolve_dag.config.loading import load_experiment
+from evolve_dag.config.parts import CHOICES, Chosen, Part, chosen, known, parts_beside, usable
 from evolve_dag.config.schema import Experiment, Models
 from evolve_dag.config.section import Section
 from evolve_dag.config.study import ArmSettings, StudySettings
@@ -38,11 +40,12 @@ an environment starts anew.
 HEAD = INTRODUCTION[INTRODUCTION.rindex("| key |") :]
 
 
-def reference(*, outside: bool = False) -> str:
+def reference(*, outside: bool = False, experiments: Iterable[Experiment] = ()) -> str:
     """The page.
 
     Args:
         outside: with the parts that installed distributions bring and that can be used.
+        experiments: with the parts in files beside them that they name.
     """
     parts = [INTRODUCTION, _table(_rows(Experiment, "", outside=outside))]
     for name, field in Experiment.model_fields.items():
@@ -51,6 +54,10 @@ def reference(*, outside: bool = False) -> str:
     policy = chosen(Models.model_fields["extractor"])
     assert policy is not None
     parts += _sections(policy, "", outside)
+    beside = {found.identity: (choice, found) for one in experiments for choice, found in parts_beside(one)}
+    for choice, found in beside.values():
+        if isinstance(found.row, Part):
+            parts += _section(CHOICES[choice].place, found.name, found.row.settings)
     for title, section in (
         ("A study file, for `evolve study`", StudySettings),
         ("An arm of a study: an experiment file, or a mapping", ArmSettings),
@@ -64,9 +71,15 @@ def _sections(chooser: Chosen, prefix: str, outside: bool) -> Iterator[str]:
     for name in _of(chooser.choice, chooser.names, outside):
         settings = chooser.settings({chooser.key: name})
         assert settings is not None
-        rows = _table(_rows(settings, prefix, skip=chooser.key))
-        yield f"\n## `{prefix}{chooser.key}: {name}`\n\n{_line(settings.__doc__)}\n"
-        yield f"\n{HEAD}{rows}" if rows else ""
+        yield from _section(f"{prefix}{chooser.key}", name, settings)
+
+
+def _section(place: str, name: str, settings: type[Section]) -> Iterator[str]:
+    """The table of one part, which the key ``place`` names."""
+    parents, _, key = place.rpartition(".")
+    rows = _table(_rows(settings, f"{parents}." if parents else "", skip=key))
+    yield f"\n## `{place}: {name}`\n\n{_line(settings.__doc__)}\n"
+    yield f"\n{HEAD}{rows}" if rows else ""
 
 
 def _table(rows: Iterator[tuple[str, str, str, str]]) -> str:
@@ -139,9 +152,9 @@ def _bounds(metadata: list[Any]) -> str:
 
 def main() -> None:
     """Write the page."""
-    mine = sys.argv[1:]
-    page = reference(outside=bool(mine))
-    Path(*mine or ["docs/configuration.md"]).write_text(page, encoding="utf-8")
+    file, *experiments = sys.argv[1:] or ["docs/configuration.md"]
+    page = reference(outside=bool(sys.argv[1:]), experiments=map(load_experiment, experiments))
+    Path(file).write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -82,6 +82,9 @@ def test_a_file_beside_the_experiment_brings_a_part(tmp_path: Path, monkeypatch:
     monkeypatch.chdir("/")
     experiment = load_experiment(path)
     assert select(experiment) == ("p0002", "p0001")
+    page = reference(experiments=[experiment])
+    assert "## `selection.selector: mine:NEWEST`\n\nThe items that came last." in page
+    assert "`selection.skip` | whole number | `0` | How many to pass over." in page
     assert Experiment.model_validate_json(experiment.model_dump_json()) == experiment
     # the file that states it decides where it lies, also for one that extends it, and for an arm
     (tmp_path / "other").mkdir()
