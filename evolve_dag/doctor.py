@@ -246,8 +246,8 @@ def _parts(experiments: Mapping[Entry, Experiment]) -> Iterator[Finding]:
             else:
                 yield Finding("ok", "part", who)
     for entry, experiment in experiments.items():
-        for choice, found in parts_beside(experiment):
-            yield Finding("ok", "part", f"{choice} {found.identity}, named by {entry.config.name}")
+        for kind, found in parts_beside(experiment):
+            yield Finding("ok", "part", f"{kind} {found.identity}, named by {entry.config.name}")
 
 
 def _gates(root: Path, experiments: Mapping[Entry, Experiment]) -> Iterator[Finding]:

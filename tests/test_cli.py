@@ -8,7 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Protocol
 
 import pytest
 from typer.main import get_command
@@ -22,35 +23,43 @@ from evolve_dag.errors import ConfigError, StoreError
 HEAVY = ("torch", "dagster", "polars", "transformers", "duckdb", "plotly", "peft", "numpy")
 
 
-def evolve(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``evolve`` in a process of its own."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("EVOLVE_") and k != "DAGSTER_HOME"}
-    return subprocess.run(
-        [sys.executable, "-m", "evolve_dag", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**clean, **environment},
-        check=False,
-    )
+class Evolve(Protocol):
+    def __call__(self, *arguments: str, folder: Path) -> SimpleNamespace: ...
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["pocket", "--help"]])
-def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+@pytest.fixture
+def evolve(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Evolve:
+    """``evolve`` as a process would run it, in this one: what it ends with, and what it says."""
+
+    def run(*arguments: str, folder: Path) -> SimpleNamespace:
+        for variable in (registry.STORE_VARIABLE, registry.CONFIGS_VARIABLE, "EVOLVE_DEBUG", "DAGSTER_HOME"):
+            monkeypatch.delenv(variable, raising=False)
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr("sys.argv", ["evolve", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=ended.value.code, stdout=said.out, stderr=said.err)
+
+    return run
+
+
+def test_help_imports_nothing_heavy() -> None:
     code = f"""
 import sys
 from evolve_dag import cli
-sys.argv = ["evolve", *{arguments!r}]
-try:
-    cli.main()
-except SystemExit as end:
-    assert not end.code, end.code
+for arguments in ([], ["run"], ["pocket"]):
+    sys.argv = ["evolve", *arguments, "--help"]
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert not end.code, end.code
 loaded = sorted(set({HEAVY!r}) & set(sys.modules))
 assert not loaded, loaded
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "Usage: evolve" in done.stdout
+    assert done.stdout.count("Usage: evolve") == 3
 
 
 def test_every_command_has_help() -> None:
@@ -68,7 +77,7 @@ def test_every_command_has_help() -> None:
         assert "Usage" in result.output
 
 
-def test_a_wrong_config_lists_its_mistakes_and_exits_2(tmp_path: Path) -> None:
+def test_a_wrong_config_lists_its_mistakes_and_exits_2(tmp_path: Path, evolve: Evolve) -> None:
     (tmp_path / "bad.yaml").write_text("iteratons: 3\nseed: many\n")
     done = evolve("run", "bad.yaml", folder=tmp_path)
     assert done.returncode == 2
@@ -79,7 +88,7 @@ def test_a_wrong_config_lists_its_mistakes_and_exits_2(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "bad.yaml"], "nothing was made"
 
 
-def test_a_study_with_an_invalid_arm_runs_nothing_and_exits_2(tmp_path: Path) -> None:
+def test_a_study_with_an_invalid_arm_runs_nothing_and_exits_2(tmp_path: Path, evolve: Evolve) -> None:
     (tmp_path / "arm.yaml").write_text("sede: 1\n")
     (tmp_path / "grid.yaml").write_text("seeds: [1, 1]\niterations: 1\narms: {a: arm.yaml, b: gone.yaml}\n")
     done = evolve("study", "grid.yaml", folder=tmp_path)
@@ -106,17 +115,19 @@ def test_a_failed_cell_is_told_at_the_end_with_a_code(tmp_path: Path, monkeypatc
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    done = evolve("status", "absent.yaml", folder=tmp_path, EVOLVE_DEBUG="1")
+    command = [sys.executable, "-m", "evolve_dag", "status", "absent.yaml"]
+    environment = {**os.environ, "EVOLVE_DEBUG": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert done.returncode != 0
     assert "Traceback" in done.stderr
 
 
-def test_wrong_usage_exits_2(tmp_path: Path) -> None:
+def test_wrong_usage_exits_2(tmp_path: Path, evolve: Evolve) -> None:
     assert evolve("run", "x.yaml", "--iterations", "0", folder=tmp_path).returncode == 2
     assert evolve("nonsense", folder=tmp_path).returncode == 2
 
 
-def test_status_before_any_run_names_the_command(tmp_path: Path) -> None:
+def test_status_before_any_run_names_the_command(tmp_path: Path, evolve: Evolve) -> None:
     (tmp_path / "mine.yaml").write_text("description: mine\n")
     done = evolve("status", "mine.yaml", folder=tmp_path)
     assert done.returncode == 1
@@ -124,7 +135,7 @@ def test_status_before_any_run_names_the_command(tmp_path: Path) -> None:
     assert not (tmp_path / ".evolve").exists(), "looking makes nothing"
 
 
-def test_unknown_ids_and_wrong_sql_end_in_a_message(tmp_path: Path) -> None:
+def test_unknown_ids_and_wrong_sql_end_in_a_message(tmp_path: Path, evolve: Evolve) -> None:
     done = evolve("trace", "abcdef", folder=tmp_path)
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     done = evolve("sql", "select * from nowhere", folder=tmp_path)
