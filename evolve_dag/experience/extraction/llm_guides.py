@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from evolve_dag.experience.extraction.llm_plans import MOST_MERGED, _array, _object
+from evolve_dag.experience.extraction.llm_plans import MOST_MERGED, array_of, object_of
 from evolve_dag.records import Granularity
 
 Schema = dict[str, Any]
@@ -60,14 +60,14 @@ class ExtractionGuides:
     def candidates(self, most: int) -> Schema:
         count = self._count(most, 60)
         tokens = self._share(count, 14)
-        entry = _object({"text": self._item(tokens * 3 // 4), "why": _line(tokens // 4)})
-        return _object({"items": _bounded(entry, 0, count)})
+        entry = object_of({"text": self._item(tokens * 3 // 4), "why": _line(tokens // 4)})
+        return object_of({"items": _bounded(entry, 0, count)})
 
     def decisions(self, candidates: int, ids: Sequence[str]) -> Schema:
         count = self._count(candidates, 70)
         tokens = self._share(count, 30 + _ID_TOKENS)
         item = self._item(tokens * 3 // 4)
-        entry = _object(
+        entry = object_of(
             {
                 "candidate": {"type": "integer", "enum": list(range(1, candidates + 1))},
                 "operation": {"type": "string", "enum": ["ADD", "UPDATE", "DELETE", "NONE"]},
@@ -76,13 +76,13 @@ class ExtractionGuides:
                 "reason": _line(tokens // 4),
             }
         )
-        return _object({"decisions": _bounded(entry, count, count)})
+        return object_of({"decisions": _bounded(entry, count, count)})
 
     def reconciliation(self, proposals: int) -> Schema:
         count, members = self._count(proposals // 2, 80), min(proposals, MOST_MERGED)
         tokens = self._share(count, 20 + 3 * members)
         numbers = {"type": "integer", "enum": list(range(1, proposals + 1))}
-        return _object({"merges": _bounded(self._merge("members", numbers, members, tokens), 0, count)})
+        return object_of({"merges": _bounded(self._merge("members", numbers, members, tokens), 0, count)})
 
     def consolidation(self, ids: Sequence[str]) -> Schema:
         known = {"type": "string", "enum": list(ids)}
@@ -90,15 +90,15 @@ class ExtractionGuides:
         rest = ExtractionGuides(self._granularity, self._words, self._tokens - deletes * _DELETE_TOKENS)
         merges, members = rest._count(len(ids) // 2, 120), min(len(ids), MOST_MERGED)
         merge = rest._merge("ids", known, members, rest._share(merges, 20 + _ID_TOKENS * members))
-        delete = _object({"id": known, "reason": _line(_DELETE_TOKENS - 10 - _ID_TOKENS)})
-        return _object({"merges": _bounded(merge, 0, merges), "deletes": _bounded(delete, 0, deletes)})
+        delete = object_of({"id": known, "reason": _line(_DELETE_TOKENS - 10 - _ID_TOKENS)})
+        return object_of({"merges": _bounded(merge, 0, merges), "deletes": _bounded(delete, 0, deletes)})
 
     def repair(self) -> Schema:
-        return _object({"text": self._item(self._share(1, 0))})
+        return object_of({"text": self._item(self._share(1, 0))})
 
     def _merge(self, name: str, member: Schema, most: int, tokens: int) -> Schema:
         fields = {name: _bounded(member, 2, most), "content": self._item(tokens * 3 // 4), "reason": _line(tokens // 4)}
-        return _object(fields)
+        return object_of(fields)
 
     def _count(self, wanted: int, tokens: int) -> int:
         """Entries of a list: as many as wanted, unless they could not have ``tokens`` each."""
@@ -119,7 +119,7 @@ def choice(ids: Sequence[str], least: int, most: int, max_tokens: int) -> Schema
     """Guide of a selector: ``least`` to ``most`` of ``ids``, and a rationale as long as the tokens allow."""
     most = max(1, min(most, (max_tokens - 24) // _ID_TOKENS))
     listed = _bounded({"type": "string", "enum": list(ids)}, min(least, most), most)
-    return _object({"ids": listed, "rationale": _line(max_tokens - 16 - _ID_TOKENS * most)})
+    return object_of({"ids": listed, "rationale": _line(max_tokens - 16 - _ID_TOKENS * most)})
 
 
 def _line(tokens: int) -> Schema:
@@ -128,4 +128,4 @@ def _line(tokens: int) -> Schema:
 
 
 def _bounded(items: Schema, least: int, most: int) -> Schema:
-    return {**_array(items), "minItems": least, "maxItems": most}
+    return {**array_of(items), "minItems": least, "maxItems": most}

@@ -28,20 +28,20 @@ _TEXT = ("text", "content", "item", "principle", "lesson", "experience")
 _ID = ("id", "item_id", "target", "target_id")
 
 
-def _object(properties: dict[str, Any]) -> dict[str, Any]:
+def object_of(properties: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
-def _array(items: dict[str, Any]) -> dict[str, Any]:
+def array_of(items: dict[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": items}
 
 
 _STRING, _MAYBE = {"type": "string"}, {"type": ["string", "null"]}
-CANDIDATES_SCHEMA = _object({"items": _array(_object({"text": _STRING, "why": _STRING}))})
-DECISIONS_SCHEMA = _object(
+CANDIDATES_SCHEMA = object_of({"items": array_of(object_of({"text": _STRING, "why": _STRING}))})
+DECISIONS_SCHEMA = object_of(
     {
-        "decisions": _array(
-            _object(
+        "decisions": array_of(
+            object_of(
                 {
                     "candidate": {"type": "integer"},
                     "operation": {"type": "string", "enum": ["ADD", "UPDATE", "DELETE", "NONE"]},
@@ -53,16 +53,16 @@ DECISIONS_SCHEMA = _object(
         )
     }
 )
-RECONCILE_SCHEMA = _object(
-    {"merges": _array(_object({"members": _array({"type": "integer"}), "content": _STRING, "reason": _STRING}))}
+RECONCILE_SCHEMA = object_of(
+    {"merges": array_of(object_of({"members": array_of({"type": "integer"}), "content": _STRING, "reason": _STRING}))}
 )
-CONSOLIDATE_SCHEMA = _object(
+CONSOLIDATE_SCHEMA = object_of(
     {
-        "merges": _array(_object({"ids": _array(_STRING), "content": _STRING, "reason": _STRING})),
-        "deletes": _array(_object({"id": _STRING, "reason": _STRING})),
+        "merges": array_of(object_of({"ids": array_of(_STRING), "content": _STRING, "reason": _STRING})),
+        "deletes": array_of(object_of({"id": _STRING, "reason": _STRING})),
     }
 )
-REPAIR_SCHEMA = _object({"text": _STRING})
+REPAIR_SCHEMA = object_of({"text": _STRING})
 
 
 @dataclass(frozen=True, slots=True)
