@@ -61,7 +61,7 @@ class Bench:
     b: Adapter
 
     def model(self, source: Source, adapter: Adapter | None) -> VllmModel:
-        return VllmModel(source, self.chat, adapter, vocabulary=641)
+        return VllmModel(source, self.chat, adapter, vocabulary=self.chat.vocab_size)
 
 
 @pytest.fixture(scope="session")
