@@ -70,7 +70,7 @@ def graduations(pool: Pool, trajectories: Sequence[Trajectory], share: float) ->
         told = f"done without it in {habit.followed} of {habit.steps} steps"
         if habit.steps < LEAST_STEPS:
             continue
-        if not item.graduated and low >= share:
+        if item.active and low >= share:
             found.append(_proposal("graduate", item, f"{told}: inside the weights"))
         elif item.graduated and high < share:
             found.append(_proposal("recall", item, f"{told}: it fades"))

@@ -99,9 +99,12 @@ def _call(step: Step) -> str:
 
 
 def pool_text(pool: Pool, *, support: bool = False) -> str:
-    """One item a line, id in front; with ``support`` also how many tasks support it and when it was last changed."""
+    """One item a line, id in front, and what became of it where it has left the context; with ``support`` also how many tasks
+    support it and when it was last changed."""
     lines = []
     for item in pool.items:
         known = f" [{item.evidence.get('support', 0.0):g} tasks, iteration {item.updated}]" if support else ""
-        lines.append(f"{item.id}{known} {one_line(item.text, 2000)}")
+        left = " [withdrawn: agents did worse with it]" if item.withdrawn else ""
+        left = left or (" [the agent does so by itself now]" if item.graduated else "")
+        lines.append(f"{item.id}{known}{left} {one_line(item.text, 2000)}")
     return "\n".join(lines) or "(empty)"

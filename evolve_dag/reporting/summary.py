@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from evolve_dag.lineage.audit import Internalized
     from evolve_dag.store.artifacts import Artifact, Ref, Store
 
-EDITS = ("added", "updated", "deleted", "merged", "graduated", "recalled")
+EDITS = ("added", "updated", "deleted", "merged", "graduated", "recalled", "withdrawn")
 """Counts of pool edits, as the experience artifact's summary names them."""
 
 

@@ -2,15 +2,20 @@
 
 Source ``teacher`` samples new trajectories from the experience-aware teacher; source ``student`` takes the student's own
 trajectories and adds the teacher's view. In both cases the action ids are the same in the two views, which is checked.
+
+Before anything is learned the teacher itself is checked (:mod:`evolve_dag.experience.teacher_check`): steps at which an item
+stood that is withdrawn are left out, and of a teacher that is below the student nothing is taken.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from evolve_dag.config.parts import part_of
 from evolve_dag.config.schema import Experiment
 from evolve_dag.distillation.alignment import (
     Inject,
@@ -29,8 +34,10 @@ from evolve_dag.evaluation.metrics import counts
 from evolve_dag.experience.drills import Place, drills
 from evolve_dag.experience.injection import injected
 from evolve_dag.experience.pool import Pool
-from evolve_dag.protocols import ExperienceSource
-from evolve_dag.records import InjectionPattern, Trajectory
+from evolve_dag.experience.selection.base import SelectorPart
+from evolve_dag.experience.teacher_check import TeacherCheck, check_teacher
+from evolve_dag.protocols import ExperienceSource, LanguageModel
+from evolve_dag.records import InjectionPattern, Step, Trajectory
 from evolve_dag.secrecy import describe_error
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import StepContext
@@ -49,7 +56,8 @@ from evolve_dag.steps.policies import (
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
 from evolve_dag.store.frames import STEPS, TRAJECTORIES, load_trajectories, save_trajectories, trajectories_from_frames
-from evolve_dag.tasks.suites import load_split
+from evolve_dag.store.jsonvalues import from_values, to_values
+from evolve_dag.tasks.suites import Split, load_split
 
 if TYPE_CHECKING:
     from evolve_dag.inference.recording import Recording
@@ -58,6 +66,10 @@ RETENTION = "retention"
 """Folder, in the artifact, of the rows in which the student reads experience too."""
 DRILLS = "drills"
 """The same of the rows in which it reads advice that was drawn at random."""
+CHECK = "teacher_check.json"
+"""What the check of the teacher found."""
+CHECKED = "teacher_check"
+"""Folder of the teacher's rollouts that were made for the check alone."""
 
 
 def run(context: StepContext) -> None:
@@ -67,15 +79,19 @@ def run(context: StepContext) -> None:
     if experiment.injection == "none" or pool.active.items:
         made = _teach(context, pool)
     else:  # the teacher would be the student: nothing is sampled to find that out
-        made = _Taught([], select_rows([], experiment.regime.rejection), Scored([], [], []), None)
-    folder, scored = context.build.path, made.scored
+        made = _Taught([], select_rows([], experiment.regime.rejection), Scored([], [], []), None, _Checked(_UNCHECKED))
+    folder, scored, check = context.build.path, made.scored, made.checked.check
+    (folder / CHECK).write_text(json.dumps(to_values(check), indent=1) + "\n", encoding="utf-8")
+    if made.checked.sampled:
+        save_trajectories(folder / CHECKED, made.checked.sampled)
     save_trajectories(folder, made.trajectories)
     save_contexts(folder, scored.rows)
     save_contexts(folder / RETENTION, scored.retention)
     save_contexts(folder / DRILLS, scored.drills)
     chosen = [len(c.selected) for row in scored.rows for c in row.contexts]
     context.build.note(
-        **counts(made.trajectories) | ({} if experiment.regime.source == "teacher" else {"tokens": 0}),
+        **counts(made.trajectories)
+        | ({} if experiment.regime.source == "teacher" else {"tokens": counts(made.checked.sampled)["tokens"]}),
         kept=len(scored.rows),
         retention=len(scored.retention),
         drills=len(scored.drills),
@@ -84,6 +100,7 @@ def run(context: StepContext) -> None:
         action_tokens=sum(row.action_tokens for row in scored.rows),
         items_per_step=sum(chosen) / max(1, len(chosen)),
         steps_without_item=sum(n == 0 for n in chosen),
+        **_told(check),
         **selector_statistics(made.source),
     )
 
@@ -96,6 +113,29 @@ class _Taught:
     selection: Kept
     scored: Scored
     source: ExperienceSource | None
+    checked: _Checked
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """What the check of the teacher came to."""
+
+    check: TeacherCheck
+    sampled: list[Trajectory] = field(default_factory=list)
+    """Rollouts of the teacher that were made for the check alone."""
+
+
+_UNCHECKED = TeacherCheck(None, note="no experience stood in any context")
+
+
+def _told(check: TeacherCheck) -> dict[str, Any]:
+    """The check in the step's summary; what follows reads ``findings`` and ``not_taught`` there."""
+    told: dict[str, Any] = {"withdrawn": len(check.withdrawn)}
+    if check.whole is not None:
+        told["teacher_check"] = to_values(check.whole)
+    if check.findings:
+        told["findings"] = [asdict(finding) for finding in check.findings]
+    return told | ({"not_taught": check.refusal} if check.refusal else {})
 
 
 def _teach(context: StepContext, pool: Pool) -> _Taught:
@@ -122,12 +162,57 @@ def _teach(context: StepContext, pool: Pool) -> _Taught:
             )
         else:
             trajectories = context.roles.run(with_teacher_views(load_trajectories(context.inputs["trajectories"]), source))
-        selection = select_rows(trajectories, experiment.regime.rejection)
+        checked = _check(context, split, model, source, pool, trajectories)
+        selection = select_rows([] if checked.check.refusal else trajectories, experiment.regime.rejection)
+        if not selection.kept:
+            return _Taught(trajectories, selection, Scored([], [], []), source, checked)
         if experiment.models.policy.backend != "transformers":
             opened.close()  # what samples gives its memory back before the weights are opened here
         with open_teacher(adapter_folder(context.store, adapter), context.roles, model) as teacher:
-            scored = score(experiment, selection.kept, teacher, context.progress, recording)
-    return _Taught(trajectories, selection, scored, source)
+            withdrawn = frozenset(checked.check.withdrawn)
+            scored = score(experiment, selection.kept, teacher, context.progress, recording, withdrawn)
+    return _Taught(trajectories, selection, scored, source, checked)
+
+
+def _check(
+    context: StepContext,
+    split: Split,
+    model: LanguageModel,
+    source: ExperienceSource | None,
+    pool: Pool,
+    trajectories: Sequence[Trajectory],
+) -> _Checked:
+    """Compare teacher and student. One side of it is there already: the teacher's rollouts, or the student's with the views of
+    the teacher. The other is made of the training tasks, or of as many as the check may cost."""
+    experiment, settings = context.experiment, context.experiment.teacher_check
+    if source is None or not settings.enabled:
+        return _Checked(_UNCHECKED if source is None else TeacherCheck(None, note="switched off (teacher_check.enabled)"))
+    tasks = split.tasks[: settings.tasks] if _costs(experiment) else split.tasks
+    names = {task.id for task in tasks}
+    there = [t for t in trajectories if t.task_id in names]
+    if experiment.regime.source == "teacher":
+        own = [t for t in load_trajectories(context.inputs["trajectories"]) if t.task_id in names]
+        sides, sampled = (there, context.roles.run(with_teacher_views(own, source))), []
+    else:
+        sampled = roll_out(
+            context,
+            replace(split, tasks=tasks),
+            model,
+            label="teacher check",
+            seed=stable_hash("teacher check", experiment.seed, context.iteration),
+            group_size=experiment.rollout.group_size,
+            experience=source,
+        )
+        sides = (sampled, there)
+    found = check_teacher(pool.active, *sides, iteration=context.iteration, confidence=settings.confidence)
+    return _Checked(found, sampled)
+
+
+def _costs(experiment: Experiment) -> bool:
+    """Whether the other side of the check must be sampled, or chosen for by a model."""
+    row: SelectorPart[Any] = part_of("selector", experiment.selection)
+    asks = experiment.injection == "step_wise" and bool(row.roles(experiment.selection))
+    return asks or experiment.regime.source == "student"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,18 +233,24 @@ def score(
     model: Any,
     progress: Any,
     recording: Recording | None = None,
+    withdrawn: frozenset[str] = frozenset(),
 ) -> Scored:
     """Align ``kept`` and score every action token by the teacher (``model`` with experience in context).
 
     Args:
+        withdrawn: ids of items; the steps at which one of them stood in the context are not learned.
         recording: made while ``model`` sampled ``kept`` itself: those distributions are its scores.
 
     Raises:
         AlignmentError: the two views do not share their action ids, or a student's view holds experience.
     """
     inject = no_injection if experiment.injection == "none" else replay_injection(experiment.injection)
-    keep_step = None if experiment.regime.refused else without_problems
-    aligned = align_all(kept, model.chat, inject, keep_step)
+
+    def learned(trajectory: Trajectory, step: Step) -> bool:
+        fine = experiment.regime.refused or without_problems(trajectory, step)
+        return fine and not withdrawn.intersection(step.selected)
+
+    aligned = align_all(kept, model.chat, inject, learned)
     if experiment.injection == "none":  # then nothing is compared with a teacher (config/schema.py: contradictions)
         return Scored(make_rows(aligned, None), [], [])
     texts = drills(kept, experiment.distillation.drills, experiment.seed)
@@ -255,17 +346,40 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
         "other_action_ids": other_ids,
     }
     yield Verdict("same_actions", not other_ids, evidence)
+    yield _verdict(artifact)
+
+
+def _verdict(artifact: Artifact) -> Verdict:
+    """What the check of the teacher found."""
+    check = check_of(artifact) or TeacherCheck(None, note="made before the teacher was checked")
+    whole = {} if check.whole is None else to_values(check.whole)
+    items = {one.item: str(one.comparison) for one in check.items if one.comparison is not None}
+    evidence = {**whole, "items": items, "withdrawn": check.withdrawn}
+    text = check.note or check.refusal or ("an item lowers the teacher's success" if check.withdrawn else "")
+    return Verdict("teacher", not check.withdrawn and not check.refusal, evidence, text)
+
+
+def check_of(contexts: Artifact) -> TeacherCheck | None:
+    """The check of the teacher as the artifact holds it; None where it was made before there was one."""
+    if CHECK not in contexts.manifest.files:
+        return None
+    remedy = "the file was written by another version or changed by hand: run this step again"
+    return from_values(TeacherCheck, contexts.json(CHECK), str(contexts.path / CHECK), remedy)
 
 
 def _unread(experiment: Experiment) -> tuple[str, ...]:
     scored = ("distillation.top_k", "distillation.retention", "distillation.drills")
-    return (*without_choice(experiment), *(scored if experiment.injection == "none" else ()))
+    if experiment.injection == "none":
+        return (*without_choice(experiment), *scored, "teacher_check")
+    settings = experiment.teacher_check
+    unused = ("confidence", "tasks") if not settings.enabled else () if _costs(experiment) else ("tasks",)
+    return (*without_choice(experiment), *(f"teacher_check.{key}" for key in unused))
 
 
 SPEC = StepSpec(
     "contexts",
     "Step-aligned contexts: the student's clean view, the teacher's view with experience, the shared action tokens.",
-    version="10",
+    version="11",
     config=(
         "seed",
         *INJECTION_KEYS,
@@ -275,6 +389,7 @@ SPEC = StepSpec(
         "distillation.top_k",
         "distillation.retention",
         "distillation.drills",
+        "teacher_check",
         "tasks.train",
         *TASK_KEYS,
     ),
@@ -290,7 +405,9 @@ SPEC = StepSpec(
             "Student and teacher share the action ids: those that were sampled, token for token.",
             blocking=True,
         ),
+        Check("teacher", "With experience the teacher is not below the student, and no item lowers its success."),
     ),
+    hidden=frozenset({"findings", "not_taught"}),
     examine=examine,
     tables=(Table("contexts.parquet", ("trajectory_id", "step", "selected", "injected", "teacher_tokens")),),
 )

@@ -45,7 +45,7 @@ def play(
 
     console = console or Console()
     ref = entering_policy(experiment, iteration, store)
-    pool = open_pool(store.open("experience", ref.experience) if ref.experience else None)
+    pool = open_pool(store.open("experience", ref.experience) if ref.experience else None).without(ref.withdrawn)
     with Roles(experiment) as roles:
         split = load_split(experiment, "development", roles)
         tasks = {t.id: t for t in split.tasks}

@@ -13,7 +13,7 @@ from evolve_dag.evaluation.gate import LEAST_JUDGED
 from evolve_dag.inference.backends import identity, open_backend, open_transformers
 from evolve_dag.inference.ledger import metered
 from evolve_dag.protocols import LanguageModel
-from evolve_dag.records import Task, Trajectory
+from evolve_dag.records import Finding, Task, Trajectory
 from evolve_dag.steps.spec import Verdict
 
 if TYPE_CHECKING:
@@ -104,6 +104,17 @@ def open_pool(artifact: Artifact | None, name: str = "pool.json") -> Pool:
         return Pool()
     path = artifact.file(name)
     return Pool.from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def findings_of(contexts: Artifact) -> tuple[Finding, ...]:
+    """What the check of the teacher found about items of the pool."""
+    return tuple(Finding(**finding) for finding in contexts.summary.get("findings", ()))
+
+
+def checked_pool(context: StepContext) -> Pool:
+    """E(k) without the items that the check of the teacher withdrew tonight."""
+    found = findings_of(context.inputs["contexts"])
+    return open_pool(context.inputs["experience"]).without({f.item_id for f in found if f.operation == "withdraw"})
 
 
 def experience_source(experiment: Experiment, pool: Pool, roles: Roles) -> ExperienceSource | None:
