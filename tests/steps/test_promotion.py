@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from evolve_dag.config.schema import Experiment
 from evolve_dag.evaluation.betting import Capital
 from evolve_dag.experience.pool import Pool
 from evolve_dag.lineage import garbage
-from evolve_dag.records import ExperienceItem, Finding, Score
+from evolve_dag.records import ExperienceItem, Finding, Score, Standing
 from evolve_dag.steps import base, promotion
 from evolve_dag.steps import scores as scoring
 from evolve_dag.steps.base import STEP_ORDER, entering_policy, resolve, run_step
@@ -139,14 +140,18 @@ def test_without_findings_a_policy_is_named_as_before(store: Store, nights: Call
 def test_what_was_withdrawn_since_stays_withdrawn_when_the_best_comes_back(
     store: Store, nights: Callable[..., None], checked: Callable[..., None]
 ) -> None:
-    nights(BETTER, SLIGHTLY, *[(60, 0)] * 4)
-    checked({1: (Finding("graduate", "p0002", "of another policy"),), 2: (HARMS[1],)})
-    decisions: list[str] = []
-    while "restore" not in decisions:
-        decisions += run(experiment(iterations=9), store, len(decisions) + 1)
-    after = entering_policy(experiment(), len(decisions) + 1, store)
-    assert after.experience == digest(store, 1, "experience")
-    assert [(f.operation, f.item_id) for f in after.findings] == [("withdraw", "p0001")]
+    """Night 1 is the best; night 2 withdrew p0001, whose pool of night 3 says so; night 3 finds p0002."""
+    nights(BETTER, SLIGHTLY, SLIGHTLY)
+    checked({2: (HARMS[1], Finding("graduate", "p0002", "of another policy")), 3: (HARMS[2],)})
+    run(experiment(), store, 1, 2, 3)
+    made = {step: store.open(step, digest(store, 3, step)) for step in STEP_ORDER}
+    entering = entering_policy(experiment(), 4, store)
+    context = SimpleNamespace(entering=entering, inputs=made, store=store, iteration=3)
+    best = Standing(1, 1, digest(store, 1, "adapter"), digest(store, 1, "experience"))
+    leaving = promotion._leaving(context, SimpleNamespace(decision="restore", standing=best))  # type: ignore[arg-type]
+    assert leaving.experience == digest(store, 1, "experience")
+    assert [(f.operation, f.item_id) for f in leaving.findings] == [("withdraw", "p0001"), ("withdraw", "p0002")]
+    assert leaving.findings[0].reason == "withdrawn in iteration 3"
 
 
 def digest(store: Store, iteration: int, step: str) -> str:
