@@ -83,6 +83,7 @@ def run(context: StepContext) -> None:
     folder, scored, check = context.build.path, made.scored, made.checked.check
     (folder / CHECK).write_text(json.dumps(to_values(check), indent=1) + "\n", encoding="utf-8")
     if made.checked.sampled:
+        (folder / CHECKED).mkdir()
         save_trajectories(folder / CHECKED, made.checked.sampled)
     save_trajectories(folder, made.trajectories)
     save_contexts(folder, scored.rows)
@@ -210,9 +211,10 @@ def _check(
 
 def _costs(experiment: Experiment) -> bool:
     """Whether the other side of the check must be sampled, or chosen for by a model."""
+    if experiment.regime.source == "student" or experiment.injection != "step_wise":
+        return experiment.regime.source == "student"
     row: SelectorPart[Any] = part_of("selector", experiment.selection)
-    asks = experiment.injection == "step_wise" and bool(row.roles(experiment.selection))
-    return asks or experiment.regime.source == "student"
+    return bool(row.roles(experiment.selection))
 
 
 @dataclass(frozen=True, slots=True)
