@@ -85,12 +85,13 @@ def _newest_held_out(one: Principle) -> Contrast | None:
 
 
 def _measured_iterations(one: Principle) -> list[tuple[Any, ...]]:
-    """By iteration: learned steps, what is inside the weights, success with and without it for teacher and held-out tasks."""
+    """By iteration: learned steps, what is inside the weights, what it did to the teacher, success with and without it."""
     inside = {found.iteration: found for found in one.internalized}
     rows = []
-    for k in sorted({*one.learned, *one.contrasts, *inside}):
+    for k in sorted({*one.learned, *one.contrasts, *one.checks, *inside}):
         by_place = {contrast.where: contrast for contrast in one.contrasts.get(k, ())}
-        rows.append((k, one.learned.get(k), inside.get(k), [by_place.get(where) for where in ("teacher", "held-out")]))
+        check = one.checks.get(k)
+        rows.append((k, one.learned.get(k), inside.get(k), check, [by_place.get(where) for where in ("teacher", "held-out")]))
     return rows
 
 

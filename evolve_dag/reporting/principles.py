@@ -18,11 +18,13 @@ from evolve_dag.experience.features import Tracker
 from evolve_dag.lineage import audit
 from evolve_dag.records import ExperienceItem, PoolEdit, Step, ToolCall
 from evolve_dag.steps.base import STEP_ORDER
+from evolve_dag.steps.contexts import check_of
 from evolve_dag.store.frames import edits_from_frame, items_from_frame
 
 if TYPE_CHECKING:
     import polars as pl
 
+    from evolve_dag.experience.teacher_check import CheckedItem
     from evolve_dag.store.artifacts import Artifact, Store
 
 STATES_FROM = 1000
@@ -85,6 +87,8 @@ class Principle:
     """Iteration -> (learned steps where it stood in the teacher's context, all learned steps)."""
     contrasts: Mapping[int, tuple[Contrast, ...]]
     """Iteration -> success with and without it."""
+    checks: Mapping[int, CheckedItem]
+    """Iteration -> what it did to the teacher, against the student on the same tasks."""
     internalized: tuple[audit.Internalized, ...]
     """By iteration; empty before ``evolve audit``."""
 
@@ -190,6 +194,7 @@ class _Seen:
         self.edits: dict[str, dict[tuple[Any, ...], PoolEdit]] = {}
         self.learned: dict[str, dict[int, tuple[int, int]]] = {}
         self.contrasts: dict[str, dict[int, list[Contrast]]] = {}
+        self.checks: dict[str, dict[int, CheckedItem]] = {}
         self.states: dict[str, Counter[tuple[str, str]]] = {}
         self.all_states: Counter[tuple[str, str]] = Counter()
         self.steps: Counter[str] = Counter()
@@ -249,6 +254,7 @@ class _Seen:
                 self._states(name),
                 self.learned.get(name, {}),
                 {k: tuple(contrasts) for k, contrasts in self.contrasts.get(name, {}).items()},
+                self.checks.get(name, {}),
                 tuple(by_item.get(name, ())),
             )
             for name in order
@@ -299,6 +305,9 @@ def _chain(iteration: int, artifacts: Mapping[str, Artifact], seen: _Seen) -> Ch
 def _learned(contexts: Artifact, iteration: int, seen: _Seen) -> list[Shown]:
     frame = _columns(contexts, "contexts.parquet", "trajectory_id", "step", "selected")
     seen.learn(iteration, frame)
+    check = check_of(contexts)
+    for one in check.items if check is not None else ():
+        seen.checks.setdefault(one.item, {})[iteration] = one
     rolled = _rolled(contexts, set(frame["trajectory_id"].unique(maintain_order=True).head(SPELLED_OUT)))
     if contexts.manifest.config.get("regime.source") == "teacher":
         # A student's own rollouts did not have the items in their context: their success says nothing about them.
