@@ -83,6 +83,11 @@ class TeacherCheck:
         return {one.item: one.withdrawn for one in self.items if one.withdrawn}
 
     @property
+    def helpful(self) -> frozenset[str]:
+        """Items that are established to raise the teacher's success."""
+        return frozenset(one.item for one in self.items if one.comparison is not None and one.comparison.low > 0)
+
+    @property
     def refusal(self) -> str:
         """Why nothing is taught tonight; '' when the teacher may teach."""
         if self.whole is None or not self.whole.harmful:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolve_dag.config.parts import part_of
 from evolve_dag.config.schema import Experiment
+from evolve_dag.distillation.agreement import overlaps
 from evolve_dag.distillation.alignment import (
     Inject,
     Kept,
@@ -32,12 +33,13 @@ from evolve_dag.distillation.teacher import TeacherScorer
 from evolve_dag.errors import PartError
 from evolve_dag.evaluation.metrics import counts
 from evolve_dag.experience.drills import Place, drills
+from evolve_dag.experience.graduation import Habit, decided, in_our_words
 from evolve_dag.experience.injection import injected
 from evolve_dag.experience.pool import Pool
 from evolve_dag.experience.selection.base import SelectorPart
 from evolve_dag.experience.teacher_check import TeacherCheck, check_teacher
 from evolve_dag.protocols import ExperienceSource, LanguageModel
-from evolve_dag.records import InjectionPattern, Step, Trajectory
+from evolve_dag.records import Finding, InjectionPattern, Step, Task, Trajectory
 from evolve_dag.secrecy import describe_error
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import StepContext
@@ -57,7 +59,7 @@ from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
 from evolve_dag.store.frames import STEPS, TRAJECTORIES, load_trajectories, save_trajectories, trajectories_from_frames
 from evolve_dag.store.jsonvalues import from_values, to_values
-from evolve_dag.tasks.suites import Split, load_split
+from evolve_dag.tasks.suites import Split, load_split, load_tasks_of
 
 if TYPE_CHECKING:
     from evolve_dag.inference.recording import Recording
@@ -82,6 +84,7 @@ def run(context: StepContext) -> None:
         made = _Taught([], select_rows([], experiment.regime.rejection), Scored([], [], []), None, _Checked(_UNCHECKED))
     folder, scored, check = context.build.path, made.scored, made.checked.check
     (folder / CHECK).write_text(json.dumps(to_values(check), indent=1) + "\n", encoding="utf-8")
+    settled = _settle(context, pool, made.checked)
     if made.checked.sampled:
         (folder / CHECKED).mkdir()
         save_trajectories(folder / CHECKED, made.checked.sampled)
@@ -101,7 +104,7 @@ def run(context: StepContext) -> None:
         action_tokens=sum(row.action_tokens for row in scored.rows),
         items_per_step=sum(chosen) / max(1, len(chosen)),
         steps_without_item=sum(n == 0 for n in chosen),
-        **_told(check),
+        **_told(check, settled),
         **selector_statistics(made.source),
     )
 
@@ -124,18 +127,20 @@ class _Checked:
     check: TeacherCheck
     sampled: list[Trajectory] = field(default_factory=list)
     """Rollouts of the teacher that were made for the check alone."""
+    student: list[Trajectory] = field(default_factory=list)
+    """The student's rollouts that were compared, with the views of the teacher."""
 
 
 _UNCHECKED = TeacherCheck(None, note="no experience stood in any context")
 
 
-def _told(check: TeacherCheck) -> dict[str, Any]:
+def _told(check: TeacherCheck, settled: Sequence[Finding]) -> dict[str, Any]:
     """The check in the step's summary; what follows reads ``findings`` and ``not_taught`` there."""
     told: dict[str, Any] = {"withdrawn": len(check.withdrawn)}
     if check.whole is not None:
         told["teacher_check"] = to_values(check.whole)
-    if check.findings:
-        told["findings"] = [asdict(finding) for finding in check.findings]
+    if findings := (*check.findings, *settled):
+        told["findings"] = [asdict(finding) for finding in findings]
     return told | ({"not_taught": check.refusal} if check.refusal else {})
 
 
@@ -188,14 +193,16 @@ def _check(
     experiment, settings = context.experiment, context.experiment.teacher_check
     if source is None or not settings.enabled:
         return _Checked(_UNCHECKED if source is None else TeacherCheck(None, note="switched off (teacher_check.enabled)"))
-    tasks = split.tasks[: settings.tasks] if _costs(experiment) else split.tasks
+    tasks = _looked_at(experiment, split.tasks)
     names = {task.id for task in tasks}
     there = [t for t in trajectories if t.task_id in names]
     if experiment.regime.source == "teacher":
         own = [t for t in load_trajectories(context.inputs["trajectories"]) if t.task_id in names]
-        sides, sampled = (there, context.roles.run(with_teacher_views(own, source))), []
+        viewed = context.roles.run(with_teacher_views(own, source))
+        teacher, sampled = there, []
     else:
-        sampled = roll_out(
+        viewed = there
+        teacher = sampled = roll_out(
             context,
             replace(split, tasks=tasks),
             model,
@@ -204,9 +211,39 @@ def _check(
             group_size=experiment.rollout.group_size,
             experience=source,
         )
-        sides = (sampled, there)
-    found = check_teacher(pool.active, *sides, iteration=context.iteration, confidence=settings.confidence)
-    return _Checked(found, sampled)
+    found = check_teacher(pool.active, teacher, viewed, iteration=context.iteration, confidence=settings.confidence)
+    return _Checked(found, sampled, viewed)
+
+
+def _settle(context: StepContext, pool: Pool, checked: _Checked) -> list[Finding]:
+    """Principles in other words than ours which the policy need not read any more, and those that it must read again. (Of those
+    in our words the miner decides, when it extracts.)"""
+    experiment = context.experiment
+    pattern = experiment.injection
+    if experiment.granularity != "principle" or pattern == "none" or not experiment.teacher_check.enabled:
+        return []
+    gone = checked.check.withdrawn.keys()
+    others = replace(pool, items=tuple(i for i in pool.without(gone).items if not i.withdrawn and not in_our_words(i)))
+    share: float = getattr(experiment.extraction, "graduation", 0.0)
+    left = replace(others, items=tuple(replace(item, graduated=0) for item in others.items if item.graduated))
+    found: dict[str, list[float]] = {}
+    if share > 0 and (left.items or (others.items and checked.student)):
+        with open_policy(context.store, context.entering.adapter, context.roles) as model:
+            again: list[Trajectory] = []
+            if (source := experience_source(experiment, left, context.roles)) is not None:
+                names = {task.id for task in _looked_at(experiment, load_tasks_of(experiment, "train"))}
+                own = [t for t in load_trajectories(context.inputs["trajectories"]) if t.task_id in names]
+                again = context.roles.run(with_teacher_views(own, source))
+            with open_teacher(adapter_folder(context.store, context.entering.adapter), context.roles, model) as teacher:
+                for seen in (checked.student, again):
+                    found |= overlaps(seen, others.ids, teacher, pattern=pattern, top_k=experiment.distillation.top_k)
+    habits = {item: Habit(len(values), sum(values)) for item, values in found.items() if item not in checked.check.helpful}
+    proposals = decided(others, habits, share, "acted the same without it")
+    return [Finding(p.operation, p.item_id, p.reason) for p in proposals]  # type: ignore[arg-type]
+
+
+def _looked_at(experiment: Experiment, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
+    return tasks[: experiment.teacher_check.tasks] if _costs(experiment) else tasks
 
 
 def _costs(experiment: Experiment) -> bool:

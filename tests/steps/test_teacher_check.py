@@ -139,3 +139,24 @@ def test_on_policy_the_check_says_what_it_cost(obedient: None, tmp_path: Path) -
     assert (check.whole.tasks, check.withdrawn) == (3, {})
     assert made.summary["tokens"] > 0
     assert (made.path / contexts.CHECKED / "trajectories.parquet").is_file()
+
+
+def test_a_principle_in_other_words_graduates_and_comes_back(
+    obedient: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The miner knows no habit of it; how much alike the policy acts with and without it is told by the test."""
+    foreign = "Think: when in doubt, remember what you know."
+    e = experiment(tmp_path, foreign, injection="global", extraction={"graduation": 0.9})
+    store, alike = Store(tmp_path / "store"), {1: 0.99, 2: 0.5}
+
+    def told(seen: Sequence[Any], items: Sequence[str], *_: Any, **__: Any) -> dict[str, list[float]]:
+        return {item: [alike[k]] * 200 for item in items} if seen else {}
+
+    monkeypatch.setattr(contexts, "overlaps", told)
+    for k, operation in ((1, "graduate"), (2, "recall")):
+        made = iteration(e, store, k)
+        [finding] = entering_policy(e, k + 1, store).findings
+        assert (finding.operation, finding.item_id) == (operation, "p0001")
+    assert open_pool(made["experience"]).get("p0001").graduated == 2
+    assert made["contexts"].summary["trajectories"] == 0, "in no context any more"
+    assert finding.reason == "acted the same without it in 100 of 200 steps: it must be read again"
