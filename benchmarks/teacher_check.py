@@ -1,0 +1,113 @@
+"""The check of the teacher over nights without a neural network: how many good items it withdraws, how many placebos, and what
+becomes of the student.
+
+    python benchmarks/teacher_check.py --seeds 1 2 3 4 --nights 6
+
+The policy is the scripted one of nights.py, the world, the miner, the selector and the check are the real ones. The student acts
+on what it has learned; the teacher on what stands in its context, and where nothing fits on what it has learned. A night's items
+are learned as they are: this is about the check, not about distillation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from dataclasses import dataclass, field
+from random import Random
+
+from nights import play
+
+from evolve_dag.environments.pocket.script import FastSearch
+from evolve_dag.environments.pocket.world import World
+from evolve_dag.experience.extraction.mining import ContrastExtraction, extract
+from evolve_dag.experience.extraction.placebo import placebo
+from evolve_dag.experience.injection import Injector
+from evolve_dag.experience.pool import Pool, Proposal
+from evolve_dag.experience.selection.state import StateSelector
+from evolve_dag.experience.teacher_check import check_teacher
+from evolve_dag.records import ExperienceItem, Trajectory
+from evolve_dag.steps.contexts import with_teacher_views
+
+SETTINGS = ContrastExtraction(min_support=5, cap=24)
+
+
+@dataclass
+class Outcome:
+    """What came of one lineage."""
+
+    curve: list[float] = field(default_factory=list)
+    """Success on 512 held-out questions after each night."""
+    looked_at: int = 0
+    """Items times nights."""
+    withdrawn: int = 0
+    refused: int = 0
+    """Nights in which nothing was taught."""
+
+
+def over(first: Pool, second: Pool) -> Pool:
+    """The advice of ``first``, and of ``second`` about other situations."""
+    said = [dict(item.condition) for item in first.items]
+    return Pool((*first.items, *(renamed(i, n) for n, i in enumerate(second.items) if dict(i.condition) not in said)))
+
+
+def renamed(item: ExperienceItem, number: int) -> ExperienceItem:
+    return ExperienceItem(f"learned-{number}", item.text, item.granularity, item.condition)
+
+
+def lineage(seed: int, nights: int, tasks: int, group: int, disguised: bool, checked: bool) -> Outcome:
+    """Nights of one seed; ``disguised``: placebos in place of what was mined."""
+    held_out, told = World(3000 + seed), Outcome()
+    asked = [held_out.question(Random(f"{seed}/{n}")) for n in range(512)]
+    searching, mined, shown, learned, evidence = FastSearch(held_out), Pool(), Pool(), Pool(), None
+    for night in range(1, nights + 1):
+        rng, world = Random(f"{seed}/{night}"), World(1000 + seed + 10_000 * night)
+        search, questions = FastSearch(world), [world.question(rng) for _ in range(tasks)]
+
+        def rolled(pool: Pool) -> list[Trajectory]:
+            places = [(n, q, r) for n, q in enumerate(questions) for r in range(group)]
+            return [play(world, search, q, f"t{n}", r, pool, rng, 0.95) for n, q, r in places]  # noqa: B023
+
+        student = rolled(learned)
+        found = extract(student, mined, granularity="principle", settings=SETTINGS, iteration=night, seed=seed, before=evidence)
+        mined, evidence = found.pool, found.evidence
+        shown = placebo(mined, found.edits, student, before=shown, seed=seed).pool if disguised else mined
+        if shown.active.items:
+            source = Injector("step_wise", shown.active, StateSelector())
+            sides = [asyncio.run(with_teacher_views(side, source)) for side in (rolled(over(shown.active, learned)), student)]
+            check = check_teacher(shown.active, *sides, iteration=night)
+            told.looked_at += len(shown.active)
+            told.withdrawn += len(check.withdrawn)
+            told.refused += bool(check.refusal)
+            taught = shown.active
+            if checked:
+                taught = Pool() if check.refusal else taught.without(check.withdrawn)
+                gone = [Proposal("withdraw", item_id=item) for item in check.withdrawn]
+                mined = mined.apply(gone, iteration=night).pool
+            learned = over(taught, learned)
+        right = [play(held_out, searching, q, "held-out", 0, learned, rng, 0.95).reward or 0.0 for q in asked]
+        told.curve.append(sum(right) / len(right))
+    return told
+
+
+def main() -> None:
+    """Print a line a seed and arm."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--nights", type=int, default=6)
+    parser.add_argument("--tasks", type=int, default=64)
+    parser.add_argument("--group", type=int, default=6)
+    arguments = parser.parse_args()
+    for seed in arguments.seeds:
+        for disguised in (False, True):
+            for checked in (False, True):
+                told = lineage(seed, arguments.nights, arguments.tasks, arguments.group, disguised, checked)
+                print(
+                    f"seed {seed}, {'placebos' if disguised else 'mined'}, {'with' if checked else 'without'} the check: "
+                    f"{told.withdrawn} of {told.looked_at} withdrawn, {told.refused} nights refused; "
+                    + " ".join(f"{value:.1%}" for value in told.curve),
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
