@@ -3,22 +3,23 @@ becomes of the student.
 
     python benchmarks/teacher_check.py --seeds 1 2 3 4 --nights 6
 
-The policy is the scripted one of nights.py, the world, the miner, the selector and the check are the real ones. The student acts
-on what it has learned; the teacher on what stands in its context, and where nothing fits on what it has learned. A night's items
-are learned as they are: this is about the check, not about distillation.
+The policy is the scripted one of nights.py; world, miner, selector and check are the real ones. The student acts on what it has
+learned; the teacher on what stands in its context, and where nothing fits on what it has learned. A night's items are learned
+as they are: this is about the check, not about distillation.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
 from nights import play
 
 from evolve_dag.environments.pocket.script import FastSearch
-from evolve_dag.environments.pocket.world import World
+from evolve_dag.environments.pocket.world import Question, World
 from evolve_dag.experience.extraction.mining import ContrastExtraction, extract
 from evolve_dag.experience.extraction.placebo import placebo
 from evolve_dag.experience.injection import Injector
@@ -54,6 +55,12 @@ def renamed(item: ExperienceItem, number: int) -> ExperienceItem:
     return ExperienceItem(f"learned-{number}", item.text, item.granularity, item.condition)
 
 
+def rolled(world: World, search: FastSearch, questions: Sequence[Question], pool: Pool, rng: Random) -> list[Trajectory]:
+    """An episode for each question; the same question again is another rollout of its task."""
+    tasks = {id(question): f"t{n}" for n, question in enumerate({id(q): q for q in questions}.values())}
+    return [play(world, search, q, tasks[id(q)], n, pool, rng, 0.95) for n, q in enumerate(questions)]
+
+
 def lineage(seed: int, nights: int, tasks: int, group: int, disguised: bool, checked: bool) -> Outcome:
     """Nights of one seed; ``disguised``: placebos in place of what was mined."""
     held_out, told = World(3000 + seed), Outcome()
@@ -62,18 +69,14 @@ def lineage(seed: int, nights: int, tasks: int, group: int, disguised: bool, che
     for night in range(1, nights + 1):
         rng, world = Random(f"{seed}/{night}"), World(1000 + seed + 10_000 * night)
         search, questions = FastSearch(world), [world.question(rng) for _ in range(tasks)]
-
-        def rolled(pool: Pool) -> list[Trajectory]:
-            places = [(n, q, r) for n, q in enumerate(questions) for r in range(group)]
-            return [play(world, search, q, f"t{n}", r, pool, rng, 0.95) for n, q, r in places]  # noqa: B023
-
-        student = rolled(learned)
+        student = rolled(world, search, questions * group, learned, rng)
         found = extract(student, mined, granularity="principle", settings=SETTINGS, iteration=night, seed=seed, before=evidence)
         mined, evidence = found.pool, found.evidence
         shown = placebo(mined, found.edits, student, before=shown, seed=seed).pool if disguised else mined
         if shown.active.items:
+            teacher = rolled(world, search, questions * group, over(shown.active, learned), rng)
             source = Injector("step_wise", shown.active, StateSelector())
-            sides = [asyncio.run(with_teacher_views(side, source)) for side in (rolled(over(shown.active, learned)), student)]
+            sides = [asyncio.run(with_teacher_views(side, source)) for side in (teacher, student)]
             check = check_teacher(shown.active, *sides, iteration=night)
             told.looked_at += len(shown.active)
             told.withdrawn += len(check.withdrawn)
