@@ -53,6 +53,10 @@ class ToolCall:
         """The arguments as text: what is text as it is, any other value as JSON."""
         return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in self.arguments.items()}
 
+    def __str__(self) -> str:
+        """``search(query: Rato Miku)``."""
+        return f"{self.name}({', '.join(f'{name}: {value}' for name, value in self.texts.items())})"
+
 
 @dataclass(frozen=True, slots=True)
 class Message:

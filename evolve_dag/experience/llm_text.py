@@ -95,7 +95,7 @@ def state_text(steps: Sequence[Step], limit: int, recent: int = 4) -> str:
 def _call(step: Step) -> str:
     if step.call is None:
         return f"refused: {step.problem}" if step.problem else step.text
-    return f"{step.call.name}({', '.join(f'{name}: {value}' for name, value in step.call.texts.items())})"
+    return str(step.call)
 
 
 def pool_text(pool: Pool, *, support: bool = False) -> str:

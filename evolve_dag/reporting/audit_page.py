@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from evolve_dag.evaluation.metrics import partial, told_reward
 from evolve_dag.lineage import audit
 from evolve_dag.reporting import pages
-from evolve_dag.reporting.principles import SPELLED_OUT, Contrast, Facts, Principle, gather
+from evolve_dag.reporting.principles import SPELLED_OUT, Contrast, Facts, Principle, ScoreRow, gather
 
 if TYPE_CHECKING:
     from evolve_dag.store.artifacts import Store
@@ -50,6 +51,8 @@ def page(facts: Facts, *, report: str = "") -> str:
         taken_over=lambda iteration: _taken_over(facts, iteration),
         newest_held_out=_newest_held_out,
         measured_iterations=_measured_iterations,
+        told_reward=told_reward,
+        outcome=_outcome,
         ROWS=ROWS,
         NEWEST=NEWEST,
         CHARACTERS=CHARACTERS,
@@ -76,6 +79,15 @@ class Links:
                 for name in edit.trajectory_ids:
                     if one.item.id not in self.teaches.setdefault((edit.iteration, name), []):
                         self.teaches[edit.iteration, name].append(one.item.id)
+
+
+def _outcome(rows: Sequence[ScoreRow]) -> str:
+    """``61 of 256 right``; where parts of a reward are given, the mean and who has all of it."""
+    known = [row.reward for row in rows if row.reward is not None]
+    right = sum(reward == 1 for reward in known)
+    if not partial(known):
+        return f"{right} of {len(rows)} right"
+    return f"mean reward {sum(known) / len(known):.2f} of 1, {right} of {len(rows)} with all of it"
 
 
 def _newest_held_out(one: Principle) -> Contrast | None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from evolve_dag.agent.actions import parse_action
 from evolve_dag.evaluation.intervals import Interval, share_interval
 from evolve_dag.experience.features import Tracker
 from evolve_dag.lineage import audit
@@ -102,6 +103,15 @@ class ShownStep:
     """'' for a trajectory that is not spelled out, see :data:`SPELLED_OUT`."""
     observation: str | None
     selected: tuple[str, ...]
+    action: str = ""
+    """The tool call or the answer, in words; '' where the action was neither, or is not spelled out."""
+    problem: str | None = None
+    """Why the action was refused."""
+
+    @property
+    def thought(self) -> str:
+        """What the policy wrote before its call or answer; all of it where it made none."""
+        return parse_action(self.text).thought if self.action else self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,15 +381,27 @@ def _rolled(artifact: Artifact, spelled: set[str]) -> list[Shown]:
     """
     heads = _columns(artifact, "trajectories.parquet", "id", "question", "status", "reward", "answer")
     light = _columns(artifact, "steps.parquet", "trajectory_id", "index", "selected")
-    heavy = _columns(artifact, "steps.parquet", "trajectory_id", "index", "text", "observation", of=spelled)
-    texts = {(name, index): (text, observation) for name, index, text, observation in heavy.iter_rows()}
+    spelled_out = ("text", "observation", "tool", "arguments", "answer", "problem")
+    heavy = _columns(artifact, "steps.parquet", "trajectory_id", "index", *spelled_out, of=spelled)
+    rows = {(row["trajectory_id"], row["index"]): row for row in heavy.iter_rows(named=True)}
     of: dict[str, list[ShownStep]] = {}
     for name, index, selected in light.iter_rows():
-        of.setdefault(name, []).append(ShownStep(index, *texts.get((name, index), ("", None)), tuple(selected)))
+        of.setdefault(name, []).append(_shown_step(index, tuple(selected), rows.get((name, index), {})))
     return [
         Shown(name, question, status, reward, answer, tuple(sorted(of.get(name, ()), key=lambda step: step.index)))
         for name, question, status, reward, answer in heads.iter_rows()
     ]
+
+
+def _shown_step(index: int, selected: tuple[str, ...], row: Mapping[str, Any]) -> ShownStep:
+    call = _call(row)
+    answer = None if row.get("answer") is None else f"answer: {row['answer']}"
+    text, observation, problem = row.get("text") or "", row.get("observation"), row.get("problem")
+    return ShownStep(index, text, observation, selected, str(call) if call is not None else answer or "", problem)
+
+
+def _call(row: Mapping[str, Any]) -> ToolCall | None:
+    return None if row.get("tool") is None else ToolCall(row["tool"], json.loads(row["arguments"] or "{}"))
 
 
 def _situations(artifact: Artifact, most: int) -> Iterable[tuple[Sequence[str], Mapping[str, str]]]:
@@ -392,14 +414,13 @@ def _situations(artifact: Artifact, most: int) -> Iterable[tuple[Sequence[str], 
         name = row["trajectory_id"]
         walk = walks.setdefault(name, Tracker(questions[name]))
         yield row["selected"], walk.features()
-        call = None if row["tool"] is None else ToolCall(row["tool"], json.loads(row["arguments"] or "{}"))
         walk.append(
             Step(
                 row["index"],
                 row["text"],
                 (),
                 (),
-                call=call,
+                call=_call(row),
                 answer=row["answer"],
                 observation=row["observation"],
                 problem=row["problem"],

@@ -161,6 +161,7 @@ RESULTS = (
     ("success with", "with_experience", "success"),
     ("greedy", "greedy", "success"),
     ("ceiling", "ceiling", "success"),
+    ("solved in full", "without", "solved"),
     ("turns", "without", "turns"),
     ("premature", "without", "premature"),
     ("unanswered", "without", "unanswered"),

@@ -25,7 +25,19 @@ PARAM_CHARACTERS = 500
 CURVE = ("loss", "divergence", "learning_rate", "gradient_norm", "tokens_per_second", "action_tokens")
 """Columns of the training curve that are sent."""
 
-MEASURED = ("success", "success_all", "premature", "no_tool", "forced", "unanswered", "failed", "turns", "tokens", "problems")
+MEASURED = (
+    "success",
+    "solved",
+    "success_all",
+    "premature",
+    "no_tool",
+    "forced",
+    "unanswered",
+    "failed",
+    "turns",
+    "tokens",
+    "problems",
+)
 """Fields of :class:`~evolve_dag.evaluation.metrics.Metrics` that are sent."""
 
 WITH_INTERVAL = ("success", "premature", "turns")

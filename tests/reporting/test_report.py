@@ -163,6 +163,19 @@ def test_what_was_measured_and_paid_stands_in_it(monkeypatch: pytest.MonkeyPatch
     assert "Cost per step" not in " ".join(Page(report.render([unpriced])).text), "unknown is no 0"
 
 
+def test_parts_of_a_reward_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch)
+    summary = lineage()
+    scored = replace(
+        summary, rows=tuple(replace(r, without=replace(r.without, solved=0.123)) for r in summary.rows if r.without)
+    )
+    text = " ".join(Page(report.render([scored])).text)
+    assert "solved in full" in text
+    assert "12.3%" in text
+    assert "success is the mean reward, of 100%" in text
+    assert "solved in full" not in " ".join(Page(report.render([summary])).text)
+
+
 def test_what_experience_did_to_the_teacher_stands_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch)
     text = " ".join(Page(report.render([checked(lineage())])).text)
