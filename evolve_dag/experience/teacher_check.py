@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from evolve_dag.evaluation.intervals import by_task, paired, paired_difference
+from evolve_dag.evaluation.intervals import by_task, paired, sign_interval
 from evolve_dag.experience.pool import Pool
 from evolve_dag.records import Finding, Trajectory
 
@@ -114,12 +114,12 @@ class _Sides(NamedTuple):
     def compared(self, level: float) -> Comparison | None:
         """The two on the tasks of both; None where there are none."""
         known = [by_task([r.task for r in side], [r.reward for r in side]) for side in self]
-        found = paired_difference(*known, resamples=RESAMPLES, confidence=level)
-        if found is None:
-            return None
-        difference, (low, high) = found
         teacher_T, student_T = paired(*known)
-        return Comparison(len(teacher_T), float(teacher_T.mean()), float(student_T.mean()), difference, low, high)
+        if not len(teacher_T):
+            return None
+        low, high = sign_interval(teacher_T - student_T, resamples=RESAMPLES, confidence=level)
+        teacher, student = float(teacher_T.mean()), float(student_T.mean())
+        return Comparison(len(teacher_T), teacher, student, teacher - student, low, high)
 
     def concerning(self, item: str, gone: Collection[str]) -> _Sides:
         """The rollouts that an item concerns and in which none of ``gone`` stood."""
