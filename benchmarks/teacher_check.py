@@ -27,7 +27,7 @@ from evolve_dag.experience.pool import Pool, Proposal
 from evolve_dag.experience.selection.state import StateSelector
 from evolve_dag.experience.teacher_check import check_teacher
 from evolve_dag.records import ExperienceItem, Trajectory
-from evolve_dag.steps.contexts import with_teacher_views
+from evolve_dag.steps.policies import with_teacher_views
 
 SETTINGS = ContrastExtraction(min_support=5, cap=24)
 

@@ -19,7 +19,7 @@ from evolve_dag.experience.features import Tracker
 from evolve_dag.lineage import audit
 from evolve_dag.records import ExperienceItem, PoolEdit, Step, ToolCall
 from evolve_dag.steps.base import STEP_ORDER
-from evolve_dag.steps.contexts import check_of
+from evolve_dag.steps.teacher_check import check_of
 from evolve_dag.store.frames import edits_from_frame, items_from_frame
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ from evolve_dag.evaluation.intervals import Interval
 from evolve_dag.evaluation.metrics import Metrics, metrics_from_json, metrics_to_json
 from evolve_dag.records import ExperienceItem
 from evolve_dag.steps.base import STEP_ORDER
-from evolve_dag.steps.contexts import check_of
 from evolve_dag.steps.scores import BASE_AT
+from evolve_dag.steps.teacher_check import check_of
 from evolve_dag.store.artifacts import joined_config
 from evolve_dag.store.jsonvalues import to_values
 

@@ -17,8 +17,16 @@ from evolve_dag.distillation.trainer import CurvePoint, distill, load_model
 from evolve_dag.inference.folders import model_folder
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import Silent, StepContext
-from evolve_dag.steps.contexts import DRILLS, RETENTION, score, with_teacher_views
-from evolve_dag.steps.policies import adapter_folder, checked_pool, closing, experience_source, open_policy, open_teacher
+from evolve_dag.steps.contexts import DRILLS, RETENTION, score
+from evolve_dag.steps.policies import (
+    adapter_folder,
+    checked_pool,
+    closing,
+    experience_source,
+    open_policy,
+    open_teacher,
+    with_teacher_views,
+)
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
 from evolve_dag.store.frames import CURVE

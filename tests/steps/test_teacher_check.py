@@ -22,10 +22,10 @@ from evolve_dag.experience.teacher_check import CheckedItem, Comparison, Teacher
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.records import ExperienceItem, Message
-from evolve_dag.steps import contexts, scores, trajectories
+from evolve_dag.steps import contexts, scores, teacher_check, trajectories
 from evolve_dag.steps.base import STEP_ORDER, entering_policy, run_step
-from evolve_dag.steps.contexts import check_of
 from evolve_dag.steps.policies import open_pool
+from evolve_dag.steps.teacher_check import check_of
 from evolve_dag.store.artifacts import Artifact, Store
 from evolve_dag.store.frames import load_trajectories
 
@@ -52,7 +52,7 @@ def obedient(monkeypatch: pytest.MonkeyPatch) -> None:
     def policy(*_: Any) -> Iterator[ScriptedModel]:
         yield ScriptedModel(act, chat=chat)
 
-    for step in (trajectories, contexts, scores):
+    for step in (trajectories, contexts, teacher_check, scores):
         monkeypatch.setattr(step, "open_policy", policy)
 
 
@@ -79,19 +79,21 @@ def iteration(e: Experiment, store: Store, k: int, until: str = "promotion") -> 
 )
 def test_harmful_advice_is_withdrawn_and_the_student_does_not_fall(obedient: None, tmp_path: Path, how: dict[str, str]) -> None:
     e, store = experiment(tmp_path, GUESS, **how), Store(tmp_path / "store")
-    made = iteration(e, store, 1)
+    made = iteration(e, store, 1, until="adapter" if how else "promotion")
     told = made["contexts"].summary
     assert (told["kept"], told["withdrawn"]) == (0, 1)
     assert told["not_taught"].startswith("the teacher with experience is below the student without it: -100.0 points")
     assert made["adapter"].summary["unchanged"]
     assert made["adapter"].summary["note"] == f"nothing is taught: {told['not_taught']}"
-    scored = made["scores"].json("summary.json")
-    assert scored["without"]["success"] == 1.0
-    assert "with" not in scored, "no item is left to stand in a context"
     [verdict] = [v for v in contexts.examine(made["contexts"], e) if v.check == "teacher"]
     assert not verdict.passed
     assert list(verdict.evidence["withdrawn"]) == ["p0001"]
 
+    if how:
+        return  # from here on all are alike
+    scored = made["scores"].json("summary.json")
+    assert scored["without"]["success"] == 1.0
+    assert "with" not in scored, "no item is left to stand in a context"
     assert entering_policy(e, 2, store).withdrawn == {"p0001"}
     made = iteration(e, store, 2, until="contexts")
     assert open_pool(made["experience"]).get("p0001").withdrawn == 2
@@ -103,7 +105,7 @@ def test_steps_with_a_withdrawn_item_are_not_learned_and_the_others_are(
 ) -> None:
     e, store = experiment(tmp_path, FIRST, SEARCH), Store(tmp_path / "store")
     found = TeacherCheck(Comparison(TASKS, 1.0, 1.0, 0.0, -0.1, 0.1), (CheckedItem("p0001", None, (), "the test says so"),))
-    monkeypatch.setattr(contexts, "check_teacher", lambda *_, **__: found)
+    monkeypatch.setattr(teacher_check, "check_teacher", lambda *_, **__: found)
     monkeypatch.setattr("evolve_dag.steps.policies.part_of", lambda *_: SimpleNamespace(make=lambda *_: ByLength()))
     made = iteration(e, store, 1, until="contexts")["contexts"]
     assert check_of(made) == found
@@ -138,7 +140,7 @@ def test_on_policy_the_check_says_what_it_cost(obedient: None, tmp_path: Path) -
     assert check.whole is not None
     assert (check.whole.tasks, check.withdrawn) == (3, {})
     assert made.summary["tokens"] > 0
-    assert (made.path / contexts.CHECKED / "trajectories.parquet").is_file()
+    assert (made.path / teacher_check.CHECKED / "trajectories.parquet").is_file()
 
 
 def test_a_principle_in_other_words_graduates_and_comes_back(
@@ -152,7 +154,7 @@ def test_a_principle_in_other_words_graduates_and_comes_back(
     def told(seen: Sequence[Any], items: Sequence[str], *_: Any, **__: Any) -> dict[str, list[float]]:
         return {item: [alike[k]] * 200 for item in items} if seen else {}
 
-    monkeypatch.setattr(contexts, "overlaps", told)
+    monkeypatch.setattr(teacher_check, "overlaps", told)
     for k, operation in ((1, "graduate"), (2, "recall")):
         made = iteration(e, store, k)
         [finding] = entering_policy(e, k + 1, store).findings
