@@ -61,8 +61,8 @@ def rolled(world: World, search: FastSearch, questions: Sequence[Question], pool
     return [play(world, search, q, tasks[id(q)], n, pool, rng, 0.95) for n, q in enumerate(questions)]
 
 
-def lineage(seed: int, nights: int, tasks: int, group: int, disguised: bool, checked: bool) -> Outcome:
-    """Nights of one seed; ``disguised``: placebos in place of what was mined."""
+def lineage(seed: int, nights: int, tasks: int, group: int, placebos: int | None, checked: bool) -> Outcome:
+    """Nights of one seed; ``placebos``: night from which on what is new in the pool is a placebo of what was mined."""
     held_out, told = World(3000 + seed), Outcome()
     asked = [held_out.question(Random(f"{seed}/{n}")) for n in range(512)]
     searching, mined, shown, learned, evidence = FastSearch(held_out), Pool(), Pool(), Pool(), None
@@ -72,6 +72,7 @@ def lineage(seed: int, nights: int, tasks: int, group: int, disguised: bool, che
         student = rolled(world, search, questions * group, learned, rng)
         found = extract(student, mined, granularity="principle", settings=SETTINGS, iteration=night, seed=seed, before=evidence)
         mined, evidence = found.pool, found.evidence
+        disguised = placebos is not None and night >= placebos
         shown = placebo(mined, found.edits, student, before=shown, seed=seed).pool if disguised else mined
         if shown.active.items:
             teacher = rolled(world, search, questions * group, over(shown.active, learned), rng)
@@ -99,13 +100,15 @@ def main() -> None:
     parser.add_argument("--nights", type=int, default=6)
     parser.add_argument("--tasks", type=int, default=64)
     parser.add_argument("--group", type=int, default=6)
+    parser.add_argument("--placebos", type=int, default=1, help="night from which on new items are placebos")
     arguments = parser.parse_args()
     for seed in arguments.seeds:
-        for disguised in (False, True):
+        for placebos in (None, arguments.placebos):
             for checked in (False, True):
-                told = lineage(seed, arguments.nights, arguments.tasks, arguments.group, disguised, checked)
+                told = lineage(seed, arguments.nights, arguments.tasks, arguments.group, placebos, checked)
+                arm = f"placebos from night {placebos}" if placebos else "mined"
                 print(
-                    f"seed {seed}, {'placebos' if disguised else 'mined'}, {'with' if checked else 'without'} the check: "
+                    f"seed {seed}, {arm}, {'with' if checked else 'without'} the check: "
                     f"{told.withdrawn} of {told.looked_at} withdrawn, {told.refused} nights refused; "
                     + " ".join(f"{value:.1%}" for value in told.curve),
                     flush=True,
