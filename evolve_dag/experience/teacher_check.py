@@ -95,6 +95,12 @@ class TeacherCheck:
         return f"the teacher with experience is below the student without it: {self.whole}"
 
     @property
+    def told(self) -> tuple[str, ...]:
+        """What a person must know of it, a sentence each; none where all is well."""
+        refused = (f"nothing is taught: {self.refusal}",) if self.refusal else ()
+        return (*refused, *(f"{item} is withdrawn: {why}" for item, why in self.withdrawn.items()))
+
+    @property
     def findings(self) -> tuple[Finding, ...]:
         """For the next extraction."""
         return tuple(Finding("withdraw", item, why) for item, why in self.withdrawn.items())

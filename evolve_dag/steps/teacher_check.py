@@ -152,7 +152,7 @@ def verdict(artifact: Artifact) -> Verdict:
     whole = {} if check.whole is None else to_values(check.whole)
     items = {one.item: str(one.comparison) for one in check.items if one.comparison is not None}
     evidence = {**whole, "items": items, "withdrawn": check.withdrawn}
-    text = check.note or check.refusal or ("an item lowers the teacher's success" if check.withdrawn else "")
+    text = check.note or "; ".join(check.told)
     return Verdict("teacher", not check.withdrawn and not check.refusal, evidence, text)
 
 
