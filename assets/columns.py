@@ -34,7 +34,8 @@ DESCRIPTIONS: Mapping[str, str] = {
     "condition": "Feature and value under which the item applies.",
     "evidence": "What the extractor measured: support, lift, interval.",
     "created": "Iteration that added it.",
-    "graduated": "Iteration that took it out of the context; 0: it stands there.",
+    "graduated": "Iteration that took it out of the context, since the weights hold it; 0: none did.",
+    "withdrawn": "Iteration that took it out of the context, since the teacher did worse with it; 0: none did.",
     "updated": "Iteration that last changed it.",
     # contexts
     "step": "0-based position in the trajectory.",

@@ -19,7 +19,7 @@ Granularity = Literal["principle", "instance"]
 InjectionPattern = Literal["none", "global", "step_wise"]
 Source = Literal["teacher", "student"]
 TrajectoryStatus = Literal["answered", "forced", "ended", "unanswered", "failed"]
-PoolOperation = Literal["add", "update", "delete", "merge", "graduate", "recall"]
+PoolOperation = Literal["add", "update", "delete", "merge", "graduate", "recall", "withdraw"]
 Decision = Literal["promote", "keep", "restore"]
 
 
@@ -52,6 +52,10 @@ class ToolCall:
     def texts(self) -> dict[str, str]:
         """The arguments as text: what is text as it is, any other value as JSON."""
         return {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in self.arguments.items()}
+
+    def __str__(self) -> str:
+        """``search(query: Rato Miku)``."""
+        return f"{self.name}({', '.join(f'{name}: {value}' for name, value in self.texts.items())})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +169,14 @@ class ExperienceItem:
     updated: int = 0
     """Iteration that last changed it."""
     graduated: int = 0
-    """Iteration that took it out of the context, since the weights hold it; 0: it stands in the context."""
+    """Iteration that took it out of the context, since the weights hold it; 0: none did."""
+    withdrawn: int = 0
+    """Iteration that took it out of the context, since the teacher did worse with it; 0: none did."""
+
+    @property
+    def active(self) -> bool:
+        """Whether it may stand in a context."""
+        return not self.graduated and not self.withdrawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +196,16 @@ class PoolEdit:
     """Trajectories that caused the edit."""
     into: str | None = None
     """For ``merge``: id of the item that absorbed this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What the check of the teacher found about an item of the pool; the next extraction begins by entering it."""
+
+    operation: Literal["withdraw", "graduate", "recall"]
+    item_id: str
+    reason: str
+    """The evidence, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +243,8 @@ class PolicyRef:
     next_item: int = 1
     """First number that an item of E(k) may bear. It counts past the items of declined candidates, whose pool is gone but
     whose ids stay in the record: an id is never given twice."""
+    findings: tuple[Finding, ...] = ()
+    """What E(k-1) was found to hold after it was made; an item that is to be withdrawn stands in no context any more."""
     standing: Standing = Standing()
     """The gate's affair: it decides what the gate compares, and nothing of what the policy is."""
 
@@ -230,7 +253,14 @@ class PolicyRef:
         """What the policy is, as plain values."""
         values = asdict(self)
         del values["standing"]
+        if not self.findings:  # a policy without any is named as it was before there were findings
+            del values["findings"]
         return values
+
+    @property
+    def withdrawn(self) -> frozenset[str]:
+        """Ids of items of its pool that are to be withdrawn."""
+        return frozenset(finding.item_id for finding in self.findings if finding.operation == "withdraw")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from evolve_dag.experience.pool import Pool
+from evolve_dag.experience.pool import STANDS, Pool
 from evolve_dag.records import PoolEdit
 
 
@@ -37,7 +37,7 @@ def replay(edits: Iterable[PoolEdit]) -> tuple[Outline, ...]:
             continue
         item = items[edit.item_id]
         assert item.text == edit.before, edit
-        if edit.operation in ("graduate", "recall"):
+        if edit.operation in STANDS:
             assert edit.after == edit.before, edit
             continue
         if edit.operation == "update":

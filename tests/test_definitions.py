@@ -20,8 +20,8 @@ GRAPH = {
     "experience": {"config/experience", "policy", "trajectories"},
     "contexts": {"config/contexts", "experience", "policy", "trajectories"},
     "adapter": {"config/adapter", "contexts", "experience", "policy"},
-    "scores": {"adapter", "config/scores", "experience", "policy"},
-    "promotion": {"adapter", "config/promotion", "experience", "policy", "scores"},
+    "scores": {"adapter", "config/scores", "contexts", "experience", "policy"},
+    "promotion": {"adapter", "config/promotion", "contexts", "experience", "policy", "scores"},
 }
 """Asset -> what it depends on. Edit it by hand when the graph is meant to change."""
 

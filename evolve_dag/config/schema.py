@@ -232,6 +232,19 @@ class RolloutSettings(Section):
     """Whether a turn without a tool call is the final answer, as chat models are wont to give it; else it is malformed."""
 
 
+class TeacherCheckSettings(Section):
+    """The teacher with experience is compared with the student without it on training tasks, before it teaches
+    (docs/adr/0021-teacher-check.md)."""
+
+    enabled: bool = True
+    """An item that lowers the teacher's success is withdrawn; a teacher that is below the student teaches nothing tonight."""
+    tasks: int = Field(32, ge=1, le=MOST)
+    """Training tasks that are looked at where looking costs something: rollouts of the teacher with ``regime.source: student``,
+    choices of a selector that asks a model. Elsewhere all are."""
+    confidence: float = Field(0.95, gt=0.5, lt=1.0)
+    """Level at which the interval of the paired difference must lie below zero; for items it holds for all of them together."""
+
+
 class DistillationSettings(Section):
     """Teacher -> student, by LoRA (METHOD step 5)."""
 
@@ -384,6 +397,7 @@ class Experiment(Section):
     selection: Annotated[SerializeAsAny[SelectionSettings], BeforeValidator(SELECTION)] = Field(
         default_factory=SELECTION.default_settings
     )
+    teacher_check: TeacherCheckSettings = TeacherCheckSettings()
     distillation: DistillationSettings = DistillationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()

@@ -62,6 +62,9 @@ class Metrics:
     """Episodes with a reward; what ``success`` is the mean of."""
     success: float | None = None
     """Mean reward of the judged episodes, 0..1; None when none was judged."""
+    solved: float | None = None
+    """Share of the judged episodes with reward 1, where parts of a reward are given; None where every reward is 0 or 1:
+    ``success`` says it."""
     success_all: float | None = None
     """Mean reward of all episodes, with 0 for those that were not judged: what success is at least."""
     premature: float | None = None
@@ -244,6 +247,7 @@ def measure(
         n=len(trajectories),
         tasks=len(set(ids)),
         judged=sum(r is not None for r in rewards),
+        solved=_mean([None if r is None else float(r == 1) for r in rewards]) if partial(rewards) else None,
         **{name: _mean(values) for name, values in (shares | means).items()},
         intervals={
             **{name: over(share_interval, values, everything) for name, values in shares.items()},
@@ -255,6 +259,18 @@ def measure(
         },
         pass_at=pass_at(ids, rewards),
     )
+
+
+def partial(rewards: Iterable[float | None]) -> bool:
+    """Whether parts of a reward were given: then a mean reward is a score, and no share of episodes that are right."""
+    return any(reward is not None and 0 < reward < 1 for reward in rewards)
+
+
+def told_reward(reward: float | None) -> str:
+    """``right``, ``wrong``, ``0.37 of 1`` or ``not judged``."""
+    if reward is None:
+        return "not judged"
+    return {1.0: "right", 0.0: "wrong"}.get(reward, f"{reward:.2f} of 1")
 
 
 def pass_at(task_ids: Sequence[str], rewards: Sequence[float | None]) -> dict[int, float]:

@@ -1,4 +1,7 @@
-"""Graduation: an item whose advice the policy follows without reading it leaves the context, and comes back as it fades.
+"""Graduation: an item that the policy need not read any more leaves the context, and comes back as what it says fades.
+
+Where an item's situation and advice stand in our words (the miner's), the policy must clearly do what it says without reading
+it. Of an item in other words, it must clearly act the same with and without it (:mod:`evolve_dag.distillation.agreement`).
 
 What is inside the weights need not stand in the context as well: it takes room, costs tokens, and keeps the night busy with
 what it has learned. A graduated item stays in the pool, with its id and its evidence; when every item has graduated, the
@@ -7,7 +10,7 @@ night has nothing to teach and the adapter stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evolve_dag.evaluation.intervals import Interval, wilson
@@ -26,8 +29,8 @@ class Habit:
 
     steps: int
     """In the item's situation."""
-    followed: int
-    """Of these."""
+    followed: float
+    """Of these; a step may count in part."""
 
     @property
     def interval(self) -> Interval:
@@ -41,7 +44,7 @@ def habits(items: Sequence[ExperienceItem], trajectories: Sequence[Trajectory]) 
     Args:
         trajectories: of the policy without experience in its context.
     """
-    known = {i.id: (set(i.condition.items()), action) for i in items if i.condition and (action := action_of(i.text))}
+    known = {i.id: (set(i.condition.items()), action_of(i.text)) for i in items if in_our_words(i)}
     steps, followed = dict.fromkeys(known, 0), dict.fromkeys(known, 0)
     for trajectory in trajectories:
         for state, done in walk(trajectory):
@@ -52,29 +55,44 @@ def habits(items: Sequence[ExperienceItem], trajectories: Sequence[Trajectory]) 
     return {item_id: Habit(steps[item_id], followed[item_id]) for item_id in known}
 
 
+def in_our_words(item: ExperienceItem) -> bool:
+    """Whether its situation and its advice can be found in a trajectory."""
+    return bool(item.condition) and action_of(item.text) is not None
+
+
 def graduations(pool: Pool, trajectories: Sequence[Trajectory], share: float) -> list[Proposal]:
+    """Who leaves the context and who comes back, by :func:`habits`.
+
+    Args:
+        trajectories: of this iteration, without experience in context.
+        share: 0..1; 0: nobody graduates, and who has comes back.
+    """
+    return decided(pool, habits(pool.items, trajectories), share, "done without it")
+
+
+def decided(pool: Pool, found: Mapping[str, Habit], share: float, told: str) -> list[Proposal]:
     """Who leaves the context and who comes back.
 
     An item graduates when the policy clearly does what it says in at least ``share`` of its steps (the interval lies above),
     and comes back when it clearly does so in fewer (the interval lies below); between the two nothing changes.
 
     Args:
-        trajectories: of this iteration, without experience in context.
         share: 0..1; 0: nobody graduates, and who has comes back.
+        told: begins the reason: what was counted.
     """
     if share <= 0:
         return [_proposal("recall", item, "graduation is switched off") for item in pool.items if item.graduated]
-    found = []
-    for item_id, habit in habits(pool.items, trajectories).items():
+    proposals = []
+    for item_id, habit in found.items():
         item, (low, high) = pool.get(item_id), habit.interval
-        told = f"done without it in {habit.followed} of {habit.steps} steps"
+        reason = f"{told} in {habit.followed:.4g} of {habit.steps} steps"
         if habit.steps < LEAST_STEPS:
             continue
-        if not item.graduated and low >= share:
-            found.append(_proposal("graduate", item, f"{told}: inside the weights"))
+        if item.active and low >= share:
+            proposals.append(_proposal("graduate", item, f"{reason}: it need not be read"))
         elif item.graduated and high < share:
-            found.append(_proposal("recall", item, f"{told}: it fades"))
-    return found
+            proposals.append(_proposal("recall", item, f"{reason}: it must be read again"))
+    return proposals
 
 
 def _proposal(operation: str, item: ExperienceItem, reason: str) -> Proposal:

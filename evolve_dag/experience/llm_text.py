@@ -95,13 +95,16 @@ def state_text(steps: Sequence[Step], limit: int, recent: int = 4) -> str:
 def _call(step: Step) -> str:
     if step.call is None:
         return f"refused: {step.problem}" if step.problem else step.text
-    return f"{step.call.name}({', '.join(f'{name}: {value}' for name, value in step.call.texts.items())})"
+    return str(step.call)
 
 
 def pool_text(pool: Pool, *, support: bool = False) -> str:
-    """One item a line, id in front; with ``support`` also how many tasks support it and when it was last changed."""
+    """One item a line, id in front, and what became of it where it has left the context; with ``support`` also how many tasks
+    support it and when it was last changed."""
     lines = []
     for item in pool.items:
         known = f" [{item.evidence.get('support', 0.0):g} tasks, iteration {item.updated}]" if support else ""
-        lines.append(f"{item.id}{known} {one_line(item.text, 2000)}")
+        left = " [withdrawn: agents did worse with it]" if item.withdrawn else ""
+        left = left or (" [the agent does so by itself now]" if item.graduated else "")
+        lines.append(f"{item.id}{known}{left} {one_line(item.text, 2000)}")
     return "\n".join(lines) or "(empty)"

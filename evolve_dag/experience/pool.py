@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
 
@@ -30,7 +30,7 @@ LEAST_WORDS = 3
 @dataclass(frozen=True, slots=True)
 class Proposal:
     """A change that somebody wants. What it needs depends on the operation: ``add``: text and granularity; ``update``:
-    item_id and text; ``delete``, ``graduate`` and ``recall``: item_id alone; ``merge``: item_id and into."""
+    item_id and text; ``delete``, ``graduate``, ``recall`` and ``withdraw``: item_id alone; ``merge``: item_id and into."""
 
     operation: PoolOperation
     item_id: str | None = None
@@ -89,8 +89,12 @@ class Pool:
 
     @property
     def active(self) -> Pool:
-        """What may stand in a context: the pool without the items that have graduated."""
-        return replace(self, items=tuple(item for item in self.items if not item.graduated))
+        """What may stand in a context: the pool without the items that have graduated or were withdrawn."""
+        return replace(self, items=tuple(item for item in self.items if item.active))
+
+    def without(self, item_ids: Collection[str]) -> Pool:
+        """The pool without some of its items, whose ids need not be in it."""
+        return replace(self, items=tuple(item for item in self.items if item.id not in item_ids))
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -109,7 +113,7 @@ class Pool:
 
     def apply(self, proposals: Iterable[Proposal], *, iteration: int, cap: int | None = None, strict: bool = False) -> Applied:
         """Carry out ``proposals`` in order, then enforce ``cap`` by deleting the items of lowest lift (of equals the
-        newest). Items that have graduated do not count for the cap.
+        newest). Items that are not active do not count for the cap.
 
         An update keeps the id, the granularity and the condition; its trajectories replace the item's (trajectory ids
         are unique within one iteration only, and ``updated`` names it; the earlier ones stay in the edits).
@@ -140,6 +144,9 @@ class Pool:
             before = items[proposal.item_id or ""]
             if operation in ("graduate", "recall"):
                 items[before.id] = replace(before, graduated=iteration if operation == "graduate" else 0)
+            elif operation == "withdraw":
+                items[before.id] = replace(before, withdrawn=iteration)
+            if operation in STANDS:
                 edits.append(PoolEdit(operation, before.id, iteration, before.text, before.text, proposal.reason))
                 continue
             if operation == "update":
@@ -161,7 +168,7 @@ class Pool:
             lines = _numbered([f"{r.proposal.operation} {r.proposal.item_id or 'new item'}: {r.why}" for r in refused])
             raise DataError(f"pool: {len(refused)} proposals refused\n{lines}", "mend them; the pool is unchanged")
         if cap is not None:
-            active = [item for item in items.values() if not item.graduated]
+            active = [item for item in items.values() if item.active]
             surplus = max(0, len(active) - cap)
             place = {item_id: n for n, item_id in enumerate(items)}
             for item in sorted(active, key=lambda i: (lift(i), -place[i.id]))[:surplus]:
@@ -235,6 +242,7 @@ class _Item(BaseModel, strict=True, extra="forbid"):
     created: NonNegativeInt = 0
     updated: NonNegativeInt | None = None
     graduated: NonNegativeInt = 0
+    withdrawn: NonNegativeInt = 0
 
     def record(self) -> ExperienceItem:
         fields = self.model_dump() | {"trajectory_ids": tuple(self.trajectory_ids)}
@@ -291,10 +299,13 @@ def _objection(proposal: Proposal, items: Mapping[str, ExperienceItem]) -> str |
             return "names no item"
         if proposal.item_id not in items:
             return f"no item {proposal.item_id!r} in the pool"
-        granularity = items[proposal.item_id].granularity
-        done = bool(items[proposal.item_id].graduated)
+        item = items[proposal.item_id]
+        granularity = item.granularity
+        if item.withdrawn and operation not in ("delete", "add"):
+            return f"{item.id} was withdrawn: the teacher did worse with it; add another item, or delete it"
+        done = bool(item.graduated)
         if (operation, done) in (("graduate", True), ("recall", False)):
-            return f"{proposal.item_id} has {'graduated already' if done else 'not graduated'}"
+            return f"{item.id} has {'graduated already' if done else 'not graduated'}"
     elif proposal.item_id is not None:
         return f"an added item gets its id from the pool, not {proposal.item_id!r}"
     if operation == "merge":
@@ -304,6 +315,8 @@ def _objection(proposal: Proposal, items: Mapping[str, ExperienceItem]) -> str |
             return "an item cannot be merged into itself"
         if proposal.into not in items:
             return f"no item {proposal.into!r} in the pool to merge into"
+        if items[proposal.into].withdrawn:
+            return f"{proposal.into} was withdrawn: nothing is merged into it"
     if operation in ("add", "update"):
         text = proposal.text
         if not isinstance(text, str) or not text.strip():
@@ -318,6 +331,8 @@ def _objection(proposal: Proposal, items: Mapping[str, ExperienceItem]) -> str |
     return None
 
 
+STANDS = ("graduate", "recall", "withdraw")
+"""Operations that decide whether an item may stand in a context, and leave it as it is."""
 EDITED = {
     "add": "added",
     "update": "updated",
@@ -325,6 +340,7 @@ EDITED = {
     "merge": "merged",
     "graduate": "graduated",
     "recall": "recalled",
+    "withdraw": "withdrawn",
 }
 """Operation -> what was done to the item, as counts of edits are named."""
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from evolve_dag.evaluation.metrics import partial, told_reward
 from evolve_dag.lineage import audit
 from evolve_dag.reporting import pages
-from evolve_dag.reporting.principles import SPELLED_OUT, Contrast, Facts, Principle, gather
+from evolve_dag.reporting.principles import SPELLED_OUT, Contrast, Facts, Principle, ScoreRow, gather
 
 if TYPE_CHECKING:
     from evolve_dag.store.artifacts import Store
@@ -50,6 +51,8 @@ def page(facts: Facts, *, report: str = "") -> str:
         taken_over=lambda iteration: _taken_over(facts, iteration),
         newest_held_out=_newest_held_out,
         measured_iterations=_measured_iterations,
+        told_reward=told_reward,
+        outcome=_outcome,
         ROWS=ROWS,
         NEWEST=NEWEST,
         CHARACTERS=CHARACTERS,
@@ -78,6 +81,15 @@ class Links:
                         self.teaches[edit.iteration, name].append(one.item.id)
 
 
+def _outcome(rows: Sequence[ScoreRow]) -> str:
+    """``61 of 256 right``; where parts of a reward are given, the mean and who has all of it."""
+    known = [row.reward for row in rows if row.reward is not None]
+    right = sum(reward == 1 for reward in known)
+    if not partial(known):
+        return f"{right} of {len(rows)} right"
+    return f"mean reward {sum(known) / len(known):.2f} of 1, {right} of {len(rows)} with all of it"
+
+
 def _newest_held_out(one: Principle) -> Contrast | None:
     """With and without the item in the newest iteration whose held-out episodes could choose it."""
     held = [c for k in sorted(one.contrasts) for c in one.contrasts[k] if c.where == "held-out"]
@@ -85,12 +97,13 @@ def _newest_held_out(one: Principle) -> Contrast | None:
 
 
 def _measured_iterations(one: Principle) -> list[tuple[Any, ...]]:
-    """By iteration: learned steps, what is inside the weights, success with and without it for teacher and held-out tasks."""
+    """By iteration: learned steps, what is inside the weights, what it did to the teacher, success with and without it."""
     inside = {found.iteration: found for found in one.internalized}
     rows = []
-    for k in sorted({*one.learned, *one.contrasts, *inside}):
+    for k in sorted({*one.learned, *one.contrasts, *one.checks, *inside}):
         by_place = {contrast.where: contrast for contrast in one.contrasts.get(k, ())}
-        rows.append((k, one.learned.get(k), inside.get(k), [by_place.get(where) for where in ("teacher", "held-out")]))
+        check = one.checks.get(k)
+        rows.append((k, one.learned.get(k), inside.get(k), check, [by_place.get(where) for where in ("teacher", "held-out")]))
     return rows
 
 

@@ -93,7 +93,7 @@ def pool_edits(summary: LineageSummary) -> Figure:
     rows = [row for row in summary.iterations if row.edits]
     data = []
     for slot, name in enumerate(EDITS):
-        sign = -1 if name in ("deleted", "merged", "graduated") else 1
+        sign = -1 if name in ("deleted", "merged", "graduated", "withdrawn") else 1
         counts = [sign * row.edits.get(name, 0) for row in rows]
         data.append(bar([_label(row) for row in rows], counts, name, slot, f"%{{y}} {name}"))
     return bars(data, "edits")

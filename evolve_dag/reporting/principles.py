@@ -13,17 +13,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from evolve_dag.agent.actions import parse_action
 from evolve_dag.evaluation.intervals import Interval, share_interval
 from evolve_dag.experience.features import Tracker
 from evolve_dag.lineage import audit
 from evolve_dag.records import ExperienceItem, PoolEdit, Step, ToolCall
 from evolve_dag.steps.base import STEP_ORDER
+from evolve_dag.steps.teacher_check import check_of
 from evolve_dag.store.frames import edits_from_frame, items_from_frame
 from evolve_dag.store.layout import CONTEXTS, DECISION, EDITS, ITEMS, SCORES, STEPS, TRAJECTORIES
 
 if TYPE_CHECKING:
     import polars as pl
 
+    from evolve_dag.experience.teacher_check import CheckedItem
     from evolve_dag.store.artifacts import Artifact, Store
 
 STATES_FROM = 1000
@@ -86,6 +89,8 @@ class Principle:
     """Iteration -> (learned steps where it stood in the teacher's context, all learned steps)."""
     contrasts: Mapping[int, tuple[Contrast, ...]]
     """Iteration -> success with and without it."""
+    checks: Mapping[int, CheckedItem]
+    """Iteration -> what it did to the teacher, against the student on the same tasks."""
     internalized: tuple[audit.Internalized, ...]
     """By iteration; empty before ``evolve audit``."""
 
@@ -99,6 +104,15 @@ class ShownStep:
     """'' for a trajectory that is not spelled out, see :data:`SPELLED_OUT`."""
     observation: str | None
     selected: tuple[str, ...]
+    action: str = ""
+    """The tool call or the answer, in words; '' where the action was neither, or is not spelled out."""
+    problem: str | None = None
+    """Why the action was refused."""
+
+    @property
+    def thought(self) -> str:
+        """What the policy wrote before its call or answer; all of it where it made none."""
+        return parse_action(self.text).thought if self.action else self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +205,7 @@ class _Seen:
         self.edits: dict[str, dict[tuple[Any, ...], PoolEdit]] = {}
         self.learned: dict[str, dict[int, tuple[int, int]]] = {}
         self.contrasts: dict[str, dict[int, list[Contrast]]] = {}
+        self.checks: dict[str, dict[int, CheckedItem]] = {}
         self.states: dict[str, Counter[tuple[str, str]]] = {}
         self.all_states: Counter[tuple[str, str]] = Counter()
         self.steps: Counter[str] = Counter()
@@ -250,6 +265,7 @@ class _Seen:
                 self._states(name),
                 self.learned.get(name, {}),
                 {k: tuple(contrasts) for k, contrasts in self.contrasts.get(name, {}).items()},
+                self.checks.get(name, {}),
                 tuple(by_item.get(name, ())),
             )
             for name in order
@@ -300,6 +316,9 @@ def _chain(iteration: int, artifacts: Mapping[str, Artifact], seen: _Seen) -> Ch
 def _learned(contexts: Artifact, iteration: int, seen: _Seen) -> list[Shown]:
     frame = _columns(contexts, CONTEXTS, "trajectory_id", "step", "selected")
     seen.learn(iteration, frame)
+    check = check_of(contexts)
+    for one in check.items if check is not None else ():
+        seen.checks.setdefault(one.item, {})[iteration] = one
     rolled = _rolled(contexts, set(frame["trajectory_id"].unique(maintain_order=True).head(SPELLED_OUT)))
     if contexts.manifest.config.get("regime.source") == "teacher":
         # A student's own rollouts did not have the items in their context: their success says nothing about them.
@@ -363,15 +382,27 @@ def _rolled(artifact: Artifact, spelled: set[str]) -> list[Shown]:
     """
     heads = _columns(artifact, TRAJECTORIES, "id", "question", "status", "reward", "answer")
     light = _columns(artifact, STEPS, "trajectory_id", "index", "selected")
-    heavy = _columns(artifact, STEPS, "trajectory_id", "index", "text", "observation", of=spelled)
-    texts = {(name, index): (text, observation) for name, index, text, observation in heavy.iter_rows()}
+    spelled_out = ("text", "observation", "tool", "arguments", "answer", "problem")
+    heavy = _columns(artifact, STEPS, "trajectory_id", "index", *spelled_out, of=spelled)
+    rows = {(row["trajectory_id"], row["index"]): row for row in heavy.iter_rows(named=True)}
     of: dict[str, list[ShownStep]] = {}
     for name, index, selected in light.iter_rows():
-        of.setdefault(name, []).append(ShownStep(index, *texts.get((name, index), ("", None)), tuple(selected)))
+        of.setdefault(name, []).append(_shown_step(index, tuple(selected), rows.get((name, index), {})))
     return [
         Shown(name, question, status, reward, answer, tuple(sorted(of.get(name, ()), key=lambda step: step.index)))
         for name, question, status, reward, answer in heads.iter_rows()
     ]
+
+
+def _shown_step(index: int, selected: tuple[str, ...], row: Mapping[str, Any]) -> ShownStep:
+    call = _call(row)
+    answer = None if row.get("answer") is None else f"answer: {row['answer']}"
+    text, observation, problem = row.get("text") or "", row.get("observation"), row.get("problem")
+    return ShownStep(index, text, observation, selected, str(call) if call is not None else answer or "", problem)
+
+
+def _call(row: Mapping[str, Any]) -> ToolCall | None:
+    return None if row.get("tool") is None else ToolCall(row["tool"], json.loads(row["arguments"] or "{}"))
 
 
 def _situations(artifact: Artifact, most: int) -> Iterable[tuple[Sequence[str], Mapping[str, str]]]:
@@ -384,14 +415,13 @@ def _situations(artifact: Artifact, most: int) -> Iterable[tuple[Sequence[str], 
         name = row["trajectory_id"]
         walk = walks.setdefault(name, Tracker(questions[name]))
         yield row["selected"], walk.features()
-        call = None if row["tool"] is None else ToolCall(row["tool"], json.loads(row["arguments"] or "{}"))
         walk.append(
             Step(
                 row["index"],
                 row["text"],
                 (),
                 (),
-                call=call,
+                call=_call(row),
                 answer=row["answer"],
                 observation=row["observation"],
                 problem=row["problem"],

@@ -33,6 +33,7 @@ from evolve_dag.reporting.summary import (
 from evolve_dag.store.disk import write_atomic
 
 if TYPE_CHECKING:
+    from evolve_dag.experience.teacher_check import Comparison
     from evolve_dag.store.artifacts import Store
 
 PACKAGES = ("evolve-dag", "torch", "transformers", "peft", "dagster", "polars", "duckdb", "numpy")
@@ -160,6 +161,7 @@ RESULTS = (
     ("success with", "with_experience", "success"),
     ("greedy", "greedy", "success"),
     ("ceiling", "ceiling", "success"),
+    ("solved in full", "without", "solved"),
     ("turns", "without", "turns"),
     ("premature", "without", "premature"),
     ("unanswered", "without", "unanswered"),
@@ -185,6 +187,28 @@ def _trained(summary: LineageSummary) -> dict[str, str]:
     facts = (row.training for row in summary.iterations)
     numbers = (key for training in facts for key, value in training.items() if isinstance(value, (int, float)))
     return {key: TRAINED.get(key, key.replace("_", " ")) for key in numbers if key != "tokens"}
+
+
+def _checked(summary: LineageSummary) -> tuple[list[int], list[tuple[str, str, list[tuple[str, str, str]]]]]:
+    """Iterations whose teacher was checked; then a row for all items together and one for each: name, text, and by
+    iteration the difference to the student's success, its interval, and what came of it."""
+    checks = {row.iteration: row.check for row in summary.iterations if row.check is not None and row.check.whole is not None}
+    texts = {item.id: item.text for row in summary.iterations for item in row.items}
+    items = {k: {one.item: one for one in check.items} for k, check in checks.items()}
+    whole = [(*_effect(check.whole), "not taught" if check.refusal else "") for check in checks.values()]
+    rows = [("all", "all items together", whole)]
+    for name in dict.fromkeys(name for found in items.values() for name in found):
+        seen = [found.get(name) for found in items.values()]
+        cells = [(*_effect(one.comparison), "withdrawn" if one.withdrawn else "") if one else ("", "", "") for one in seen]
+        rows.append((name, texts.get(name, ""), cells))
+    return list(checks), rows
+
+
+def _effect(comparison: Comparison | None) -> tuple[str, str]:
+    if comparison is None:
+        return "–", "not told apart"
+    low, high = (f"{100 * bound:+.1f}" for bound in (comparison.low, comparison.high))
+    return f"{100 * comparison.difference:+.1f}", f"{low} to {high}, {comparison.tasks} tasks"
 
 
 def _paid(summary: LineageSummary) -> list[tuple[int, str, str, Mapping[str, Any]]]:
@@ -236,6 +260,7 @@ _FUNCTIONS = {
     "ALL": audit.ALL, "NONE": audit.NONE, "HEADLINE": HEADLINE, "RESULTS": RESULTS, "STAYS": STAYS,
     "figures": figures, "standing_note": standing_note,
     "step_names": step_names, "recipe": _recipe, "breakdowns": _breakdowns, "trained": _trained, "paid": _paid,
+    "checked": _checked,
     "measured": _measured, "spent": _spent, "as_json": _as_json,
 }  # fmt: skip
 """What the template may call."""

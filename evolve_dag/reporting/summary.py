@@ -7,7 +7,7 @@ What is read, by kind of artifact (all of it optional, so that a lineage can be 
                                experience
     promotion   decision.json  see evaluation.gate.gate_to_json
     experience  manifest.summary  items, added, updated, deleted, merged, locality {name: share};  items.parquet
-    contexts    what was measured of it (evolve_dag.lineage.audit), from the store's cache
+    contexts    teacher_check.json; what was measured of it (evolve_dag.lineage.audit), from the store's cache
     adapter     manifest.summary  rows, kept, loss_first, loss_last, ...;  curve.parquet or curve.json, one record a step
     any         manifest.seconds, manifest.summary["tokens"] (sampled tokens), digests; manifest.summary["calls"], per role
                 what was asked of other models and what it cost (evolve_dag.inference.ledger.summarize)
@@ -27,14 +27,17 @@ from evolve_dag.evaluation.metrics import Metrics, metrics_from_json, metrics_to
 from evolve_dag.records import ExperienceItem
 from evolve_dag.steps.base import STEP_ORDER
 from evolve_dag.steps.scores import BASE_AT
+from evolve_dag.steps.teacher_check import check_of
 from evolve_dag.store.artifacts import joined_config
+from evolve_dag.store.jsonvalues import to_values
 from evolve_dag.store.layout import CURVE, DECISION, ITEMS, SUMMARY
 
 if TYPE_CHECKING:
+    from evolve_dag.experience.teacher_check import TeacherCheck
     from evolve_dag.lineage.audit import Internalized
     from evolve_dag.store.artifacts import Artifact, Ref, Store
 
-EDITS = ("added", "updated", "deleted", "merged", "graduated", "recalled")
+EDITS = ("added", "updated", "deleted", "merged", "graduated", "recalled", "withdrawn")
 """Counts of pool edits, as the experience artifact's summary names them."""
 
 
@@ -100,6 +103,8 @@ class IterationRow:
     """The pool's items."""
     internalized: tuple[Internalized, ...] = ()
     """How much of each item is inside the weights; empty before ``evolve audit``."""
+    check: TeacherCheck | None = None
+    """What experience in its context did to the teacher; None where it was not asked."""
     steps: tuple[StepRow, ...] = ()
 
 
@@ -294,6 +299,7 @@ def _row(
         training=dict(adapter.summary) if adapter else {},
         curve=_curve(adapter),
         items=_items(experience),
+        check=check_of(artifacts["contexts"]) if "contexts" in artifacts else None,
         steps=tuple(
             StepRow(
                 name=kind,
@@ -359,6 +365,7 @@ def status_json(summary: LineageSummary) -> dict[str, Any]:
                 "ceiling": metrics_to_json(row.ceiling) if row.ceiling else None,
                 "at_temperature": {f"{t:g}": metrics_to_json(metrics) for t, metrics in row.at_temperature.items()},
                 "pool": {"items": row.pool_size, **row.edits, "locality": dict(row.locality)},
+                "teacher_check": to_values(row.check) if row.check else None,
                 "training": dict(row.training),
                 "gate": gate_to_json(row.gate) if row.gate else None,
                 "internalized": {

@@ -159,6 +159,7 @@ def _notes(summary: LineageSummary) -> list[str]:
         notes.append(f"base, {line}")
     if any(row.ceiling for row in summary.rows):
         notes.append("ceiling: the policy that entered the iteration, with the iteration's experience in context")
+    notes += [f"iteration {row.iteration}: {told}" for row in summary.rows if row.check for told in row.check.told]
     for row in summary.rows:
         for condition, metrics in (("without", row.without), ("with", row.with_experience)):
             if metrics is not None and metrics.judged < metrics.n:

@@ -17,8 +17,16 @@ from evolve_dag.distillation.trainer import CurvePoint, distill, load_model
 from evolve_dag.inference.folders import model_folder
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import Silent, StepContext
-from evolve_dag.steps.contexts import DRILLS, RETENTION, score, with_teacher_views
-from evolve_dag.steps.policies import adapter_folder, closing, experience_source, open_policy, open_pool, open_teacher
+from evolve_dag.steps.contexts import DRILLS, RETENTION, score
+from evolve_dag.steps.policies import (
+    adapter_folder,
+    checked_pool,
+    closing,
+    experience_source,
+    open_policy,
+    open_teacher,
+    with_teacher_views,
+)
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
 from evolve_dag.store.layout import ADAPTER_WEIGHTS, CURVE
@@ -88,13 +96,20 @@ def run(context: StepContext) -> None:
         skipped=result.skipped,
         refreshes=result.refreshes,
         unchanged=result.unchanged,
-        note="no experience stood in any context" if nothing_taught and not rows else result.note,
+        note=_note(context.inputs["contexts"], nothing_taught and not rows) or result.note,
         loss_first=_mean(losses[:5]),
         loss_last=_mean(losses[-5:]),
         divergence_first=_mean(divergences[:5]),
         divergence_last=_mean(divergences[-5:]),
         tokens=resample.tokens if resample else 0,
     )
+
+
+def _note(contexts: Artifact, nothing: bool) -> str:
+    """Why there was nothing to learn."""
+    if refusal := contexts.summary.get("not_taught"):
+        return f"nothing is taught: {refusal}"
+    return "no experience stood in any context" if nothing else ""
 
 
 def _sharp(experiment: Experiment, rows: list[DistillationRow]) -> list[DistillationRow]:
@@ -133,7 +148,7 @@ class _Resample:
         self.context = context
         self.journal = context.build.journal("resampled")
         self.split: Split = load_split(context.experiment, "train", context.roles)
-        self.pool = open_pool(context.inputs["experience"])
+        self.pool = checked_pool(context)
 
     @property
     def tokens(self) -> int:
@@ -205,7 +220,7 @@ def _unread(experiment: Experiment) -> tuple[str, ...]:
 SPEC = StepSpec(
     "adapter",
     "LoRA weights that make the student without experience act like the teacher with it, and the training curve.",
-    version="8",
+    version="9",
     config=("seed", "regime.divergence", "distillation"),
     inputs=("policy", "experience", "contexts"),
     run=run,

@@ -2,13 +2,17 @@
 
 Source ``teacher`` samples new trajectories from the experience-aware teacher; source ``student`` takes the student's own
 trajectories and adds the teacher's view. In both cases the action ids are the same in the two views, which is checked.
+
+Before anything is learned the teacher itself is checked (:mod:`evolve_dag.experience.teacher_check`): steps at which an item
+stood that is withdrawn are left out, and of a teacher that is below the student nothing is taken.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.config.schema import Experiment
@@ -24,15 +28,14 @@ from evolve_dag.distillation.alignment import (
 )
 from evolve_dag.distillation.dataset import DistillationRow, load_contexts, make_rows, retention_rows, save_contexts
 from evolve_dag.distillation.teacher import TeacherScorer
-from evolve_dag.errors import PartError
 from evolve_dag.evaluation.metrics import counts
 from evolve_dag.experience.drills import Place, drills
 from evolve_dag.experience.injection import injected
 from evolve_dag.experience.pool import Pool
 from evolve_dag.protocols import ExperienceSource
-from evolve_dag.records import InjectionPattern, Trajectory
-from evolve_dag.secrecy import describe_error
+from evolve_dag.records import InjectionPattern, Step, Trajectory
 from evolve_dag.seeds import stable_hash
+from evolve_dag.steps import teacher_check
 from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import (
     INJECTION_KEYS,
@@ -44,11 +47,13 @@ from evolve_dag.steps.policies import (
     open_teacher,
     roll_out,
     selector_statistics,
+    with_teacher_views,
     without_choice,
 )
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
 from evolve_dag.store.frames import load_trajectories, save_trajectories, trajectories_from_frames
+from evolve_dag.store.jsonvalues import to_values
 from evolve_dag.store.layout import CONTEXTS, STEPS, TRAJECTORIES
 from evolve_dag.tasks.suites import load_split
 
@@ -68,15 +73,27 @@ def run(context: StepContext) -> None:
     if experiment.injection == "none" or pool.active.items:
         made = _teach(context, pool)
     else:  # the teacher would be the student: nothing is sampled to find that out
-        made = _Taught([], select_rows([], experiment.regime.rejection), Scored([], [], []), None)
-    folder, scored = context.build.path, made.scored
+        made = _Taught(
+            [],
+            select_rows([], experiment.regime.rejection),
+            Scored([], [], []),
+            None,
+            teacher_check.Checked(teacher_check.UNCHECKED),
+        )
+    folder, scored, check = context.build.path, made.scored, made.checked.check
+    (folder / teacher_check.CHECK).write_text(json.dumps(to_values(check), indent=1) + "\n", encoding="utf-8")
+    settled = teacher_check.settle(context, pool, made.checked)
+    if made.checked.sampled:
+        (folder / teacher_check.CHECKED).mkdir()
+        save_trajectories(folder / teacher_check.CHECKED, made.checked.sampled)
     save_trajectories(folder, made.trajectories)
     save_contexts(folder, scored.rows)
     save_contexts(folder / RETENTION, scored.retention)
     save_contexts(folder / DRILLS, scored.drills)
     chosen = [len(c.selected) for row in scored.rows for c in row.contexts]
     context.build.note(
-        **counts(made.trajectories) | ({} if experiment.regime.source == "teacher" else {"tokens": 0}),
+        **counts(made.trajectories)
+        | ({} if experiment.regime.source == "teacher" else {"tokens": counts(made.checked.sampled)["tokens"]}),
         kept=len(scored.rows),
         retention=len(scored.retention),
         drills=len(scored.drills),
@@ -85,6 +102,7 @@ def run(context: StepContext) -> None:
         action_tokens=sum(row.action_tokens for row in scored.rows),
         items_per_step=sum(chosen) / max(1, len(chosen)),
         steps_without_item=sum(n == 0 for n in chosen),
+        **teacher_check.told(check, settled),
         **selector_statistics(made.source),
     )
 
@@ -97,6 +115,7 @@ class _Taught:
     selection: Kept
     scored: Scored
     source: ExperienceSource | None
+    checked: teacher_check.Checked
 
 
 def _teach(context: StepContext, pool: Pool) -> _Taught:
@@ -123,12 +142,16 @@ def _teach(context: StepContext, pool: Pool) -> _Taught:
             )
         else:
             trajectories = context.roles.run(with_teacher_views(load_trajectories(context.inputs["trajectories"]), source))
-        selection = select_rows(trajectories, experiment.regime.rejection)
+        checked = teacher_check.check(context, split, model, source, pool, trajectories)
+        selection = select_rows([] if checked.check.refusal else trajectories, experiment.regime.rejection)
+        if not selection.kept:
+            return _Taught(trajectories, selection, Scored([], [], []), source, checked)
         if experiment.models.policy.backend != "transformers":
             opened.close()  # what samples gives its memory back before the weights are opened here
         with open_teacher(adapter_folder(context.store, adapter), context.roles, model) as teacher:
-            scored = score(experiment, selection.kept, teacher, context.progress, recording)
-    return _Taught(trajectories, selection, scored, source)
+            withdrawn = frozenset(checked.check.withdrawn)
+            scored = score(experiment, selection.kept, teacher, context.progress, recording, withdrawn)
+    return _Taught(trajectories, selection, scored, source, checked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,18 +172,24 @@ def score(
     model: Any,
     progress: Any,
     recording: Recording | None = None,
+    withdrawn: frozenset[str] = frozenset(),
 ) -> Scored:
     """Align ``kept`` and score every action token by the teacher (``model`` with experience in context).
 
     Args:
+        withdrawn: ids of items; the steps at which one of them stood in the context are not learned.
         recording: made while ``model`` sampled ``kept`` itself: those distributions are its scores.
 
     Raises:
         AlignmentError: the two views do not share their action ids, or a student's view holds experience.
     """
     inject = no_injection if experiment.injection == "none" else replay_injection(experiment.injection)
-    keep_step = None if experiment.regime.refused else without_problems
-    aligned = align_all(kept, model.chat, inject, keep_step)
+
+    def learned(trajectory: Trajectory, step: Step) -> bool:
+        fine = experiment.regime.refused or without_problems(trajectory, step)
+        return fine and not withdrawn.intersection(step.selected)
+
+    aligned = align_all(kept, model.chat, inject, learned)
     if experiment.injection == "none":  # then nothing is compared with a teacher (config/schema.py: contradictions)
         return Scored(make_rows(aligned, None), [], [])
     texts = drills(kept, experiment.distillation.drills, experiment.seed)
@@ -189,30 +218,6 @@ def _drill(pattern: InjectionPattern, texts: Mapping[Place, str]) -> Inject:
         return TeacherContext(messages, (), text)
 
     return inject
-
-
-async def with_teacher_views(trajectories: Sequence[Trajectory], source: ExperienceSource | None) -> list[Trajectory]:
-    """Student trajectories with what the teacher would have had in its context recorded in every step.
-
-    One for which a selector from outside fails is ``failed``, as it is where the teacher acts: nothing is learned from it.
-    """
-    if source is None:
-        return list(trajectories)
-    out = []
-    for trajectory in trajectories:
-        try:
-            out.append(await _with_teacher_view(trajectory, source))
-        except PartError as error:
-            out.append(replace(trajectory, status="failed", reward=None, error=describe_error(error)))
-    return out
-
-
-async def _with_teacher_view(trajectory: Trajectory, source: ExperienceSource) -> Trajectory:
-    steps = []
-    for step in trajectory.steps:
-        view = await source.prepare(replace(trajectory, steps=trajectory.steps[: step.index]))
-        steps.append(replace(step, selected=view.selected, injected=view.text, rationale=view.rationale))
-    return replace(trajectory, steps=tuple(steps))
 
 
 def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
@@ -256,17 +261,22 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
         "other_action_ids": other_ids,
     }
     yield Verdict("same_actions", not other_ids, evidence)
+    yield teacher_check.verdict(artifact)
 
 
 def _unread(experiment: Experiment) -> tuple[str, ...]:
     scored = ("distillation.top_k", "distillation.retention", "distillation.drills")
-    return (*without_choice(experiment), *(scored if experiment.injection == "none" else ()))
+    if experiment.injection == "none":
+        return (*without_choice(experiment), *scored, "teacher_check")
+    settings = experiment.teacher_check
+    unused = ("confidence", "tasks") if not settings.enabled else () if teacher_check.costs(experiment) else ("tasks",)
+    return (*without_choice(experiment), *(f"teacher_check.{key}" for key in unused))
 
 
 SPEC = StepSpec(
     "contexts",
     "Step-aligned contexts: the student's clean view, the teacher's view with experience, the shared action tokens.",
-    version="10",
+    version="11",
     config=(
         "seed",
         *INJECTION_KEYS,
@@ -276,6 +286,7 @@ SPEC = StepSpec(
         "distillation.top_k",
         "distillation.retention",
         "distillation.drills",
+        "teacher_check",
         "tasks.train",
         *TASK_KEYS,
     ),
@@ -291,7 +302,9 @@ SPEC = StepSpec(
             "Student and teacher share the action ids: those that were sampled, token for token.",
             blocking=True,
         ),
+        Check("teacher", "With experience the teacher is not below the student, and no item lowers its success."),
     ),
+    hidden=frozenset({"findings", "not_taught"}),
     examine=examine,
     tables=(Table(CONTEXTS, ("trajectory_id", "step", "selected", "injected", "teacher_tokens")),),
 )

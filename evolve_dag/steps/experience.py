@@ -12,8 +12,8 @@ from evolve_dag.config.schema import Experiment
 from evolve_dag.experience.extraction.base import Extraction, ExtractorPart, Material
 from evolve_dag.experience.extraction.contrast import Evidence
 from evolve_dag.experience.locality import locality, trajectory_detail
-from evolve_dag.experience.pool import Pool, counted
-from evolve_dag.records import Task, Trajectory
+from evolve_dag.experience.pool import Pool, Proposal, counted
+from evolve_dag.records import PoolEdit, Task, Trajectory
 from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import open_policy, open_pool
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
@@ -36,6 +36,8 @@ def run(context: StepContext) -> None:
     shown = open_pool(entering)
     pool = open_pool(entering, MINED) if entering and MINED in entering.manifest.files else shown
     pool = replace(pool, next_number=max(pool.next_number, context.entering.next_item))
+    pool, _ = _entered(context, pool)
+    shown, entered = _entered(context, shown)
     tasks = load_tasks_of(experiment, "train")
     found = _extract(context, trajectories, tasks, pool, shown, _evidence(entering))
     folder = context.build.path
@@ -45,14 +47,22 @@ def run(context: StepContext) -> None:
         (folder / EVIDENCE).write_text(found.evidence.to_json(), encoding="utf-8")
     (folder / POOL).write_text(found.pool.to_json(), encoding="utf-8")
     items_to_frame(found.pool.items).write_parquet(folder / ITEMS)
-    edits_to_frame(found.edits).write_parquet(folder / EDITS)
+    edits = (*entered, *found.edits)
+    edits_to_frame(edits).write_parquet(folder / EDITS)
     context.build.note(
         items=len(found.pool.items),
         active=len(found.pool.active),
-        **counted(found.edits),
+        **counted(edits),
         locality=asdict(locality(found.pool.items, tasks)),
         statistics=dict(found.statistics),
     )
+
+
+def _entered(context: StepContext, pool: Pool) -> tuple[Pool, list[PoolEdit]]:
+    """The pool after what the check of the teacher found in the night before, and the edits that it took."""
+    proposals = [Proposal(f.operation, item_id=f.item_id, reason=f.reason) for f in context.entering.findings]
+    applied = pool.apply(proposals, iteration=context.iteration)
+    return applied.pool, applied.edits
 
 
 def _evidence(entering: Artifact | None) -> Evidence | None:
@@ -99,8 +109,9 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
     """The cap of the pool, and what its principles keep of trajectories."""
     items = items_from_frame(artifact.frame(ITEMS))
     cap, distinct = experiment.extraction.cap, len({item.id for item in items})
-    evidence = {"items": len(items), "distinct_ids": distinct, "cap": cap}
-    yield Verdict("within_cap", len(items) <= cap and distinct == len(items), evidence)
+    active = sum(item.active for item in items)
+    evidence = {"items": len(items), "active": active, "distinct_ids": distinct, "cap": cap}
+    yield Verdict("within_cap", active <= cap and distinct == len(items), evidence)
     objections = {item.id: trajectory_detail(item.text) for item in items if item.granularity == "principle"}
     wrong = {item_id: mistakes for item_id, mistakes in objections.items() if mistakes}
     yield Verdict("detail", not wrong, {"items": len(items), "wrong": wrong})
@@ -109,14 +120,18 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
 SPEC = StepSpec(
     "experience",
     "The experience pool E(k), every pool edit, and which trajectories taught what.",
-    version="7",
+    version="8",
     config=("seed", "granularity", "extraction"),
     inputs=("policy", "trajectories"),
     run=run,
     kinds=frozenset({"parquet", "polars"}),
     iteration=True,
     checks=(
-        Check("within_cap", "The pool holds at most `extraction.cap` items, with distinct ids.", blocking=True),
+        Check(
+            "within_cap",
+            "At most `extraction.cap` items may stand in a context; ids are distinct.",
+            blocking=True,
+        ),
         Check("detail", "No principle holds trajectory detail: no address, no number, no entity."),
     ),
     examine=examine,

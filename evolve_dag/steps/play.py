@@ -45,7 +45,7 @@ def play(
 
     console = console or Console()
     ref = entering_policy(experiment, iteration, store)
-    pool = open_pool(store.open("experience", ref.experience) if ref.experience else None)
+    pool = open_pool(store.open("experience", ref.experience) if ref.experience else None).without(ref.withdrawn)
     with Roles(experiment) as roles:
         split = load_split(experiment, "development", roles)
         tasks = {t.id: t for t in split.tasks}
@@ -81,6 +81,8 @@ def show(trajectory: Trajectory, reference: str, items: dict[str, str], title: s
     from rich.panel import Panel
     from rich.text import Text
 
+    from evolve_dag.evaluation.metrics import told_reward
+
     console.print(Panel(Text(trajectory.question), title=Text(title), subtitle=Text(f"task {trajectory.task_id}")))
     for step in trajectory.steps:
         for item in step.selected:
@@ -88,6 +90,6 @@ def show(trajectory: Trajectory, reference: str, items: dict[str, str], title: s
         console.print(Text(f"{step.index + 1:>2} {step.text}", style="bold cyan"))
         if step.observation is not None:
             console.print(Text("\n".join(f"   {line}" for line in step.observation.splitlines()), style="dim"))
-    verdict = {1.0: ("right", "green"), 0.0: ("wrong", "red")}.get(trajectory.reward if trajectory.reward is not None else -1.0)
-    word, colour = verdict or ("not judged", "magenta")
+    word = told_reward(trajectory.reward)
+    colour = {"right": "green", "wrong": "red", "not judged": "magenta"}.get(word, "yellow")
     console.print(Text(f"{word}: {trajectory.answer!r}, reference {reference!r}, {trajectory.turns} turns", style=colour))

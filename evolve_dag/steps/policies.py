@@ -1,19 +1,22 @@
-"""What several steps open: the policy that acts, the pool, and rollouts with progress and journal."""
+"""What several steps open: the policy that acts, the pool, rollouts with progress and journal, and the teacher's views."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from evolve_dag.agent.rollouts import gather_rollouts
 from evolve_dag.config.parts import part_of
+from evolve_dag.errors import PartError
 from evolve_dag.evaluation.gate import LEAST_JUDGED
 from evolve_dag.inference.backends import identity, open_backend, open_transformers
 from evolve_dag.inference.ledger import metered
 from evolve_dag.protocols import LanguageModel
-from evolve_dag.records import Task, Trajectory
+from evolve_dag.records import Finding, Task, Trajectory
+from evolve_dag.secrecy import describe_error
 from evolve_dag.steps.spec import Verdict
 from evolve_dag.store.layout import POOL
 
@@ -107,6 +110,17 @@ def open_pool(artifact: Artifact | None, name: str = POOL) -> Pool:
     return Pool.from_json(path.read_text(encoding="utf-8"), str(path))
 
 
+def findings_of(contexts: Artifact) -> tuple[Finding, ...]:
+    """What the check of the teacher found about items of the pool."""
+    return tuple(Finding(**finding) for finding in contexts.summary.get("findings", ()))
+
+
+def checked_pool(context: StepContext) -> Pool:
+    """E(k) without the items that the check of the teacher withdrew tonight."""
+    found = findings_of(context.inputs["contexts"])
+    return open_pool(context.inputs["experience"]).without({f.item_id for f in found if f.operation == "withdraw"})
+
+
 def experience_source(experiment: Experiment, pool: Pool, roles: Roles) -> ExperienceSource | None:
     """The pool as it stands in the teacher's context; None when there is nothing to inject.
 
@@ -177,6 +191,30 @@ def roll_out(
         )
     finally:
         context.progress.finish()
+
+
+async def with_teacher_views(trajectories: Sequence[Trajectory], source: ExperienceSource | None) -> list[Trajectory]:
+    """Student trajectories with what the teacher would have had in its context recorded in every step.
+
+    One for which a selector from outside fails is ``failed``, as it is where the teacher acts: nothing is learned from it.
+    """
+    if source is None:
+        return list(trajectories)
+    out = []
+    for trajectory in trajectories:
+        try:
+            out.append(await _with_teacher_view(trajectory, source))
+        except PartError as error:
+            out.append(replace(trajectory, status="failed", reward=None, error=describe_error(error)))
+    return out
+
+
+async def _with_teacher_view(trajectory: Trajectory, source: ExperienceSource) -> Trajectory:
+    steps = []
+    for step in trajectory.steps:
+        view = await source.prepare(replace(trajectory, steps=trajectory.steps[: step.index]))
+        steps.append(replace(step, selected=view.selected, injected=view.text, rationale=view.rationale))
+    return replace(trajectory, steps=tuple(steps))
 
 
 def by_id(tasks: Sequence[Task]) -> dict[str, Task]:

@@ -6,15 +6,16 @@ On ``promote`` the candidate becomes the champion, on ``keep`` the champion stay
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 
 from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import StoreError
 from evolve_dag.evaluation.gate import GateDecision, decide, gate_from_json, gate_to_json
-from evolve_dag.records import PolicyRef, Standing
+from evolve_dag.experience.pool import Proposal
+from evolve_dag.records import Finding, PolicyRef, Standing
 from evolve_dag.steps.body import StepContext
-from evolve_dag.steps.policies import open_pool
+from evolve_dag.steps.policies import findings_of, open_pool
 from evolve_dag.steps.scores import AGAINST, DEVELOPMENT
 from evolve_dag.steps.spec import Check, StepSpec, Verdict
 from evolve_dag.store.artifacts import Artifact
@@ -50,20 +51,37 @@ def run(context: StepContext) -> None:
 def next_policy(promotion: Artifact, iteration: int) -> PolicyRef:
     """policy(k+1) as the promotion of iteration k recorded it."""
     content = promotion.json(DECISION)
-    policy = PolicyRef(iteration, **content["policy"])
+    recorded = content["policy"]
+    findings = tuple(Finding(**finding) for finding in recorded.get("findings", ()))
+    policy = PolicyRef(iteration, **(recorded | {"findings": findings}))
     if "standing" in content:
         return replace(policy, standing=gate_from_json(content).standing)
     return replace(policy, standing=Standing(adapter=policy.adapter, experience=policy.experience))
 
 
 def _leaving(context: StepContext, gate: GateDecision) -> PolicyRef:
-    """The policy that the decision leaves; item ids count on, whoever's pool it has."""
-    entering = replace(context.entering, next_item=open_pool(context.inputs["experience"]).next_number)
+    """The policy that the decision leaves; item ids count on, whoever's pool it has, and so does what was withdrawn."""
+    pool, tonight = open_pool(context.inputs["experience"]), findings_of(context.inputs["contexts"])
+    entering = replace(context.entering, next_item=pool.next_number)
     if gate.decision == "promote":
-        return replace(entering, adapter=context.inputs["adapter"].digest, experience=context.inputs["experience"].digest)
-    if gate.decision == "restore":
-        return replace(entering, adapter=gate.standing.adapter, experience=gate.standing.experience)
-    return entering
+        adapter, experience = (context.inputs[kind].digest for kind in ("adapter", "experience"))
+        return replace(entering, adapter=adapter, experience=experience, findings=tonight)
+    found = (*entering.findings, *tonight)
+    if gate.decision == "restore":  # what was found about habits was found of another policy
+        marked = (Finding("withdraw", i.id, f"withdrawn in iteration {i.withdrawn}") for i in pool.items if i.withdrawn)
+        found = tuple(finding for finding in (*marked, *found) if finding.operation == "withdraw")
+        entering = replace(entering, adapter=gate.standing.adapter, experience=gate.standing.experience)
+    return replace(entering, findings=_unentered(context, entering.experience, found))
+
+
+def _unentered(context: StepContext, experience: str | None, found: Sequence[Finding]) -> tuple[Finding, ...]:
+    """Of several findings about an item the last, where its item is in the pool and it does not say so already."""
+    if experience is None or not found:
+        return ()
+    pool, last = open_pool(context.store.open("experience", experience)), {f.item_id: f for f in found}
+    proposals = [Proposal(finding.operation, item_id=item) for item, finding in last.items()]
+    entered = {edit.item_id for edit in pool.apply(proposals, iteration=context.iteration).edits}
+    return tuple(finding for item, finding in last.items() if item in entered)
 
 
 def _champion_alone(entering: PolicyRef) -> Standing:
@@ -100,9 +118,9 @@ SPEC = StepSpec(
     "promotion",
     "The gate's decision with its reasons: `promote`, `keep` (the champion stays) or `restore` (the best champion so far comes "
     "back). Commits the policy of the next iteration.",
-    version="4",
+    version="5",
     config=("gate", "seed"),
-    inputs=("policy", "experience", "adapter", "scores"),
+    inputs=("policy", "experience", "contexts", "adapter", "scores"),
     standing=tuple(field.name for field in fields(Standing)),
     run=run,
     kinds=frozenset({"json"}),

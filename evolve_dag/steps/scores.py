@@ -27,10 +27,10 @@ from evolve_dag.steps.policies import (
     TASK_KEYS,
     adapter_folder,
     by_id,
+    checked_pool,
     experience_source,
     judged,
     open_policy,
-    open_pool,
     roll_out,
     selector_statistics,
     without_choice,
@@ -118,7 +118,7 @@ class _Rollouts:
 def _evaluate(context: StepContext, splits: Mapping[str, Split]) -> tuple[Episodes, dict[str, Any]]:
     """Roll out under every condition; also whom the gate compares with, and what the selector counted."""
     experiment, made = context.experiment, _Rollouts(context, splits)
-    pool = open_pool(context.inputs["experience"])
+    pool = checked_pool(context)
     against, best = _reference(context)
     _of_entering(made, pool, best)
     if OF_BEST not in made.episodes:
@@ -197,9 +197,9 @@ def _unread(experiment: Experiment) -> tuple[str, ...]:
 SPEC = StepSpec(
     "scores",
     "Held-out results of the candidate, without experience (internalized) and with it (in context), with intervals.",
-    version="8",
+    version="9",
     config=("evaluation", *INJECTION_KEYS, "tasks.development", "tasks.held_out", *TASK_KEYS),
-    inputs=("policy", "experience", "adapter"),
+    inputs=("policy", "experience", "contexts", "adapter"),
     iteration=True,
     standing=("adapter",),  # whom it scores; how sure the gate is does not matter here
     run=run,

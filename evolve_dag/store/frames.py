@@ -81,6 +81,7 @@ def schemas() -> dict[str, pl.Schema]:
                 "created": number,
                 "updated": number,
                 "graduated": number,
+                "withdrawn": number,
             }
         ),
         EDITS: pl.Schema(
@@ -231,6 +232,10 @@ def items_from_frame(frame: pl.DataFrame) -> list[ExperienceItem]:
     Raises:
         DataError: a column is missing or of another type, or an id stands twice.
     """
+    import polars as pl
+
+    if "withdrawn" not in frame.columns:  # made before the teacher was checked
+        frame = frame.with_columns(withdrawn=pl.lit(0, pl.Int32()))
     rows = _rows(frame, ITEMS)
     _refuse_repeats([row["id"] for row in rows], ITEMS)
     mappings = ("condition", "evidence")

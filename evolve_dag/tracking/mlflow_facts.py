@@ -25,7 +25,19 @@ PARAM_CHARACTERS = 500
 CURVE = ("loss", "divergence", "learning_rate", "gradient_norm", "tokens_per_second", "action_tokens")
 """Columns of the training curve that are sent."""
 
-MEASURED = ("success", "success_all", "premature", "no_tool", "forced", "unanswered", "failed", "turns", "tokens", "problems")
+MEASURED = (
+    "success",
+    "solved",
+    "success_all",
+    "premature",
+    "no_tool",
+    "forced",
+    "unanswered",
+    "failed",
+    "turns",
+    "tokens",
+    "problems",
+)
 """Fields of :class:`~evolve_dag.evaluation.metrics.Metrics` that are sent."""
 
 WITH_INTERVAL = ("success", "premature", "turns")
@@ -33,6 +45,9 @@ WITH_INTERVAL = ("success", "premature", "turns")
 
 GATE = ("success_difference", "success_low", "success_high", "success_detectable", "drift_evidence", "drift_loss")
 """Evidence of the gate that is sent: the candidate against the best champion so far."""
+
+TEACHER = ("teacher", "student", "difference", "low", "high")
+"""Of the check of the teacher: success with and without experience on training tasks, and the difference."""
 
 _UNSENT_SECTIONS = ("runtime", "tracking", "schedule", "iterations", "description")
 """Keys that decide no result; a lineage may change them, and MLflow's parameters never change."""
@@ -199,6 +214,8 @@ def results(facts: IterationFacts, base: IterationRow | None = None) -> list[Poi
     add("promoted", float(facts.promoted))
     for name in GATE:
         add(f"gate/{name}", row.gate.evidence.get(name) if row.gate is not None else None)
+    for name in TEACHER:
+        add(f"teacher/{name}", getattr(row.check.whole, name, None) if row.check is not None else None)
     for name in ("rows", "kept", "loss_first", "loss_last", "divergence_first", "divergence_last"):
         add(f"training/{name}", row.training.get(name))
     add("cost/seconds", sum(step.seconds for step in row.steps))

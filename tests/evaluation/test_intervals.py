@@ -13,6 +13,7 @@ from evolve_dag.evaluation.intervals import (
     mean_interval,
     paired_difference,
     share_interval,
+    sign_interval,
     tasks_for,
     wilson,
 )
@@ -199,3 +200,40 @@ def test_a_detectable_loss_is_significant_in_four_of_five() -> None:
         assert found is not None
         seen += found[1][1] < 0
     assert 0.7 < seen / 200 < 0.9
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "same", "sure"),
+    [
+        (5, 0, 60, False),
+        (6, 0, 60, True),
+        (6, 0, 0, True),
+        (14, 3, 40, True),
+        (14, 9, 40, False),
+        (0, 0, 9, False),
+        (1, 0, 0, False),
+    ],
+)
+def test_a_loss_is_sure_where_the_sign_test_says_so_too(lost: int, won: int, same: int, sure: bool) -> None:
+    """The one-sided sign test at 2.5%: 6 of 6 (1.6%) and 14 of 17 (0.6%), not 5 of 5 (3.1%) or 14 of 23 (20%)."""
+    differences = np.array([-0.2] * lost + [0.2] * won + [0.0] * same)
+    low, high = sign_interval(differences)
+    assert low <= differences.mean() <= high
+    assert (high < 0) is sure
+    mirrored = sign_interval(-differences)
+    assert (mirrored[0] > 0) is sure
+
+
+def test_a_sure_loss_of_many_small_tasks_may_still_be_no_loss_of_the_mean() -> None:
+    low, high = sign_interval(np.array([-0.01] * 30 + [1.0] * 3))
+    assert low <= 0 <= high, "the signs say lost, the mean does not"
+
+
+def test_how_often_no_difference_passes_for_a_loss() -> None:
+    """Two equal policies, six rollouts a task, success 10%: at most the 2.5% of the level."""
+    rng = np.random.default_rng(5)
+    wrong = 0
+    for _ in range(300):
+        a, b = rng.binomial(6, 0.1, (2, 40)) / 6
+        wrong += sign_interval(a - b, resamples=400)[1] < 0
+    assert wrong <= 12

@@ -20,6 +20,7 @@ from evolve_dag.evaluation.metrics import (
     metrics_to_json,
     score_trajectories,
     stands_in,
+    told_reward,
 )
 from evolve_dag.records import Step, Task, ToolCall, Trajectory, TrajectoryStatus
 
@@ -58,6 +59,26 @@ def trajectory(
         answer,
         reward,
     )
+
+
+@pytest.mark.parametrize(
+    ("rewards", "success", "solved"),
+    [((1.0, 0.0), 0.5, None), ((1.0, 0.25, None), 0.625, 0.5), ((0.5, 0.5), 0.5, 0.0), ((None, None), None, None)],
+)
+def test_where_parts_of_a_reward_are_given_the_whole_ones_are_counted(
+    rewards: tuple[float | None, ...], success: float | None, solved: float | None
+) -> None:
+    rolled = [trajectory(reward=reward, rollout=n) for n, reward in enumerate(rewards)]
+    found = measure(rolled, {"t1": Task("t1", "q", "Rato Miku")}, resamples=100)
+    assert (found.success, found.solved) == (success, solved)
+    assert metrics_from_json(metrics_to_json(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("reward", "told"), [(1.0, "right"), (0.0, "wrong"), (0.375, "0.38 of 1"), (None, "not judged"), (1, "right")]
+)
+def test_a_reward_in_words(reward: float | None, told: str) -> None:
+    assert told_reward(reward) == told
 
 
 PREMATURE_CASES = {

@@ -122,6 +122,29 @@ def test_the_cap_drops_the_lowest_lift_not_the_newest() -> None:
     assert pool.apply([], iteration=2, cap=3) == (pool, [], [])
 
 
+def test_a_withdrawn_item_stays_in_the_record_and_cannot_come_back_under_another_text() -> None:
+    text = "Verify: when a page is shown, read it to its end."
+    pool = (
+        Pool()
+        .apply([Proposal("add", text=text), Proposal("add", text="Search: when nothing is known, search.")], iteration=1)
+        .pool
+    )
+    after, [edit], _ = pool.apply([Proposal("withdraw", item_id="p0001", reason="worse with it")], iteration=2)
+    assert (after.get("p0001").withdrawn, after.active.ids, edit.reason) == (2, ("p0002",), "worse with it")
+    assert Pool.from_json(after.to_json()) == after
+    wanted = [
+        Proposal("add", text=text.upper().capitalize()),
+        Proposal("update", item_id="p0001", text="Verify: when a page is shown, read on."),
+        Proposal("merge", item_id="p0001", into="p0002"),
+        Proposal("merge", item_id="p0002", into="p0001"),
+        *(Proposal(operation, item_id="p0001") for operation in ("withdraw", "graduate", "recall")),
+    ]
+    applied = after.apply(wanted, iteration=3)
+    assert (applied.pool, len(applied.refused)) == (after, len(wanted))
+    assert applied.refused[1].why == "p0001 was withdrawn: the teacher did worse with it; add another item, or delete it"
+    assert after.apply([Proposal("delete", item_id="p0001")], iteration=3).pool.ids == ("p0002",)
+
+
 def test_versions_grow_with_changes_only() -> None:
     pool = pool_of("a")
     assert pool.version == 1

@@ -308,6 +308,22 @@ def test_text_of_artifacts_stays_text(made: Store, measured: audit.Audit) -> Non
     assert "{{figures}}" in html
 
 
+def test_an_episode_reads_as_a_transcript(made: Store, measured: audit.Audit) -> None:
+    facts = principles.gather(made, "audited")
+    chain = facts.chains[0]
+    steps = next(row.shown for row in chain.scores if row.shown and len(row.shown.steps) > 1).steps
+    assert steps[0].action.startswith(("search(query: ", "visit(page: "))
+    assert "<tool_call>" not in steps[0].thought
+    assert steps[-1].action.startswith("answer: ")
+    refused = principles.ShownStep(0, "Look. <tool_call>{}", None, (), problem="the call has no name")
+    shown = replace(chain.scores[0].shown, steps=(refused,), reward=0.4, status="ended")  # type: ignore[type-var]
+    scored = (replace(chain.scores[0], shown=shown, reward=0.4), replace(chain.scores[0], reward=1.0))
+    html = audit_page.page(replace(facts, chains=(replace(chain, scores=scored),)))
+    assert "refused: the call has no name" in html
+    assert "ended, 0.40 of 1" in html
+    assert f"{chain.scores[0].condition} experience in context: mean reward 0.70 of 1, 1 of 2 with all of it" in html
+
+
 def test_long_tables_are_cut_and_old_iterations_are_told_in_short(
     made: Store, measured: audit.Audit, monkeypatch: pytest.MonkeyPatch
 ) -> None:

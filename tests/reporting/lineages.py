@@ -9,6 +9,7 @@ import numpy as np
 
 from evolve_dag.evaluation.gate import GateDecision
 from evolve_dag.evaluation.metrics import Breakdown, Metrics
+from evolve_dag.experience.teacher_check import CheckedItem, Comparison, TeacherCheck
 from evolve_dag.lineage.audit import ALL, Internalized
 from evolve_dag.records import ExperienceItem
 from evolve_dag.reporting.summary import IterationRow, LineageSummary, StepRow
@@ -110,6 +111,22 @@ def lineage(
         },
         command=f"evolve run configs/{name}.yaml --iterations {len(without) - 1}",
     )
+
+
+def checked(summary: LineageSummary) -> LineageSummary:
+    """The lineage with teachers that were checked: the last one is below the student, and one item was withdrawn."""
+    good, bad = Comparison(64, 0.5, 0.4, 0.1, 0.02, 0.18), Comparison(40, 0.1, 0.4, -0.3, -0.4, -0.2)
+    last = summary.rows[-1].iteration
+    rows = []
+    for row in summary.rows:
+        if row.iteration:
+            items = (
+                CheckedItem("pocket-000", good),
+                CheckedItem("pocket-001", bad, (), f"the teacher does worse with it: {bad}"),
+            )
+            row = replace(row, check=TeacherCheck(bad if row.iteration == last else good, items[: row.iteration]))
+        rows.append(row)
+    return replace(summary, rows=tuple(rows))
 
 
 def audited(summary: LineageSummary) -> LineageSummary:

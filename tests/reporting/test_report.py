@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from jinja2 import UndefinedError
-from lineages import PRINCIPLES, audited, lineage, metrics
+from lineages import PRINCIPLES, audited, checked, lineage, metrics
 
 from evolve_dag.errors import DataError, StoreError
 from evolve_dag.evaluation.gate import GateDecision
@@ -161,6 +161,29 @@ def test_what_was_measured_and_paid_stands_in_it(monkeypatch: pytest.MonkeyPatch
     steps = [replace(step, calls={"judge": {"calls": 3, "cost": None}}) for step in unpriced.rows[1].steps]
     unpriced = replace(unpriced, rows=(unpriced.rows[0], replace(unpriced.rows[1], steps=tuple(steps))))
     assert "Cost per step" not in " ".join(Page(report.render([unpriced])).text), "unknown is no 0"
+
+
+def test_parts_of_a_reward_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch)
+    summary = lineage()
+    scored = replace(
+        summary, rows=tuple(replace(r, without=replace(r.without, solved=0.123)) for r in summary.rows if r.without)
+    )
+    text = " ".join(Page(report.render([scored])).text)
+    assert "solved in full" in text
+    assert "12.3%" in text
+    assert "success is the mean reward, of 100%" in text
+    assert "solved in full" not in " ".join(Page(report.render([summary])).text)
+
+
+def test_what_experience_did_to_the_teacher_stands_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch)
+    text = " ".join(Page(report.render([checked(lineage())])).text)
+    for told in ("+10.0", "+2.0 to +18.0, 64 tasks", "-30.0", "not taught", "withdrawn"):
+        assert told in text
+    assert "Iteration 3: nothing is taught: the teacher with experience is below the student without it: -30.0 points" in text
+    assert "Iteration 2: pocket-001 is withdrawn: the teacher does worse with it: -30.0 points (-40.0 to -20.0)" in text
+    assert "What experience did to the teacher" not in " ".join(Page(report.render([lineage()])).text)
 
 
 def test_under_global_injection_items_are_not_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import io
 from dataclasses import replace
 
 import pytest
-from lineages import lineage, metrics
+from lineages import checked, lineage, metrics
 from rich.console import Console
 
 from evolve_dag.evaluation.gate import GateDecision
@@ -63,6 +63,13 @@ def test_the_ceiling_and_the_base_by_temperature_are_shown_where_they_were_measu
     assert "ceiling: the policy that entered" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
+
+
+def test_a_night_that_taught_nothing_and_what_was_withdrawn_are_told() -> None:
+    text = " ".join(shown(checked(lineage())).split())
+    assert "iteration 3: nothing is taught: the teacher with experience is below the student without it: -30.0 points" in text
+    assert "iteration 2: pocket-001 is withdrawn: the teacher does worse with it: -30.0 points" in text
+    assert "iteration 1: " not in text
 
 
 def test_unjudged_episodes_are_told() -> None:

@@ -23,7 +23,7 @@ from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.protocols import Injected, Request, Sampling
 from evolve_dag.records import Message, Step, Task, ToolCall, Trajectory
 from evolve_dag.steps import base
-from evolve_dag.steps.contexts import with_teacher_views
+from evolve_dag.steps.policies import with_teacher_views
 from evolve_dag.store.artifacts import Store
 from evolve_dag.tasks.suites import load_split
 from evolve_dag.verification.base import FencedVerifier

@@ -6,8 +6,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +17,12 @@ from evolve_dag.config.schema import Experiment
 from evolve_dag.evaluation.betting import Capital
 from evolve_dag.experience.pool import Pool
 from evolve_dag.lineage import garbage
-from evolve_dag.records import Score
+from evolve_dag.records import ExperienceItem, Finding, Score, Standing
 from evolve_dag.steps import base, promotion
 from evolve_dag.steps import scores as scoring
 from evolve_dag.steps.base import STEP_ORDER, entering_policy, resolve, run_step
 from evolve_dag.steps.body import StepContext
+from evolve_dag.steps.policies import open_pool
 from evolve_dag.steps.scores import AGAINST, DEVELOPMENT
 from evolve_dag.store.artifacts import Store
 from evolve_dag.store.frames import scores_to_frame
@@ -81,6 +83,74 @@ def write(name: str, context: StepContext, outcomes: tuple[tuple[int, int], ...]
 def run(e: Experiment, store: Store, *iterations: int) -> list[str]:
     """The decisions of these iterations."""
     return [[run_step(step, e, k, store).artifact for step in STEP_ORDER][-1].summary["decision"] for k in iterations]
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pools of two items, which say what was entered, and what the check of the teacher finds in an iteration."""
+
+    def given(found: dict[int, tuple[Finding, ...]]) -> None:
+        inner = base._body
+
+        def body(name: str) -> Callable[[StepContext], None]:
+            def run(context: StepContext) -> None:
+                inner(name)(context)
+                k = context.iteration
+                if name == "contexts":
+                    context.build.note(findings=[asdict(finding) for finding in found.get(k, ())])
+                if name == "experience":
+                    before, gone = context.entering.experience, context.entering.withdrawn
+                    pool = open_pool(context.store.open("experience", before)) if before else Pool(ITEMS)
+                    items = tuple(replace(i, withdrawn=k if i.id in gone else i.withdrawn) for i in pool.items)
+                    (context.build.path / "pool.json").write_text(Pool(items, next_number=10 * k + 1).to_json())
+
+            return run
+
+        monkeypatch.setattr(base, "_body", body)
+
+    return given
+
+
+ITEMS = tuple(ExperienceItem(f"p000{n}", f"Verify: when {n} pages agree, answer.", "principle") for n in (1, 2))
+HARMS = {n: Finding("withdraw", f"p000{n}", "the teacher does worse with it: -20 points") for n in (1, 2, 7)}
+
+
+def test_what_was_withdrawn_leaves_with_the_policy_and_stays_with_a_champion(
+    store: Store, nights: Callable[..., None], checked: Callable[..., None]
+) -> None:
+    nights(BETTER, (60, 0))
+    checked({1: (HARMS[1],), 2: (HARMS[2], HARMS[7], Finding("graduate", "p0002", "earlier"))[::-1]})
+    assert run(experiment(), store, 1) == ["promote"]
+    second = entering_policy(experiment(), 2, store)
+    assert second.findings == (HARMS[1],)
+    assert second.withdrawn == {"p0001"}
+    assert run(experiment(), store, 2) == ["keep"]
+    third = entering_policy(experiment(), 3, store)
+    assert third.experience == second.experience, "the pool of night 1, which knows of nothing"
+    assert sorted(third.withdrawn) == ["p0001", "p0002"], "p0007 was in the declined pool only"
+
+
+def test_without_findings_a_policy_is_named_as_before(store: Store, nights: Callable[..., None]) -> None:
+    nights(BETTER)
+    run(experiment(), store, 1)
+    assert "findings" not in entering_policy(experiment(), 2, store).content
+
+
+def test_what_was_withdrawn_since_stays_withdrawn_when_the_best_comes_back(
+    store: Store, nights: Callable[..., None], checked: Callable[..., None]
+) -> None:
+    """Night 1 is the best; night 2 withdrew p0001, whose pool of night 3 says so; night 3 finds p0002."""
+    nights(BETTER, SLIGHTLY, SLIGHTLY)
+    checked({2: (HARMS[1], Finding("graduate", "p0002", "of another policy")), 3: (HARMS[2],)})
+    run(experiment(), store, 1, 2, 3)
+    made = {step: store.open(step, digest(store, 3, step)) for step in STEP_ORDER}
+    entering = entering_policy(experiment(), 4, store)
+    context = SimpleNamespace(entering=entering, inputs=made, store=store, iteration=3)
+    best = Standing(1, 1, digest(store, 1, "adapter"), digest(store, 1, "experience"))
+    leaving = promotion._leaving(context, SimpleNamespace(decision="restore", standing=best))  # type: ignore[arg-type]
+    assert leaving.experience == digest(store, 1, "experience")
+    assert [(f.operation, f.item_id) for f in leaving.findings] == [("withdraw", "p0001"), ("withdraw", "p0002")]
+    assert leaving.findings[0].reason == "withdrawn in iteration 3"
 
 
 def digest(store: Store, iteration: int, step: str) -> str:

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evolve_dag.config.schema import Experiment
+from evolve_dag.experience.teacher_check import Comparison, TeacherCheck
 from evolve_dag.records import Trajectory
 from evolve_dag.reporting.drawing import Figure
-from evolve_dag.tracking.mlflow_facts import PARAM_CHARACTERS, _calls, masker, params, undecisive
+from evolve_dag.reporting.summary import IterationRow
+from evolve_dag.tracking.mlflow_facts import PARAM_CHARACTERS, IterationFacts, _calls, masker, params, results, undecisive
 from evolve_dag.tracking.mlflow_server import (
     SentRecord,
     TrackingError,
@@ -73,6 +75,19 @@ def test_a_sample_is_half_successes_and_depends_on_no_order(rewards: list, count
     shuffled = list(trajectories)
     order.shuffle(shuffled)
     assert {t.id for t in sample(shuffled, count)} == {t.id for t in chosen}
+
+
+def test_what_experience_did_to_the_teacher_is_sent() -> None:
+    check = TeacherCheck(Comparison(64, 0.3, 0.1, 0.2, 0.1, 0.3))
+    facts = IterationFacts("x", 3, "d", IterationRow(3, check=check, edits={"withdrawn": 2}), {}, {}, 0, 9)
+    sent = {point.key: point.value for point in results(facts)}
+    told = {"teacher": 0.3, "student": 0.1, "difference": 0.2, "low": 0.1, "high": 0.3}
+    assert {key: value for key, value in sent.items() if key.startswith("teacher/")} == {
+        f"teacher/{k}": v for k, v in told.items()
+    }
+    assert sent["pool/withdrawn"] == 2
+    unchecked = IterationFacts("x", 3, "d", IterationRow(3, check=TeacherCheck(None)), {}, {}, 0, 9)
+    assert not [point for point in results(unchecked) if point.key.startswith("teacher/")]
 
 
 def test_calls_add_up_and_an_unknown_price_is_no_price() -> None:

@@ -516,6 +516,8 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
     - everything else that is new: ``add``, strongest first, unless a general item already says the same, or an item that
       stands says otherwise about a situation that overlaps: some states would get two contrary pieces of advice, and a
       teacher that is told two things does worse than one that is told either.
+
+    An item that was withdrawn is no longer advice: it keeps nothing out but what says the same about the same situation.
     """
     proposals: list[Proposal] = []
     gone: set[str] = set()
@@ -530,6 +532,8 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
         for item in pool.items
         if item.granularity == "principle" and item.condition and (action := action_of(item.text)) is not None
     ]
+    withdrawn = {(condition, action) for item, condition, action in known if item.withdrawn}
+    known = [entry for entry in known if not entry[0].withdrawn]
     # Every night asks every item again: without a level for all of them together, a good one would fall sooner or later.
     for item, condition, action in known:
         effect = mined.effect(condition, action, among=len(known))
@@ -550,6 +554,8 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
     standing = [entry for entry in known if entry[0].id not in gone]
     held = [(condition, action) for _, condition, action in standing]
     for pattern in sorted(mined.patterns, key=lambda p: (-p.effect.low, p.condition)):
+        if (pattern.condition, pattern.action) in withdrawn:
+            continue
         effect, ids = pattern.effect, pattern.trajectory_ids
         same = next(
             (i for i, condition, action in standing if (condition, action) == (pattern.condition, pattern.action)), None
@@ -586,7 +592,9 @@ def subsumed(pool: Pool) -> list[Proposal]:
     """Merges of items into a more general one with the same advice that is not clearly weaker."""
     proposals = []
     known = [
-        (i, set(i.condition.items()), action_of(i.text)) for i in pool.items if i.granularity == "principle" and i.condition
+        (i, set(i.condition.items()), action_of(i.text))
+        for i in pool.items
+        if i.granularity == "principle" and i.condition and not i.withdrawn
     ]
     for item, condition, action in known:
         general = [

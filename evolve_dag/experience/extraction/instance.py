@@ -89,8 +89,8 @@ def reconcile(found: Cases, pool: Pool, *, cap: int) -> list[Proposal]:
     standing = [item for item in pool.items if item.granularity == "instance"]
     proposals: list[Proposal] = []
     added: set[str] = set()
-    room = cap - len(pool)
-    weakest = sorted((lift(item) for item in pool.items), reverse=True)
+    room = cap - len(pool.active)
+    weakest = sorted((lift(item) for item in pool.active.items), reverse=True)
     for case in found.cases:
         beginning = case_text(case.question, "").removesuffix(".")
         item = next((i for i in standing if i.text.startswith(beginning)), None)
@@ -110,7 +110,7 @@ def reconcile(found: Cases, pool: Pool, *, cap: int) -> list[Proposal]:
                 Proposal("add", text=case.text, granularity="instance", evidence=evidence,
                          trajectory_ids=(case.trajectory_id,), reason=reason)
             )  # fmt: skip
-        elif item.text != case.text or dict(item.evidence) != evidence:
+        elif not item.withdrawn and (item.text != case.text or dict(item.evidence) != evidence):
             proposals.append(
                 Proposal("update", item_id=item.id, text=case.text, evidence=evidence,
                          trajectory_ids=(case.trajectory_id,), reason=f"new evidence: {reason}")

@@ -63,6 +63,10 @@ class LLMExtraction(ExtractionSettings):
     max_characters: int = Field(24_000, ge=500, le=MOST)
     """Most characters of trajectories in one call, about 6,000 tokens; longer ones keep the head and tail of their longest
     parts."""
+    graduation: float = Field(0.0, ge=0, lt=1)
+    """A principle leaves the context once the policy clearly acts the same with and without it in this share of its steps and
+    it does not help the teacher any more; it comes back when that is clearly no longer so. 0: principles stay. It is measured
+    with the check of the teacher (``teacher_check``), so it takes effect in the iteration after."""
 
 
 def prompt_names(granularity: Granularity, domain: Domain) -> tuple[str, ...]:
@@ -271,4 +275,5 @@ LLM = ExtractorPart(
     make=_extract,
     roles=lambda settings: ("extractor",),
     prompts=lambda settings, experiment: prompt_names(experiment.granularity, settings.domain),
+    unread=lambda settings, experiment: () if experiment.granularity == "principle" else ("graduation",),
 )

@@ -209,16 +209,17 @@ class PoolEditor:
         return [draft for draft in left if draft is not None]
 
     async def consolidate(self, caused: tuple[str, ...], names: frozenset[str]) -> None:
-        """Bring the pool down to its cap: by the model's plan, followed only as far as the cap asks; what is still over it
-        goes by a rule: the least supported first, of equals the least recently updated, of those the oldest."""
+        """Bring what may stand in a context down to the cap: by the model's plan, followed only as far as the cap asks; what is
+        still over it goes by a rule: the least supported first, of equals the least recently updated, of those the oldest."""
         cap = self._cap
-        if len(self.pool) <= cap:
+        if len(self.pool.active) <= cap:
             return
         self._tally["consolidations"] += 1
         self._apply(await self._plan(caused, names))
-        surplus = max(0, len(self.pool) - cap)
-        place = {item_id: n for n, item_id in enumerate(self.pool.ids)}
-        weakest = sorted(self.pool.items, key=lambda i: (i.evidence.get("support", 0.0), i.updated, place[i.id]))[:surplus]
+        active = self.pool.active
+        surplus = max(0, len(active) - cap)
+        place = {item_id: n for n, item_id in enumerate(active.ids)}
+        weakest = sorted(active.items, key=lambda i: (i.evidence.get("support", 0.0), i.updated, place[i.id]))[:surplus]
         self._tally["over_cap"] += len(weakest)
         self._apply(
             Proposal(
@@ -233,7 +234,7 @@ class PoolEditor:
 
     async def _plan(self, caused: tuple[str, ...], names: frozenset[str]) -> list[Proposal]:
         """The model's plan as proposals; none when it fails."""
-        pool, cap = self.pool, self._cap
+        pool, cap = self.pool.active, self._cap
         blanks = {
             "items": len(pool),
             "cap": cap,

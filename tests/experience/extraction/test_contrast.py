@@ -326,6 +326,15 @@ def test_a_refuted_item_goes_even_when_nothing_replaces_it() -> None:
     assert [(p.operation, p.item_id) for p in reconcile(mined, pool)] == [("delete", "p0001")]
 
 
+def test_a_withdrawn_item_is_not_learned_again_and_keeps_nothing_else_out() -> None:
+    pool, _ = run(simulate(1, 100, 4, {"fitting": 0.7, "first": 0.2}), Pool(), 1)
+    gone = pool.apply([Proposal("withdraw", item_id="p0001")], iteration=2).pool
+    assert run(simulate(2, 100, 4, {"fitting": 0.6, "first": 0.3}), gone, 2) == (gone, []), "the same lesson was found again"
+    after, edits = run(simulate(3, 100, 4, {"fitting": 0.2, "first": 0.7}), gone, 3)
+    assert edits == [("add", "p0002")], "the contrary lesson is kept out by advice that stands, not by withdrawn advice"
+    assert after.items[0] == gone.items[0], "it stays in the record"
+
+
 def test_items_in_other_words_and_of_other_granularity_are_left_alone() -> None:
     pool = (
         Pool()

@@ -32,7 +32,7 @@ from evolve_dag.experience.extraction.llm_plans import (
     read_decisions,
     read_reconciliation,
 )
-from evolve_dag.experience.llm_text import fence, fit, shorten, state_text, trajectory_text
+from evolve_dag.experience.llm_text import fence, fit, pool_text, shorten, state_text, trajectory_text
 from evolve_dag.experience.pool import Pool, Proposal
 from evolve_dag.inference.ledger import Ledger, metered
 from evolve_dag.records import Message, Task
@@ -415,6 +415,19 @@ def test_a_consolidation_merges_and_deletes_as_the_model_says() -> None:
     assert found.edits[3].reason == "over the cap of 2: vague"
     assert found.pool.ids == ("p0001", "p0004")  # p0004 stays: the plan is followed only as far as the cap asks
     assert (found.statistics["merged"], found.statistics["over_cap"], found.statistics["refused"]) == (1, 0, 0)
+
+
+def test_items_that_left_the_context_do_not_count_for_the_cap_and_the_model_reads_what_became_of_them() -> None:
+    left = [Proposal("graduate", item_id="p0001"), Proposal("withdraw", item_id="p0002")]
+    pool = pool_of("a", "b", "c").apply(left, iteration=1).pool
+    assert pool_text(pool).splitlines()[:2] == [
+        f"p0001 [the agent does so by itself now] {pool.items[0].text}",
+        f"p0002 [withdrawn: agents did worse with it] {pool.items[1].text}",
+    ]
+    found = run(Extractor(), groups(0), pool, cap=2)
+    assert [e.operation for e in found.edits] == ["add"]
+    found = run(Extractor({"consolidate": "no plan"}), groups(0), pool, cap=1)
+    assert [(e.operation, e.item_id) for e in found.edits] == [("add", "p0004"), ("delete", "p0003")]
 
 
 def test_a_plan_cannot_empty_the_pool() -> None:

@@ -1,0 +1,200 @@
+"""The teacher is checked before it teaches: does experience in its context help or harm on the training tasks?
+
+The teacher's rollouts (with experience) are compared with the student's (without) on the same tasks, paired by task. An item is
+judged by the rollouts that it *concerns*: those of the teacher in which it stood in the context, and those of the student in
+which the selector would have chosen it. What comes before an item's first appearance owes nothing to the item, so both sides
+are the same kind of episode; to take the student's average instead would blame an item for the situations that it is about.
+
+Items that stand in the context together share what they cause. So an item is withdrawn one at a time, the one whose rollouts
+lost most in all first, and the others are judged again by the rollouts in which it did not stand. Items that always stand
+together cannot be told apart: of those the new ones go, since a teacher without them has been checked before; all of them where
+none is new. (docs/adr/0021-teacher-check.md)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from evolve_dag.evaluation.intervals import by_task, paired, sign_interval
+from evolve_dag.experience.pool import Pool
+from evolve_dag.records import Finding, Trajectory
+
+RESAMPLES = 10_000
+"""Of an interval: with many items the level of each is high."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Success of the teacher and of the student on the same tasks."""
+
+    tasks: int
+    """On which both sides have judged rollouts."""
+    teacher: float
+    """Mean over these tasks, 0..1."""
+    student: float
+    difference: float
+    """Teacher less student."""
+    low: float
+    """Of the interval of ``difference``."""
+    high: float
+
+    @property
+    def harmful(self) -> bool:
+        """Whether the teacher is established to be below the student."""
+        return self.high < 0
+
+    def __str__(self) -> str:
+        points = f"{100 * self.difference:+.1f} points ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
+        return f"{points} on {self.tasks} training tasks"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedItem:
+    """What an item did to the teacher."""
+
+    item: str
+    comparison: Comparison | None
+    """By the rollouts that it concerns and in which no item stood that was withdrawn before it; None where there are none on
+    both sides of a task."""
+    together: tuple[str, ...] = ()
+    """Items that stood in exactly the same rollouts."""
+    withdrawn: str = ""
+    """Why it was withdrawn; '' when it was not."""
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherCheck:
+    """What came of a check."""
+
+    whole: Comparison | None
+    """All rollouts; None where nothing could be compared."""
+    items: tuple[CheckedItem, ...] = ()
+    """In the order of the pool; those that stood in no context are left out."""
+    confidence: float = 0.95
+    """Of the interval of ``whole``, and of those of the items all together."""
+    note: str = ""
+    """Why nothing was compared; '' when something was."""
+
+    @property
+    def withdrawn(self) -> dict[str, str]:
+        """Item -> why it was withdrawn."""
+        return {one.item: one.withdrawn for one in self.items if one.withdrawn}
+
+    @property
+    def helpful(self) -> frozenset[str]:
+        """Items that are established to raise the teacher's success."""
+        return frozenset(one.item for one in self.items if one.comparison is not None and one.comparison.low > 0)
+
+    @property
+    def refusal(self) -> str:
+        """Why nothing is taught tonight; '' when the teacher may teach."""
+        if self.whole is None or not self.whole.harmful:
+            return ""
+        return f"the teacher with experience is below the student without it: {self.whole}"
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """What a person must know of it, a sentence each; none where all is well."""
+        refused = (f"nothing is taught: {self.refusal}",) if self.refusal else ()
+        return (*refused, *(f"{item} is withdrawn: {why}" for item, why in self.withdrawn.items()))
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """For the next extraction."""
+        return tuple(Finding("withdraw", item, why) for item, why in self.withdrawn.items())
+
+
+class _Rollout(NamedTuple):
+    task: str
+    reward: float | None
+    items: frozenset[str]
+    """That stood in its context, or would have."""
+
+
+class _Sides(NamedTuple):
+    teacher: Sequence[_Rollout]
+    student: Sequence[_Rollout]
+
+    def compared(self, level: float) -> Comparison | None:
+        """The two on the tasks of both; None where there are none."""
+        known = [by_task([r.task for r in side], [r.reward for r in side]) for side in self]
+        teacher_T, student_T = paired(*known)
+        if not len(teacher_T):
+            return None
+        low, high = sign_interval(teacher_T - student_T, resamples=RESAMPLES, confidence=level)
+        teacher, student = float(teacher_T.mean()), float(student_T.mean())
+        return Comparison(len(teacher_T), teacher, student, teacher - student, low, high)
+
+    def concerning(self, item: str, gone: Collection[str]) -> _Sides:
+        """The rollouts that an item concerns and in which none of ``gone`` stood."""
+        return _Sides(*([r for r in side if item in r.items and not r.items & set(gone)] for side in self))
+
+    def bundles(self, pool: Pool) -> list[tuple[str, ...]]:
+        """The items that stood in a context; those that concern exactly the same rollouts together."""
+        found: dict[tuple[tuple[int, ...], ...], list[str]] = {}
+        for item in pool.ids:
+            places = tuple(tuple(n for n, rollout in enumerate(side) if item in rollout.items) for side in self)
+            if places[0]:
+                found.setdefault(places, []).append(item)
+        return [tuple(bundle) for bundle in found.values()]
+
+
+def check_teacher(
+    pool: Pool,
+    teacher: Sequence[Trajectory],
+    student: Sequence[Trajectory],
+    *,
+    iteration: int,
+    confidence: float = 0.95,
+) -> TeacherCheck:
+    """Compare the two sides.
+
+    Args:
+        pool: the items that may have stood in the context.
+        teacher: rollouts with experience; their steps say which items stood in the context (``selected``).
+        student: rollouts of the same tasks without experience, whose steps say what would have stood there.
+        iteration: an item that was added or changed in it is new.
+        confidence: level at which an interval must lie below zero; for items it holds for all of them together (Bonferroni).
+    """
+    sides = _Sides(_rollouts(teacher), _rollouts(student))
+    whole = sides.compared(confidence)
+    if whole is None:
+        return TeacherCheck(None, confidence=confidence, note="no task was judged on both sides")
+    bundles, new = sides.bundles(pool), {item.id for item in pool.items if iteration in (item.created, item.updated)}
+    measured, why = _withdrawals(sides, bundles, new, 1 - (1 - confidence) / max(1, len(bundles)))
+    if whole.harmful and not why:
+        told = f"the teacher with experience does worse, {whole}, and no item alone accounts for it"
+        why = dict.fromkeys(_blamed([item for bundle in bundles for item in bundle], new), told)
+    together = {item: tuple(other for other in bundle if other != item) for bundle in bundles for item in bundle}
+    checked = (CheckedItem(i, measured[i], together[i], why.get(i, "")) for i in pool.ids if i in together)
+    return TeacherCheck(whole, tuple(checked), confidence)
+
+
+def _withdrawals(
+    sides: _Sides, bundles: Sequence[tuple[str, ...]], new: Collection[str], level: float
+) -> tuple[dict[str, Comparison | None], dict[str, str]]:
+    """Item -> what it did; item -> why it goes. One bundle after the other, the one whose rollouts lost most in all first."""
+    measured: dict[str, Comparison | None] = {}
+    why: dict[str, str] = {}
+    while True:
+        left = [bundle for bundle in bundles if not why.keys() & set(bundle)]
+        found = {bundle: sides.concerning(bundle[0], why.keys()).compared(level) for bundle in left}
+        measured |= {item: comparison for bundle, comparison in found.items() for item in bundle}
+        lost = {bundle: c.difference * c.tasks for bundle, c in found.items() if c is not None and c.harmful}
+        if not lost:
+            return measured, why
+        worst = min(lost, key=lambda bundle: lost[bundle])
+        blamed = _blamed(worst, new)
+        told = f"; these always stood together: {', '.join(worst)}" if len(worst) > 1 else ""
+        why |= dict.fromkeys(blamed, f"the teacher does worse with it: {found[worst]}{told}")
+
+
+def _rollouts(trajectories: Iterable[Trajectory]) -> list[_Rollout]:
+    return [_Rollout(t.task_id, t.reward, frozenset(name for step in t.steps for name in step.selected)) for t in trajectories]
+
+
+def _blamed(items: Sequence[str], new: Collection[str]) -> list[str]:
+    """The new ones; all of them where none is."""
+    return [item for item in items if item in new] or list(items)

@@ -1,0 +1,164 @@
+"""The check of the teacher inside the step ``contexts``: what it compares, what it tells, and what it finds about the pool.
+
+How it decides is in :mod:`evolve_dag.experience.teacher_check`; why, in docs/adr/0021-teacher-check.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from evolve_dag.config.parts import part_of
+from evolve_dag.config.schema import Experiment
+from evolve_dag.distillation.agreement import overlaps
+from evolve_dag.experience.graduation import Habit, decided, in_our_words
+from evolve_dag.experience.pool import Pool
+from evolve_dag.experience.selection.base import SelectorPart
+from evolve_dag.experience.teacher_check import TeacherCheck, check_teacher
+from evolve_dag.protocols import ExperienceSource, LanguageModel
+from evolve_dag.records import Finding, Task, Trajectory
+from evolve_dag.seeds import stable_hash
+from evolve_dag.steps.body import StepContext
+from evolve_dag.steps.policies import (
+    adapter_folder,
+    experience_source,
+    open_policy,
+    open_teacher,
+    roll_out,
+    with_teacher_views,
+)
+from evolve_dag.steps.spec import Verdict
+from evolve_dag.store.artifacts import Artifact
+from evolve_dag.store.frames import load_trajectories
+from evolve_dag.store.jsonvalues import from_values, to_values
+from evolve_dag.tasks.suites import Split, load_tasks_of
+
+CHECK = "teacher_check.json"
+"""What the check of the teacher found."""
+CHECKED = "teacher_check"
+"""Folder of the teacher's rollouts that were made for the check alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What the check of the teacher came to."""
+
+    check: TeacherCheck
+    sampled: list[Trajectory] = field(default_factory=list)
+    """Rollouts of the teacher that were made for the check alone."""
+    student: list[Trajectory] = field(default_factory=list)
+    """The student's rollouts that were compared, with the views of the teacher."""
+
+
+UNCHECKED = TeacherCheck(None, note="no experience stood in any context")
+"""Of a night in which there is nobody to check."""
+
+
+def check(
+    context: StepContext,
+    split: Split,
+    model: LanguageModel,
+    source: ExperienceSource | None,
+    pool: Pool,
+    trajectories: Sequence[Trajectory],
+) -> Checked:
+    """Compare teacher and student. One side of it is there already: the teacher's rollouts, or the student's with the views of
+    the teacher. The other is made of the training tasks, or of as many as the check may cost."""
+    experiment, settings = context.experiment, context.experiment.teacher_check
+    if source is None or not settings.enabled:
+        return Checked(UNCHECKED if source is None else TeacherCheck(None, note="switched off (teacher_check.enabled)"))
+    tasks = _looked_at(experiment, split.tasks)
+    names = {task.id for task in tasks}
+    there = [t for t in trajectories if t.task_id in names]
+    if experiment.regime.source == "teacher":
+        own = [t for t in load_trajectories(context.inputs["trajectories"]) if t.task_id in names]
+        viewed = context.roles.run(with_teacher_views(own, source))
+        teacher, sampled = there, []
+    else:
+        viewed = there
+        teacher = sampled = roll_out(
+            context,
+            replace(split, tasks=tasks),
+            model,
+            label="teacher check",
+            seed=stable_hash("teacher check", experiment.seed, context.iteration),
+            group_size=experiment.rollout.group_size,
+            experience=source,
+        )
+    found = check_teacher(pool.active, teacher, viewed, iteration=context.iteration, confidence=settings.confidence)
+    return Checked(found, sampled, viewed)
+
+
+def settle(context: StepContext, pool: Pool, checked: Checked) -> list[Finding]:
+    """Principles in other words than ours which the policy need not read any more, and those that it must read again. (Of those
+    in our words the miner decides, when it extracts.)"""
+    experiment = context.experiment
+    if experiment.granularity != "principle" or experiment.injection == "none" or not experiment.teacher_check.enabled:
+        return []
+    gone = checked.check.withdrawn.keys()
+    others = replace(pool, items=tuple(i for i in pool.without(gone).items if not i.withdrawn and not in_our_words(i)))
+    share: float = getattr(experiment.extraction, "graduation", 0.0)
+    found = _alike(context, others, checked.student) if share > 0 and others.items else {}
+    habits = {item: Habit(len(values), sum(values)) for item, values in found.items() if item not in checked.check.helpful}
+    proposals = decided(others, habits, share, "acted the same without it")
+    return [Finding(p.operation, p.item_id, p.reason) for p in proposals]  # type: ignore[arg-type]
+
+
+def _alike(context: StepContext, others: Pool, viewed: Sequence[Trajectory]) -> dict[str, list[float]]:
+    """How much alike the policy acts with and without the items; those that have graduated get views of their own."""
+    experiment, adapter = context.experiment, context.entering.adapter
+    assert experiment.injection != "none"  # the caller looked
+    left, again = replace(others, items=tuple(replace(i, graduated=0) for i in others.items if i.graduated)), list[Trajectory]()
+    if left.items:
+        names = {task.id for task in _looked_at(experiment, load_tasks_of(experiment, "train"))}
+        own = [t for t in load_trajectories(context.inputs["trajectories"]) if t.task_id in names]
+        with open_policy(context.store, adapter, context.roles):  # a selector may ask it
+            again = context.roles.run(with_teacher_views(own, experience_source(experiment, left, context.roles)))
+    found: dict[str, list[float]] = {}
+    if viewed or again:
+        with open_teacher(adapter_folder(context.store, adapter), context.roles, None) as teacher:
+            for seen in (viewed, again):
+                top_k = experiment.distillation.top_k
+                found |= overlaps(seen, others.ids, teacher, pattern=experiment.injection, top_k=top_k)
+    return found
+
+
+def _looked_at(experiment: Experiment, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
+    return tasks[: experiment.teacher_check.tasks] if costs(experiment) else tasks
+
+
+def costs(experiment: Experiment) -> bool:
+    """Whether the other side of the check must be sampled, or chosen for by a model."""
+    if experiment.regime.source == "student" or experiment.injection != "step_wise":
+        return experiment.regime.source == "student"
+    row: SelectorPart[Any] = part_of("selector", experiment.selection)
+    return bool(row.roles(experiment.selection))
+
+
+def told(check: TeacherCheck, settled: Sequence[Finding]) -> dict[str, Any]:
+    """The check in the step's summary; what follows reads ``findings`` and ``not_taught`` there."""
+    facts: dict[str, Any] = {"withdrawn": len(check.withdrawn)}
+    if check.whole is not None:
+        facts["teacher_check"] = to_values(check.whole)
+    if findings := (*check.findings, *settled):
+        facts["findings"] = [asdict(finding) for finding in findings]
+    return facts | ({"not_taught": check.refusal} if check.refusal else {})
+
+
+def verdict(artifact: Artifact) -> Verdict:
+    """What the check of the teacher found."""
+    check = check_of(artifact) or TeacherCheck(None, note="made before the teacher was checked")
+    whole = {} if check.whole is None else to_values(check.whole)
+    items = {one.item: str(one.comparison) for one in check.items if one.comparison is not None}
+    evidence = {**whole, "items": items, "withdrawn": check.withdrawn}
+    text = check.note or "; ".join(check.told)
+    return Verdict("teacher", not check.withdrawn and not check.refusal, evidence, text)
+
+
+def check_of(contexts: Artifact) -> TeacherCheck | None:
+    """The check of the teacher as the artifact holds it; None where it was made before there was one."""
+    if CHECK not in contexts.manifest.files:
+        return None
+    remedy = "the file was written by another version or changed by hand: run this step again"
+    return from_values(TeacherCheck, contexts.json(CHECK), str(contexts.path / CHECK), remedy)

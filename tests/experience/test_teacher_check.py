@@ -1,0 +1,141 @@
+"""The check of the teacher: who is withdrawn, who is not, and when nothing is taught."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evolve_dag.experience.pool import Pool
+from evolve_dag.experience.teacher_check import TeacherCheck, check_teacher
+from evolve_dag.records import ExperienceItem, Step, Trajectory
+from evolve_dag.store.jsonvalues import from_values, to_values
+
+
+def pool(*names: str, created: int = 1) -> Pool:
+    return Pool(tuple(ExperienceItem(n, f"Advice {n}.", "principle", created=created, updated=created) for n in names))
+
+
+def rollout(task: int, number: int, reward: float | None, items: Iterable[str]) -> Trajectory:
+    steps = (Step(0, "", (), (), selected=tuple(items)), Step(1, "", (), (), answer="x"))
+    return Trajectory(f"t{task:02d}#{number}", f"t{task:02d}", number, 0, "", "?", steps, "answered", reward=reward)
+
+
+def night(tasks: int, success: dict[tuple[str, ...], tuple[float, float]], seed: int = 0) -> list[list[Trajectory]]:
+    """Rollouts of both sides, four of each kind a task: items that one concerns -> chances of success (teacher, student)."""
+    draw = random.Random(seed)
+    sides: list[list[Trajectory]] = [[], []]
+    for task in range(tasks):
+        for place, (items, chances) in enumerate(success.items()):
+            for side, chance in enumerate(chances):
+                sides[side] += [rollout(task, 4 * place + n, float(draw.random() < chance), items) for n in range(4)]
+    return sides
+
+
+def withdrawn(check: TeacherCheck) -> list[str]:
+    return sorted(check.withdrawn)
+
+
+def test_an_item_that_lowers_success_is_withdrawn_and_the_others_stay():
+    sides = night(40, {("bad",): (0.1, 0.6), ("good",): (0.8, 0.5), ("idle",): (0.5, 0.5), (): (0.5, 0.5)})
+    check = check_teacher(pool("good", "bad", "idle"), *sides, iteration=1)
+    assert withdrawn(check) == ["bad"]
+    assert [one.item for one in check.items] == ["good", "bad", "idle"]
+    bad = check.items[1].comparison
+    assert bad is not None
+    assert bad.low <= bad.difference <= bad.high < 0
+    assert check.withdrawn["bad"].startswith("the teacher does worse with it: -")
+    assert [(f.operation, f.item_id) for f in check.findings] == [("withdraw", "bad")]
+    assert from_values(TeacherCheck, to_values(check), "check", "") == check
+
+
+def test_an_item_about_a_bad_situation_is_not_blamed_for_it():
+    """Whoever comes into the item's situation mostly fails, with the item as without it; the rest mostly succeeds."""
+    check = check_teacher(pool("rescue"), *night(40, {("rescue",): (0.15, 0.1), (): (0.9, 0.9)}), iteration=1)
+    assert withdrawn(check) == []
+    assert check.items[0].comparison is not None
+    assert check.items[0].comparison.student < 0.3
+
+
+def test_a_companion_is_judged_by_the_rollouts_without_the_culprit():
+    """`good` stands beside `bad` in most of its rollouts, which fail; where it stands alone it helps."""
+    chances = {("bad", "good"): (0.05, 0.6), ("bad",): (0.1, 0.6), ("good",): (0.9, 0.5)}
+    check = check_teacher(pool("good", "bad"), *night(40, chances), iteration=1)
+    assert withdrawn(check) == ["bad"]
+    assert check.items[0].comparison is not None
+    assert check.items[0].comparison.difference > 0
+
+
+def test_a_companion_that_never_stands_alone_is_not_judged():
+    check = check_teacher(pool("always", "bad"), *night(40, {("bad", "always"): (0.1, 0.6), ("bad",): (0.1, 0.6)}), iteration=1)
+    assert withdrawn(check) == ["bad"]
+    assert check.items[0].comparison is None
+    assert check.refusal, "the teacher as a whole is below the student"
+
+
+def test_of_items_that_cannot_be_told_apart_the_new_ones_go():
+    """All stand in every context (injection: global). Yesterday's teacher with `old` was checked."""
+    both = Pool((*pool("old", created=1).items, *pool("new", created=2).items))
+    sides = night(40, {("old", "new"): (0.1, 0.6)})
+    check = check_teacher(both, *sides, iteration=2)
+    assert withdrawn(check) == ["new"]
+    assert "these always stood together: old, new" in check.withdrawn["new"]
+    assert withdrawn(check_teacher(both, *sides, iteration=3)) == ["new", "old"]
+
+
+def test_a_teacher_below_the_student_teaches_nothing_and_its_new_items_go():
+    """Each item alone is seen too seldom."""
+    names = [f"n{n}" for n in range(20)]
+    teacher = [rollout(task, n, float(n == 0 and task % 4 == 0), [names[task % 20]]) for task in range(60) for n in range(2)]
+    student = [rollout(task, n, float(n == 0), [names[task % 20]]) for task in range(60) for n in range(2)]
+    check = check_teacher(pool(*names), teacher, student, iteration=1)
+    assert check.whole is not None
+    assert check.whole.harmful
+    assert check.refusal.startswith("the teacher with experience is below the student without it: -")
+    assert withdrawn(check) == sorted(names)
+    assert "no item alone accounts for it" in check.withdrawn["n0"]
+
+
+@pytest.mark.parametrize("reward", [None, 0.5])
+def test_what_was_not_judged_counts_on_neither_side(reward: float | None):
+    teacher = [rollout(t, 0, reward, ["a"]) for t in range(30)]
+    check = check_teacher(pool("a"), teacher, [rollout(t, 0, 0.5, ["a"]) for t in range(30)], iteration=1)
+    assert withdrawn(check) == []
+    assert (check.whole is None) == (reward is None) == bool(check.note)
+
+
+@pytest.mark.parametrize(("lost", "gone"), [(3, False), (12, True)])
+def test_few_tasks_prove_nothing(lost: int, gone: bool):
+    sides = [[rollout(t, 0, reward, ["a"]) for t in range(lost)] for reward in (0.0, 1.0)]
+    assert (withdrawn(check_teacher(pool("a"), *sides, iteration=1)) == ["a"]) is gone
+
+
+def test_partial_rewards_are_compared_as_they_are():
+    sides = [[rollout(t, 0, reward, ["a"]) for t in range(40)] for reward in (0.3, 0.7)]
+    check = check_teacher(pool("a"), *sides, iteration=1)
+    assert check.whole is not None
+    assert (check.whole.teacher, check.whole.student) == pytest.approx((0.3, 0.7))
+    assert withdrawn(check) == ["a"]
+
+
+def test_false_withdrawals_of_useless_items_stay_rare():
+    """Ten items that do nothing, in twenty nights: the level holds for all of them together."""
+    names = [f"n{n}" for n in range(10)]
+    wrong = 0
+    for seed in range(20):
+        check = check_teacher(pool(*names), *night(24, {(name,): (0.4, 0.4) for name in names}, seed), iteration=1)
+        wrong += bool(check.withdrawn)
+    assert wrong <= 2
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from([None, 0.0, 0.5, 1.0]), st.sets(st.sampled_from("abc"))), max_size=12)
+)
+def test_two_equal_sides_withdraw_nothing(rows: list[tuple[int, float | None, set[str]]]):
+    side = [rollout(task, n, reward, sorted(items)) for n, (task, reward, items) in enumerate(rows)]
+    check = check_teacher(pool("a", "b", "c"), side, side, iteration=1)
+    assert not check.withdrawn
+    assert not check.refusal
