@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 
 from evolve_dag.config.parts import CHOICES, Chosen, chosen, known, usable
-from evolve_dag.config.schema import Experiment, Models
+from evolve_dag.config.schema import LAUNCHER, Experiment, Models
 from evolve_dag.config.section import Section
 from evolve_dag.config.study import ArmSettings, StudySettings
 
@@ -51,6 +51,7 @@ def reference(*, outside: bool = False) -> str:
     policy = chosen(Models.model_fields["extractor"])
     assert policy is not None
     parts += _sections(policy, "", outside)
+    parts += _sections(LAUNCHER, "runtime.launcher.*.", outside)
     for title, section in (
         ("A study file, for `evolve study`", StudySettings),
         ("An arm of a study: an experiment file, or a mapping", ArmSettings),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-from evolve_dag.agent.rollouts import gather_rollouts
+from evolve_dag.agent.rollouts import gather_episodes, gather_rollouts
 from evolve_dag.config.parts import part_of
 from evolve_dag.evaluation.gate import LEAST_JUDGED
 from evolve_dag.inference.backends import identity, open_backend, open_transformers
@@ -15,6 +15,7 @@ from evolve_dag.inference.ledger import metered
 from evolve_dag.protocols import LanguageModel
 from evolve_dag.records import Task, Trajectory
 from evolve_dag.steps.spec import Verdict
+from evolve_dag.tasks.suites import load_tasks_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from evolve_dag.inference.roles import Roles
     from evolve_dag.inference.transformers import TransformersModel
     from evolve_dag.protocols import ExperienceSource
-    from evolve_dag.steps.body import StepContext
+    from evolve_dag.steps.body import Playing, RolloutWorkers, StepContext
     from evolve_dag.store.artifacts import Artifact, Store
     from evolve_dag.tasks.suites import Split
 
@@ -174,6 +175,29 @@ def roll_out(
                 on_done=lambda _: context.progress.advance(),
             )
         )
+    finally:
+        context.progress.finish()
+
+
+def fan_out(
+    context: StepContext, workers: RolloutWorkers, playing: Playing, *, label: str, seed: int, group_size: int
+) -> list[Trajectory]:
+    """As :func:`roll_out`, without experience: the episodes are played by ``workers``, and written down here."""
+    tasks = load_tasks_of(context.experiment, playing.split)
+    context.progress.start(label, len(tasks) * group_size)
+    try:
+        with workers.open(playing, context.roles.ledger) as (play, concurrency):
+            return context.roles.run(
+                gather_episodes(
+                    tasks,
+                    group_size,
+                    play,
+                    seed=seed,
+                    concurrency=concurrency,
+                    journal=context.build.journal(label),
+                    on_done=lambda _: context.progress.advance(),
+                )
+            )
     finally:
         context.progress.finish()
 
