@@ -1,10 +1,10 @@
 """Who runs an experiment, across machines: a lease on object storage, beside the lock on this machine.
 
 The holder writes *terms*, ``leases/<experiment>/<number>.json``: it creates the next number, by a write that fails where the
-name is taken, so of two machines one gets it; and writes its end anew every :data:`RENEW_SECONDS`. A term ends when it is given
-back, or :data:`TERM_SECONDS` after the last sign of life of its holder, by the clocks of the machines. Who lets it run out finds
-out at the next renewal that there is a higher number, and may set no ref any more. The store of a killed process takes its own
-term over at once: the lock on that machine, which it holds, proves that the process is gone.
+name is taken, so of two machines one gets it; and writes its end anew every :data:`RENEW_SECONDS`. A term ends when it is
+given back, or :data:`TERM_SECONDS` after the last sign of life of its holder, by the clocks of the machines. Who lets it run
+out finds at the next renewal that there is a higher number, and may set no ref any more. The store of a killed process takes
+its own term over at once: the lock on that machine, which it holds, proves that the process is gone.
 """
 
 from __future__ import annotations
