@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=LauncherSettings)
 ENTRY = ("-m", "evolve_dag.assets.worker")
+POLL_SECONDS = 1.0
+"""Between two looks at a pod: what one that fails at once had to say is read only if it was seen alive."""
 
 
 class Listen(Protocol):
@@ -142,9 +144,11 @@ def _ray(settings: RaySettings) -> Launch:
 
         client = PipesRayJobClient(address=settings.address or None, message_reader=handover.listen(PipesRayJobMessageReader))
         crew = {"count": settings.workers, "cpus": settings.cpus, "gpus": settings.gpus} if settings.workers else None
-        own = {} if crew else {"entrypoint_num_cpus": settings.cpus, "entrypoint_num_gpus": settings.gpus}
         job = SubmitJobParams(
-            entrypoint=" ".join(_command(settings.python)), runtime_env={"env_vars": handover.environment}, **own
+            entrypoint=" ".join(_command(settings.python)),
+            runtime_env={"env_vars": handover.environment},
+            entrypoint_num_cpus=0 if crew else settings.cpus,  # the actors compute, the job waits for them
+            entrypoint_num_gpus=0 if crew else settings.gpus,
         )
         client.run(context=handover.context, extras=handover.order | {"workers": crew}, submit_job_params=job)
 
@@ -156,7 +160,7 @@ def _kubernetes(settings: KubernetesSettings) -> Launch:
         from dagster_k8s import PipesK8sClient
         from dagster_k8s.pipes import PipesK8sPodLogsMessageReader
 
-        PipesK8sClient(message_reader=handover.listen(PipesK8sPodLogsMessageReader)).run(
+        PipesK8sClient(message_reader=handover.listen(PipesK8sPodLogsMessageReader), poll_interval=POLL_SECONDS).run(
             context=handover.context,
             extras=handover.order,
             image=settings.image,
