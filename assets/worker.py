@@ -7,7 +7,6 @@ its journals, where the store is the same.
 
 from __future__ import annotations
 
-import _thread
 import logging
 import os
 import signal
@@ -22,7 +21,7 @@ from dagster_pipes import PipesContext, PipesEnvVarParamsLoader, open_dagster_pi
 
 from evolve_dag.config import registry
 from evolve_dag.config.schema import Experiment
-from evolve_dag.errors import ConfigError, StoreError
+from evolve_dag.errors import ConfigError, EvolveError, StoreError
 from evolve_dag.secrecy import masker
 from evolve_dag.steps import base
 from evolve_dag.steps.body import RolloutWorkers
@@ -53,7 +52,7 @@ def _worked(pipes: PipesContext) -> int:
         make(pipes.extras, _Telling(pipes))
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
-            error = InterruptedError("the worker was told to end")
+            error = EvolveError("the worker was told to end", "run the same command: it goes on from its journal")
         pipes.report_custom_message({"failure": told(error)})
         if os.environ.get("EVOLVE_DEBUG"):
             print(masker()(traceback.format_exc()), file=sys.stderr)
@@ -108,7 +107,7 @@ def _end_with(parent: int) -> None:
     """End this process when the one that started it is gone: nobody would hear of what it makes."""
     while os.getppid() == parent:
         time.sleep(1.0)
-    _thread.interrupt_main()
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # a real one: it ends a call that blocks
     time.sleep(PATIENCE_SECONDS)
     os._exit(1)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import Future
@@ -106,8 +107,9 @@ class _Crew:
                 except RayActorError as error:
                     self._died(actor, error)
                     continue
-            for call in calls if self.ledger is not None else ():
-                self.ledger.record(call)
+            if self.ledger is not None:
+                for call in calls:
+                    self.ledger.record(call)
             if trajectory is None:
                 raise retold(problem)
             return trajectory
@@ -219,6 +221,8 @@ class Player:
                 with open_policy(store, self._playing.adapter, roles) as model:
                     roles.run(self._serve(shown, split, model))
         except Exception as error:
+            if self._ready.done():
+                os._exit(1)  # nobody would answer the episodes that are waiting: they are played elsewhere
             self._ready.set_result(told(error))
 
     async def _serve(self, experiment: Experiment, split: Any, model: Any) -> None:

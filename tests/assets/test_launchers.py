@@ -144,11 +144,11 @@ def test_an_interrupted_run_ends_its_worker(
 
 def test_a_worker_whose_parent_is_gone_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[Any] = []
-    monkeypatch.setattr(worker._thread, "interrupt_main", lambda: ended.append("asked"))
+    monkeypatch.setattr(worker.signal, "pthread_kill", lambda thread, number: ended.append(number))
     monkeypatch.setattr(worker.os, "_exit", ended.append)
     monkeypatch.setattr(worker, "PATIENCE_SECONDS", 0.0)
     worker._end_with(parent=0)
-    assert ended == ["asked", 1]
+    assert ended == [signal.SIGTERM, 1]
 
 
 def test_a_machine_that_would_make_something_else_refuses(fake: FakeSteps, experiment: Experiment, store: Store) -> None:
