@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "EVOLVE_TRACKING": "off", "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "EVOLVE_TRACKING": "off", "OMP_NUM_THREADS": "1"}
+os.environ |= {"RAY_worker_niceness": "0"}  # else the actors wait for everything else on this machine
 HERE = Path(__file__).resolve().parent.parent / "tests_ray"
 sys.path.insert(0, str(HERE))
 

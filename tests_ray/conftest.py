@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "EVOLVE_TRACKING": "off", "OMP_NUM_THREADS": "1"}
+os.environ |= {"RAY_worker_niceness": "0"}  # else the actors wait for everything else on this machine
 
 import sys
 from collections.abc import Iterator
