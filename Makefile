@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 export DAGSTER_DISABLE_TELEMETRY ?= true
 
-.PHONY: bench smollm2 vllm test-ui test-vllm demo test check lint fix hooks types ui install clean model benchmarks
+.PHONY: bench smollm2 vllm test-ui test-vllm test-ray test-kubernetes demo test check lint fix hooks types ui install clean model benchmarks
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -51,6 +51,14 @@ vllm: .venv-vllm/.installed  ## vLLM's CPU build in an environment of its own, .
 test-vllm: install vllm  ## the vllm backend against the real vLLM on the CPU (3 minutes, after a long installation)
 	$(BIN)/python -m pytest tests_vllm
 
+test-ray: install  ## heavy steps on a local Ray cluster of two nodes (2 minutes; installs Ray)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,ray]'
+	$(BIN)/python -m pytest tests_ray -p no:cacheprovider
+
+test-kubernetes: install  ## heavy steps in pods, against a stub of the API (installs Dagster's client)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,kubernetes]'
+	$(BIN)/python -m pytest tests/assets/test_kubernetes_launcher.py -p no:cacheprovider
+
 lint: install  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -78,7 +86,7 @@ model: install  ## pretrain the pocket policy anew (about 50 minutes on 2 cores)
 	$(BIN)/evolve pocket pretrain --out evolve_dag/environments/pocket/model
 
 benchmarks: install  ## timings, printed as ratios
-	for file in $(filter-out benchmarks/engine.py benchmarks/against_trl.py benchmarks/memory.py benchmarks/vllm_roads.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	for file in $(filter-out benchmarks/engine.py benchmarks/against_trl.py benchmarks/memory.py benchmarks/vllm_roads.py benchmarks/ray_workers.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 bench: install  ## the distillation engine's ratios in one run (half an hour on an idle core; installs TRL)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[bench]'

@@ -14,7 +14,7 @@ import yaml
 from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._core.instance.ref import InstanceRef
 from dagster._core.storage.tags import MAX_RETRIES_TAG
-from evolve_dag.assets import automation, databases, partitions, recovery
+from evolve_dag.assets import automation, databases, handover, partitions, recovery
 from evolve_dag.assets.resources import Session, StoreResource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -215,6 +215,7 @@ def _run(config: Path, *, seed: int | None, iterations: int | None, root: Path, 
     first = base.resolve_iteration(experiment, 1, store)
     if not all(step.exists for step in first.values()):
         preflight(experiment, 1)
+        handover.check(experiment)
     count = iterations or experiment.iterations
     name = experiment.experiment
     session = ConsoleSession(experiment, count, console)

@@ -17,7 +17,7 @@ from dagster._core.definitions.data_version import (
     get_input_event_pointer_tag,
 )
 from dagster_shared.utils.warnings import BetaWarning
-from evolve_dag.assets import checks, partitions, preview, recovery
+from evolve_dag.assets import checks, handover, partitions, preview, recovery
 from evolve_dag.assets.resources import Session, SessionParam, StoreResource, failures
 from evolve_dag.assets.settings import CONFIGURED_STEPS, OWNERS, settings_key
 
@@ -71,8 +71,10 @@ def _materialize(context: dg.AssetExecutionContext, store: StoreResource, sessio
             with session.step(step, iteration) as progress:
                 if step == "policy":
                     preflight(experiment, iteration)
+                    handover.check(experiment)
+                make, facts = handover.maker(context, experiment, step), {"dagster_run_id": context.run_id}
                 try:
-                    outcome = base.run_step(step, experiment, iteration, opened, progress, {"dagster_run_id": context.run_id})
+                    outcome = base.run_step(step, experiment, iteration, opened, progress, facts, make)
                 except OrderError:
                     recovery.ask_for_another_turn(context)
                     raise

@@ -315,7 +315,7 @@ def _optional(rows: Sequence[Row]) -> Iterator[Finding]:
     features = {
         "dagster_webserver": "the web interface (evolve ui): pip install dagster-webserver",
         **{
-            library: f"`{choice.place}: {name}`: pip install 'evolve-dag[{extra}]'"
+            library: f"`{choice.places[0]}: {name}`: pip install 'evolve-dag[{extra}]'"
             for choice, name, row in rows
             for library, extra in row.libraries.items()
         },

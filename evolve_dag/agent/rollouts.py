@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from evolve_dag.agent.loop import run_episode
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from evolve_dag.config.schema import RolloutSettings
     from evolve_dag.protocols import Verifier
     from evolve_dag.store.journal import Journal
+
+
+PlayEpisode = Callable[[Task, int, int], Awaitable[Trajectory]]
+"""(task, number of the rollout, seed of the episode) -> its trajectory."""
 
 
 def episode_seed(seed: int, task_id: str, rollout: int) -> int:
@@ -40,13 +44,46 @@ async def gather_rollouts(
     on_done: Callable[[Trajectory], None] | None = None,
     greedy: bool = False,
 ) -> list[Trajectory]:
-    """Run ``group_size`` rollouts of each task, at most ``concurrency`` episodes at a time.
+    """:func:`gather_episodes` that are played in this process.
 
     Args:
+        greedy: argmax in place of the settings' temperature.
+    """
+    if greedy:
+        settings = settings.model_copy(update={"temperature": 0.0})
+
+    async def play(task: Task, rollout: int, seed: int) -> Trajectory:
+        return await run_episode(
+            task,
+            rollout,
+            model=model,
+            environment=environment,
+            verifier=verifier,
+            settings=settings,
+            seed=seed,
+            experience=experience,
+        )
+
+    return await gather_episodes(tasks, group_size, play, seed=seed, concurrency=concurrency, journal=journal, on_done=on_done)
+
+
+async def gather_episodes(
+    tasks: Sequence[Task],
+    group_size: int,
+    play: PlayEpisode,
+    *,
+    seed: int,
+    concurrency: int,
+    journal: Journal | None = None,
+    on_done: Callable[[Trajectory], None] | None = None,
+) -> list[Trajectory]:
+    """Play ``group_size`` episodes of each task, at most ``concurrency`` at a time.
+
+    Args:
+        play: plays one, here or elsewhere.
         journal: every finished trajectory is appended before it counts as done; what the journal already
             holds for the same task, rollout and seed is not run again. Failed rollouts count as done.
         on_done: called once per trajectory, for those from the journal as well.
-        greedy: argmax in place of the settings' temperature.
 
     Returns:
         Trajectories in the order of the tasks, then of the rollouts, however they finished.
@@ -57,8 +94,6 @@ async def gather_rollouts(
     repeated = [name for name, count in Counter(task.id for task in tasks).items() if count > 1]
     if repeated:
         raise DataError(f"{len(repeated)} task ids appear twice, e.g. {repeated[0]!r}", "give every task its own id")
-    if greedy:
-        settings = settings.model_copy(update={"temperature": 0.0})
     jobs = [(task, rollout) for task in tasks for rollout in range(group_size)]
     done = _from_journal(journal)
     results: list[Trajectory | None] = []
@@ -72,16 +107,7 @@ async def gather_rollouts(
     async def work() -> None:
         for position in waiting:  # shared by all workers: each takes the next free position
             task, rollout = jobs[position]
-            trajectory = await run_episode(
-                task,
-                rollout,
-                model=model,
-                environment=environment,
-                verifier=verifier,
-                settings=settings,
-                seed=episode_seed(seed, task.id, rollout),
-                experience=experience,
-            )
+            trajectory = await play(task, rollout, episode_seed(seed, task.id, rollout))
             _to_journal(journal, trajectory)
             results[position] = trajectory
             if on_done is not None:

@@ -1,4 +1,5 @@
-"""What an experiment file chooses by name: environments, verifiers, extractors, selectors, backends, divergences, suites.
+"""What an experiment file chooses by name: environments, verifiers, extractors, selectors, backends, divergences, suites,
+launchers.
 
 Of a *part* there is one row (:class:`Part`), and it stands in the part's own module, beside the code that it describes: the
 settings that it alone has, how it is made, the models and prompts that it uses, what it needs. Here is only where each name
@@ -137,6 +138,19 @@ CHOICES: Mapping[str, Choice] = {
         row="evolve_dag.tasks.formats:Suite",
         elsewhere=("tasks.*.suite",),
     ),
+    "launcher": Choice(
+        "kind",
+        None,
+        {
+            "in_process": "evolve_dag.assets.launchers:IN_PROCESS",
+            "subprocess": "evolve_dag.assets.launchers:SUBPROCESS",
+            "ray": "evolve_dag.assets.launchers:RAY",
+            "kubernetes": "evolve_dag.assets.launchers:KUBERNETES",
+        },
+        row="evolve_dag.assets.launchers:LauncherPart",
+        settings="evolve_dag.config.parts:LauncherSettings",
+        elsewhere=("runtime.launcher.kind", "runtime.launcher.*.kind"),
+    ),
 }
 
 S = TypeVar("S", bound=Section)
@@ -229,6 +243,14 @@ class SelectionSettings(Section):
     """Who chooses."""
     max_items: int = Field(3, ge=1, le=50)
     """Most items per step."""
+
+
+class LauncherSettings(Section):
+    """Where this step is made. `runtime.launcher: subprocess` stands for all four, `{adapter: ray}` for one, and a mapping with
+    `kind` has a launcher's own keys."""
+
+    kind: str
+    """The launcher."""
 
 
 def part(choice: str, name: str) -> Any:

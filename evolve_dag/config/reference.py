@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.parts import CHOICES, Chosen, Part, chosen, known, parts_beside, usable
-from evolve_dag.config.schema import Experiment, Models
+from evolve_dag.config.schema import LAUNCHER, Experiment, Models
 from evolve_dag.config.section import Section
 from evolve_dag.config.study import ArmSettings, StudySettings
 
@@ -58,6 +58,7 @@ def reference(*, outside: bool = False, experiments: Iterable[Experiment] = ()) 
     for choice, found in beside.values():
         if isinstance(found.row, Part):
             parts += _section(CHOICES[choice].place, found.name, found.row.settings)
+    parts += _sections(LAUNCHER, "runtime.launcher.*.", outside)
     for title, section in (
         ("A study file, for `evolve study`", StudySettings),
         ("An arm of a study: an experiment file, or a mapping", ArmSettings),

@@ -19,6 +19,7 @@ from evolve_dag.config.parts import (
     EnvironmentSettings,
     ExtractionSettings,
     Known,
+    LauncherSettings,
     SelectionSettings,
     VerificationSettings,
     mistakes,
@@ -341,6 +342,37 @@ class ScheduleSettings(Section):
     only."""
 
 
+LAUNCHER = Chosen("launcher", "in_process", LauncherSettings)
+Launcher = Annotated[SerializeAsAny[LauncherSettings], BeforeValidator(LAUNCHER)]
+
+
+class Launchers(Section):
+    """Where each heavy step is made: one launcher for all (``launcher: subprocess``), or by step (``launcher: {adapter:
+    ray}``); one with settings is a mapping, ``{kind: ray, workers: 4}``. The others are made in the run's own process."""
+
+    trajectories: Launcher = Field(default_factory=LAUNCHER.default_settings)
+    contexts: Launcher = Field(default_factory=LAUNCHER.default_settings)
+    adapter: Launcher = Field(default_factory=LAUNCHER.default_settings)
+    scores: Launcher = Field(default_factory=LAUNCHER.default_settings)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_step(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"kind": value}
+        if not isinstance(value, dict):
+            return value
+        named = {step: _launcher(one) for step, one in value.items() if step in cls.model_fields}
+        for_all = {key: inner for key, inner in value.items() if key not in cls.model_fields}
+        if "kind" not in for_all:
+            return for_all | named
+        return dict.fromkeys(cls.model_fields, LAUNCHER(for_all)) | named
+
+
+def _launcher(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
 class RuntimeSettings(Section):
     """How fast, never what: in no digest."""
 
@@ -356,6 +388,7 @@ class RuntimeSettings(Section):
     activation_checkpointing: bool = False
     """Training keeps what goes into each layer and computes the rest again on the way back: the same adapter from a fraction of
     the memory, for about a third more time."""
+    launcher: Launchers = Field(default_factory=Launchers)
 
 
 ENVIRONMENT = Chosen("environment", "pocket", EnvironmentSettings)
@@ -403,7 +436,7 @@ class Experiment(Section):
     gate: GateSettings = GateSettings()
     tracking: TrackingSettings = TrackingSettings()
     schedule: ScheduleSettings = ScheduleSettings()
-    runtime: RuntimeSettings = RuntimeSettings()
+    runtime: RuntimeSettings = Field(default_factory=RuntimeSettings)
 
     @field_validator("regime", mode="before")
     @classmethod

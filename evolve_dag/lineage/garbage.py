@@ -183,7 +183,7 @@ def remove(store: Store, *, older_than_days: float = 0.0, even_tracked: bool = F
     with ExitStack() as held:
         ours = set()
         for name in _experiments(store):
-            held.enter_context(store.lock(name))
+            held.enter_context(Store(store.root).lock(name))  # what other machines run is not in this folder
             ours.add(f"experiment-{name}")
         found = find(store, older_than_days=older_than_days, even_tracked=even_tracked, ours=frozenset(ours))
         for one in found.removable:

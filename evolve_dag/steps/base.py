@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from evolve_dag.inference.ledger import Ledger
 from evolve_dag.inference.roles import Roles
 from evolve_dag.records import PolicyRef, Standing
 from evolve_dag.steps import adapter, contexts, experience, policy, promotion, scores, trajectories
-from evolve_dag.steps.body import Body, Progress, Silent, StepContext
+from evolve_dag.steps.body import Body, Progress, RolloutWorkers, Silent, StepContext
 from evolve_dag.steps.slices import decisive, visible
 from evolve_dag.steps.spec import StepSpec
 from evolve_dag.store.artifacts import Artifact, Store
@@ -265,29 +265,92 @@ def _but_for(keys: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _make(expected: Resolved, experiment: Experiment, entering: PolicyRef, store: Store, progress: Progress) -> None:
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A step that has all that it needs, to be made."""
+
+    experiment: Experiment
+    """Whole, as its file says it."""
+    expected: Resolved
+    entering: PolicyRef
+    store: Store
+    progress: Progress
+    workers: RolloutWorkers | None = None
+    """Where its episodes are played; None: here."""
+
+    @property
+    def digest(self) -> str:
+        """Of the artifact."""
+        assert self.expected.digest is not None  # what is missing was told before
+        return self.expected.digest
+
+    @property
+    def seen(self) -> Experiment:
+        """The experiment as it is in this iteration."""
+        return _seen_by(self.expected.name, self.experiment, self.expected.iteration)
+
+
+def body_view(name: str, experiment: Experiment, iteration: int) -> tuple[Experiment, frozenset[str]]:
+    """What the body of a step may read of an experiment, and the names of its prompts."""
+    return visible(sources(name), _seen_by(name, experiment, iteration))
+
+
+def make_here(due: Due) -> None:
     """Run the body of a step, in one event loop, and publish what it made."""
-    assert expected.digest is not None  # what is missing was told before
+    expected, store, experiment = due.expected, due.store, due.seen
     name, spec = expected.name, SPECS[expected.name]
     spec.guard(experiment)
     inputs = {upstream: store.open(upstream, digest) for upstream, digest in expected.inputs.items()}
     with store.build(
-        name, expected.digest, code_version=spec.version, config=dict(expected.config), inputs=dict(expected.inputs)
+        name, due.digest, code_version=spec.version, config=dict(expected.config), inputs=dict(expected.inputs)
     ) as build:
         if build.artifact is not None:
             return  # another process has made it while this one waited for the lock
         ledger = Ledger(build.ledger_path)
         memory = Memory(store.root / "cache" / "memory.sqlite")
-        shown, names = visible(sources(name), experiment)
+        shown, names = body_view(name, due.experiment, expected.iteration)
         twin = _twin(expected, store)
         with Roles(shown, ledger=ledger, memory=memory) as roles, prompts.only(names), no_slice_error():
-            _body(name)(StepContext(shown, expected.iteration, store, inputs, build, progress, entering, roles, twin))
+            _body(name)(
+                StepContext(
+                    shown, expected.iteration, store, inputs, build, due.progress, due.entering, roles, twin, due.workers
+                )
+            )
         if changed := altered():
             what = f"{name}: {', '.join(changed)} was installed anew while the step was made, which may be of both"
             raise PartError(what, "run the same command again")
         if totals := ledger.totals():
             build.note(calls=totals)
             calls_to_frame(ledger.calls()).write_parquet(build.path / CALLS)
+
+
+Make = Callable[[Due], None]
+"""Makes a step that is due and publishes its artifact: in this process (:func:`make_here`) or elsewhere."""
+
+
+def due_step(
+    name: str,
+    experiment: Experiment,
+    iteration: int,
+    store: Store,
+    progress: Progress | None = None,
+    workers: RolloutWorkers | None = None,
+) -> Due:
+    """A step as it is to be made, or as it is there already.
+
+    Raises:
+        OrderError: something upstream is not there under the present config; the message says what to materialize.
+    """
+    entering = _entering(experiment, iteration, store)
+    expected = resolve_from(name, experiment, iteration, store, entering)
+    settings(name, _seen_by(name, experiment, iteration))  # no tasks in the stream: says so
+    if expected.missing is not None or expected.digest is None or isinstance(entering, str):
+        what = "is not promoted yet" if name == "policy" else "cannot be made yet"
+        raise OrderError(
+            f"{name}[{partition(experiment, iteration)}] {what}: {expected.missing} is missing or out of date",
+            f"materialize {expected.missing} first",
+        )
+    return Due(experiment, expected, entering, store, progress or Silent(), workers)
 
 
 def run_step(
@@ -297,33 +360,27 @@ def run_step(
     store: Store,
     progress: Progress | None = None,
     facts: Mapping[str, Any] | None = None,
+    make: Make = make_here,
 ) -> StepOutcome:
     """Make the artifact of ``name`` in ``iteration``, or find it in the store.
 
     Args:
         facts: kept with the ref, e.g. the run that asked.
+        make: where it is made, if it has to be.
 
     Raises:
-        OrderError: something upstream is not there under the present config; the message says what to materialize.
+        OrderError: as :func:`due_step`.
         StoreError: an artifact is corrupt, or the disk is full; nothing half-written stays visible.
     """
     started = time.monotonic()
-    entering = _entering(experiment, iteration, store)
-    expected = resolve_from(name, experiment, iteration, store, entering)
-    here = f"{name}[{partition(experiment, iteration)}]"
-    settings(name, _seen_by(name, experiment, iteration))  # no tasks in the stream: says so
-    if expected.missing is not None or expected.digest is None or isinstance(entering, str):
-        what = "is not promoted yet" if name == "policy" else "cannot be made yet"
-        raise OrderError(
-            f"{here} {what}: {expected.missing} is missing or out of date", f"materialize {expected.missing} first"
-        )
-    recomputed = not expected.exists
+    due = due_step(name, experiment, iteration, store, progress)
+    recomputed = not due.expected.exists
     if recomputed:
-        _make(expected, _seen_by(name, experiment, iteration), entering, store, progress or Silent())
-    artifact = store.open(name, expected.digest)
+        make(due)
+    artifact = store.open(name, due.digest)
     seconds = time.monotonic() - started
     remembered = {"recomputed": recomputed, "seconds": round(seconds, 3), **(facts or {})}
-    store.set_ref(experiment.experiment, iteration, name, expected.digest, **remembered)
+    store.set_ref(experiment.experiment, iteration, name, due.digest, **remembered)
     if name == "promotion":
         # The next policy is committed with the promotion itself, so no crash can leave a decision without its policy.
         run_step("policy", experiment, iteration + 1, store, facts=facts)

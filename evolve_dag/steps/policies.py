@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-from evolve_dag.agent.rollouts import gather_rollouts
+from evolve_dag.agent.rollouts import gather_episodes, gather_rollouts
 from evolve_dag.config.parts import part_of
 from evolve_dag.errors import PartError
 from evolve_dag.evaluation.gate import LEAST_JUDGED
@@ -19,6 +19,7 @@ from evolve_dag.records import Finding, Task, Trajectory
 from evolve_dag.secrecy import describe_error
 from evolve_dag.steps.spec import Verdict
 from evolve_dag.store.layout import POOL
+from evolve_dag.tasks.suites import load_tasks_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from evolve_dag.inference.roles import Roles
     from evolve_dag.inference.transformers import TransformersModel
     from evolve_dag.protocols import ExperienceSource
-    from evolve_dag.steps.body import StepContext
+    from evolve_dag.steps.body import Playing, RolloutWorkers, StepContext
     from evolve_dag.store.artifacts import Artifact, Store
     from evolve_dag.tasks.suites import Split
 
@@ -215,6 +216,29 @@ async def _with_teacher_view(trajectory: Trajectory, source: ExperienceSource) -
         view = await source.prepare(replace(trajectory, steps=trajectory.steps[: step.index]))
         steps.append(replace(step, selected=view.selected, injected=view.text, rationale=view.rationale))
     return replace(trajectory, steps=tuple(steps))
+
+
+def fan_out(
+    context: StepContext, workers: RolloutWorkers, playing: Playing, *, label: str, seed: int, group_size: int
+) -> list[Trajectory]:
+    """As :func:`roll_out`, without experience: the episodes are played by ``workers``, and written down here."""
+    tasks = load_tasks_of(context.experiment, playing.split)
+    context.progress.start(label, len(tasks) * group_size)
+    try:
+        with workers.open(playing, context.roles.ledger) as (play, concurrency):
+            return context.roles.run(
+                gather_episodes(
+                    tasks,
+                    group_size,
+                    play,
+                    seed=seed,
+                    concurrency=concurrency,
+                    journal=context.build.journal(label),
+                    on_done=lambda _: context.progress.advance(),
+                )
+            )
+    finally:
+        context.progress.finish()
 
 
 def by_id(tasks: Sequence[Task]) -> dict[str, Task]:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from evolve_dag.config.schema import Experiment
 from evolve_dag.evaluation.gate import LEAST_JUDGED
 from evolve_dag.evaluation.metrics import counts
+from evolve_dag.records import Trajectory
 from evolve_dag.seeds import stable_hash
-from evolve_dag.steps.body import StepContext
-from evolve_dag.steps.policies import TASK_KEYS, judged, open_policy, roll_out
+from evolve_dag.steps.body import Playing, StepContext
+from evolve_dag.steps.policies import TASK_KEYS, fan_out, judged, open_policy, roll_out
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
 from evolve_dag.store.frames import save_trajectories
@@ -19,19 +20,20 @@ from evolve_dag.tasks.suites import check_disjoint, load_split
 
 def run(context: StepContext) -> None:
     """Roll out policy(k) without experience in its context, so that what it lacks shows."""
-    experiment = context.experiment
-    split = load_split(experiment, "train", context.roles)
-    with open_policy(context.store, context.entering.adapter, context.roles) as model:
-        trajectories = roll_out(
-            context,
-            split,
-            model,
-            label="rollouts",
-            seed=stable_hash("trajectories", experiment.seed, context.iteration),
-            group_size=experiment.rollout.group_size,
-        )
+    trajectories = _roll_out(context)
     save_trajectories(context.build.path, trajectories)
     context.build.note(**counts(trajectories))
+
+
+def _roll_out(context: StepContext) -> list[Trajectory]:
+    experiment, adapter = context.experiment, context.entering.adapter
+    seed, size = stable_hash("trajectories", experiment.seed, context.iteration), experiment.rollout.group_size
+    if context.workers is not None:
+        playing = Playing("trajectories", context.iteration, "train", adapter)
+        return fan_out(context, context.workers, playing, label="rollouts", seed=seed, group_size=size)
+    split = load_split(experiment, "train", context.roles)
+    with open_policy(context.store, adapter, context.roles) as model:
+        return roll_out(context, split, model, label="rollouts", seed=seed, group_size=size)
 
 
 def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
+from evolve_dag import errors
 from evolve_dag.errors import EvolveError, StoreError
+from evolve_dag.secrecy import masker
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _READ_ONLY = frozenset({errno.EROFS})
@@ -40,6 +42,19 @@ def explained(error: BaseException) -> EvolveError:
                 f"a database is damaged: {one}", "`evolve doctor` names it; artifacts are files of their own and not touched"
             )
     return _unexpected(behind)
+
+
+def told(error: BaseException) -> dict[str, str]:
+    """An exception on its way to another process, as JSON values: :func:`explained`, without secrets."""
+    mask, found = masker(), explained(error)
+    return {"type": type(found).__name__, "what": mask(found.what), "remedy": mask(found.remedy)}
+
+
+def retold(values: Mapping[str, str]) -> EvolveError:
+    """The error that another process told; of the same type, where it is one of ours."""
+    kinds = {kind.__name__: kind for kind in (*vars(errors).values(), UnexpectedError) if isinstance(kind, type)}
+    kind = kinds.get(values["type"], EvolveError)
+    return (kind if issubclass(kind, EvolveError) else EvolveError)(values["what"], values["remedy"])
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:

@@ -5,6 +5,7 @@ Steps go on working on the local store, which is fast, atomic and locked. The mi
     files/<2 hex digits>/<sha256>                 content of files, named by its hash: the same bytes lie there once
     objects/<kind>/<digest>.json                  the manifest; written last, so nothing half-written is ever visible
     refs/<experiment>/<iteration>/<kind>.json     as in the local store
+    leases/<experiment>/<number>.json             which machine runs it (lease.py)
 
 *Out.* An artifact is sent when it is published, a ref when it is set, and never before the artifact it points to. What
 could not be sent waits in ``<store>/mirror/outbox`` for the next publication or for ``evolve mirror push``; a step never
@@ -20,8 +21,8 @@ of two refs the one set later wins, by the clocks of the machines that set them.
 two for a ref. A mirror that cannot be reached costs one attempt with its timeouts, then it is left alone for five minutes.
 
 Credentials come from where the protocol's own tools find them (``AWS_ACCESS_KEY_ID``..., a profile, a role;
-``AWS_ENDPOINT_URL`` for another server than Amazon's), never from the address. Locks are not mirrored: one machine at a
-time may run an experiment.
+``AWS_ENDPOINT_URL`` for another server than Amazon's), never from the address. One machine at a time may run an experiment,
+by a lease; where the mirror cannot be reached, a run begins without one, and says so.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from evolve_dag.store.disk import fsync_folder, pretty, write_atomic
 from evolve_dag.store.faults import disk_error, is_disk_error
 from evolve_dag.store.graph import named_by, reach
 from evolve_dag.store.layout import MANIFEST
+from evolve_dag.store.lease import Lease, holder_of
 from evolve_dag.store.locks import locked
 
 if TYPE_CHECKING:
@@ -168,6 +170,7 @@ class Mirror:
         self._retry_seconds = retry_seconds
         self._known = _Known()
         self._connection: _Connection | None = None
+        self._leases: dict[str, Lease] = {}
 
     def __repr__(self) -> str:
         return f"Mirror({self.url!r})"
@@ -232,6 +235,31 @@ class Mirror:
         if last is None or now - last >= self._refresh_seconds:
             self._known.refreshed[store.root] = now
             self._attempt(lambda: self._pull_refs(store), 0)
+
+    # -- who runs what
+
+    @contextlib.contextmanager
+    def leased(self, store: Store, experiment: str) -> Iterator[None]:
+        """Hold an experiment against other machines; without, where the mirror cannot be reached.
+
+        Raises:
+            ConcurrencyError: another machine holds it.
+        """
+        lease = Lease(_Objects(self), experiment, holder_of(store.root), self.url)
+        other = self._attempt(lease.acquire, None)
+        if other is not None:
+            raise lease.refusal(other)
+        self._leases[experiment] = lease
+        try:
+            yield
+        finally:
+            del self._leases[experiment]
+            self._attempt(lease.release, None)
+
+    def check_lease(self, experiment: str) -> None:
+        """Raises ConcurrencyError where this process held the experiment and another machine has taken over."""
+        if (lease := self._leases.get(experiment)) is not None:
+            lease.check()
 
     # -- what people ask for
 
@@ -603,6 +631,42 @@ class Mirror:
         self._known.quiet_until = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Objects:
+    """What a lease needs of a mirror."""
+
+    mirror: Mirror
+
+    def names(self, folder: str) -> Iterable[str]:
+        return self.mirror._list(folder)
+
+    def read(self, name: str) -> bytes | None:
+        return self.mirror._read(name)
+
+    def write(self, name: str, content: bytes) -> None:
+        self.mirror._write(name, content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        connection = self.mirror._connect()
+        target = f"{connection.root}/{name}"
+        try:
+            if connection.whole:
+                connection.files.pipe_file(target, content, mode="create")
+            else:
+                connection.files.makedirs(target.rpartition("/")[0], exist_ok=True)
+                with connection.files.open(target, "xb") as file:
+                    file.write(content)
+        except FileExistsError:
+            return False
+        return True
+
+    def remove(self, names: Iterable[str]) -> None:
+        connection = self.mirror._connect()
+        for name in names:
+            with contextlib.suppress(Exception):  # it is gone, or the key may not delete: both will do
+                connection.files.rm_file(f"{connection.root}/{name}")
+
+
 class MirroredStore(Store):
     """A store that object storage stands behind: what was made here is sent, what is not here is fetched.
 
@@ -652,7 +716,12 @@ class MirroredStore(Store):
             self.mirror.published(self.here, build.artifact)
 
     def set_ref(self, experiment: str, iteration: int, kind: str, digest: str, **facts: Any) -> Ref:
-        """As :meth:`Store.set_ref`; a ref that changed is sent."""
+        """As :meth:`Store.set_ref`; a ref that changed is sent.
+
+        Raises:
+            ConcurrencyError: another machine has taken the experiment over.
+        """
+        self.mirror.check_lease(experiment)
         before = None
         with contextlib.suppress(StoreError):  # a broken ref is mended by writing it anew
             before = super().ref(experiment, iteration, kind)
@@ -660,6 +729,12 @@ class MirroredStore(Store):
         if ref != before:
             self.mirror.referenced(self.here, ref)
         return ref
+
+    @contextlib.contextmanager
+    def lock(self, experiment: str) -> Iterator[None]:
+        """As :meth:`Store.lock`, against other machines too."""
+        with super().lock(experiment), self.mirror.leased(self.here, experiment):
+            yield
 
     def ref(self, experiment: str, iteration: int, kind: str) -> Ref | None:
         """The ref; what other machines set counts too."""

@@ -109,7 +109,7 @@ def test_an_installed_distribution_brings_a_part(tmp_path: Path, monkeypatch: py
 def test_every_choice_has_a_group() -> None:
     assert {group(choice) for choice in CHOICES} == {
         f"evolve_dag.{name}"
-        for name in ("environments", "verifiers", "selectors", "extractors", "divergences", "backends", "suites")
+        for name in ("environments", "verifiers", "selectors", "extractors", "divergences", "backends", "suites", "launchers")
     }
 
 

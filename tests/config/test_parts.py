@@ -120,3 +120,37 @@ def test_an_experiment_comes_back_from_its_json() -> None:
     for path in (p for p in (ROOT / "configs").glob("*.yaml") if not is_study(p)):
         e = load_experiment(path)
         assert Experiment.model_validate_json(e.model_dump_json()) == e
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("", ["in_process"] * 4),
+        ("subprocess", ["subprocess"] * 4),
+        ("{kind: ray, workers: 2}", ["ray"] * 4),
+        ("{adapter: subprocess}", ["in_process", "in_process", "subprocess", "in_process"]),
+        ("{kind: ray, adapter: {kind: subprocess}}", ["ray", "ray", "subprocess", "ray"]),
+    ],
+)
+def test_a_launcher_is_named_for_all_heavy_steps_or_by_step(tmp_path: Path, text: str, kinds: list[str]) -> None:
+    experiment = load(tmp_path, f"runtime: {{launcher: {text}}}" if text else "seed: 1")
+    launchers = experiment.runtime.launcher
+    assert [getattr(launchers, step).kind for step in ("trajectories", "contexts", "adapter", "scores")] == kinds
+    assert Experiment.model_validate(experiment.model_dump(mode="json")) == experiment  # as a worker gets it
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("slurm", "runtime.launcher.kind: should be 'in_process', 'subprocess', 'ray' or 'kubernetes', not 'slurm'"),
+        ("{adapter: slurm}", "runtime.launcher.adapter.kind: should be 'in_process'"),
+        ("{adaptr: ray}", "runtime.launcher.adaptr: unknown key (did you mean 'adapter'?)"),
+        ("{kind: kubernetes}", "runtime.launcher.image: missing"),
+        ("{kind: ray, wrkers: 2}", "runtime.launcher.wrkers: unknown key"),
+    ],
+)
+def test_a_mistake_about_a_launcher_is_told_once(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, f"runtime: {{launcher: {text}}}")
+    assert "1 mistake\n" in error.value.what
+    assert told in error.value.what

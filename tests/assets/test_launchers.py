@@ -1,0 +1,187 @@
+"""Heavy steps in a process of their own: the same digests, what goes wrong there is told here, nothing is left running.
+
+The worker's body is a stub (:data:`STUB`), for the model is not what is tested; process, messages and store are real.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from assets_helpers import FakeSteps, iteration, problems_of, write_config
+from dagster._core.errors import DagsterExecutionInterruptedError
+from evolve_dag.assets import handover, launchers, worker
+
+from evolve_dag.config import registry
+from evolve_dag.config.schema import Experiment
+from evolve_dag.errors import ConfigError, DataError, EvolveError
+from evolve_dag.steps import base
+from evolve_dag.store.artifacts import Store
+from evolve_dag.store.faults import UnexpectedError, retold, told
+
+STUB = """
+import os, sys, time
+import numpy as np, polars as pl
+from pathlib import Path
+from safetensors.numpy import save_file
+from evolve_dag.assets import worker
+from evolve_dag.errors import DataError
+from evolve_dag.steps import base
+
+def body(context):
+    (Path.cwd() / "worker.pid").write_text(str(os.getpid()))
+    journal = context.build.journal()
+    context.progress.start("training", 3)
+    for done in range(len(journal.records()), 3):
+        exec(os.environ.get("STUB", ""))
+        journal.append({"done": done})
+        context.progress.advance()
+    context.progress.finish()
+    curve = pl.DataFrame({"step": [0, 1], "loss": [0.5, 0.2], "skipped": [False, False]})
+    curve.write_parquet(context.build.path / "curve.parquet")
+    save_file({"weight": np.zeros(2, dtype=np.float32)}, context.build.path / "adapter_model.safetensors")
+    context.build.note(loss_first=0.5, loss_last=0.2)
+
+base._body = lambda name: body
+worker.main()
+"""
+SECRET = "Zq9vK2xWb7LmT4YpRg6N"
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Workers run :data:`STUB`; ``setenv("STUB", code)`` has them do something before each unit."""
+    monkeypatch.setattr(launchers, "ENTRY", ("-c", STUB))
+    return monkeypatch
+
+
+@pytest.fixture
+def experiment(place: Path) -> Experiment:
+    config = write_config(place / "configs/tiny.yaml", runtime={"launcher": {"adapter": "subprocess"}})
+    return registry.register(registry.default_store(), config)
+
+
+@pytest.fixture
+def due(fake: FakeSteps, experiment: Experiment, store: Store) -> None:
+    """All that the adapter is made from."""
+    for step in base.sources("adapter")[:-1]:
+        base.run_step(step.name, experiment, 1, store)
+
+
+def only_adapter(instance: dg.DagsterInstance) -> dg.ExecuteInProcessResult:
+    return iteration(instance, 1, only=["adapter"], check=False)
+
+
+def runs(process: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    return False
+
+
+def test_a_worker_makes_the_artifact_that_this_process_would(
+    due: None, stub: pytest.MonkeyPatch, fake: FakeSteps, experiment: Experiment, instance: dg.DagsterInstance, store: Store
+) -> None:
+    before = list(fake.ran)
+    result = only_adapter(instance)
+    assert fake.ran == before
+    [made] = [m for m in result.asset_materializations_for_node("adapter") if m.label == "adapter"]
+    assert made.metadata["recomputed"].value is True
+    ref = store.ref("tiny", 1, "adapter")
+    assert ref is not None
+    assert ref.facts["recomputed"] is True
+    here = experiment.model_copy(update={"runtime": Experiment(experiment="x").runtime})
+    assert base.resolve("adapter", here, 1, store).digest == ref.digest == made.tags["dagster/data_version"]
+    said = [entry.user_message for entry in instance.all_logs(result.run_id)]
+    assert "training: 3 of 3" in said
+
+
+def test_what_goes_wrong_there_is_told_here_without_secrets(
+    due: None, stub: pytest.MonkeyPatch, instance: dg.DagsterInstance
+) -> None:
+    stub.setenv("SOME_API_KEY", SECRET)
+    stub.setenv("STUB", f"raise DataError('rows.jsonl: line 3: {SECRET} is no number', 'mend the line')")
+    result = only_adapter(instance)
+    assert problems_of(result) == "rows.jsonl: line 3: *** is no number\n  remedy: mend the line"
+    told_of = "\n".join(f"{entry.user_message}{entry.dagster_event}" for entry in instance.all_logs(result.run_id))
+    assert SECRET not in told_of
+
+
+def test_a_killed_worker_is_told_plainly_and_the_next_goes_on_from_its_journal(
+    due: None, stub: pytest.MonkeyPatch, instance: dg.DagsterInstance, store: Store
+) -> None:
+    stub.setenv("STUB", "done == 2 and os.kill(os.getpid(), 9)")
+    problem = problems_of(only_adapter(instance))
+    assert "adapter[tiny|01]: its worker ended without a word: ChildProcessError: killed by SIGKILL" in problem
+    assert "it goes on from its journal" in problem
+    stub.setenv("STUB", "assert done == 2")
+    assert only_adapter(instance).success
+    assert next(store.artifacts("adapter")).manifest.resumed
+
+
+def test_an_interrupted_run_ends_its_worker(
+    due: None, stub: pytest.MonkeyPatch, instance: dg.DagsterInstance, place: Path
+) -> None:
+    stub.setenv("STUB", "time.sleep(60)")
+
+    def interrupt() -> None:
+        while not (place / "worker.pid").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(DagsterExecutionInterruptedError):
+        iteration(instance, 1, only=["adapter"])
+    assert not runs(int((place / "worker.pid").read_text()))
+
+
+def test_a_worker_whose_parent_is_gone_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[Any] = []
+    monkeypatch.setattr(worker.signal, "pthread_kill", lambda thread, number: ended.append(number))
+    monkeypatch.setattr(worker.os, "_exit", ended.append)
+    monkeypatch.setattr(worker, "PATIENCE_SECONDS", 0.0)
+    worker._end_with(parent=0)
+    assert ended == [signal.SIGTERM, 1]
+
+
+def test_a_machine_that_would_make_something_else_refuses(fake: FakeSteps, experiment: Experiment, store: Store) -> None:
+    made = base.run_step("policy", experiment, 1, store).artifact
+    order = {"step": "trajectories", "iteration": 1, "experiment": experiment.model_dump(mode="json")}
+    order |= {"store": str(store.root), "digest": made.digest}
+    with pytest.raises(ConfigError, match=f"this machine would make .*, and {made.digest[:12]} is asked for"):
+        worker.make(order, base.Silent())
+    assert fake.ran == ["policy[tiny|01]"]
+
+
+def test_a_launcher_that_cannot_start_a_worker_says_so(due: None, place: Path, instance: dg.DagsterInstance) -> None:
+    write_config(place / "configs/tiny.yaml", runtime={"launcher": {"adapter": {"kind": "subprocess", "python": "/no/python"}}})
+    problem = problems_of(only_adapter(instance))
+    assert "adapter[tiny|01]: launcher subprocess could not start a worker: FileNotFoundError" in problem
+
+
+def test_what_a_launcher_needs_is_looked_at_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Experiment.model_validate({"experiment": "x", "runtime": {"launcher": "ray"}})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"runtime.launcher.trajectories: ray needs dagster_ray") as missing:
+        handover.check(ray)
+    assert missing.value.remedy == "pip install 'evolve-dag[ray]'"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(ConfigError, match="may make the step on another machine, and EVOLVE_MIRROR is not set"):
+        handover.check(ray)
+    monkeypatch.setenv("EVOLVE_MIRROR", "file:///net/share")
+    handover.check(ray)
+
+
+@pytest.mark.parametrize("error", [DataError("x: wrong", "mend x"), EvolveError("y"), ValueError("z")])
+def test_an_error_comes_back_as_it_was_told(error: Exception) -> None:
+    again = retold(told(error))
+    assert type(again) is (type(error) if isinstance(error, EvolveError) else UnexpectedError)
+    if isinstance(error, EvolveError):
+        assert (again.what, again.remedy) == (error.what, error.remedy)
