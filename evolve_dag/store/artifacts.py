@@ -479,6 +479,7 @@ class Store:
         """
         _check_name(EXPERIMENT, experiment, "experiment")
         with locked(self.root, f"experiment-{experiment}", f"experiment {experiment!r} is being run", 0.0):
+            self._sweep()  # here too: a run that finds everything builds nothing
             yield
 
     # -- inside

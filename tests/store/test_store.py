@@ -570,6 +570,9 @@ def test_locks_of_what_is_published_go_and_those_of_what_is_not_stay(store: Stor
         assert {path.name for path in locks.iterdir()} == left
         discard(store.root, f"build-scores-{other}")
         assert {path.name for path in locks.iterdir()} == left, "it is held"
+    (locks / f"build-scores-{other}.holder").write_text("{}")  # killed when all that was left to do was to go
+    with store.lock("pocket"):
+        assert {path.stem for path in locks.iterdir()} == {f"build-contexts-{begun}", "experiment-pocket"}
 
 
 @pytest.mark.parametrize("change", [1, 2])
