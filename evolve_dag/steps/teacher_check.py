@@ -65,9 +65,11 @@ def check(
 ) -> Checked:
     """Compare teacher and student. One side of it is there already: the teacher's rollouts, or the student's with the views of
     the teacher. The other is made of the training tasks, or of as many as the check may cost."""
+    if source is None:
+        return Checked(UNCHECKED)
     experiment, settings = context.experiment, context.experiment.teacher_check
-    if source is None or not settings.enabled:
-        return Checked(UNCHECKED if source is None else TeacherCheck(None, note="switched off (teacher_check.enabled)"))
+    if not settings.enabled:
+        return Checked(TeacherCheck(None, note="switched off (teacher_check.enabled)"))
     tasks = _looked_at(experiment, split.tasks)
     names = {task.id for task in tasks}
     there = [t for t in trajectories if t.task_id in names]
