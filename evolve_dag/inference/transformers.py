@@ -2,7 +2,8 @@
 
 Calls that wait are gathered into *rounds*. A round computes, for every call, what its prompt has more than
 what its session already holds, then samples all answers together. What comes out of a call depends on its
-prompt and seed alone, not on its company (up to rounding).
+prompt and seed alone, not on its company (up to rounding); so calls that agree in both are computed once, as where an episode
+with experience has not parted yet from the one without.
 """
 
 from __future__ import annotations
@@ -68,6 +69,13 @@ class _Call:
     """Most tokens to sample."""
     guide: Guide | None = None
     """Holds the answer to its schema."""
+
+    @property
+    def decided_by(self) -> object:
+        """All that its answer follows from, so calls that agree in it are answered once. One with a guide is its own."""
+        how = self.request.sampling
+        seed = how.seed if how.temperature > 0 else 0
+        return (self.ids.tobytes(), self.limit, how.temperature, how.top_p, seed) if self.guide is None else id(self)
 
 
 class TransformersModel:
@@ -318,8 +326,11 @@ class TransformersModel:
             self._pool.release(self._released.popleft())
         if self._threads is not None and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
+        firsts: dict[object, _Call] = {}
+        for call in calls:
+            firsts.setdefault(call.decided_by, call)
         results: list[Completion | ModelError] = []
-        rest = calls
+        rest = list(firsts.values())
         while rest:
             part = rest[: self._pool.rows_allowed(max(len(call.ids) + call.limit for call in rest))]
             rest = rest[len(part) :]
@@ -335,7 +346,8 @@ class TransformersModel:
                     self._pool.release(call.session)
         self.counters.rounds += 1
         self._last_round = time.perf_counter() - begun
-        return results
+        found = dict(zip(firsts, results, strict=True))
+        return [found[call.decided_by] for call in calls]
 
     def _compute(self, model: PreTrainedModel, calls: list[_Call]) -> list[Completion | ModelError]:
         begun = time.perf_counter()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-from evolve_dag.agent.rollouts import gather_rollouts
+from evolve_dag.agent.rollouts import Condition, gather_conditions
 from evolve_dag.config.parts import part_of
 from evolve_dag.evaluation.gate import LEAST_JUDGED
 from evolve_dag.inference.backends import identity, open_backend, open_transformers
@@ -146,36 +147,56 @@ def roll_out(
     temperature: float | None = None,
     journal: str | None = None,
 ) -> list[Trajectory]:
-    """Rollouts of all tasks of ``split``, resumed from the step's journal ``label``.
+    """Rollouts of all tasks of ``split``, resumed from the step's journal ``label``."""
+    rollouts = Rollouts(label, split, seed, group_size, experience, temperature, journal)
+    (trajectories,) = roll_out_together(context, [rollouts], model)
+    return trajectories
 
-    Args:
-        temperature: in place of the experiment's; 0 is argmax.
-    """
-    experiment = context.experiment
-    settings = experiment.rollout
-    if temperature is not None:
-        settings = settings.model_copy(update={"temperature": temperature})
-    if isinstance(split.environment, Checked):
-        split.environment.check()
-    context.progress.start(label, len(split.tasks) * group_size)
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """What a step wants rolled out."""
+
+    label: str
+    """For who watches."""
+    split: Split
+    seed: int
+    group_size: int
+    experience: ExperienceSource | None = None
+    temperature: float | None = None
+    """In place of the experiment's; 0 is argmax."""
+    journal: str | None = None
+    """Name of the journal; None: that of the label."""
+
+
+def roll_out_together(context: StepContext, wanted: Sequence[Rollouts], model: Any) -> list[list[Trajectory]]:
+    """Rollouts of several conditions by one policy, side by side, each resumed from its own journal."""
+    runtime = context.experiment.runtime
+    context.progress.start(", ".join(one.label for one in wanted), sum(len(one.split.tasks) * one.group_size for one in wanted))
     try:
-        return context.roles.run(
-            gather_rollouts(
-                split.tasks,
-                group_size,
-                model=model,
-                environment=split.environment,
-                verifier=split.verifier,
-                settings=settings,
-                seed=seed,
-                concurrency=experiment.runtime.concurrency,
-                experience=experience,
-                journal=context.build.journal(journal or label.replace(" ", "_")),
-                on_done=lambda _: context.progress.advance(),
-            )
-        )
+        conditions = [_condition(context, one) for one in wanted]
+        return context.roles.run(gather_conditions(conditions, model=model, concurrency=runtime.concurrency))
     finally:
         context.progress.finish()
+
+
+def _condition(context: StepContext, wanted: Rollouts) -> Condition:
+    settings, split = context.experiment.rollout, wanted.split
+    if wanted.temperature is not None:
+        settings = settings.model_copy(update={"temperature": wanted.temperature})
+    if isinstance(split.environment, Checked):
+        split.environment.check()
+    return Condition(
+        split.tasks,
+        wanted.group_size,
+        split.environment,
+        split.verifier,
+        settings,
+        wanted.seed,
+        wanted.experience,
+        context.build.journal(wanted.journal or wanted.label.replace(" ", "_")),
+        lambda _: context.progress.advance(),
+    )
 
 
 def by_id(tasks: Sequence[Task]) -> dict[str, Task]:

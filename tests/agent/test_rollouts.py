@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from worlds import ANSWER, SEARCH, Exact, World
 
-from evolve_dag.agent.rollouts import episode_seed, gather_rollouts, run_rollouts
+from evolve_dag.agent.rollouts import Condition, episode_seed, gather_conditions, gather_rollouts, run_rollouts
 from evolve_dag.config.schema import RolloutSettings
 from evolve_dag.errors import DataError
 from evolve_dag.inference.scripted import ScriptedModel
@@ -182,3 +182,24 @@ def test_episode_seeds_are_stable_and_differ() -> None:
     seeds = {episode_seed(seed, f"t{task}", rollout) for seed in range(5) for task in range(50) for rollout in range(4)}
     assert len(seeds) == 1000
     assert max(seeds) < 2**63
+
+
+def test_conditions_start_task_by_task_and_come_back_apart() -> None:
+    asked: list[tuple[str, float]] = []
+
+    class Noting(ScriptedModel):
+        async def generate(self, request: Any) -> Any:
+            asked.append((request.messages[1].content, request.sampling.temperature))
+            return await super().generate(request)
+
+    shared = {key: value for key, value in arguments(Noting(two_steps)).items() if key not in ("model", "concurrency")}
+    journal = ListJournal()
+    warm = Condition(TASKS, 2, **shared, journal=journal)
+    cold = Condition(TASKS, 1, **shared | {"settings": RolloutSettings(temperature=0.0)})
+    first, second = asyncio.run(gather_conditions([warm, cold], model=Noting(two_steps), concurrency=3))
+    assert {question for question, _ in asked[:3]} == {"question 0?"}
+    assert sorted(temperature for _, temperature in asked[:3]) == [0.0, 1.0, 1.0]
+    assert [t.id for t in first] == [f"t{n}#{r}" for n in range(5) for r in range(2)]
+    assert [t.id for t in second] == [f"t{n}#0" for n in range(5)]
+    assert len(journal.records()) == 10
+    assert asyncio.run(gather_conditions([], model=ScriptedModel(two_steps), concurrency=3)) == []
