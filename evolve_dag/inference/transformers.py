@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -141,7 +141,7 @@ class TransformersModel:
             merge: add adapters into the weights (unmerged they cost 20-37% of a rollout's time).
             threads: CPU threads of a forward pass; None leaves torch's setting.
             max_batch: most calls of one round.
-            cache_bytes: memory for keys and values; None takes a quarter of what is free, 2 GiB at most on a CPU.
+            cache_bytes: memory for keys and values; None takes a quarter of what is available, 2 GiB at most on a CPU.
 
         Raises:
             ModelError: model, tokenizer or adapter cannot be read, or do not fit each other.
@@ -651,8 +651,8 @@ def _cache_budget(config: Any, dtype: torch.dtype, device: torch.device, cache_b
         if device.type == "cuda":
             cache_bytes = torch.cuda.mem_get_info(device)[0] // 4
         else:
-            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 2**32
-            cache_bytes = min(free // 4, 2**31)
+            # Not what is free: files that the system keeps in memory for speed make room.
+            cache_bytes = min(psutil.virtual_memory().available // 4, 2**31)
     return max(1, cache_bytes // bytes_per_token(config, dtype))
 
 

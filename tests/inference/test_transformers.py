@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import naive
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from evolve_dag.errors import ContextOverflowError, ModelError
 from evolve_dag.inference import transformers as backend
 from evolve_dag.inference.chat import ChatFormat
+from evolve_dag.inference.kv import bytes_per_token
 from evolve_dag.inference.recording import distribution
 from evolve_dag.inference.transformers import TransformersModel, uniforms
 from evolve_dag.protocols import Completion, LanguageModel, Request, Sampling
@@ -251,6 +253,14 @@ def test_scarce_memory_evicts_and_stays_right(qwen3: PreTrainedModel, chat: Chat
                 Message("tool", "none " * 3),
             )
     assert model._pool.slots * model._pool.columns <= 3 * 128 * 2  # a round of one longer session may exceed it
+
+
+def test_memory_that_the_system_would_give_back_counts(qwen3: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=4_000_000, free=4))
+    cpu = torch.device("cpu")
+    assert backend._cache_budget(qwen3.config, torch.float32, cpu, None) == 1_000_000 // bytes_per_token(
+        qwen3.config, torch.float32
+    )
 
 
 def test_new_sessions_share_what_they_start_with(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
