@@ -8,7 +8,6 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -110,26 +109,18 @@ def put_fault(step: str, where: str, name: str) -> None:
 
 def count_draws(path: Path) -> None:
     """Write down every rollout that is drawn, with its journal, and whether that journal had it."""
-    from evolve_dag.agent import rollouts
-    from evolve_dag.steps import adapter, policies
+    from evolve_dag.agent.rollouts import Condition, episode_seed
 
-    journal_now: ContextVar[Path] = ContextVar("journal_now")
-    gather, episode = rollouts.gather_rollouts, rollouts.run_episode
+    real = Condition.run
 
-    async def gather_rollouts(*args: Any, **kwargs: Any) -> Any:
-        journal_now.set(kwargs["journal"].path)
-        return await gather(*args, **kwargs)
-
-    async def run_episode(task: Any, rollout: int, **kwargs: Any) -> Any:
-        journal = journal_now.get()
-        kind = "again" if _holds(journal, task.id, rollout, kwargs["seed"]) else "drawn"
+    async def run(condition: Condition, task: Any, rollout: int) -> Any:
+        journal = condition.journal.path
+        kind = "again" if _holds(journal, task.id, rollout, episode_seed(condition.seed, task.id, rollout)) else "drawn"
         with path.open("a") as file:
             file.write(f"{kind} {journal.relative_to(journal.parents[3])} {task.id} {rollout}\n")
-        return await episode(task, rollout, **kwargs)
+        return await real(condition, task, rollout)
 
-    rollouts.run_episode = run_episode
-    for module in (rollouts, adapter, policies):  # each has its own name for it
-        module.gather_rollouts = gather_rollouts
+    Condition.run = run
 
 
 def _holds(journal: Path, task: str, rollout: int, seed: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evolve_dag.agent.loop import run_episode
@@ -29,6 +30,74 @@ def episode_seed(seed: int, task_id: str, rollout: int) -> int:
     return stable_hash("episode", seed, task_id, rollout)
 
 
+def played_here(
+    model: LanguageModel,
+    environment: Environment | StatefulEnvironment,
+    verifier: Verifier,
+    settings: RolloutSettings,
+    experience: ExperienceSource | None = None,
+) -> PlayEpisode:
+    """Episodes that are played in this process."""
+
+    async def play(task: Task, rollout: int, seed: int) -> Trajectory:
+        return await run_episode(
+            task,
+            rollout,
+            model=model,
+            environment=environment,
+            verifier=verifier,
+            settings=settings,
+            seed=seed,
+            experience=experience,
+        )
+
+    return play
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """Rollouts of some tasks that are played in the same way from the same seed."""
+
+    tasks: Sequence[Task]
+    group_size: int
+    """Rollouts of each task."""
+    play: PlayEpisode
+    """Plays one, here or elsewhere."""
+    seed: int
+    journal: Journal | None = None
+    """Every finished trajectory is appended before it counts as done; what the journal already holds for the same task,
+    rollout and seed is not run again. Failed rollouts count as done."""
+    on_done: Callable[[Trajectory], None] | None = None
+    """Called once per trajectory, for those from the journal as well."""
+
+    def jobs(self) -> list[tuple[Task, int]]:
+        """Every rollout to be made, group by group.
+
+        Raises:
+            DataError: two tasks share an id.
+        """
+        repeated = [name for name, count in Counter(task.id for task in self.tasks).items() if count > 1]
+        if repeated:
+            raise DataError(f"{len(repeated)} task ids appear twice, e.g. {repeated[0]!r}", "give every task its own id")
+        return [(task, rollout) for task in self.tasks for rollout in range(self.group_size)]
+
+    def earlier(self, jobs: Sequence[tuple[Task, int]]) -> list[Trajectory | None]:
+        """Of each job what the journal holds, if anything."""
+        done = _from_journal(self.journal)
+        return [done.get((task.id, rollout, episode_seed(self.seed, task.id, rollout))) for task, rollout in jobs]
+
+    async def run(self, task: Task, rollout: int) -> Trajectory:
+        """One episode, in the journal when it returns."""
+        trajectory = await self.play(task, rollout, episode_seed(self.seed, task.id, rollout))
+        _to_journal(self.journal, trajectory)
+        return trajectory
+
+    def tell(self, trajectory: Trajectory) -> None:
+        """Call :attr:`on_done`."""
+        if self.on_done is not None:
+            self.on_done(trajectory)
+
+
 async def gather_rollouts(
     tasks: Sequence[Task],
     group_size: int,
@@ -44,77 +113,43 @@ async def gather_rollouts(
     on_done: Callable[[Trajectory], None] | None = None,
     greedy: bool = False,
 ) -> list[Trajectory]:
-    """:func:`gather_episodes` that are played in this process.
-
-    Args:
-        greedy: argmax in place of the settings' temperature.
-    """
+    """:func:`gather_conditions` for one that is played in this process; ``greedy`` is argmax in place of the settings'
+    temperature."""
     if greedy:
         settings = settings.model_copy(update={"temperature": 0.0})
-
-    async def play(task: Task, rollout: int, seed: int) -> Trajectory:
-        return await run_episode(
-            task,
-            rollout,
-            model=model,
-            environment=environment,
-            verifier=verifier,
-            settings=settings,
-            seed=seed,
-            experience=experience,
-        )
-
-    return await gather_episodes(tasks, group_size, play, seed=seed, concurrency=concurrency, journal=journal, on_done=on_done)
+    play = played_here(model, environment, verifier, settings, experience)
+    (trajectories,) = await gather_conditions([Condition(tasks, group_size, play, seed, journal, on_done)], concurrency)
+    return trajectories
 
 
-async def gather_episodes(
-    tasks: Sequence[Task],
-    group_size: int,
-    play: PlayEpisode,
-    *,
-    seed: int,
-    concurrency: int,
-    journal: Journal | None = None,
-    on_done: Callable[[Trajectory], None] | None = None,
-) -> list[Trajectory]:
-    """Play ``group_size`` episodes of each task, at most ``concurrency`` at a time.
+async def gather_conditions(conditions: Sequence[Condition], concurrency: int) -> list[list[Trajectory]]:
+    """Roll out all conditions, at most ``concurrency`` episodes at a time.
 
-    Args:
-        play: plays one, here or elsewhere.
-        journal: every finished trajectory is appended before it counts as done; what the journal already
-            holds for the same task, rollout and seed is not run again. Failed rollouts count as done.
-        on_done: called once per trajectory, for those from the journal as well.
+    The episodes of one task start together whatever their condition: as long as they ask the same, a model that answers many
+    calls at once can answer once.
 
     Returns:
-        Trajectories in the order of the tasks, then of the rollouts, however they finished.
+        Of each condition its trajectories in the order of the tasks, then of the rollouts, however they finished.
 
     Raises:
-        DataError: two tasks share an id.
+        DataError: two tasks of a condition share an id.
     """
-    repeated = [name for name, count in Counter(task.id for task in tasks).items() if count > 1]
-    if repeated:
-        raise DataError(f"{len(repeated)} task ids appear twice, e.g. {repeated[0]!r}", "give every task its own id")
-    jobs = [(task, rollout) for task in tasks for rollout in range(group_size)]
-    done = _from_journal(journal)
-    results: list[Trajectory | None] = []
-    for task, rollout in jobs:
-        earlier = done.get((task.id, rollout, episode_seed(seed, task.id, rollout)))
-        results.append(earlier)
-        if earlier is not None and on_done is not None:
-            on_done(earlier)
-    waiting = iter([position for position, result in enumerate(results) if result is None])
+    jobs = [condition.jobs() for condition in conditions]
+    results = [condition.earlier(own) for condition, own in zip(conditions, jobs, strict=True)]
+    for condition, own in zip(conditions, results, strict=True):
+        for trajectory in own:
+            if trajectory is not None:
+                condition.tell(trajectory)
+    missing = [(at, number) for number, own in enumerate(results) for at, result in enumerate(own) if result is None]
+    waiting = iter(sorted(missing, key=lambda job: job[0] / conditions[job[1]].group_size))
 
     async def work() -> None:
-        for position in waiting:  # shared by all workers: each takes the next free position
-            task, rollout = jobs[position]
-            trajectory = await play(task, rollout, episode_seed(seed, task.id, rollout))
-            _to_journal(journal, trajectory)
-            results[position] = trajectory
-            if on_done is not None:
-                on_done(trajectory)
+        for at, number in waiting:  # shared by all workers: each takes the next free position
+            trajectory = await conditions[number].run(*jobs[number][at])
+            results[number][at] = trajectory
+            conditions[number].tell(trajectory)
 
-    count = min(max(1, concurrency), sum(result is None for result in results))
-    workers = [asyncio.create_task(work()) for _ in range(count)]
+    workers = [asyncio.create_task(work()) for _ in range(min(max(1, concurrency), len(missing)))]
     try:
         await asyncio.gather(*workers)
     finally:
@@ -123,7 +158,7 @@ async def gather_episodes(
         for worker in workers:
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
-    return [result for result in results if result is not None]
+    return [[result for result in own if result is not None] for own in results]
 
 
 def _from_journal(journal: Journal | None) -> dict[tuple[str, int, int], Trajectory]:

@@ -261,7 +261,11 @@ class _Run:
         """That and where passes were halved; '' as long as memory was enough."""
         self.parameters = {name: one for name, one in wrapped.named_parameters() if one.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay
+            self.parameters.values(),
+            lr=settings.learning_rate,
+            betas=BETAS,
+            weight_decay=settings.weight_decay,
+            foreach=True,  # the same bytes as one matrix after the other, in half the time
         )
         self.curve: list[CurvePoint] = []
         self.round = 0

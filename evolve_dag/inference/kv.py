@@ -15,6 +15,8 @@ import torch
 from transformers.cache_utils import Cache
 
 _COLUMN_STEP = 128
+_ROOM = 4
+"""Steps that a slab grows by where memory allows: growing copies everything, and touches as much memory anew."""
 
 
 def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
@@ -74,7 +76,7 @@ class SlotPool:
 
     def prepare(self, sessions: Collection[str], length: int) -> None:
         """Make room for one slot per session of ``sessions``, each ``length`` tokens long."""
-        columns = self._columns_for(length)
+        columns = self._roomy(self._columns_for(length), len(sessions))
         held = [i for i, owner in enumerate(self.owners) if owner in sessions]
         missing = len(sessions) - len(held)
         allowed = max(len(sessions), self.budget // columns)
@@ -139,6 +141,12 @@ class SlotPool:
     def _columns_for(self, length: int) -> int:
         rounded = -(-length // _COLUMN_STEP) * _COLUMN_STEP
         return min(max(rounded, self.columns), self.max_columns)
+
+    def _roomy(self, columns: int, rows: int) -> int:
+        """More than ``columns`` where the slab has to grow and ``rows``, and as many again, would still fit."""
+        room = _ROOM * _COLUMN_STEP
+        wide = min(-(-columns // room) * room, self.max_columns)
+        return wide if columns > self.columns and 2 * max(rows, self.slots) * wide <= self.budget else columns
 
     def _shared(self, slot: int, ids: np.ndarray) -> int:
         return int(_leading(self.ids[slot : slot + 1, : len(ids)] == ids[: self.columns], len(ids))[0])

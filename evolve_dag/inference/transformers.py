@@ -2,7 +2,8 @@
 
 Calls that wait are gathered into *rounds*. A round computes, for every call, what its prompt has more than
 what its session already holds, then samples all answers together. What comes out of a call depends on its
-prompt and seed alone, not on its company (up to rounding).
+prompt and seed alone, not on its company (up to rounding); so calls that agree in both are computed once, as where an episode
+with experience has not parted yet from the one without.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -69,6 +70,13 @@ class _Call:
     """Most tokens to sample."""
     guide: Guide | None = None
     """Holds the answer to its schema."""
+
+    @property
+    def decided_by(self) -> object:
+        """All that its answer follows from, so calls that agree in it are answered once. One with a guide is its own."""
+        how = self.request.sampling
+        seed = how.seed if how.temperature > 0 else 0
+        return (self.ids.tobytes(), self.limit, how.temperature, how.top_p, seed) if self.guide is None else id(self)
 
 
 class TransformersModel:
@@ -134,7 +142,7 @@ class TransformersModel:
             merge: add adapters into the weights (unmerged they cost 20-37% of a rollout's time).
             threads: CPU threads of a forward pass; None leaves torch's setting.
             max_batch: most calls of one round.
-            cache_bytes: memory for keys and values; None takes a quarter of what is free, 2 GiB at most on a CPU.
+            cache_bytes: memory for keys and values; None takes a quarter of what is available, 2 GiB at most on a CPU.
 
         Raises:
             ModelError: model, tokenizer or adapter cannot be read, or do not fit each other.
@@ -319,8 +327,11 @@ class TransformersModel:
             self._pool.release(self._released.popleft())
         if self._threads is not None and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
+        firsts: dict[object, _Call] = {}
+        for call in calls:
+            firsts.setdefault(call.decided_by, call)
         results: list[Completion | ModelError] = []
-        rest = calls
+        rest = list(firsts.values())
         while rest:
             part = rest[: self._pool.rows_allowed(max(len(call.ids) + call.limit for call in rest))]
             rest = rest[len(part) :]
@@ -336,7 +347,8 @@ class TransformersModel:
                     self._pool.release(call.session)
         self.counters.rounds += 1
         self._last_round = time.perf_counter() - begun
-        return results
+        found = dict(zip(firsts, results, strict=True))
+        return [found[call.decided_by] for call in calls]
 
     def _compute(self, model: PreTrainedModel, calls: list[_Call]) -> list[Completion | ModelError]:
         begun = time.perf_counter()
@@ -640,8 +652,8 @@ def _cache_budget(config: Any, dtype: torch.dtype, device: torch.device, cache_b
         if device.type == "cuda":
             cache_bytes = torch.cuda.mem_get_info(device)[0] // 4
         else:
-            free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 2**32
-            cache_bytes = min(free // 4, 2**31)
+            # Not what is free: files that the system keeps in memory for speed make room.
+            cache_bytes = min(psutil.virtual_memory().available // 4, 2**31)
     return max(1, cache_bytes // bytes_per_token(config, dtype))
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-from evolve_dag.agent.rollouts import gather_episodes, gather_rollouts
+from evolve_dag.agent.rollouts import Condition, gather_conditions, played_here
 from evolve_dag.config.parts import part_of
 from evolve_dag.errors import PartError
 from evolve_dag.evaluation.gate import LEAST_JUDGED
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from evolve_dag.protocols import ExperienceSource
     from evolve_dag.steps.body import Playing, RolloutWorkers, StepContext
     from evolve_dag.store.artifacts import Artifact, Store
+    from evolve_dag.store.journal import Journal
     from evolve_dag.tasks.suites import Split
 
 Model = TypeVar("Model", bound=LanguageModel)
@@ -162,36 +163,57 @@ def roll_out(
     temperature: float | None = None,
     journal: str | None = None,
 ) -> list[Trajectory]:
-    """Rollouts of all tasks of ``split``, resumed from the step's journal ``label``.
+    """Rollouts of all tasks of ``split``, resumed from the step's journal ``label``."""
+    rollouts = Rollouts(label, split, seed, group_size, experience, temperature, journal)
+    (trajectories,) = roll_out_together(context, [rollouts], model)
+    return trajectories
 
-    Args:
-        temperature: in place of the experiment's; 0 is argmax.
-    """
-    experiment = context.experiment
-    settings = experiment.rollout
-    if temperature is not None:
-        settings = settings.model_copy(update={"temperature": temperature})
-    if isinstance(split.environment, Checked):
-        split.environment.check()
-    context.progress.start(label, len(split.tasks) * group_size)
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """What a step wants rolled out."""
+
+    label: str
+    """For who watches."""
+    split: Split
+    seed: int
+    group_size: int
+    experience: ExperienceSource | None = None
+    temperature: float | None = None
+    """In place of the experiment's; 0 is argmax."""
+    journal: str | None = None
+    """Name of the journal; None: that of the label."""
+
+
+def roll_out_together(context: StepContext, wanted: Sequence[Rollouts], model: Any) -> list[list[Trajectory]]:
+    """Rollouts of several conditions by one policy, side by side, each resumed from its own journal."""
+    runtime = context.experiment.runtime
+    context.progress.start(", ".join(one.label for one in wanted), sum(len(one.split.tasks) * one.group_size for one in wanted))
     try:
-        return context.roles.run(
-            gather_rollouts(
-                split.tasks,
-                group_size,
-                model=model,
-                environment=split.environment,
-                verifier=split.verifier,
-                settings=settings,
-                seed=seed,
-                concurrency=experiment.runtime.concurrency,
-                experience=experience,
-                journal=context.build.journal(journal or label.replace(" ", "_")),
-                on_done=lambda _: context.progress.advance(),
-            )
-        )
+        conditions = [_condition(context, one, model) for one in wanted]
+        return context.roles.run(gather_conditions(conditions, runtime.concurrency))
     finally:
         context.progress.finish()
+
+
+def _condition(context: StepContext, wanted: Rollouts, model: LanguageModel) -> Condition:
+    settings, split = context.experiment.rollout, wanted.split
+    if wanted.temperature is not None:
+        settings = settings.model_copy(update={"temperature": wanted.temperature})
+    if isinstance(split.environment, Checked):
+        split.environment.check()
+    return Condition(
+        split.tasks,
+        wanted.group_size,
+        played_here(model, split.environment, split.verifier, settings, wanted.experience),
+        wanted.seed,
+        _journal(context, wanted.journal or wanted.label),
+        lambda _: context.progress.advance(),
+    )
+
+
+def _journal(context: StepContext, name: str) -> Journal:
+    return context.build.journal(name.replace(" ", "_"))
 
 
 async def with_teacher_views(trajectories: Sequence[Trajectory], source: ExperienceSource | None) -> list[Trajectory]:
@@ -226,17 +248,9 @@ def fan_out(
     context.progress.start(label, len(tasks) * group_size)
     try:
         with workers.open(playing, context.roles.ledger) as (play, concurrency):
-            return context.roles.run(
-                gather_episodes(
-                    tasks,
-                    group_size,
-                    play,
-                    seed=seed,
-                    concurrency=concurrency,
-                    journal=context.build.journal(label),
-                    on_done=lambda _: context.progress.advance(),
-                )
-            )
+            condition = Condition(tasks, group_size, play, seed, _journal(context, label), lambda _: context.progress.advance())
+            (trajectories,) = context.roles.run(gather_conditions([condition], concurrency))
+            return trajectories
     finally:
         context.progress.finish()
 

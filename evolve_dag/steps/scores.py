@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.config.schema import Experiment
@@ -25,13 +25,14 @@ from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import (
     INJECTION_KEYS,
     TASK_KEYS,
+    Rollouts,
     adapter_folder,
     by_id,
     checked_pool,
     experience_source,
     judged,
     open_policy,
-    roll_out,
+    roll_out_together,
     selector_statistics,
     without_choice,
 )
@@ -43,7 +44,7 @@ from evolve_dag.tasks.suites import Split, check_disjoint, load_split
 
 if TYPE_CHECKING:
     from evolve_dag.experience.pool import Pool
-    from evolve_dag.protocols import LanguageModel
+    from evolve_dag.protocols import ExperienceSource
 
 DEVELOPMENT = OF_CANDIDATE, OF_BEST = "development_candidate", "development_best"
 """Conditions that the gate compares: the candidate, and the best champion so far."""
@@ -91,71 +92,68 @@ Episodes = dict[str, list[Trajectory]]
 """Condition -> its rollouts."""
 
 
-@dataclass
-class _Rollouts:
-    """Rolls out under one condition after the other."""
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One condition."""
 
-    context: StepContext
-    splits: Mapping[str, Split]
-    episodes: Episodes = field(default_factory=dict)
-
-    def evaluate(self, model: LanguageModel, condition: str, temperature: float | None = None, **how: Any) -> None:
-        """Roll out the tasks of a condition; development tasks under draws of this iteration's own."""
-        settings = self.context.experiment.evaluation
-        fresh = (self.context.iteration,) if condition in DEVELOPMENT else ()
-        self.episodes[condition] = roll_out(
-            self.context,
-            self.splits[_split_of(condition)],
-            model,
-            label=condition.replace("_", " "),
-            seed=stable_hash("evaluation", settings.seed, *fresh),
-            group_size=1 if temperature == 0 else settings.rollouts,  # argmax says the same each time
-            temperature=temperature,
-            **how,
-        )
+    condition: str
+    adapter: str | None
+    """Digest of whose episodes they are; None: the bare base model."""
+    injects: bool = False
+    """With E(k) in context."""
+    temperature: float | None = None
+    """In place of the rollouts'."""
 
 
 def _evaluate(context: StepContext, splits: Mapping[str, Split]) -> tuple[Episodes, dict[str, Any]]:
     """Roll out under every condition; also whom the gate compares with, and what the selector counted."""
-    experiment, made = context.experiment, _Rollouts(context, splits)
     pool = checked_pool(context)
     against, best = _reference(context)
-    _of_entering(made, pool, best)
-    if OF_BEST not in made.episodes:
-        with open_policy(context.store, best, context.roles) as model:
-            made.evaluate(model, OF_BEST)
-    with open_policy(context.store, context.inputs["adapter"].digest, context.roles) as model:
-        if best == context.entering.adapter and context.inputs["adapter"].summary.get("unchanged"):
-            made.episodes[OF_CANDIDATE] = made.episodes[OF_BEST]  # the same weights and draws give the same rollouts
-        else:
-            made.evaluate(model, OF_CANDIDATE)
-        made.evaluate(model, "without")
-        source = experience_source(experiment, pool, context.roles) if experiment.evaluation.with_experience else None
-        if source is not None:
-            made.evaluate(model, "with", experience=source)
-        if experiment.evaluation.greedy:
-            made.evaluate(model, "greedy", temperature=0.0)
-    return made.episodes, {AGAINST: against} | selector_statistics(source)
+    asked = _asked(context, pool, best)
+    episodes: Episodes = {}
+    statistics: dict[str, Any] = {}
+    for adapter in dict.fromkeys(one.adapter for one in asked):
+        own = {one.condition: one for one in asked if one.adapter == adapter}
+        with open_policy(context.store, adapter, context.roles) as model:
+            sources = {name: experience_source(context.experiment, pool, context.roles) for name in own if own[name].injects}
+            wanted = [_rollouts(context, splits, one, sources.get(name)) for name, one in own.items()]
+            episodes |= zip(own, roll_out_together(context, wanted, model), strict=True)
+        statistics |= selector_statistics(sources.get("with"))
+    return {one.condition: episodes[one.condition] for one in asked}, {AGAINST: against} | statistics
 
 
-def _of_entering(made: _Rollouts, pool: Pool, best: str | None) -> None:
-    """What is asked of the policy that entered: the baselines, its ceiling, and development where it is the best so far."""
-    context = made.context
-    settings, experiment = context.experiment.evaluation, context.experiment
-    source = experience_source(experiment, pool, context.roles) if settings.ceiling else None
-    is_best = best == context.entering.adapter
-    if context.iteration > 1 and source is None and not is_best:
-        return
-    with open_policy(context.store, context.entering.adapter, context.roles) as model:
-        if context.iteration == 1:
-            made.evaluate(model, "base")
-            for temperature in dict.fromkeys(settings.base_temperatures):
-                if temperature != experiment.rollout.temperature:
-                    made.evaluate(model, f"{BASE_AT}{temperature:g}", temperature=temperature)
-        if source is not None:
-            made.evaluate(model, "ceiling", experience=source)
-        if is_best:
-            made.evaluate(model, OF_BEST)
+def _asked(context: StepContext, pool: Pool, best: str | None) -> list[_Asked]:
+    """Every condition, of whom. An adapter that training left as it was is the one that entered: the same weights."""
+    experiment, settings = context.experiment, context.experiment.evaluation
+    entering, made = context.entering.adapter, context.inputs["adapter"]
+    candidate = entering if made.summary.get("unchanged") else made.digest
+    injects = experiment.injection != "none" and bool(pool.active.items)
+    found = []
+    if context.iteration == 1:
+        others = [one for one in dict.fromkeys(settings.base_temperatures) if one != experiment.rollout.temperature]
+        found = [_Asked("base", entering), *(_Asked(f"{BASE_AT}{one:g}", entering, temperature=one) for one in others)]
+    if settings.ceiling and injects:
+        found.append(_Asked("ceiling", entering, injects=True))
+    found += [_Asked(OF_BEST, best), _Asked(OF_CANDIDATE, candidate), _Asked("without", candidate)]
+    if settings.with_experience and injects:
+        found.append(_Asked("with", candidate, injects=True))
+    if settings.greedy:
+        found.append(_Asked("greedy", candidate, temperature=0.0))
+    return found
+
+
+def _rollouts(context: StepContext, splits: Mapping[str, Split], asked: _Asked, source: ExperienceSource | None) -> Rollouts:
+    """Development tasks get draws of this iteration's own."""
+    settings = context.experiment.evaluation
+    fresh = (context.iteration,) if asked.condition in DEVELOPMENT else ()
+    return Rollouts(
+        asked.condition.replace("_", " "),
+        splits[_split_of(asked.condition)],
+        seed=stable_hash("evaluation", settings.seed, *fresh),
+        group_size=1 if asked.temperature == 0 else settings.rollouts,  # argmax says the same each time
+        experience=source,
+        temperature=asked.temperature,
+    )
 
 
 def _reference(context: StepContext) -> tuple[int, str | None]:

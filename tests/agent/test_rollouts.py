@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from worlds import ANSWER, SEARCH, Exact, World
 
-from evolve_dag.agent.rollouts import episode_seed, gather_rollouts
+from evolve_dag.agent.rollouts import Condition, episode_seed, gather_conditions, gather_rollouts, played_here
 from evolve_dag.config.schema import RolloutSettings
 from evolve_dag.errors import DataError
 from evolve_dag.inference.scripted import ScriptedModel
@@ -182,3 +182,27 @@ def test_episode_seeds_are_stable_and_differ() -> None:
     seeds = {episode_seed(seed, f"t{task}", rollout) for seed in range(5) for task in range(50) for rollout in range(4)}
     assert len(seeds) == 1000
     assert max(seeds) < 2**63
+
+
+def test_conditions_start_task_by_task_and_come_back_apart() -> None:
+    asked: list[tuple[str, float]] = []
+
+    class Noting(ScriptedModel):
+        async def generate(self, request: Any) -> Any:
+            asked.append((request.messages[1].content, request.sampling.temperature))
+            return await super().generate(request)
+
+    settings, seed = RolloutSettings(), arguments(Noting(two_steps))["seed"]
+    warm_play, cold_play = (
+        played_here(Noting(two_steps), World(), Exact(), settings.model_copy(update={"temperature": temperature}))
+        for temperature in (1.0, 0.0)
+    )
+    journal = ListJournal()
+    conditions = [Condition(TASKS, 2, warm_play, seed, journal), Condition(TASKS, 1, cold_play, seed)]
+    first, second = asyncio.run(gather_conditions(conditions, concurrency=3))
+    assert {question for question, _ in asked[:3]} == {"question 0?"}
+    assert sorted(temperature for _, temperature in asked[:3]) == [0.0, 1.0, 1.0]
+    assert [t.id for t in first] == [f"t{n}#{r}" for n in range(5) for r in range(2)]
+    assert [t.id for t in second] == [f"t{n}#0" for n in range(5)]
+    assert len(journal.records()) == 10
+    assert asyncio.run(gather_conditions([], concurrency=3)) == []

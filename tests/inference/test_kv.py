@@ -101,3 +101,15 @@ def test_longer_sequences_leave_room_for_fewer() -> None:
     assert "b" in pool.owners
     assert pool.rows_allowed(5000) == 1
     check(pool)
+
+
+def test_a_slab_grows_in_large_steps_where_there_is_room_for_as_many_rows_again() -> None:
+    pool = SlotPool(2 * 3 * 512, 2048)
+    pool.prepare("abc", 100)
+    assert (pool.slots, pool.columns) == (3, 512)
+    tight = SlotPool(2 * 3 * 512 - 1, 2048)
+    tight.prepare("abc", 100)
+    assert (tight.slots, tight.columns) == (3, 128)
+    short = SlotPool(10**6, 300)
+    short.prepare("abc", 100)
+    assert short.columns == 300, "no sequence is longer"

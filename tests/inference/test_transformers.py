@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import naive
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from evolve_dag.errors import ContextOverflowError, ModelError
 from evolve_dag.inference import transformers as backend
 from evolve_dag.inference.chat import ChatFormat
+from evolve_dag.inference.kv import bytes_per_token
 from evolve_dag.inference.recording import distribution
 from evolve_dag.inference.transformers import TransformersModel, uniforms
 from evolve_dag.protocols import Completion, LanguageModel, Request, Sampling
@@ -185,6 +187,37 @@ def test_rollouts_that_have_not_parted_are_computed_once(qwen3: PreTrainedModel,
         check(qwen3, chat, request, completion)
 
 
+def test_calls_that_agree_are_answered_once_until_they_part(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    model = load(qwen3, chat)
+    pairs = [(question(number), replace(question(number), session=f"twin of {number}")) for number in range(3)]
+    answers = ask(model, [request for pair in pairs for request in pair])
+    assert model.counters.calls == 3
+    for (one, _), mine, its in zip(pairs, answers[::2], answers[1::2], strict=True):
+        check(qwen3, chat, one, mine)
+        assert its == mine
+    # The twin reads something more now, and goes on from what was computed for the other.
+    parted = []
+    for (one, other), mine in zip(pairs, answers[::2], strict=True):
+        history = (*one.messages, Message("assistant", mine.text, mine.token_ids))
+        parted += [replace(one, messages=(*history, Message("tool", "Bado")))]
+        parted += [replace(other, messages=(*history, Message("tool", "Keli")))]
+    answers = ask(model, parted)
+    for request, completion in zip(parted, answers, strict=True):
+        check(qwen3, chat, request, completion)
+    assert model.counters.calls == 9
+    assert [answer.cached_tokens for answer in answers[1::2]] == [answer.cached_tokens for answer in answers[::2]]
+
+
+def test_other_draws_and_settings_are_other_calls(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
+    model = load(qwen3, chat)
+    settings = [Sampling(max_tokens=6, seed=1), Sampling(max_tokens=6, seed=2), Sampling(max_tokens=5, seed=1)]
+    settings += [Sampling(temperature=0.0, max_tokens=6, seed=seed) for seed in (1, 2)]  # argmax draws nothing: one call
+    requests = [replace(question(1), sampling=one, session=str(number)) for number, one in enumerate(settings)]
+    for request, completion in zip(requests, ask(model, requests), strict=True):
+        check(qwen3, chat, request, completion)
+    assert model.counters.calls == 4
+
+
 def test_finished_rows_leave_and_the_rest_goes_on(qwen3: PreTrainedModel, chat: ChatFormat) -> None:
     """Row lengths from 1 to 40: the round is compacted several times, in and outside the slab."""
     model = load(qwen3, chat)
@@ -220,6 +253,14 @@ def test_scarce_memory_evicts_and_stays_right(qwen3: PreTrainedModel, chat: Chat
                 Message("tool", "none " * 3),
             )
     assert model._pool.slots * model._pool.columns <= 3 * 128 * 2  # a round of one longer session may exceed it
+
+
+def test_memory_that_the_system_would_give_back_counts(qwen3: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=4_000_000, free=4))
+    cpu = torch.device("cpu")
+    assert backend._cache_budget(qwen3.config, torch.float32, cpu, None) == 1_000_000 // bytes_per_token(
+        qwen3.config, torch.float32
+    )
 
 
 def test_new_sessions_share_what_they_start_with(qwen3: PreTrainedModel, chat: ChatFormat) -> None:

@@ -16,6 +16,7 @@ from evolve_dag.errors import StoreError
 from evolve_dag.experience.pool import Pool
 from evolve_dag.records import PolicyRef, Standing, Task, Trajectory
 from evolve_dag.steps import scores
+from evolve_dag.steps.policies import Rollouts
 from evolve_dag.store.artifacts import Store
 from evolve_dag.store.frames import scores_from_frame
 from evolve_dag.store.layout import SCORES
@@ -43,9 +44,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
         found.opened.append(adapter)
         yield adapter
 
-    def roll_out(context: Any, split: Any, model: str | None, *, label: str, seed: int, **how: object) -> list[Trajectory]:
-        found.seeds[model, label] = seed
-        return [Trajectory(f"{t.id}#0", t.id, 0, seed, "s", t.question, (), "answered", model, 1.0) for t in split.tasks]
+    def roll_out_together(context: Any, wanted: list[Rollouts], model: str | None) -> list[list[Trajectory]]:
+        found.seeds.update({(model, one.label): one.seed for one in wanted})
+        return [
+            [Trajectory(f"{t.id}#0", t.id, 0, one.seed, "s", t.question, (), "answered", model, 1.0) for t in one.split.tasks]
+            for one in wanted
+        ]
 
     def adapter_folder(store: Store, digest: str | None) -> Path | None:
         if digest == "gone":
@@ -53,7 +57,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
         return None
 
     monkeypatch.setattr(scores, "open_policy", open_policy)
-    monkeypatch.setattr(scores, "roll_out", roll_out)
+    monkeypatch.setattr(scores, "roll_out_together", roll_out_together)
     monkeypatch.setattr(scores, "adapter_folder", adapter_folder)
     monkeypatch.setattr(scores, "load_split", lambda experiment, name, roles: SimpleNamespace(tasks=TASKS[name]))
     monkeypatch.setattr(scores, "open_pool", lambda artifact: Pool())
@@ -122,12 +126,13 @@ def test_both_sides_of_a_night_share_their_draws_and_no_night_repeats_them(tmp_p
     assert asked.seeds["candidate", "without"] == held_out, "held-out tasks are the same measure every night"
 
 
-@pytest.mark.parametrize(("best", "known"), [("champion", True), ("best", False)])
-def test_a_candidate_that_was_not_trained_is_rolled_out_only_where_it_differs_from_the_best(
-    tmp_path: Path, asked: Asked, best: str, known: bool
+@pytest.mark.parametrize(("best", "opened"), [("champion", ["champion"]), ("best", ["best", "champion"])])
+def test_a_candidate_that_was_not_trained_is_the_policy_that_entered(
+    tmp_path: Path, asked: Asked, best: str, opened: list[str]
 ) -> None:
     _, folder = run(tmp_path, best=best, unchanged=True)
-    assert ("development candidate" in asked.of("candidate")) is not known
+    assert asked.opened == opened, "the same weights are asked everything at once"
+    assert asked.of("champion") >= {*HELD_OUT, "development candidate"}
     import polars as pl
 
     sides = [s for s in scores_from_frame(pl.read_parquet(folder / SCORES)) if s.condition in scores.DEVELOPMENT]
