@@ -60,7 +60,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     monkeypatch.setattr(scores, "roll_out_together", roll_out_together)
     monkeypatch.setattr(scores, "adapter_folder", adapter_folder)
     monkeypatch.setattr(scores, "load_split", lambda experiment, name, roles: SimpleNamespace(tasks=TASKS[name]))
-    monkeypatch.setattr(scores, "open_pool", lambda artifact: Pool())
+    monkeypatch.setattr(scores, "checked_pool", lambda context: Pool())
     return found
 
 
