@@ -51,6 +51,7 @@ class Counters:
 
     rounds: int = 0
     calls: int = 0
+    """Computed; calls that agree are one."""
     prompt_tokens: int = 0
     """Tokens of all contexts."""
     computed_tokens: int = 0

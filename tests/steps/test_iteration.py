@@ -177,7 +177,7 @@ def test_the_base_policy_is_read_at_every_temperature(made: Store) -> None:
 def test_other_intervals_need_no_other_episodes(copied: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     before = copied.open("scores", resolve("scores", small(), 1, copied).digest)
     finer = small(evaluation=SMALL["evaluation"] | {"bootstrap": 300})
-    monkeypatch.setattr("evolve_dag.steps.scores.roll_out", None)
+    monkeypatch.setattr("evolve_dag.steps.scores.roll_out_together", None)
     after = run_step("scores", finer, 1, copied).artifact
     assert after.digest != before.digest
     assert load_trajectories(after) == load_trajectories(before)
