@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # ui_pages
 from ui_pages import Dagster, Place, launch_iteration
 
 FAILURES = Path(__file__).parent / "failures"
-START_SECONDS = 180.0
+START_SECONDS = 600.0
 END_SECONDS = 60.0
 SYNC_SECONDS = 600.0
 VIEWPORT: ViewportSize = {"width": 1400, "height": 1000}

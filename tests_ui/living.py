@@ -93,13 +93,13 @@ class Living:
             )
         self.family: dict[int, str] = {}
 
-    def wait_for(self, text: str, seconds: float = 180) -> None:
+    def wait_for(self, text: str, seconds: float = 600) -> None:
         """Until it has printed ``text``."""
         wait(lambda: text in self.output.read_text() or self.process.poll() is not None, seconds, text)
         assert text in self.output.read_text(), self.output.read_text()
         self.family |= descendants(self.process.pid)
 
-    def end(self, how: signal.Signals, seconds: float = 15) -> int:
+    def end(self, how: signal.Signals, seconds: float = 120) -> int:
         """Send a signal; returns the exit code. It must end in time."""
         self.family |= descendants(self.process.pid)
         self.process.send_signal(how)

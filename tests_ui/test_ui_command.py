@@ -82,7 +82,7 @@ def test_a_port_that_is_taken_is_told_at_once(place: Place, option: str) -> None
         ports = {"--port": free_port(), "--mlflow-port": free_port()} | {option: taken.getsockname()[1]}
         arguments = [str(part) for pair in ports.items() for part in pair]
         command = [sys.executable, "-m", "evolve_dag", "ui", *arguments]
-        done = subprocess.run(command, cwd=place.folder, env=place.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=place.folder, env=place.environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2
     assert f"port {ports[option]} on 127.0.0.1 cannot be used" in done.stderr
     assert f"evolve ui {option}" in done.stderr

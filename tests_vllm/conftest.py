@@ -130,7 +130,7 @@ def start_server(log: Path, *, max_loras: int, port: int = 0) -> Server:
     return Server(process, f"http://127.0.0.1:{port}/v1", log)
 
 
-def wait_for(servers: Sequence[Server], seconds: float = 240) -> None:
+def wait_for(servers: Sequence[Server], seconds: float = 1200) -> None:
     import httpx
 
     limit = time.monotonic() + seconds

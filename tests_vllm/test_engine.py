@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from evolve_dag.agent.rollouts import gather_rollouts
 from evolve_dag.config.schema import RolloutSettings
+from evolve_dag.environments.pocket.tools import PocketTools
 from evolve_dag.environments.pocket.world import World
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.folders import POCKET
@@ -206,7 +207,7 @@ def test_episodes_are_those_of_the_model_in_this_process(engine: EngineProcess, 
     """Rollouts through the agent loop, 16 at once: greedy, so both backends must write the same trajectories."""
     world = World(31)
     arguments = {
-        "environment": world.environment(3),
+        "environment": PocketTools(world),
         "verifier": ExactVerifier(),
         "settings": RolloutSettings(max_steps=8),
         "seed": 0,
