@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from endpoint import Endpoint
@@ -30,14 +31,26 @@ class Place:
     mirror: str
 
 
+def add_node(cluster: Cluster, **how: Any) -> None:
+    """Ray gives a node and its dashboard 30 s each to start, which is not always enough on a machine with other work."""
+    for attempt in (1, 2, 3):
+        try:
+            cluster.add_node(**how)
+        except Exception:  # what Ray raises then
+            if attempt == 3:
+                raise
+        else:
+            return
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("cluster")
     made = Cluster()
     try:
-        made.add_node(num_cpus=0, include_dashboard=True, dashboard_port=0, env_vars={"EVOLVE_STORE": str(folder / "head")})
-        for name in ("one", "two"):
-            made.add_node(num_cpus=1, env_vars={"EVOLVE_STORE": str(folder / name)})
+        head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0}
+        for name, how in (("head", head), ("one", {"num_cpus": 1}), ("two", {"num_cpus": 1})):
+            add_node(made, env_vars={"EVOLVE_STORE": str(folder / name)}, **how)
         os.environ["RAY_ADDRESS"] = made.gcs_address
         yield Place(f"http://{made.webui_url}", f"file://{folder}/mirror")
     finally:

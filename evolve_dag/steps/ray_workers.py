@@ -10,11 +10,11 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evolve_dag import prompts
 from evolve_dag.agent.loop import run_episode
@@ -33,15 +33,12 @@ from evolve_dag.store.memory import Memory
 from evolve_dag.store.mirror import open_store
 from evolve_dag.tasks.suites import load_split
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
 log = logging.getLogger(__name__)
 
 MOST_DEATHS = 3
 """Actors that one place, or one episode, may lose before the step fails: what kills each of them will kill the next."""
 
-Played = tuple[Trajectory | None, "Sequence[Call]", Mapping[str, str]]
+Played = tuple[Trajectory | None, Sequence[Call], Mapping[str, str]]
 """A trajectory or None, the calls of models since the last one, and what went wrong (:func:`~evolve_dag.store.faults.told`)."""
 
 

@@ -76,8 +76,8 @@ def due(fake: FakeSteps, experiment: Experiment, store: Store) -> None:
         base.run_step(step.name, experiment, 1, store)
 
 
-def only_adapter(instance: dg.DagsterInstance) -> dg.ExecuteInProcessResult:
-    return iteration(instance, 1, only=["adapter"], check=False)
+def only_adapter(memory: dg.DagsterInstance) -> dg.ExecuteInProcessResult:
+    return iteration(memory, 1, only=["adapter"], check=False)
 
 
 def runs(process: int) -> bool:
@@ -87,10 +87,10 @@ def runs(process: int) -> bool:
 
 
 def test_a_worker_makes_the_artifact_that_this_process_would(
-    due: None, stub: pytest.MonkeyPatch, fake: FakeSteps, experiment: Experiment, instance: dg.DagsterInstance, store: Store
+    due: None, stub: pytest.MonkeyPatch, fake: FakeSteps, experiment: Experiment, memory: dg.DagsterInstance, store: Store
 ) -> None:
     before = list(fake.ran)
-    result = only_adapter(instance)
+    result = only_adapter(memory)
     assert fake.ran == before
     [made] = [m for m in result.asset_materializations_for_node("adapter") if m.label == "adapter"]
     assert made.metadata["recomputed"].value is True
@@ -99,35 +99,35 @@ def test_a_worker_makes_the_artifact_that_this_process_would(
     assert ref.facts["recomputed"] is True
     here = experiment.model_copy(update={"runtime": Experiment(experiment="x").runtime})
     assert base.resolve("adapter", here, 1, store).digest == ref.digest == made.tags["dagster/data_version"]
-    said = [entry.user_message for entry in instance.all_logs(result.run_id)]
+    said = [entry.user_message for entry in memory.all_logs(result.run_id)]
     assert "training: 3 of 3" in said
 
 
 def test_what_goes_wrong_there_is_told_here_without_secrets(
-    due: None, stub: pytest.MonkeyPatch, instance: dg.DagsterInstance
+    due: None, stub: pytest.MonkeyPatch, memory: dg.DagsterInstance
 ) -> None:
     stub.setenv("SOME_API_KEY", SECRET)
     stub.setenv("STUB", f"raise DataError('rows.jsonl: line 3: {SECRET} is no number', 'mend the line')")
-    result = only_adapter(instance)
+    result = only_adapter(memory)
     assert problems_of(result) == "rows.jsonl: line 3: *** is no number\n  remedy: mend the line"
-    told_of = "\n".join(f"{entry.user_message}{entry.dagster_event}" for entry in instance.all_logs(result.run_id))
+    told_of = "\n".join(f"{entry.user_message}{entry.dagster_event}" for entry in memory.all_logs(result.run_id))
     assert SECRET not in told_of
 
 
 def test_a_killed_worker_is_told_plainly_and_the_next_goes_on_from_its_journal(
-    due: None, stub: pytest.MonkeyPatch, instance: dg.DagsterInstance, store: Store
+    due: None, stub: pytest.MonkeyPatch, memory: dg.DagsterInstance, store: Store
 ) -> None:
     stub.setenv("STUB", "done == 2 and os.kill(os.getpid(), 9)")
-    problem = problems_of(only_adapter(instance))
+    problem = problems_of(only_adapter(memory))
     assert "adapter[tiny|01]: its worker ended without a word: ChildProcessError: killed by SIGKILL" in problem
     assert "it goes on from its journal" in problem
     stub.setenv("STUB", "assert done == 2")
-    assert only_adapter(instance).success
+    assert only_adapter(memory).success
     assert next(store.artifacts("adapter")).manifest.resumed
 
 
 def test_an_interrupted_run_ends_its_worker(
-    due: None, stub: pytest.MonkeyPatch, instance: dg.DagsterInstance, place: Path
+    due: None, stub: pytest.MonkeyPatch, memory: dg.DagsterInstance, place: Path
 ) -> None:
     stub.setenv("STUB", "time.sleep(60)")
 
@@ -138,7 +138,7 @@ def test_an_interrupted_run_ends_its_worker(
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(DagsterExecutionInterruptedError):
-        iteration(instance, 1, only=["adapter"])
+        iteration(memory, 1, only=["adapter"])
     assert not runs(int((place / "worker.pid").read_text()))
 
 
@@ -160,9 +160,9 @@ def test_a_machine_that_would_make_something_else_refuses(fake: FakeSteps, exper
     assert fake.ran == ["policy[tiny|01]"]
 
 
-def test_a_launcher_that_cannot_start_a_worker_says_so(due: None, place: Path, instance: dg.DagsterInstance) -> None:
+def test_a_launcher_that_cannot_start_a_worker_says_so(due: None, place: Path, memory: dg.DagsterInstance) -> None:
     write_config(place / "configs/tiny.yaml", runtime={"launcher": {"adapter": {"kind": "subprocess", "python": "/no/python"}}})
-    problem = problems_of(only_adapter(instance))
+    problem = problems_of(only_adapter(memory))
     assert "adapter[tiny|01]: launcher subprocess could not start a worker: FileNotFoundError" in problem
 
 
