@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 
 from evolve_dag.config.parts import CHOICES, Chosen, chosen, known, usable
-from evolve_dag.config.schema import Experiment, Models
+from evolve_dag.config.schema import Experiment, Models, WarmupSettings
 from evolve_dag.config.section import Section
 from evolve_dag.config.study import ArmSettings, StudySettings
 
@@ -52,10 +52,12 @@ def reference(*, outside: bool = False) -> str:
     assert policy is not None
     parts += _sections(policy, "", outside)
     for title, section in (
+        ("`warmup`, for `evolve warmup`", WarmupSettings),
         ("A study file, for `evolve study`", StudySettings),
         ("An arm of a study: an experiment file, or a mapping", ArmSettings),
     ):
-        parts.append(f"\n## {title}\n\n{HEAD}{_table(_rows(section, ''))}")
+        prefix = "warmup." if section is WarmupSettings else ""
+        parts.append(f"\n## {title}\n\n{HEAD}{_table(_rows(section, prefix))}")
     return "".join(parts)
 
 
@@ -94,6 +96,8 @@ def _rows(section: type[Section], prefix: str, skip: str = "", outside: bool = F
             )
         elif (named := known(field)) is not None:
             yield key, _names(_of(named.choice, usable(named.choice), outside)), _text(field.default), says
+        elif WarmupSettings in get_args(inner):  # has a table of its own
+            yield key, "section or nothing", "none", says
         elif isinstance(inner, type) and issubclass(inner, Section):
             yield from _rows(inner, f"{key}.", outside=outside)
         else:

@@ -39,6 +39,7 @@ from evolve_dag.store.artifacts import Artifact, Store
 from evolve_dag.store.frames import CALLS, calls_to_frame
 from evolve_dag.store.memory import Memory
 from evolve_dag.tasks.streams import of_iteration
+from evolve_dag.warmup.folder import require
 
 STEPS: tuple[StepSpec, ...] = (
     policy.SPEC,
@@ -147,7 +148,9 @@ def first_policy(experiment: Experiment) -> PolicyRef:
 
     Raises:
         DataError: the file of the pool cannot be read.
+        ModelError: the weights are missing, or have to be warmed up first.
     """
+    require(experiment)
     ref = PolicyRef(iteration=1, base=base_identity(experiment.models.policy))
     if not experiment.start_pool:
         return ref
