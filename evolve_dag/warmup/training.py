@@ -87,12 +87,15 @@ def warm_up(
         begin: called once before the first round, with the tokens of a pass.
 
     Raises:
-        ConfigError: there is no such section, its world is one of a split's, or the environment knows no way.
+        ConfigError: there is no such section, its world is one of a split's, the environment knows no way, or the folder holds
+            something else.
         ModelError: the model to start from is missing, or cannot be trained.
         StoreError: it cannot be written; nothing half-written stays visible.
     """
     out, digest = folder.target(experiment), folder.digest(experiment)
     _refuse_shared_worlds(experiment)
+    if out.exists() and not (out / folder.NOTE).is_file():
+        raise ConfigError(f"{out}: is there, and no warm-up made it", "name another folder under models.policy.path")
     if folder.outdated(experiment) is None:
         told = json.loads((out / folder.NOTE).read_text(encoding="utf-8"))
         return WarmedUp(out, digest, tuple(Round(**one) for one in told["rounds"]), made=False)

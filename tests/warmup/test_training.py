@@ -77,6 +77,14 @@ def test_it_ends_where_the_target_is_reached(experiment: Load, tmp_path: Path) -
     assert told["digest"] == made.digest
 
 
+def test_what_somebody_else_put_there_stays(experiment: Load, tmp_path: Path) -> None:
+    (tmp_path / "warm").mkdir()
+    (tmp_path / "warm" / "mine.txt").write_text("a model of mine")
+    with pytest.raises(ConfigError, match="no warm-up made it"):
+        warm_up(experiment(), Store(tmp_path / "store"))
+    assert (tmp_path / "warm" / "mine.txt").exists()
+
+
 @pytest.mark.parametrize(
     ("warmup", "changes", "error", "told"),
     [

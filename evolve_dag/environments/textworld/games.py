@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _LOCK = threading.RLock()
 """TextWorld keeps grammars and rules in globals, and its parser is not meant for several threads; episodes take turns."""
-KEPT = 4096
-"""Games kept in memory (about 100 kB each)."""
+KEPT = 1024
+"""Games kept in memory."""
 
 
 def coin(number: int) -> Game:
