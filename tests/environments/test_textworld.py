@@ -15,15 +15,21 @@ from evolve_dag.agent.actions import parse_action
 from evolve_dag.agent.rollouts import run_rollouts
 from evolve_dag.agent.sessions import checked_result
 from evolve_dag.config.loading import load_experiment
-from evolve_dag.config.schema import RolloutSettings, TaskSplit
+from evolve_dag.config.schema import RolloutSettings, TaskSplit, WarmupSettings
 from evolve_dag.environments.textworld.tools import TEXTWORLD, TextWorldEnvironment, TextWorlds, TextWorldSession
 from evolve_dag.errors import ConfigError, ModelError
+from evolve_dag.experience.extraction.mining import ContrastExtraction, extract
 from evolve_dag.experience.pool import Pool
 from evolve_dag.experience.selection.state import StateSelector
+from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.protocols import Guided, ToolSpec
 from evolve_dag.records import Step, ToolCall
 from evolve_dag.verification.exact import ExactVerifier
+from evolve_dag.warmup.script import Script
+
+sys.path.append(str(Path(__file__).parents[1] / "agent"))
+from tiny_tokenizers import byte_level
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SPLIT = TaskSplit(world=3, count=2)
@@ -132,6 +138,26 @@ def test_a_command_is_told_by_what_it_comes_to(textworld: Any) -> None:
     there = enter(coin, first)
     back = enter(coin, f"go {there.features['way back']}")
     assert (there.features["did"], back.features["did"]) == ("go on", "go back")
+
+
+@pytest.mark.parametrize(("family", "lesson"), [("coin", "take"), ("cooking", "eat")])
+def test_the_miner_finds_lessons_in_games_of_a_player_with_some_skill(textworld: Any, family: str, lesson: str) -> None:
+    """Groups of four games each, played as the warm-up's script plays without advice."""
+    environment = TextWorlds(TextWorldEnvironment(family=family))  # type: ignore[arg-type]
+    tasks = TEXTWORLD.tasks(TaskSplit(world=5, count=16), "train")  # type: ignore[misc]
+    played = []
+    for rollout in range(4):
+        skilled = WarmupSettings(base="-", world=5, seed=rollout, advised=0.0, idle=0.0, skill=0.4)
+        script = Script(environment, skilled, ChatFormat.from_tokenizer(byte_level()))
+        found = run_rollouts(
+            tasks, 1, model=script, environment=script, verifier=ExactVerifier(), settings=RolloutSettings(max_steps=9),
+            seed=0, concurrency=8, experience=script,
+        )  # fmt: skip
+        played += [replace(one, rollout=rollout, id=f"{one.task_id}#{rollout}") for one in found]
+    settings = ContrastExtraction(min_support=5, cap=15)
+    pool = extract(played, Pool(), granularity="principle", settings=settings, iteration=1, seed=0).pool
+    texts = [item.text for item in pool.items]
+    assert any(text.startswith("Do: when ") and text.endswith(f", {lesson}.") for text in texts), texts
 
 
 def test_what_cannot_be_done_is_told_and_counts(textworld: Any) -> None:
