@@ -62,6 +62,7 @@ def test_without_the_package_the_message_says_how_to_get_it(monkeypatch: pytest.
         ({"tasks": {"held_out": {"path": "x.jsonl"}}}, "makes its own games"),
         ({"rollout": {"max_steps": 8}}, "the game ends after 8 commands"),
         ({"rollout": {"plain_answers": True}}, "a plain turn is a command"),
+        ({"environment": {"kind": "textworld", "form": "call"}}, "writes plain commands"),
         ({"iterations": 91}, "games for 90 iterations"),
     ],
 )
@@ -162,6 +163,7 @@ def test_the_miner_finds_lessons_in_games_of_a_player_with_some_skill(textworld:
 
 def test_what_cannot_be_done_is_told_and_counts(textworld: Any) -> None:
     game = session("coin", limit=2)
+    assert game.choices == tuple(sorted(game.choices))
     first = enter(game, f"fly to the {'moon' * 100}")
     assert first.text.startswith("You cannot fly to the moon")
     assert len(first.text) < 300

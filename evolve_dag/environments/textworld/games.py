@@ -133,11 +133,12 @@ class Play:
             self._env, self._state = _played(self.game)
 
     def enter(self, command: str) -> bool:
-        """Do what ``command`` says; False, and nothing happens, where it cannot be done now."""
-        if command not in self.commands:
+        """Do what ``command`` says, in any case of letters; False, and nothing happens, where it cannot be done now."""
+        meant = next((one for one in self.commands if one.lower() == command.lower()), None)
+        if meant is None:
             return False
         with _LOCK:
-            self._state, _, _ = self._env.step(command)
+            self._state, _, _ = self._env.step(meant)
         return True
 
     @property

@@ -154,6 +154,8 @@ def _mistakes(settings: TextWorldEnvironment, experiment: Experiment) -> list[tu
     if experiment.rollout.max_steps <= settings.limit:
         what = f"the game ends after {settings.limit} commands: set it higher, so that no call is told to answer"
         found.append(("rollout.max_steps", what))
+    if experiment.warmup is not None and settings.form != "plain":
+        found.append(("environment.form", "the script of the warm-up writes plain commands: set it to plain"))
     if experiment.rollout.plain_answers and settings.form == "plain":
         found.append(("rollout.plain_answers", "a plain turn is a command here: set it to false, or environment.form to call"))
     return found
