@@ -86,7 +86,7 @@ model: install  ## pretrain the pocket policy anew (about 50 minutes on 2 cores)
 	$(BIN)/evolve pocket pretrain --out evolve_dag/environments/pocket/model
 
 benchmarks: install  ## timings, printed as ratios
-	for file in $(filter-out benchmarks/engine.py benchmarks/against_trl.py benchmarks/memory.py benchmarks/teaches.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	for file in $(filter-out benchmarks/engine.py benchmarks/against_trl.py benchmarks/memory.py benchmarks/teaches.py benchmarks/games.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 bench: install  ## the distillation engine's ratios in one run (half an hour on an idle core; installs TRL)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[bench]'
