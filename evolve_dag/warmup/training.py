@@ -197,15 +197,12 @@ class _Warmup:
             session.close()
         script.elsewhere = sorted(set(script.elsewhere))
         episodes = self._played(tasks, script, script, "scripted episodes")
-        failed = next((one.error for one in episodes if one.status == "failed"), None)
-        if failed is not None:
-            raise ModelError(f"a scripted episode failed: {failed}", "mend the environment")
         self.build.note(steps=dict(kinds(episodes)), episodes=count, reward=fmean(one.reward or 0.0 for one in episodes))
         return _rows_of(episodes, chat)
 
     def _played(self, tasks: Sequence[Task], model: Any, script: Script, what: str, *, advice: bool = True) -> list[Trajectory]:
         done = iter(range(1, len(tasks) + 1))
-        return run_rollouts(
+        played = run_rollouts(
             tasks,
             1,
             model=model,
@@ -217,6 +214,10 @@ class _Warmup:
             experience=script if advice else None,
             on_done=lambda _: self.advance(what, next(done), len(tasks)),
         )
+        failed = [one.error for one in played if one.status == "failed"]
+        if failed:  # not a game that was lost: what it was worth is not known
+            raise ModelError(f"{what}: {len(failed)} of {len(tasks)} broke, the first: {failed[0]}", "mend it, and run again")
+        return played
 
     def _trained(self, number: int, rows: Sequence[DistillationRow]) -> float | None:
         """One pass over the rows; the mean loss."""

@@ -77,6 +77,13 @@ def test_it_ends_where_the_target_is_reached(experiment: Load, tmp_path: Path) -
     assert told["digest"] == made.digest
 
 
+def test_an_episode_that_breaks_is_not_a_lost_one(experiment: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = experiment()  # its world can be imported from now on
+    monkeypatch.setattr("guided_world.Steps.call", lambda self, call: 1 / 0)
+    with pytest.raises(ModelError, match=r"scripted episodes: 4 of 4 broke, the first: .*ZeroDivisionError"):
+        warm_up(asked, Store(tmp_path / "store"))
+
+
 def test_what_somebody_else_put_there_stays(experiment: Load, tmp_path: Path) -> None:
     (tmp_path / "warm").mkdir()
     (tmp_path / "warm" / "mine.txt").write_text("a model of mine")
