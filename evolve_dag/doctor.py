@@ -72,7 +72,7 @@ def examine(root: Path, experiment: Experiment | None = None) -> Iterator[Findin
         lambda: _keys(rows()),
     ]
     if experiment is not None:
-        checks.append(lambda: _memory(experiment))
+        checks += [lambda: _warmed_up(experiment), lambda: _memory(experiment)]
     for check in checks:
         try:
             yield from check()
@@ -80,6 +80,15 @@ def examine(root: Path, experiment: Experiment | None = None) -> Iterator[Findin
             yield Finding("broken", "installation", str(error))
         except Exception as error:  # whatever is broken: this command must live to say so
             yield Finding("broken", "installation", f"{type(error).__name__}: {error}")
+
+
+def _warmed_up(experiment: Experiment) -> Iterator[Finding]:
+    from evolve_dag.warmup.folder import outdated
+
+    if experiment.warmup is not None:
+        why = outdated(experiment)
+        told = f"{why}: run `evolve warmup` with this file" if why else f"{experiment.models.policy.path} is up to date"
+        yield Finding("note" if why else "ok", "warm-up", told)
 
 
 def _memory(experiment: Experiment) -> Iterator[Finding]:

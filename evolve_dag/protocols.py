@@ -109,6 +109,8 @@ class ToolSpec:
     schema: Mapping[str, Any] | None = None
     """JSON schema (draft 2020-12) of all arguments, an object, in place of ``parameters``: for arguments of other types,
     optional ones, and lists. A call that breaks it is not made; the policy reads why."""
+    plain: str = ""
+    """The one argument that a turn without any tag is, for a policy that is to write commands and no JSON; '': none is."""
 
     def __post_init__(self) -> None:
         if self.schema is not None:
@@ -145,7 +147,8 @@ class ToolResult:
     features: Mapping[str, str] = field(default_factory=dict)
     """What a reader should see in the observation, so that lessons can be found about it: name -> value, at most six, in
     lower-case words of a small vocabulary (``{"result": "an error"}`` reads 'when the result is an error'). They take the place
-    of what is read from the text. Never words of the world or the task: what says something of one task only is no lesson."""
+    of what is read from the text. Never words of the world or the task: what says something of one task only is no lesson.
+    ``did`` is not about the observation but the call: what it came to (``go back``), where its tool's name says too little."""
 
 
 @runtime_checkable
@@ -213,6 +216,21 @@ class Session(Protocol):
     def close(self) -> None:
         """Tear down. Called once, whatever came before; a killed process cannot call it."""
         return None
+
+
+@runtime_checkable
+class Guided(Protocol):
+    """A :class:`Session` that knows a way, so that a script can play it (``evolve warmup``)."""
+
+    @property
+    def expert(self) -> str:
+        """The turn that a good player writes next; '' where nothing helps any more."""
+        ...
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Turns that are possible now."""
+        ...
 
 
 @runtime_checkable

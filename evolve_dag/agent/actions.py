@@ -50,7 +50,8 @@ def parse_action(text: str, tools: Sequence[ToolSpec] = ()) -> ParsedAction:
     """Read one action; never raises.
 
     Args:
-        tools: those with a schema get their arguments as JSON values; of any other, all arguments are text.
+        tools: those with a schema get their arguments as JSON values; of any other, all arguments are text. A turn without
+            any tag is a call of the one that takes plain turns, if there is one.
     """
     reasoning, closed, rest = text.rpartition("</think>")
     body = rest if closed else text
@@ -70,6 +71,8 @@ def parse_action(text: str, tools: Sequence[ToolSpec] = ()) -> ParsedAction:
     elif left_over is not None:
         problem = _describe_left_over(left_over.group())
     elif not calls and not answers:
+        if (plain := next((tool for tool in tools if tool.plain), None)) is not None and body.strip():
+            return ParsedAction("", call=ToolCall(plain.name, {plain.plain: body.strip()}))
         problem = NO_ACTION
     else:
         problem = None

@@ -62,6 +62,7 @@ CHOICES: Mapping[str, Choice] = {
             "pocket": "evolve_dag.environments.pocket.tools:POCKET",
             "corpus": "evolve_dag.environments.corpus:CORPUS",
             "tools": "evolve_dag.environments.web.tools:TOOLS",
+            "textworld": "evolve_dag.environments.textworld.tools:TEXTWORLD",
         },
         row="evolve_dag.environments.base:EnvironmentPart",
         settings="evolve_dag.config.parts:EnvironmentSettings",

@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.parts import CHOICES, Chosen, Part, chosen, known, parts_beside, usable
-from evolve_dag.config.schema import LAUNCHER, Experiment, Models
+from evolve_dag.config.schema import LAUNCHER, Experiment, Models, WarmupSettings
 from evolve_dag.config.section import Section
 from evolve_dag.config.study import ArmSettings, StudySettings
 
@@ -60,10 +60,12 @@ def reference(*, outside: bool = False, experiments: Iterable[Experiment] = ()) 
             parts += _section(CHOICES[choice].place, found.name, found.row.settings)
     parts += _sections(LAUNCHER, "runtime.launcher.*.", outside)
     for title, section in (
+        ("`warmup`, for `evolve warmup`", WarmupSettings),
         ("A study file, for `evolve study`", StudySettings),
         ("An arm of a study: an experiment file, or a mapping", ArmSettings),
     ):
-        parts.append(f"\n## {title}\n\n{HEAD}{_table(_rows(section, ''))}")
+        prefix = "warmup." if section is WarmupSettings else ""
+        parts.append(f"\n## {title}\n\n{HEAD}{_table(_rows(section, prefix))}")
     return "".join(parts)
 
 
@@ -108,6 +110,8 @@ def _rows(section: type[Section], prefix: str, skip: str = "", outside: bool = F
             )
         elif (named := known(field)) is not None:
             yield key, _names(_of(named.choice, usable(named.choice), outside)), _text(field.default), says
+        elif WarmupSettings in get_args(inner):  # has a table of its own
+            yield key, "section or nothing", "none", says
         elif isinstance(inner, type) and issubclass(inner, Section):
             yield from _rows(inner, f"{key}.", outside=outside)
         else:

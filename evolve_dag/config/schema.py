@@ -286,6 +286,40 @@ class DistillationSettings(Section):
     """Times that ``source: student`` samples anew while training; 1 uses the stored trajectories only."""
 
 
+class WarmupSettings(Section):
+    """A start for a small model (``evolve warmup``): supervised fine-tuning on scripted episodes, until it speaks the format
+    and reads advice. What it makes is the folder at ``models.policy.path``, the base of every comparison."""
+
+    base: str = Field(json_schema_extra=PATH)
+    """Folder of the model to start from."""
+    world: int = Field(ge=0, le=MOST)
+    """World of its games, which no split may have; success is measured on the games of the world after it."""
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
+    """Decides the script and the order of training; the experiment's own seed does not, so all of them share the model."""
+    episodes: int = Field(96, ge=1, le=MOST)
+    """Scripted episodes that it learns from."""
+    development: int = Field(48, ge=1, le=MOST)
+    """Episodes on which success is measured after every round."""
+    rounds: int = Field(4, ge=1, le=99)
+    """Most passes over the episodes."""
+    target: float = Field(0.3, ge=0, le=1)
+    """It ends after the first round whose mean reward without advice is at least that: the base must have headroom."""
+    skill: float = Field(0.3, ge=0, le=1)
+    """How often the script does what is best where it reads no good advice; otherwise it does anything that is listed."""
+    advised: float = Field(0.4, ge=0, le=1)
+    """Share of the steps with good advice in context, which the script follows."""
+    idle: float = Field(0.2, ge=0, le=1)
+    """Share of the steps with advice in context that has nothing to do with them."""
+    rank: int = Field(16, ge=1, le=MOST)
+    """Rank of the LoRA matrices that are merged into the weights in the end."""
+    alpha: float = Field(32.0, gt=0)
+    """Their scale: alpha / rank."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak rate of AdamW in each round."""
+    tokens_per_batch: int = Field(1024, ge=64, le=MOST)
+    """Tokens of one optimizer step."""
+
+
 class EvaluationSettings(Section):
     """Held-out results (METHOD step 6)."""
 
@@ -416,6 +450,8 @@ class Experiment(Section):
     start_pool: str = Field("", json_schema_extra=PATH)
     """File of an experience pool to start from, ours or what `evolve import` reads; empty: an empty pool."""
     models: Models = Models()
+    warmup: WarmupSettings | None = None
+    """How the policy was made (``evolve warmup``); None: it is taken as it is."""
     environment: Annotated[SerializeAsAny[EnvironmentSettings], BeforeValidator(ENVIRONMENT)] = Field(
         default_factory=ENVIRONMENT.default_settings
     )

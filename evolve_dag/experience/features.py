@@ -4,7 +4,8 @@ Before each step the *situation* is a mapping feature -> value (:func:`features`
 *action* value (:func:`action`). Both read only the question, the earlier calls and what they returned. They
 know no world, no page kinds and no agent. Where the environment describes an observation itself
 (:attr:`~evolve_dag.records.Step.features`), its word counts and the text is not read: ``observation`` is ``described``,
-each of its features stands in the situation under ``env:<name>``, and the next call is told by its tool (``use:<tool>``).
+each of its features stands in the situation under ``env:<name>``, and the next call is told by its tool (``use:<tool>``), or by
+what the environment says that it did (its feature ``did``: ``did:go back``), where one tool takes every command.
 Otherwise the text alone decides; the rules, in the order in which they are tried, are:
 
 ==============  ======================================================================================
@@ -51,6 +52,9 @@ OBSERVATIONS: tuple[str, ...] = ("none", "problem", "empty", "missing", "redirec
 OWN = "env:"
 """Begins the name of a feature that the environment gave."""
 
+DID = "did"
+"""The feature that tells of the call itself, not of what it showed: the action, and no part of a situation."""
+
 ACTIONS: Mapping[str, str] = {
     "repeat": "the last call once more (to come back to an earlier one is what it is: a search, an opening)",
     "open_pointed": "opens the target of the redirect in the last observation",
@@ -63,6 +67,7 @@ ACTIONS: Mapping[str, str] = {
     "search_long": "a free-text call of more words",
     "use_tool": "any other call (code, or several arguments)",
     "use:<tool>": "a call, by its tool's name, where that neither searches nor opens nor runs code, or is described",
+    "did:<words>": "a call, by what the environment says that it did",
     "answer_highest": "of several rows with a number each, the last observation's, the answer is that with the highest number",
     "answer_lowest": "the same with the lowest number",
     "answer_top": "the same, the first row, when its number is neither",
@@ -252,7 +257,11 @@ _START = Observation("none")
 
 def _described(step: Step) -> Observation:
     words = f" {normalised(strip_last_step(step.observation or ''))} "
-    return Observation("described", words, words, own={f"{OWN}{name}": value for name, value in step.features.items()})
+    return Observation("described", words, words, own=_shown(step))
+
+
+def _shown(step: Step) -> dict[str, str]:
+    return {f"{OWN}{name}": value for name, value in step.features.items() if name != DID}
 
 
 @lru_cache(maxsize=16384)
@@ -413,6 +422,8 @@ class Tracker:
             return self._answer(step.answer)
         if step.call is None or step.problem is not None:
             return "malformed"
+        if did := step.features.get(DID):
+            return f"{DID}:{did}"
         if _call_key(step.call) == self._last_call:
             return "repeat"
         if step.features or self.last.kind == "described":

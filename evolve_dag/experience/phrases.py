@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping
 
 from evolve_dag.errors import DataError
-from evolve_dag.experience.features import OWN
+from evolve_dag.experience.features import DID, OWN
 
 SITUATIONS: tuple[tuple[Mapping[str, str], str], ...] = (
     ({"observation": "none"}, "nothing is known yet"),
@@ -74,6 +74,7 @@ STRATEGIES: Mapping[str, tuple[str, str]] = {
 """Action -> (name, strategy). ``malformed`` has none: it is never advice."""
 
 TOOL_NAME = "Source"
+DO_NAME = "Do"
 _USE = re.compile(r"call ([A-Za-z0-9_-]+)")
 MARKED = "its value is marked "
 """Opens the situation where words stand with the asked value; they follow."""
@@ -83,6 +84,8 @@ def strategy(action: str) -> tuple[str, str] | None:
     """(name, strategy) of an action; None when it is never advice."""
     if action.startswith("use:"):
         return TOOL_NAME, f"call {action.removeprefix('use:')}"
+    if action.startswith(f"{DID}:"):
+        return DO_NAME, action.removeprefix(f"{DID}:")
     return STRATEGIES.get(action)
 
 
@@ -128,7 +131,7 @@ def render(condition: Mapping[str, str], action: str) -> str:
     """
     advice = strategy(action)
     if advice is None:
-        raise DataError(f"no phrase for the action {action!r}", f"one of {', '.join(STRATEGIES)}, or use:<tool>")
+        raise DataError(f"no phrase for the action {action!r}", f"one of {', '.join(STRATEGIES)}, use:<tool>, or did:<words>")
     return f"{advice[0]}: when {situation_text(condition)}, {advice[1]}."
 
 
@@ -145,6 +148,8 @@ def action_of(text: str) -> str | None:
     parts = split(text)
     if parts is None:
         return None
+    if parts[0] == DO_NAME:
+        return f"{DID}:{parts[2]}"
     tool = _USE.fullmatch(parts[2])
     return f"use:{tool[1]}" if tool and parts[0] == TOOL_NAME else _ACTION_OF.get((parts[0], parts[2]))
 

@@ -40,6 +40,7 @@ from evolve_dag.store.frames import calls_to_frame
 from evolve_dag.store.layout import CALLS
 from evolve_dag.store.memory import Memory
 from evolve_dag.tasks.streams import of_iteration
+from evolve_dag.warmup.folder import require
 
 STEPS: tuple[StepSpec, ...] = (
     policy.SPEC,
@@ -155,7 +156,9 @@ def first_policy(experiment: Experiment) -> PolicyRef:
 
     Raises:
         DataError: the file of the pool cannot be read.
+        ModelError: the weights are missing, or have to be warmed up first.
     """
+    require(experiment)
     ref = PolicyRef(iteration=1, base=base_identity(experiment.models.policy))
     if not experiment.start_pool:
         return ref

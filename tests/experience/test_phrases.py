@@ -20,7 +20,7 @@ from evolve_dag.experience.pool import principle_problems
 
 
 def test_every_action_that_can_be_advised_has_one_strategy() -> None:
-    assert set(STRATEGIES) == set(ACTIONS) - {"malformed", "use:<tool>"}
+    assert set(STRATEGIES) == set(ACTIONS) - {"malformed", "use:<tool>", "did:<words>"}
     assert len({name for name, _ in STRATEGIES.values()}) == len(STRATEGIES)
     assert len({strategy for _, strategy in STRATEGIES.values()}) == len(STRATEGIES)
 
@@ -31,7 +31,7 @@ def test_every_rendering_is_in_principle_form_and_can_be_read_back() -> None:
     conditions += [{"observation": "listing", "shared_name": "yes", "evidence": "part", "repeat": "yes"}]
     conditions += [{"observation": "page", "evidence": "asked", "mark": "old"}]
     conditions += [{"observation": "described", "env:result": "an error", "env:cursor": "at its end", "repeat": "yes"}]
-    for condition, action in product(conditions, [*STRATEGIES, "use:archive", "use:web_lookup-b"]):
+    for condition, action in product(conditions, [*STRATEGIES, "use:archive", "use:web_lookup-b", "did:go back"]):
         text = render(condition, action)
         assert principle_problems(text) == []
         assert action_of(text) == action

@@ -1,0 +1,97 @@
+"""Families of games: the goal, what is listed, and what can be said of a state in words that hold in every game of a family.
+
+What is the same in all games of a family is what can be learned about it. Nothing here tells it: neither the goal nor the
+list of commands says which way is a dead end, or what goes with which tool.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from evolve_dag.environments.textworld.games import Play, coin, cooking
+
+if TYPE_CHECKING:
+    from textworld import Game
+
+BACK = {"north": "south", "south": "north", "east": "west", "west": "east"}
+NUMBERS = ("no", "one", "two", "three", "four")
+COOKED = frozenset({"fried", "roasted", "grilled", "burned"})
+_DIRECTION = re.compile(r"^\s*((?:fry|roast|grill) .+|prepare meal)$", re.M)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What its games have in common."""
+
+    make: Callable[[int], Game]
+    """The game of a number."""
+    goal: str
+    """What is to be done, the same in every game."""
+    listed: re.Pattern[str]
+    """Commands that are listed; others work as well where the game takes them."""
+    features: Callable[[Play, tuple[str, ...]], Mapping[str, str]]
+    """(play, commands so far) -> what a reader sees of the state, see :class:`~evolve_dag.protocols.ToolResult`."""
+    did: Callable[[Mapping[str, str], str], str]
+    """(features before a command, the command) -> what it comes to, in words that hold in every game."""
+    read: Callable[[Play, str], str] = lambda play, command: ""
+    """(play, command) -> what a command shows that changes nothing."""
+    first: str = ""
+    """A command that a good player gives first and that TextWorld's shortest way leaves out."""
+
+
+def _coin_features(play: Play, done: tuple[str, ...]) -> dict[str, str]:
+    exits = [command for command in play.commands if command.startswith("go ")]
+    went = done[-1].removeprefix("go ") if done and done[-1].startswith("go ") else ""
+    return {
+        "coin": "here" if "take coin" in play.commands else "not here",
+        "way back": BACK.get(went, "unknown"),
+        "number of exits": NUMBERS[min(len(exits), 4)],
+    }
+
+
+def _cooking_features(play: Play, done: tuple[str, ...]) -> dict[str, str]:
+    wanted = {name for name, *_ in play.game.metadata["ingredients"]}
+    traits = [play.traits(one) for one in play.held if play.name(one) in wanted]
+    food = "cooked" if any(one & COOKED for one in traits) else "in hand" if traits else "not in hand"
+    told = recipe(play) if "examine cookbook" in done else ""
+    return {
+        "recipe": f"to {told.split()[0]}" if told else "unread",
+        "food": food,
+        "meal": "in hand" if "meal" in map(play.name, play.held) else "not there",
+    }
+
+
+def _coin_did(before: Mapping[str, str], command: str) -> str:
+    word, _, what = command.partition(" ")
+    return word if word != "go" else "go back" if what == before["way back"] else "go on"
+
+
+def _cooking_did(before: Mapping[str, str], command: str) -> str:
+    word, _, what = command.partition(" ")
+    return f"cook it with {what.rpartition(' with ')[2].lower()}" if word == "cook" else word
+
+
+def recipe(play: Play) -> str:
+    """The directions of the cookbook that are left to do; cutting has been done before."""
+    return ", then ".join(_DIRECTION.findall(play.game.metadata["recipe"]))
+
+
+def _cookbook(play: Play, command: str) -> str:
+    return f"The cookbook says: {recipe(play)}." if command == "examine cookbook" else ""
+
+
+FAMILIES: Mapping[str, Family] = {
+    "coin": Family(coin, "Find the coin and take it.", re.compile(r"go \w+|take coin"), _coin_features, _coin_did),
+    "cooking": Family(
+        cooking,
+        "Cook the meal of the cookbook and eat it.",
+        re.compile(r"examine cookbook|take (?!cookbook|knife).+|cook .+|prepare meal|eat meal"),
+        _cooking_features,
+        _cooking_did,
+        _cookbook,
+        "examine cookbook",
+    ),
+}

@@ -1,0 +1,240 @@
+"""TextWorld: its games follow from their number, are played by commands, and are judged by their score."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from evolve_dag.agent.actions import parse_action
+from evolve_dag.agent.rollouts import run_rollouts
+from evolve_dag.agent.sessions import checked_result
+from evolve_dag.config.loading import load_experiment
+from evolve_dag.config.schema import RolloutSettings, TaskSplit, WarmupSettings
+from evolve_dag.environments.textworld.tools import TEXTWORLD, TextWorldEnvironment, TextWorlds, TextWorldSession
+from evolve_dag.errors import ConfigError, ModelError
+from evolve_dag.experience.extraction.mining import ContrastExtraction, extract
+from evolve_dag.experience.pool import Pool
+from evolve_dag.experience.selection.state import StateSelector
+from evolve_dag.inference.chat import ChatFormat
+from evolve_dag.inference.scripted import ScriptedModel
+from evolve_dag.protocols import Guided, ToolSpec
+from evolve_dag.records import Step, ToolCall
+from evolve_dag.verification.exact import ExactVerifier
+from evolve_dag.warmup.script import Script
+
+sys.path.append(str(Path(__file__).parents[1] / "agent"))
+from tiny_tokenizers import byte_level
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SPLIT = TaskSplit(world=3, count=2)
+
+
+def test_a_plain_turn_is_a_command_and_a_call_still_a_call() -> None:
+    act = ToolSpec("act", "", {"command": ""}, plain="command")
+    assert parse_action(" go east\n", [act]).call == ToolCall("act", {"command": "go east"})
+    assert parse_action('<tool_call>{"name": "act", "arguments": {"command": "look"}}</tool_call>', [act]).call == ToolCall(
+        "act", {"command": "look"}
+    )
+    assert parse_action("<tool_call> go", [act]).problem == "the tool call is not closed"
+    assert parse_action(" ", [act]).call is None
+    assert parse_action("go east", [replace(act, plain="")]).plain
+
+
+def test_without_the_package_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "textworld", None)
+    with pytest.raises(ModelError, match=r"pip install 'evolve-dag\[textworld\]'"):
+        TextWorlds(TextWorldEnvironment()).open(TEXTWORLD.tasks(SPLIT, "train")[0], 0)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"tasks": {"train": {"world": None}}}, "tasks.train.world: missing"),
+        ({"tasks": {"train": {"world": 10_000}}}, "number the worlds below"),
+        ({"tasks": {"train": {"count": 1001}}}, "1000 games of a world"),
+        ({"tasks": {"held_out": {"world": 200}}}, "splits must not share a game"),
+        ({"tasks": {"held_out": {"path": "x.jsonl"}}}, "makes its own games"),
+        ({"rollout": {"max_steps": 8}}, "the game ends after 8 commands"),
+        ({"rollout": {"plain_answers": True}}, "a plain turn is a command"),
+        ({"environment": {"kind": "textworld", "form": "call"}}, "writes plain commands"),
+        ({"iterations": 91}, "games for 90 iterations"),
+    ],
+)
+def test_mistakes_in_the_file(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump({"extends": str(CONFIGS / "textworld_coin.yaml"), **changes}))
+    with pytest.raises(ConfigError, match=told):
+        load_experiment(path)
+
+
+def test_the_pools_that_ship_are_small_and_speak_of_no_game() -> None:
+    for name in ("coin", "cooking"):
+        pool = Pool.from_json((CONFIGS / "textworld" / f"{name}.json").read_text(), name)
+        assert 0 < len(pool) <= 15
+        assert all(item.condition and item.granularity == "principle" for item in pool.items)
+
+
+# -- with TextWorld itself
+
+
+@pytest.fixture(scope="module")
+def textworld() -> Any:
+    return pytest.importorskip("textworld")
+
+
+def session(family: str, number: int = 3, **settings: Any) -> TextWorldSession:
+    return TextWorldSession(TextWorldEnvironment(family=family, **settings), number)
+
+
+def enter(game: TextWorldSession, command: str) -> Any:
+    return checked_result(game.call(ToolCall("act", {"command": command})))
+
+
+@pytest.mark.parametrize("family", ["coin", "cooking"])
+def test_the_way_leads_to_the_full_score_in_parts(textworld: Any, family: str) -> None:
+    game = session(family)
+    assert isinstance(game, Guided)
+    rewards = [game.reward(None)]
+    for _ in range(8):
+        result = enter(game, game.expert)
+        rewards.append(game.reward(None))
+        if result.done:
+            break
+    assert rewards[-1] == 1.0
+    assert rewards == sorted(rewards)
+    assert len(set(rewards)) == (2 if family == "coin" else 5)
+
+
+@pytest.mark.parametrize("family", ["coin", "cooking"])
+def test_a_pool_that_ships_leads_through_a_game(textworld: Any, family: str) -> None:
+    """At every step, an item is chosen that names the expert's command or a word of it."""
+    import asyncio
+
+    pool = Pool.from_json((CONFIGS / "textworld" / f"{family}.json").read_text(), family)
+    game, steps = session(family), []
+    while game.expert:
+        chosen = asyncio.run(StateSelector(2).select("Play.", steps, pool)).ids
+        words = " ".join(pool.get(one).text for one in chosen)
+        if steps or family == "cooking":
+            assert set(game.expert.split()) & set(words.replace(".", "").replace(",", "").split()), (game.expert, words)
+        command = game.expert
+        result = enter(game, command)
+        call = ToolCall("act", {"command": command})
+        steps.append(Step(len(steps), command, (), (), call, observation=result.text, features=result.features))
+
+
+def test_a_command_is_told_by_what_it_comes_to(textworld: Any) -> None:
+    game, told = session("cooking"), []
+    while game.expert:
+        told.append(enter(game, game.expert).features["did"])
+    assert [one.split(" with ")[0] for one in told] == ["examine", "take", "cook it", "prepare", "eat"]
+    coin = session("coin")
+    first = next(one for one in coin.choices if one.startswith("go "))
+    there = enter(coin, first)
+    back = enter(coin, f"go {there.features['way back']}")
+    assert (there.features["did"], back.features["did"]) == ("go on", "go back")
+
+
+@pytest.mark.parametrize(("family", "lesson"), [("coin", "take"), ("cooking", "eat")])
+def test_the_miner_finds_lessons_in_games_of_a_player_with_some_skill(textworld: Any, family: str, lesson: str) -> None:
+    """Groups of four games each, played as the warm-up's script plays without advice."""
+    environment = TextWorlds(TextWorldEnvironment(family=family))  # type: ignore[arg-type]
+    tasks = TEXTWORLD.tasks(TaskSplit(world=5, count=16), "train")  # type: ignore[misc]
+    played = []
+    for rollout in range(4):
+        skilled = WarmupSettings(base="-", world=5, seed=rollout, advised=0.0, idle=0.0, skill=0.4)
+        script = Script(environment, skilled, ChatFormat.from_tokenizer(byte_level()))
+        found = run_rollouts(
+            tasks, 1, model=script, environment=script, verifier=ExactVerifier(), settings=RolloutSettings(max_steps=9),
+            seed=0, concurrency=8, experience=script,
+        )  # fmt: skip
+        played += [replace(one, rollout=rollout, id=f"{one.task_id}#{rollout}") for one in found]
+    settings = ContrastExtraction(min_support=5, cap=15)
+    pool = extract(played, Pool(), granularity="principle", settings=settings, iteration=1, seed=0).pool
+    texts = [item.text for item in pool.items]
+    assert any(text.startswith("Do: when ") and text.endswith(f", {lesson}.") for text in texts), texts
+
+
+def test_what_cannot_be_done_is_told_and_counts(textworld: Any) -> None:
+    game = session("coin", limit=2)
+    assert game.choices == tuple(sorted(game.choices))
+    first = enter(game, f"fly to the {'moon' * 100}")
+    assert first.text.startswith("You cannot fly to the moon")
+    assert len(first.text) < 300
+    assert first.features["command"] == "refused"
+    assert not first.done
+    assert enter(game, "sleep").done
+    assert game.reward(None) == 0.0
+
+
+def test_neither_goal_nor_observation_tells_the_lesson(textworld: Any) -> None:
+    """TextWorld's own objective tells the whole way; ours must not."""
+    game = session("coin")
+    assert "Your task" not in game.system_prompt
+    assert game.system_prompt.count("go ") == len(game.choices)
+    silent = session("coin", admissible=False)
+    assert "go " not in silent.system_prompt
+
+
+def test_a_spoilt_meal_loses(textworld: Any) -> None:
+    game = session("cooking")
+    enter(game, "examine cookbook")
+    enter(game, game.expert)
+    right = game.expert
+    wrong = next(one for one in game.choices if one.startswith("cook") and one != right)
+    assert enter(game, wrong).done
+    assert 0 < game.reward(None) < 1
+
+
+def test_episodes_side_by_side_are_those_one_by_one(textworld: Any) -> None:
+    tasks = TEXTWORLD.tasks(TaskSplit(world=4, count=6), "train")  # type: ignore[misc]
+
+    def play(concurrency: int) -> list[tuple[float | None, str, tuple[str | None, ...]]]:
+        def act(messages: Any) -> str:
+            """The last of the listed commands."""
+            listed = messages[0].content if len(messages) == 2 else messages[-1].content
+            return str(listed.rpartition("You can: ")[2].rstrip(".").split(", ")[-1])
+
+        found = run_rollouts(
+            tasks, 1, model=ScriptedModel(act), environment=TextWorlds(TextWorldEnvironment(limit=4)),
+            verifier=ExactVerifier(), settings=RolloutSettings(max_steps=5), seed=0, concurrency=concurrency,
+        )  # fmt: skip
+        return [(one.reward, one.status, tuple(step.observation for step in one.steps)) for one in found]
+
+    assert play(6) == play(1)
+    assert {status for _, status, _ in play(6)} == {"ended"}
+
+
+def test_a_game_is_the_same_in_every_process(textworld: Any) -> None:
+    """Whatever the order of its sets: the hash seed of the other process is another."""
+    code = (
+        "from evolve_dag.environments.textworld.games import Play, coin, cooking\n"
+        "for order in ((8, 7),):\n"
+        "    plays = {n: (Play(coin, n), Play(cooking, n)) for n in order}\n"
+        "print([(p.room, p.commands, p.way, sorted(p.facts)) for p in plays[7]])"
+    )
+    made = [
+        subprocess.run(
+            [sys.executable, "-c", code.replace("(8, 7)", order)], env={"PYTHONHASHSEED": seed, "PATH": ""},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for seed, order in (("1", "(8, 7)"), ("2", "(7, 8)"))
+    ]  # fmt: skip
+    assert made[0] == made[1] != ""
+
+
+def test_splits_and_nights_share_no_game(textworld: Any) -> None:
+    assert TEXTWORLD.tasks is not None
+    assert TEXTWORLD.fresh is not None
+    train = TaskSplit(world=100, count=1000, stream=True)
+    nights = [train.model_copy(update=dict(TEXTWORLD.fresh(train, k))) for k in (1, 2, 90)]
+    splits = [*nights, TaskSplit(world=200, count=1000), TaskSplit(world=300, count=1000)]
+    ids = [task.metadata["game"] for split in splits for task in TEXTWORLD.tasks(split, "x")]
+    assert len(set(ids)) == len(ids)
+    assert max(map(int, ids)) < 2**32
