@@ -224,8 +224,12 @@ class Conversation(Session, Protocol):
         """First user message of the episode, in place of the task's question."""
         ...
 
+    def call(self, call: ToolCall) -> str | ToolResult:
+        """Not asked: :meth:`turn` is."""
+        raise NotImplementedError
+
     def turn(self, call: ToolCall, completion: Completion) -> ToolResult:
-        """What follows one turn; in place of :meth:`Session.call`.
+        """What follows one turn.
 
         Args:
             call: of a tool, which fits its schema; or :data:`~evolve_dag.records.REPLY`, with what was said as ``text``.

@@ -86,8 +86,8 @@ def calls_of(environment: Environment | StatefulEnvironment, task: Task, seed: i
 class _Stateless:
     """One environment for all episodes: there is nothing to set up."""
 
-    question = None
-    converses = False
+    question: str | None = None
+    converses: bool = False
 
     def __init__(self, environment: Environment, seconds: float) -> None:
         self._environment, self._seconds = environment, seconds

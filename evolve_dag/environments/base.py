@@ -43,7 +43,7 @@ class EnvironmentPart(Part[S]):
     make: Callable[[S, Place], Environment | StatefulEnvironment]
     """(settings, place) -> what answers the tool calls of one split."""
     tasks: Callable[[S, TaskSplit, str], tuple[Task, ...]] | None = None
-    """(settings, split, its name) -> tasks that the environment makes itself, other ones for every split; None: they are in files."""
+    """(settings, split, its name) -> tasks that the environment makes itself, other ones for every split; None: from files."""
     fresh: Callable[[TaskSplit, int], Mapping[str, Any]] | None = None
     """(split, iteration) -> what of the split of a stream of such tasks is another in that iteration."""
     check: Callable[[S], object] = _no_file

@@ -16,8 +16,8 @@ from evolve_dag.records import ToolCall
 if TYPE_CHECKING:
     from verifiers.v1.types import Message, Request
 
-    from evolve_dag.environments.verifiers.environment import Stage
     from evolve_dag.environments.verifiers.library import Play
+    from evolve_dag.environments.verifiers.stage import Stage
 
 TEAR_DOWN_SECONDS = 8.0
 """More than the library's own limit for it."""
@@ -90,14 +90,16 @@ class Talk(Conversation):
         trace = self._judged()
         parts = {name: reward for name, reward in trace.rewards.items() if reward is not None}
         if self._part and self._part not in parts:
-            raise SessionError(f"the rubric has no part {self._part!r}: it has {', '.join(parts) or 'none'}", "correct environment.reward")
+            raise SessionError(
+                f"the rubric has no part {self._part!r}: it has {', '.join(parts) or 'none'}", "correct environment.reward"
+            )
         if not parts:
             return None
         given = float(parts[self._part].score if self._part else trace.reward)
         if math.isnan(given) or not 0 <= given <= 1:
             told = ", ".join(f"{name} {reward.score:g} x {reward.weight:g}" for name, reward in parts.items())
-            remedy = "a reward is 0 to 1: set environment.reward to the part that counts alone, or mend the rubric"
-            raise SessionError(f"the rubric gave {given:g} ({one_line(told)})", remedy)
+            remedy = "name the part that counts alone in environment.reward, or mend the rubric"
+            raise SessionError(f"the rubric gave {given:g}, which is not from 0 to 1 ({one_line(told)})", remedy)
         return given
 
     def _judged(self) -> Any:

@@ -65,7 +65,7 @@ sys.modules.setdefault(HARNESS, sys.modules[__name__])
 
 
 class PolicyHarness(Harness[HarnessConfig]):
-    """Chat with tools until a turn calls none. What the taskset's tool servers offer is all that there is: no shell, no files."""
+    """Chat with tools until a turn calls none. The tools are those of the taskset's servers: no shell, no files."""
 
     APPENDS_SYSTEM_PROMPT = True
     SUPPORTS_MCP = True
@@ -190,9 +190,11 @@ class Play:
     async def close(self) -> None:
         """Tear down: the library stops what it has started for this episode."""
         self._left = True
-        if self._running is not None and not self._running.done():
+        if self._running is not None:
             self._running.cancel()
             await asyncio.wait({self._running}, timeout=CLOSING_SECONDS)
+            if self._running.done() and not self._running.cancelled():
+                self._running.exception()  # told already, or of no interest any more
         if self.trace is not None:
             self._client.plays.pop(self.trace.id, None)
 

@@ -15,15 +15,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from evolve_dag.config.fence import Fence
-from evolve_dag.errors import DataError, EvolveError, PartError
+from evolve_dag.errors import DataError, PartError
 from evolve_dag.plain import one_line
 from evolve_dag.records import Task
-from evolve_dag.secrecy import describe_error
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ def code_digest(id: str) -> str:
         PartError: one of them is not installed.
     """
     files = _files(id)
-    version = importlib.metadata.version("verifiers")
+    version = metadata.version("verifiers")
     content = "\n".join(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}" for name, path in files)
     return f"verifiers {version}, sha256:{hashlib.sha256(content.encode()).hexdigest()[:32]}"
 
@@ -118,8 +118,10 @@ class Taskset:
                 return Fence(f"taskset {self.id}", LOADING_SECONDS).run(load, *args)
         except PartError as error:
             if isinstance(error.__cause__, EOFError):
-                raise DataError(f"taskset {self.id}: asks for input", "run it once by hand: it may want a licence accepted") from error
-            raise DataError(error.what, "mend `environment.id` and `environment.args`, or what the message asks for") from error
+                remedy = "run it once by hand: it may want a licence accepted"
+                raise DataError(f"taskset {self.id}: asks for input", remedy) from error
+            remedy = "mend `environment.id` and `environment.args`, or do what the message asks for"
+            raise DataError(error.what, remedy) from error
 
 
 @lru_cache(maxsize=64)
@@ -184,8 +186,3 @@ def _task(id: str, row: Any) -> Task:
     answer = getattr(data, "answer", "")
     question = data.prompt_text or data.description or data.name or name
     return Task(name, question, answer if isinstance(answer, str) else json.dumps(answer, default=str), suite=id)
-
-
-def told(error: BaseException) -> str:
-    """What broke in the library, on one line."""
-    return one_line(error.what if isinstance(error, EvolveError) else describe_error(error))

@@ -32,4 +32,6 @@ class Sums(vf.Taskset[Sum, SumsConfig]):
     def load(self):
         for number in range(self.config.count):
             a, b = number // 2, 3  # every sum twice
-            yield Sum(SumData(prompt=f"What is {a} + {b}?", system_prompt="Answer with a number.", answer=a + b), self.config.task)
+            yield Sum(
+                SumData(prompt=f"What is {a} + {b}?", system_prompt="Answer with a number.", answer=a + b), self.config.task
+            )
