@@ -47,7 +47,7 @@ class EnvironmentPart(Part[S]):
     fresh: Callable[[TaskSplit, int], Mapping[str, Any]] | None = None
     """(split, iteration) -> what of the split of a stream of such tasks is another in that iteration."""
     check: Callable[[S], object] = _no_file
-    """Reads the files that it names as a run will, so that their mistakes show before one begins. Raises DataError."""
+    """Reads what it names as a run will, so that their mistakes show before one begins. Raises DataError."""
 
     def held(self, made: Any, fence: Fence) -> Any:
         """An environment without state within limits; one with a state has a thread an episode."""

@@ -17,7 +17,7 @@ from evolve_dag.environments.base import EnvironmentPart
 from evolve_dag.environments.verifiers.conversation import Talk
 from evolve_dag.environments.verifiers.stage import Stage
 from evolve_dag.environments.verifiers.tasksets import Taskset, code_digest, taskset
-from evolve_dag.errors import DataError
+from evolve_dag.errors import DataError, PartError
 from evolve_dag.protocols import Session
 from evolve_dag.records import Task
 
@@ -93,12 +93,21 @@ def _mistakes(settings: VerifiersEnvironment, experiment: Experiment) -> list[tu
     return found
 
 
+def _data(settings: VerifiersEnvironment) -> str:
+    """What is not there stops a run (:func:`_taskset`), but no experiment file from being read."""
+    try:
+        return code_digest(settings.id)
+    except PartError:
+        return "not installed"
+
+
 VERIFIERS = EnvironmentPart(
     settings=VerifiersEnvironment,
     make=lambda settings, place: VerifiersTasks(settings, place.split),
     tasks=_tasks,
     fresh=lambda split, iteration: {"skip": split.skip + (split.count or 0) * (iteration - 1)},
     mistakes=_mistakes,
+    check=_taskset,
     libraries={"verifiers": "verifiers"},
-    data=lambda settings: code_digest(settings.id),
+    data=_data,
 )

@@ -55,7 +55,7 @@ def _files(id: str) -> list[tuple[str, Path]]:
     # The library's own rule: `owner/name@version` is the module `name`.
     module = id.rpartition("/")[2].partition("@")[0].replace("-", "_").lower()
     shipped = Path(library.submodule_search_locations[0]) / SHIPPED / module
-    if shipped.is_dir():
+    if module.isidentifier() and shipped.is_dir():
         return _python(shipped)
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None:
