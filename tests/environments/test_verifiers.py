@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("verifiers", reason="pip install 'evolve-dag[verifiers]'")
 
 from evolve_dag.agent.rollouts import run_rollouts
-from evolve_dag.config.schema import RolloutSettings, TaskSplit
+from evolve_dag.config.schema import Experiment, RolloutSettings, TaskSplit
 from evolve_dag.environments.verifiers import environment as module
 from evolve_dag.environments.verifiers.environment import VERIFIERS, VerifiersEnvironment, VerifiersTasks
 from evolve_dag.errors import DataError
@@ -21,6 +21,9 @@ from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.plain import LAST_STEP
 from evolve_dag.records import REPLY, Message, Task, Trajectory
+from evolve_dag.steps.base import STEP_ORDER, run_step
+from evolve_dag.store.artifacts import Store
+from evolve_dag.store.frames import load_trajectories
 from evolve_dag.store.journal import Journal
 from evolve_dag.verification.exact import ExactVerifier
 
@@ -197,3 +200,32 @@ def test_nothing_is_left_when_the_environment_goes() -> None:
     assert "verifiers vf-sums" in {thread.name for thread in threading.enumerate()}
     del world, session
     assert {thread.name for thread in threading.enumerate() if thread.is_alive()} <= before
+
+
+def test_two_nights_of_the_whole_loop(tmp_path: Path) -> None:
+    """Rolled out, taught, learned and scored with the pocket policy, which here succeeds by chance; nothing fails."""
+    pool = tmp_path / "pool.json"
+    pool.write_text(json.dumps({"p0001": "Length: when asked to speak, count the letters."}))
+    splits = {
+        "train": {"count": 3, "stream": True},
+        "development": {"count": 2, "skip": 20},
+        "held_out": {"count": 2, "skip": 40},
+    }
+    experiment = Experiment.model_validate({
+        "experiment": "even", "seed": 5, "start_pool": str(pool), "environment": {"kind": "verifiers", "id": "vf-even"},
+        "tasks": splits, "rollout": {"group_size": 3, "max_action_tokens": 6}, "injection": "global",
+        "distillation": {"epochs": 1, "rank": 2, "retention": 0.0}, "evaluation": {"bootstrap": 100, "base_temperatures": []},
+        "runtime": {"threads": 1, "concurrency": 8},
+    })  # fmt: skip
+    store = Store(tmp_path / "store")
+    made = {(step, k): run_step(step, experiment, k, store).artifact for k in (1, 2) for step in STEP_ORDER}
+    for night in (1, 2):
+        rolled = load_trajectories(made["trajectories", night])
+        assert {t.status for t in rolled} == {"answered"}
+        assert {t.reward for t in rolled} <= {0.0, 0.5, 1.0}
+        assert all(step.token_ids for t in rolled for step in t.steps)
+        assert made["scores", night].summary["failed"] == 0
+    assert made["contexts", 1].summary["kept"] > 0
+    assert not {t.task_id for t in load_trajectories(made["trajectories", 1])} & {
+        t.task_id for t in load_trajectories(made["trajectories", 2])
+    }
