@@ -81,10 +81,10 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
     from transformers import AutoConfig
 
     from evolve_dag.distillation.memory import cache_memory, training_memory
-    from evolve_dag.inference.folders import POCKET
+    from evolve_dag.inference.folders import place
 
     policy, runtime, longest = experiment.models.policy, experiment.runtime, experiment.rollout.max_tokens
-    folder = POCKET if policy.path == "pocket" else Path(policy.path)
+    folder = place(policy)
     if not (folder / "config.json").is_file():
         yield Finding("note", "memory", f"{folder}/config.json is not there: that file alone is enough to calculate")
         return

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from numbers import Real
+from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 from evolve_dag.errors import DataError
 from evolve_dag.records import Message, Task, ToolCall, Trajectory
@@ -256,6 +257,11 @@ class StatefulEnvironment(Protocol):
 
 class ToolError(Exception):
     """A tool refused or failed; its message is shown to the policy as the observation."""
+
+
+def is_reward(value: object) -> TypeGuard[float]:
+    """Whether a value is a number from 0 to 1; NaN is in no range."""
+    return isinstance(value, Real) and 0 <= float(value) <= 1
 
 
 @runtime_checkable

@@ -111,6 +111,7 @@ def put_fault(step: str, where: str, name: str) -> None:
 def count_draws(path: Path) -> None:
     """Write down every rollout that is drawn, with its journal, and whether that journal had it."""
     from evolve_dag.agent import rollouts
+    from evolve_dag.steps import adapter, policies
 
     journal_now: ContextVar[Path] = ContextVar("journal_now")
     gather, episode = rollouts.gather_rollouts, rollouts.run_episode
@@ -126,7 +127,9 @@ def count_draws(path: Path) -> None:
             file.write(f"{kind} {journal.relative_to(journal.parents[3])} {task.id} {rollout}\n")
         return await episode(task, rollout, **kwargs)
 
-    rollouts.gather_rollouts, rollouts.run_episode = gather_rollouts, run_episode
+    rollouts.run_episode = run_episode
+    for module in (rollouts, adapter, policies):  # each has its own name for it
+        module.gather_rollouts = gather_rollouts
 
 
 def _holds(journal: Path, task: str, rollout: int, seed: int) -> bool:

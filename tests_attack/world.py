@@ -120,7 +120,11 @@ def _of_files(calm: Path, other: Path) -> Iterator[str]:
     elif calm.suffix == ".safetensors":
         from safetensors.numpy import load_file
 
-        yield from _of_values(*({k: v.tolist() for k, v in load_file(path).items()} for path in (calm, other)), "")
+        first, second = ({k: v.tolist() for k, v in load_file(path).items()} for path in (calm, other))
+        if "ids" in first and "ids" in second:  # a teacher's most probable tokens
+            rankings = (list(zip(each.pop("ids"), each.pop("logprobs"), strict=True)) for each in (first, second))
+            yield from _of_rankings(*rankings)
+        yield from _of_values(first, second, "")
     elif calm.suffix == ".json":
         first, second = (json.loads(path.read_text()) for path in (calm, other))
         if calm.name == "manifest.json":
@@ -128,6 +132,20 @@ def _of_files(calm: Path, other: Path) -> Iterator[str]:
         yield from _of_values(first, second, "")
     else:
         yield "other bytes"
+
+
+_Ranking = tuple[list[int], list[float]]
+
+
+def _of_rankings(first: list[_Ranking], second: list[_Ranking]) -> Iterator[str]:
+    """Ids and log-probabilities of each row; two as good as equal may change places, also the last with one left out."""
+    if len(first) != len(second):
+        yield f"rankings: {len(first)} and {len(second)} rows"
+    for number, rows in enumerate(zip(first, second, strict=False)):
+        one, two = (dict(zip(*row, strict=True)) for row in rows)
+        for token in sorted(one.keys() | two.keys()):
+            logprobs = one.get(token, min(one.values())), two.get(token, min(two.values()))
+            yield from _of_values(*logprobs, f"rankings[{number}] of token {token}")
 
 
 def _of_values(first: Any, second: Any, where: str) -> Iterator[str]:

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 from evolve_dag.agent.actions import ParsedAction, explain, parse_action, parse_turn, validate_call
 from evolve_dag.agent.sessions import Calls, calls_of, checked_reward
 from evolve_dag.errors import ContextOverflowError
-from evolve_dag.inference.outgoing import estimate
+from evolve_dag.inference.outgoing import tokens_of
 from evolve_dag.plain import LAST_STEP, plain
 from evolve_dag.protocols import (
     Completion,
-    CountsTokens,
     Environment,
     ExperienceSource,
     Injected,
@@ -236,9 +235,7 @@ class _Episode:
 
     def tokens(self, observation: str) -> int:
         """What an observation adds to the context; on the careful side where the backend hides its tokenizer."""
-        if isinstance(self.model, CountsTokens):
-            return self.model.count_tokens(Message("tool", observation))
-        return estimate([{"role": "tool", "content": observation}])
+        return tokens_of(self.model, Message("tool", observation))
 
     def record(self, step: Step, status: TrajectoryStatus = "unanswered", answer: str | None = None) -> None:
         self.trajectory = replace(self.trajectory, steps=(*self.trajectory.steps, step), status=status, answer=answer)

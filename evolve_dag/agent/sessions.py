@@ -15,7 +15,6 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from numbers import Real
 from typing import Any, Protocol, TypeVar
 
 from evolve_dag.errors import SessionError
@@ -29,6 +28,7 @@ from evolve_dag.protocols import (
     ToolError,
     ToolResult,
     ToolSpec,
+    is_reward,
 )
 from evolve_dag.records import Task, ToolCall
 from evolve_dag.secrecy import describe_error
@@ -278,7 +278,7 @@ def checked_reward(given: object) -> float | None:
     """
     if given is None:
         return None
-    if not isinstance(given, Real) or not 0 <= float(given) <= 1:  # NaN is in no range
+    if not is_reward(given):
         raise SessionError(f"the reward is {given!r:.60}", "give a number from 0 to 1, or None where nothing can be said")
     return float(given)
 

@@ -173,9 +173,9 @@ def _inherited(dotted: str, current: dict[str, Any], value: dict[str, Any]) -> d
     return {key: inner for key, inner in current.items() if key in settings.model_fields}
 
 
-def _chooser(dotted: str, model: type[Section] = Experiment) -> Chosen | None:
-    """What decides the class of the section at a dotted key of ``model``; None where it is the same for all."""
-    holder: Any = model
+def _chooser(dotted: str) -> Chosen | None:
+    """What decides the class of the section at a dotted key; None where it is the same for all."""
+    holder: Any = Experiment
     *parents, last = dotted.split(".")
     for name in parents:
         field = holder.model_fields.get(name)
@@ -236,14 +236,14 @@ def _did_you_mean(location: list[str], model: type[Section], whole: Mapping[str,
     content: Any = whole
     for depth, name in enumerate(parents, 1):
         content = content.get(name) if isinstance(content, dict) else None
-        chooser = _chooser(".".join(parents[:depth]), model)
+        field = section.model_fields.get(name) if isinstance(section, type) and issubclass(section, Section) else None
+        chooser = chosen(field) if field is not None else None
         if chooser is not None and isinstance(content, dict):
             section, mine = chooser.settings(content), chooser.name(content)
             others = [other for other in chooser.names if last in chooser.fields(other)]
             if others and depth == len(parents):
                 return f": it belongs to `{chooser.key}: {' or '.join(others)}`, and this is `{chooser.key}: {mine}`"
         else:
-            field = section.model_fields.get(name) if isinstance(section, type) and issubclass(section, Section) else None
             section = field.annotation if field is not None else None
     if not (isinstance(section, type) and issubclass(section, Section)):
         return ""

@@ -141,6 +141,7 @@ CHOICES: Mapping[str, Choice] = {
 }
 
 S = TypeVar("S", bound=Section)
+V = TypeVar("V")
 
 
 def _nothing(settings: Any, experiment: Any = None) -> tuple[Any, ...]:
@@ -419,12 +420,10 @@ class Chosen:
             raise ValueError(f"should be a mapping{words}")
         name = self.name(value)
         try:
-            part(self.choice, name)
+            settings = self._settings(name)
         except PartError as error:
             raise self._mistake(_unusable(error), name) from None
-        except ValueError:
-            pass
-        if (settings := self.settings(value)) is None:
+        if settings is None:
             raise self._mistake(PydanticCustomError("part", "should be {names}", {"names": either(self.names)}), name)
         try:
             return settings.model_validate({**value, self.key: name})
@@ -453,8 +452,15 @@ class Chosen:
     def settings(self, value: Mapping[str, Any]) -> type[Section] | None:
         """The settings of that part; None where it may not stand here, or is not known."""
         try:
-            settings: type[Section] = part(self.choice, self.name(value)).settings
-        except (ValueError, PartError):
+            return self._settings(self.name(value))
+        except PartError:
+            return None
+
+    def _settings(self, name: Any) -> type[Section] | None:
+        """Raises: PartError, the part comes from outside and cannot be used."""
+        try:
+            settings: type[Section] = part(self.choice, name).settings
+        except ValueError:
             return None
         return settings if issubclass(settings, self.base) else None
 
@@ -471,9 +477,13 @@ class Chosen:
 
 def chosen(field: FieldInfo) -> Chosen | None:
     """The :class:`Chosen` that validates a field, if one does."""
-    return next((found for m in field.metadata if isinstance(found := getattr(m, "func", None), Chosen)), None)
+    return _validator(field, Chosen)
 
 
 def known(field: FieldInfo) -> Known | None:
     """The :class:`Known` that validates a field, if one does."""
-    return next((found for m in field.metadata if isinstance(found := getattr(m, "func", None), Known)), None)
+    return _validator(field, Known)
+
+
+def _validator(field: FieldInfo, kind: type[V]) -> V | None:
+    return next((found for m in field.metadata if isinstance(found := getattr(m, "func", None), kind)), None)

@@ -25,6 +25,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from evolve_dag.evaluation.intervals import POWER
+
 STAKES = (0.05, 0.1, 0.2, 0.4, 0.8)
 """Each twice the one before. The best stake is about the loss over its variance: 0.05 for one point among coin flips, 0.8 for
 two points where one task in forty differs."""
@@ -63,7 +65,7 @@ class Capital:
         return Capital((min(0.0, math.log(self.total)),) * len(STAKES))
 
 
-def detectable(sd: float, plays: int, *, level: float, power: float = 0.8) -> float:
+def detectable(sd: float, plays: int, *, level: float, power: float = POWER) -> float:
     """Smallest average loss beyond the margin that ``plays`` bets establish in about ``power`` of the cases.
 
     With a mean of ``u`` standard errors the best stake's log capital has mean ``u^2 / 2`` and standard deviation ``u``; what

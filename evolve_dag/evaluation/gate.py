@@ -130,8 +130,7 @@ def decide_on(
         return GateDecision("keep", bad, evidence, after)
     good = [finding.sentence for finding in findings if finding.sentence]
     good += [drift.sentence] if after.nights > 1 else []
-    better = (evidence.get("success_low") or 0.0) > 0
-    if better:
+    if _better(evidence):
         restarted = Capital(after.capital).restarted().logs
         return GateDecision("promote", tuple(good), evidence, Standing(iteration, iteration, capital=restarted))
     return GateDecision("promote", tuple(good), evidence, replace(after, champion=iteration))
@@ -166,6 +165,11 @@ def _night(candidate: Sequence[Score], best: Sequence[Score]) -> Night:
     return Night(len(set(tasks[0])), candidate_T, best_T, all_T, premature, turns)
 
 
+def _better(evidence: Mapping[str, float | None]) -> bool:
+    """Whether success is significantly above that of the best champion."""
+    return (evidence.get("success_low") or 0.0) > 0
+
+
 def _findings(night: Night, settings: GateSettings, seed: int) -> Iterator[_Finding]:
     """Everything that is asked about tonight."""
     common = len(night.candidate)
@@ -178,7 +182,7 @@ def _findings(night: Night, settings: GateSettings, seed: int) -> Iterator[_Find
     better = False
     if common:
         success = _success(night.candidate, night.best, settings, seed)
-        better = (success.evidence["success_low"] or 0.0) > 0
+        better = _better(success.evidence)
         yield success
     if night.everything is not None:
         yield _success(*night.everything, settings, seed, of="all_")

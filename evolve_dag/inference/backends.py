@@ -20,8 +20,8 @@ from evolve_dag.config.schema import (
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.folders import base_identity, model_folder
 from evolve_dag.inference.ledger import Ledger, metered
-from evolve_dag.inference.outgoing import estimate
-from evolve_dag.protocols import Completion, CountsTokens, LanguageModel, Request
+from evolve_dag.inference.outgoing import tokens_of
+from evolve_dag.protocols import Completion, LanguageModel, Request
 from evolve_dag.records import Message
 
 if TYPE_CHECKING:
@@ -74,9 +74,7 @@ class FencedModel:
 
     def count_tokens(self, message: Message) -> int:
         """As the model counts, else an estimate."""
-        if isinstance(self.model, CountsTokens):
-            return self.model.count_tokens(message)
-        return estimate([{"role": message.role, "content": message.content}])
+        return tokens_of(self.model, message)
 
     def release(self, session: str) -> None:
         self.model.release(session)

@@ -13,13 +13,18 @@ POCKET = Path(__file__).resolve().parent.parent / "environments" / "pocket" / "m
 """The policy that ships with the package."""
 
 
+def place(settings: PolicySettings) -> Path:
+    """Where a model's files should lie."""
+    return POCKET if settings.path == "pocket" else Path(settings.path)
+
+
 def model_folder(settings: PolicySettings) -> Path:
     """Folder of the model's files.
 
     Raises:
         ModelError: there is no such folder, or it holds no weights.
     """
-    folder = POCKET if settings.path == "pocket" else Path(settings.path)
+    folder = place(settings)
     if not any(folder.glob("*.safetensors")):
         remedy = (
             "make the weights: `evolve pocket pretrain`"

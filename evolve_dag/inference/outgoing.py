@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from evolve_dag.errors import ModelError
+from evolve_dag.protocols import CountsTokens, LanguageModel
 from evolve_dag.records import Message, Role
 
 BYTES_PER_TOKEN = 3.2
@@ -68,6 +69,13 @@ def size(text: str) -> int:
 def estimate(messages: Sequence[dict[str, str]]) -> int:
     """Tokens of a conversation, roughly; no tokenizer needed."""
     return sum(round(size(m["content"]) / BYTES_PER_TOKEN) + MESSAGE_TOKENS for m in messages)
+
+
+def tokens_of(model: LanguageModel, message: Message) -> int:
+    """What a message adds to a conversation: as the model counts, else by :func:`estimate`."""
+    if isinstance(model, CountsTokens):
+        return model.count_tokens(message)
+    return estimate([{"role": message.role, "content": message.content}])
 
 
 def fit(messages: Sequence[dict[str, str]], tokens: int) -> tuple[list[dict[str, str]], int]:

@@ -145,10 +145,8 @@ def plan(experiment: Experiment, store: Store, iterations: int | None = None) ->
         if isinstance(entering, str):
             same: dict[str, PlannedStep] = {}
             if assumed is not None:
-                same = {
-                    name: _planned(base.resolve_from(name, experiment, k, store, assumed), experiment, store)
-                    for name in base.STEP_ORDER
-                }
+                resolved = base.resolve_all(experiment, k, store, assumed)
+                same = {name: _planned(expected, experiment, store) for name, expected in resolved.items()}
                 assumed = _as_before(same["promotion"], experiment, store)
             text = f"follows {entering}"
             if same:
@@ -158,10 +156,9 @@ def plan(experiment: Experiment, store: Store, iterations: int | None = None) ->
                 if_same = same[name].action if same else None
                 steps.append(PlannedStep(name, k, "follows", None, (Reason("follows", text),), if_same=if_same))
             continue
-        for name in base.STEP_ORDER:
-            # The digests that a run itself would ask for; from the policy that is known here, so that K iterations cost K.
-            expected = base.resolve_from(name, experiment, k, store, entering)
-            steps.append(_planned(expected, experiment, store))
+        # The digests that a run itself would ask for; from the policy that is known here, so that K iterations cost K.
+        resolved = base.resolve_all(experiment, k, store, entering)
+        steps += [_planned(expected, experiment, store) for expected in resolved.values()]
         entering = _leaving(steps[-1], experiment, store)
         if isinstance(entering, str):
             assumed = _as_before(steps[-1], experiment, store)

@@ -21,12 +21,12 @@ from evolve_dag.steps.contexts import DRILLS, RETENTION, score, with_teacher_vie
 from evolve_dag.steps.policies import adapter_folder, closing, experience_source, open_policy, open_pool, open_teacher
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
+from evolve_dag.store.frames import CURVE
 from evolve_dag.tasks.suites import Split, load_split
 
 if TYPE_CHECKING:
     from torch import nn
 
-CURVE = "curve.parquet"
 MAX_SKIPPED = 0.1
 """Largest share of optimizer steps without a finite gradient."""
 

@@ -105,15 +105,22 @@ def resolve(name: str, experiment: Experiment, iteration: int, store: Store) -> 
 
 def resolve_iteration(experiment: Experiment, iteration: int, store: Store) -> dict[str, Resolved]:
     """All seven steps of one iteration, in order."""
-    entering = _entering(experiment, iteration, store)
-    return {name: resolve_from(name, experiment, iteration, store, entering) for name in STEP_ORDER}
+    return resolve_all(experiment, iteration, store, _entering(experiment, iteration, store))
+
+
+def resolve_all(experiment: Experiment, iteration: int, store: Store, entering: PolicyRef | str) -> dict[str, Resolved]:
+    """:func:`resolve_iteration` where the entering policy is known already, or what is missing for it."""
+    known: dict[str, Resolved] = {}
+    for name in STEP_ORDER:
+        known[name] = resolve_from(name, experiment, iteration, store, entering, known)
+    return known
 
 
 def resolve_lineage(experiment: Experiment, iterations: int, store: Store) -> Iterator[dict[str, Resolved]]:
     """All seven steps of iterations 1, 2, ...; the last one is the first that is not promoted, or number ``iterations``."""
     entering = first_policy(experiment)
     for k in range(1, iterations + 1):
-        resolved = {name: resolve_from(name, experiment, k, store, entering) for name in STEP_ORDER}
+        resolved = resolve_all(experiment, k, store, entering)
         yield resolved
         decided = resolved["promotion"]
         if decided.digest is None or not decided.exists:
@@ -170,9 +177,20 @@ def _entering(experiment: Experiment, iteration: int, store: Store) -> PolicyRef
     return ref
 
 
-def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store, entering: PolicyRef | str) -> Resolved:
-    """:func:`resolve` where the entering policy is known already, or what is missing for it."""
-    spec = SPECS[name]
+def resolve_from(
+    name: str,
+    experiment: Experiment,
+    iteration: int,
+    store: Store,
+    entering: PolicyRef | str,
+    known: dict[str, Resolved] | None = None,
+) -> Resolved:
+    """:func:`resolve` where the entering policy is known already, or what is missing for it.
+
+    Args:
+        known: steps of the same iteration that were resolved already; those that this one needs are added.
+    """
+    spec, known = SPECS[name], {} if known is None else known
     if isinstance(entering, str):
         return Resolved(name, iteration, None, False, missing=entering)
     try:
@@ -185,7 +203,9 @@ def resolve_from(name: str, experiment: Experiment, iteration: int, store: Store
         config |= {"policy": entering.content}
     else:
         for upstream in spec.inputs:
-            found = resolve_from(upstream, experiment, iteration, store, entering)
+            if upstream not in known:
+                known[upstream] = resolve_from(upstream, experiment, iteration, store, entering, known)
+            found = known[upstream]
             if found.digest is None:
                 return Resolved(name, iteration, None, False, missing=found.missing)
             inputs[upstream] = found.digest

@@ -109,7 +109,7 @@ def _teach(context: StepContext, pool: Pool) -> _Taught:
         source = experience_source(experiment, pool, context.roles)
         recording = None
         if experiment.regime.source == "teacher":
-            if isinstance(model, TransformersModel):
+            if isinstance(model, TransformersModel) and experiment.injection != "none":  # else nothing is scored
                 recording = opened.enter_context(model.recording(experiment.distillation.top_k))
             trajectories = roll_out(
                 context,

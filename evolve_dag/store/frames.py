@@ -29,6 +29,7 @@ ITEMS = "items.parquet"
 EDITS = "edits.parquet"
 SCORES = "scores.parquet"
 CALLS = "calls.parquet"
+CURVE = "curve.parquet"
 _AGAIN = "delete the artifact's folder and run again"
 
 

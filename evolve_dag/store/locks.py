@@ -92,8 +92,8 @@ def discard(root: Path, name: str) -> None:
     path = root / "locks" / f"{name}.lock"
     lock = FileLock(path)
     with contextlib.suppress(OSError, Timeout), lock.acquire(timeout=0):
-        path.unlink()
         path.with_suffix(".holder").unlink(missing_ok=True)
+        path.unlink()  # last: who goes on after a kill finds what is left by this file
 
 
 def _holder(path: Path) -> str:

@@ -39,7 +39,6 @@ VIEWS = {
 the artifact; a column of its own with such a name bears the view's name (``edits``: ``edit_iteration``)."""
 
 CONTEXTS = "contexts.parquet"
-CURVE = "curve.parquet"
 _PLACE = ("kind", "digest", "experiment", "iteration")
 _FILES = {
     "trajectories": frames.TRAJECTORIES,
@@ -49,7 +48,7 @@ _FILES = {
     "contexts": CONTEXTS,
     "scores": frames.SCORES,
     "calls": frames.CALLS,
-    "curves": CURVE,
+    "curves": frames.CURVE,
 }
 
 

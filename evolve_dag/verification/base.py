@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from evolve_dag.config.fence import Fence
 from evolve_dag.config.parts import Part, VerificationSettings
-from evolve_dag.protocols import Verifier
+from evolve_dag.protocols import Verifier, is_reward
 from evolve_dag.records import Task
 
 if TYPE_CHECKING:
@@ -45,6 +44,6 @@ class FencedVerifier:
         reward = await self.fence.call(self.verifier.verify, task, answer)
         if reward is None:
             return None
-        if isinstance(reward, Real) and 0.0 <= float(reward) <= 1.0:  # no NaN
+        if is_reward(reward):
             return float(reward)
         raise self.fence.nonsense(f"a reward is a number from 0 to 1, or None, not {reward!r:.80}")

@@ -247,6 +247,16 @@ def test_a_placebo_pool_is_injected_and_mining_goes_on_from_the_mined_one(copied
         assert kept.get(item_id).text == pool.get(item_id).text, "an item keeps its placebo"
 
 
+def test_plain_fine_tuning_on_own_successes_needs_no_teacher(copied: Store) -> None:
+    plain = {"injection": "none", "regime": {"divergence": "cross_entropy", "rejection": True}}
+    for step in STEP_ORDER[:5]:
+        outcome = run_step(step, small(**plain), 1, copied)
+    contexts = copied.open("contexts", outcome.artifact.inputs["contexts"])
+    assert outcome.artifact.summary["rows"] == contexts.summary["kept"] > 0
+    assert contexts.summary["items_per_step"] == 0
+    assert all(row.teacher is None for row in load_contexts(contexts.path))
+
+
 def test_cross_entropy_learns_retention_rows_too(copied: Store) -> None:
     for step in STEP_ORDER[:5]:
         outcome = run_step(step, small(regime={"divergence": "cross_entropy"}), 1, copied)

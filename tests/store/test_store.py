@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -574,6 +575,30 @@ def test_locks_of_what_is_published_go_and_those_of_what_is_not_stay(store: Stor
         assert {path.name for path in locks.iterdir()} == left
         discard(store.root, f"build-scores-{other}")
         assert {path.name for path in locks.iterdir()} == left, "it is held"
+
+
+@pytest.mark.parametrize("change", [1, 2])
+def test_a_kill_while_a_lock_is_cleaned_up_leaves_nothing_for_good(
+    store: Store, monkeypatch: pytest.MonkeyPatch, change: int
+) -> None:
+    locks = store.root / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    for suffix in ("lock", "holder"):
+        (locks / f"build-policy-{DIGEST}.{suffix}").write_text("{}")
+    unlink, changes = Path.unlink, itertools.count(1)
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if next(changes) == change:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            discard(store.root, f"build-policy-{DIGEST}")
+    for lock in locks.glob("*.lock"):  # as the next builder sweeps
+        discard(store.root, lock.stem)
+    assert list(locks.iterdir()) == []
 
 
 def race(root: str, number: int, start: Any, results: Any) -> None:

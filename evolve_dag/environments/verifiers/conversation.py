@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.environments.base import tools_section
 from evolve_dag.errors import SessionError
 from evolve_dag.plain import one_line
-from evolve_dag.protocols import Completion, Conversation, ToolResult, ToolSpec
+from evolve_dag.protocols import Completion, Conversation, ToolResult, ToolSpec, is_reward
 from evolve_dag.records import ToolCall
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ class Talk(Conversation):
         if not parts:
             return None
         given = float(parts[self._part].score if self._part else trace.reward)
-        if math.isnan(given) or not 0 <= given <= 1:
+        if not is_reward(given):
             told = ", ".join(f"{name} {reward.score:g} x {reward.weight:g}" for name, reward in parts.items())
             remedy = "name the part that counts alone in environment.reward, or mend the rubric"
             raise SessionError(f"the rubric gave {given:g}, which is not from 0 to 1 ({one_line(told)})", remedy)

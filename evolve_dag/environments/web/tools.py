@@ -35,7 +35,7 @@ from evolve_dag.environments.web.reader import (
     page_to_memory,
 )
 from evolve_dag.environments.web.sandbox import NotConfinedError, Outcome, open_parser, open_sandbox
-from evolve_dag.environments.web.search import Kind, Searcher
+from evolve_dag.environments.web.search import SERPER_KEY, Kind, Searcher
 from evolve_dag.errors import ConfigError, EvolveError, ModelError
 from evolve_dag.plain import head, plain
 from evolve_dag.protocols import ToolError, ToolSpec
@@ -419,5 +419,5 @@ TOOLS = EnvironmentPart(
     prompts=lambda settings, experiment: (PROMPT,) if settings.sums_up else (),
     mistakes=_mistakes,
     libraries={"trafilatura": "web", "markitdown": "web"},
-    variables=("SERPER_API_KEY", "JINA_API_KEY"),
+    variables=(SERPER_KEY, JINA_KEY),
 )
