@@ -153,7 +153,11 @@ def test_a_fault_costs_its_episode(fault: str, told: str) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "told"),
-    [("waits", "neither asked for a turn nor ended within 0.2 seconds"), ("spins", "blocks the library's event loop")],
+    [
+        ("waits", "neither asked for a turn nor ended within 0.2 seconds"),
+        ("spins", "blocks the library's event loop"),
+        ("exits", "the environment raised SystemExit"),
+    ],
 )
 def test_what_hangs_costs_its_episode_alone(fault: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("evolve_dag.environments.verifiers.stage.GRACE", 0.3)

@@ -38,11 +38,19 @@ class Stage:
         self._client = self._library.PolicyClient()
         self._loop = asyncio.new_event_loop()
         self._end = asyncio.Event()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=f"verifiers {tasks.id}", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=f"verifiers {tasks.id}", daemon=True)
         self._thread.start()
         started: asyncio.Event = asyncio.Event()
         self._serving = asyncio.run_coroutine_threadsafe(self._serve(started), self._loop)
         self.run(self._started(started), STARTING_SECONDS)
+
+    def _work(self) -> None:
+        """The loop, until it is stopped: what ends the interpreter, or asked it to end too late, ends only its episode."""
+        while True:
+            try:
+                return self._loop.run_forever()
+            except BaseException:
+                continue
 
     def play(self, row: Any, seconds: float) -> Play:
         """An episode of one row, not begun yet."""
@@ -86,7 +94,11 @@ class Stage:
             started.set()
 
     async def _started(self, started: asyncio.Event) -> None:
-        await started.wait()
+        try:
+            await asyncio.wait_for(started.wait(), STARTING_SECONDS)
+        except TimeoutError:
+            what = f"the tool servers of the taskset did not start within {STARTING_SECONDS:g} seconds"
+            raise SessionError(what, "try on a machine with less to do, or mend them") from None
         if self._serving.done():
             self._serving.result()
 

@@ -43,6 +43,8 @@ class FaultsEnv(vf.Env[FaultsEnvConfig]):
         if fault == "spins":
             while True:
                 pass
+        if fault == "exits":
+            raise SystemExit(3)
         if fault == "twice":
             await agents.agent.run(task)
         async with agents.agent.interaction(task) as talk:
