@@ -227,7 +227,7 @@ class Conversation(Session, Protocol):
 
     def call(self, call: ToolCall) -> str | ToolResult:
         """Not asked: :meth:`turn` is."""
-        raise NotImplementedError
+        raise ToolError("in a conversation there are turns, not calls")
 
     def turn(self, call: ToolCall, completion: Completion) -> ToolResult:
         """What follows one turn.
