@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 export DAGSTER_DISABLE_TELEMETRY ?= true
 
-.PHONY: real test-textworld bench smollm2 vllm test-ui test-vllm test-ray test-kubernetes demo test check lint fix hooks types ui install clean model benchmarks
+.PHONY: verifiers test-verifiers real test-textworld bench smollm2 vllm test-ui test-vllm test-ray test-kubernetes demo test check lint fix hooks types ui install clean model benchmarks
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -62,6 +62,12 @@ test-kubernetes: install  ## heavy steps in pods, against a stub of the API (ins
 test-textworld: install  ## the games of TextWorld (installs it; a minute)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[textworld]'
 	$(BIN)/python -m pytest tests/environments/test_textworld.py
+
+verifiers: install  ## the library verifiers and the tasksets of examples/verifiers_tasksets, for configs/verifiers_*.yaml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[verifiers]' -e examples/verifiers_tasksets
+
+test-verifiers: verifiers  ## environments of the library verifiers: a turn, several, tools, and every way of breaking (2 minutes)
+	$(BIN)/python -m pytest tests/environments/test_verifiers.py tests/environments/test_verifiers_settings.py examples/verifiers_tasksets
 
 lint: install  ## ruff
 	$(BIN)/ruff check .

@@ -234,6 +234,30 @@ class Guided(Protocol):
 
 
 @runtime_checkable
+class Conversation(Session, Protocol):
+    """A session that takes the policy's turns as a chat partner would: text that calls no tool is a turn as well, and an answer
+    only where the episode ends with it."""
+
+    @property
+    def question(self) -> str:
+        """First user message of the episode, in place of the task's question."""
+        ...
+
+    def call(self, call: ToolCall) -> str | ToolResult:
+        """Not asked: :meth:`turn` is."""
+        raise ToolError("in a conversation there are turns, not calls")
+
+    def turn(self, call: ToolCall, completion: Completion) -> ToolResult:
+        """What follows one turn.
+
+        Args:
+            call: of a tool, which fits its schema; or :data:`~evolve_dag.records.REPLY`, with what was said as ``text``.
+            completion: the turn as it was sampled.
+        """
+        ...
+
+
+@runtime_checkable
 class StatefulEnvironment(Protocol):
     """Opens a state for every episode."""
 

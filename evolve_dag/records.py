@@ -19,6 +19,8 @@ Granularity = Literal["principle", "instance"]
 InjectionPattern = Literal["none", "global", "step_wise"]
 Source = Literal["teacher", "student"]
 TrajectoryStatus = Literal["answered", "forced", "ended", "unanswered", "failed"]
+REPLY = "reply"
+"""Tool name under which a turn of a conversation stands that is text and calls no tool: ``{"text": ...}``."""
 PoolOperation = Literal["add", "update", "delete", "merge", "graduate", "recall", "withdraw"]
 Decision = Literal["promote", "keep", "restore"]
 
@@ -139,7 +141,8 @@ class Trajectory:
         for earlier in self.steps[:step]:
             messages.append(Message("assistant", earlier.text, earlier.token_ids))
             if earlier.observation is not None:
-                messages.append(Message("tool", earlier.observation))
+                replied = earlier.call is not None and earlier.call.name == REPLY
+                messages.append(Message("user" if replied else "tool", earlier.observation))
         return tuple(messages)
 
     @property

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evolve_dag.protocols import ToolSpec
-from evolve_dag.records import ToolCall
+from evolve_dag.records import REPLY, ToolCall
 
 _TAG = re.compile(r"</?(?:tool_call|answer)>")
 _MAX_NAME = 40
@@ -83,6 +83,15 @@ def parse_action(text: str, tools: Sequence[ToolSpec] = ()) -> ParsedAction:
         return ParsedAction(thought, answer=answer) if answer else ParsedAction(thought, problem="the answer is empty")
     call = _parse_call(calls[0], tools)
     return ParsedAction(thought, problem=call) if isinstance(call, str) else ParsedAction(thought, call=call)
+
+
+def parse_turn(text: str, tools: Sequence[ToolSpec]) -> ParsedAction:
+    """Read one turn of a conversation, where an answer is what the episode ends with: a tool call, or text, which stands as a
+    call of :data:`~evolve_dag.records.REPLY` as it was written."""
+    _, _, said = text.rpartition("</think>")
+    if tools and re.search(r"</?tool_call>", said) and (action := parse_action(text, tools)).answer is None:
+        return action
+    return ParsedAction("", call=ToolCall(REPLY, {"text": said.strip()}))
 
 
 def validate_call(call: ToolCall, tools: Sequence[ToolSpec]) -> str | None:

@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evolve_dag.agent.actions import ParsedAction, explain, parse_action, validate_call
+from evolve_dag.agent.actions import ParsedAction, explain, parse_action, parse_turn, validate_call
 from evolve_dag.agent.sessions import Calls, calls_of, checked_reward
 from evolve_dag.errors import ContextOverflowError
 from evolve_dag.inference.outgoing import tokens_of
@@ -27,7 +27,7 @@ from evolve_dag.protocols import (
     StatefulEnvironment,
     ToolResult,
 )
-from evolve_dag.records import Message, Step, Task, Trajectory, TrajectoryStatus
+from evolve_dag.records import REPLY, Message, Step, Task, Trajectory, TrajectoryStatus
 from evolve_dag.secrecy import describe_error
 from evolve_dag.seeds import stable_hash
 
@@ -110,23 +110,27 @@ class _Episode:
         self.model, self.calls, self.settings = model, calls, settings
         self.experience, self.session, self.started = experience, session, started
         self.last = settings.max_steps == 1
-        asked = plain(task.question)
-        question = f"{asked}\n{LAST_STEP}" if self.last else asked
         self.trajectory = Trajectory(
             id=f"{task.id}#{rollout}",
             task_id=task.id,
             rollout=rollout,
             seed=seed,
             system="",
-            question=question,
+            question=self.asked(plain(task.question)),
             steps=(),
             status="unanswered",
         )
+
+    def asked(self, question: str) -> str:
+        """The first user message."""
+        return f"{question}\n{LAST_STEP}" if self.last else question
 
     async def run(self) -> Trajectory:
         try:
             await self.calls.open()
             self.trajectory = replace(self.trajectory, system=self.calls.system_prompt)
+            if self.calls.question is not None:
+                self.trajectory = replace(self.trajectory, question=self.asked(self.calls.question))
             await self.act()
             reward = await self.calls.reward(self.trajectory.answer)
             self.trajectory = replace(self.trajectory, reward=reward)
@@ -161,14 +165,7 @@ class _Episode:
                 self.session,
             )
         )
-        action = parse_action(completion.text, self.calls.tools)
-        if (self.last or self.settings.plain_answers) and action.plain and completion.text.strip():
-            action = ParsedAction("", answer=completion.text.strip())
-        problem = action.problem
-        if problem is not None and completion.finish_reason == "length":
-            problem = f"the action is longer than {self.settings.max_action_tokens} tokens"
-        if action.call is not None:
-            problem = validate_call(action.call, self.calls.tools)
+        action, problem = self.read(completion)
         step = Step(
             index=index,
             text=completion.text,
@@ -186,25 +183,46 @@ class _Episode:
         if action.answer is not None:
             self.record(step, "forced" if self.last else "answered", action.answer)
             return True
-        if self.last:
+        if self.last and (problem is not None or not self.calls.converses):
             self.record(step)
             return True
         # Recorded before the tool runs: should it break, the row still shows which call broke it.
         before = self.trajectory
         self.record(step)
-        result = ToolResult(explain(problem)) if problem is not None else await self.observe(step)
+        result = ToolResult(explain(problem)) if problem is not None else await self.observe(step, completion)
+        self.trajectory = before
+        step = replace(step, seconds=time.monotonic() - begun)
+        if result.done and step.call is not None and step.call.name == REPLY:  # the conversation ended with what was said
+            answer = step.call.arguments["text"]
+            self.record(replace(step, call=None, answer=answer), "forced" if self.last else "answered", answer)
+            return True
+        status: TrajectoryStatus = "ended" if result.done else "unanswered"
+        if self.last:
+            self.record(step, status)
+            return True
         observation = result.text
         self.last = not result.done and self.limit_reached(index, completion, observation)
         if self.last:
             observation = f"{observation}\n{LAST_STEP}"
-        step = replace(step, observation=observation, features=result.features, seconds=time.monotonic() - begun)
-        self.trajectory = before
-        self.record(step, "ended" if result.done else "unanswered")
+        self.record(replace(step, observation=observation, features=result.features), status)
         return result.done
 
-    async def observe(self, step: Step) -> ToolResult:
+    def read(self, completion: Completion) -> tuple[ParsedAction, str | None]:
+        """What the policy does, and why nothing can be done with it, if so."""
+        text = completion.text
+        action = parse_turn(text, self.calls.tools) if self.calls.converses else parse_action(text, self.calls.tools)
+        if (self.last or self.settings.plain_answers) and action.plain and text.strip():
+            action = ParsedAction("", answer=text.strip())
+        problem = action.problem
+        if problem is not None and completion.finish_reason == "length":
+            problem = f"the action is longer than {self.settings.max_action_tokens} tokens"
+        if action.call is not None and not (self.calls.converses and action.call.name == REPLY):
+            problem = validate_call(action.call, self.calls.tools)
+        return action, problem
+
+    async def observe(self, step: Step, completion: Completion) -> ToolResult:
         assert step.call is not None
-        return await self.calls.call(step.call)
+        return await self.calls.call(step.call, completion)
 
     def limit_reached(self, index: int, completion: Completion, observation: str) -> bool:
         """Whether the next call is the last one."""

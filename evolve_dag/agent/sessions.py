@@ -19,7 +19,17 @@ from typing import Any, Protocol, TypeVar
 
 from evolve_dag.errors import SessionError
 from evolve_dag.plain import plain
-from evolve_dag.protocols import Environment, Session, StatefulEnvironment, ToolError, ToolResult, ToolSpec, is_reward
+from evolve_dag.protocols import (
+    Completion,
+    Conversation,
+    Environment,
+    Session,
+    StatefulEnvironment,
+    ToolError,
+    ToolResult,
+    ToolSpec,
+    is_reward,
+)
 from evolve_dag.records import Task, ToolCall
 from evolve_dag.secrecy import describe_error
 
@@ -40,12 +50,16 @@ class Calls(Protocol):
 
     tools: tuple[ToolSpec, ...]
     system_prompt: str
+    question: str | None
+    """In place of the task's."""
+    converses: bool
+    """Whether it takes turns of a conversation."""
 
     async def open(self) -> None:
-        """Set up; ``tools`` and ``system_prompt`` hold from now on."""
+        """Set up; the attributes hold from now on."""
         ...
 
-    async def call(self, call: ToolCall) -> ToolResult:
+    async def call(self, call: ToolCall, completion: Completion) -> ToolResult:
         """The observation of one call, as :func:`plain` text; also that of a call that was refused (ToolError)."""
         ...
 
@@ -72,6 +86,9 @@ def calls_of(environment: Environment | StatefulEnvironment, task: Task, seed: i
 class _Stateless:
     """One environment for all episodes: there is nothing to set up."""
 
+    question: str | None = None
+    converses: bool = False
+
     def __init__(self, environment: Environment, seconds: float) -> None:
         self._environment, self._seconds = environment, seconds
         self.tools: tuple[ToolSpec, ...] = ()
@@ -80,7 +97,7 @@ class _Stateless:
     async def open(self) -> None:
         self.tools, self.system_prompt = self._environment.tools, self._environment.system_prompt
 
-    async def call(self, call: ToolCall) -> ToolResult:
+    async def call(self, call: ToolCall, completion: Completion) -> ToolResult:
         try:
             async with asyncio.timeout(self._seconds) as limit:
                 return checked_result(await self._environment.call(call))
@@ -108,18 +125,26 @@ class _Stateful:
         self._seen: set[str] = set()
         self.tools: tuple[ToolSpec, ...] = ()
         self.system_prompt = ""
+        self.question: str | None = None
+        self.converses = False
 
     async def open(self) -> None:
-        self.tools, self.system_prompt = await self._worker.run(self._open, "the set-up", self._seconds)
+        self.tools, self.system_prompt, self.question = await self._worker.run(self._open, "the set-up", self._seconds)
+        self.converses = self.question is not None
 
-    def _open(self) -> tuple[tuple[ToolSpec, ...], str]:
+    def _open(self) -> tuple[tuple[ToolSpec, ...], str, str | None]:
         self._session = session = self._environment.open(self._task, self._seed)
-        return tuple(session.tools), plain(session.system_prompt)
+        question = plain(session.question) if isinstance(session, Conversation) else None
+        return tuple(session.tools), plain(session.system_prompt), question
 
-    async def call(self, call: ToolCall) -> ToolResult:
+    async def call(self, call: ToolCall, completion: Completion) -> ToolResult:
         session = self._opened
+
+        def work() -> object:
+            return session.turn(call, completion) if isinstance(session, Conversation) else session.call(call)
+
         try:
-            given = await self._worker.run(lambda: session.call(call), f"the call of {call.name}", self._seconds)
+            given = await self._worker.run(work, f"the call of {call.name}", self._seconds)
         except ToolError as problem:
             result = _refused(problem)
             return replace(result, features={"result": "an error"})

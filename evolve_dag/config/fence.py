@@ -119,6 +119,11 @@ class Fence:
 
     def _late(self, future: Future[Any], thread: Thread) -> PartError:
         future.cancel()
-        if thread.ident is not None:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_GivenUpError))
+        give_up(thread)
         return self._told_late()
+
+
+def give_up(thread: Thread) -> None:
+    """Ask a thread that nobody waits for any more to end what it does."""
+    if thread.ident is not None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_GivenUpError))

@@ -63,6 +63,7 @@ CHOICES: Mapping[str, Choice] = {
             "corpus": "evolve_dag.environments.corpus:CORPUS",
             "tools": "evolve_dag.environments.web.tools:TOOLS",
             "textworld": "evolve_dag.environments.textworld.tools:TEXTWORLD",
+            "verifiers": "evolve_dag.environments.verifiers.environment:VERIFIERS",
         },
         row="evolve_dag.environments.base:EnvironmentPart",
         settings="evolve_dag.config.parts:EnvironmentSettings",
@@ -334,10 +335,10 @@ def identity(choice: str, name: str, settings: Section) -> str:
     Raises:
         PartError: it cannot be used, or cannot say what its data is.
     """
-    if (found := outside(choice, name)) is None:
-        return name
-    data = found.row.data(settings) if isinstance(found.row, Part) else ""
-    return f"{found.identity} {data}" if data else found.identity
+    found = outside(choice, name)
+    row, told = (part(choice, name), name) if found is None else (found.row, found.identity)
+    data = row.data(settings) if isinstance(row, Part) else ""
+    return f"{told} {data}" if data else told
 
 
 def named_by(section: Section, key: str) -> str | None:

@@ -42,12 +42,12 @@ class EnvironmentPart(Part[S]):
 
     make: Callable[[S, Place], Environment | StatefulEnvironment]
     """(settings, place) -> what answers the tool calls of one split."""
-    tasks: Callable[[TaskSplit, str], tuple[Task, ...]] | None = None
-    """(split, its name) -> tasks that the environment makes itself, other ones for every split; None: they are in files."""
+    tasks: Callable[[S, TaskSplit, str], tuple[Task, ...]] | None = None
+    """(settings, split, its name) -> tasks that the environment makes itself, other ones for every split; None: from files."""
     fresh: Callable[[TaskSplit, int], Mapping[str, Any]] | None = None
     """(split, iteration) -> what of the split of a stream of such tasks is another in that iteration."""
     check: Callable[[S], object] = _no_file
-    """Reads the files that it names as a run will, so that their mistakes show before one begins. Raises DataError."""
+    """Reads what it names as a run will, so that their mistakes show before one begins. Raises DataError."""
 
     def held(self, made: Any, fence: Fence) -> Any:
         """An environment without state within limits; one with a state has a thread an episode."""
@@ -67,17 +67,24 @@ def file_tasks(experiment: Experiment) -> list[tuple[str, str]]:
 
 
 def tool_prompt(tools: Sequence[ToolSpec]) -> str:
-    """System message in the style of Qwen3's chat template: tools as JSON schema, the call's form, the answer's form."""
-    functions = [{"name": tool.name, "description": tool.description, "parameters": tool.arguments} for tool in tools]
-    listing = "\n".join(json.dumps({"type": "function", "function": one}, ensure_ascii=False) for one in functions)
+    """System message: the tools, the call's form, the answer's form."""
     return (
         "Answer the question with the tools below. Before each step, say in a few words what you need next; "
         "then either call one tool or give the final answer.\n\n"
+        f"{tools_section(tools)}\n\n"
+        "For the final answer, write the answer alone within <answer></answer> XML tags:\n"
+        "<answer>the answer</answer>"
+    )
+
+
+def tools_section(tools: Sequence[ToolSpec]) -> str:
+    """Tools as JSON schema and the form of a call, in the words of Qwen3's chat template."""
+    functions = [{"name": tool.name, "description": tool.description, "parameters": tool.arguments} for tool in tools]
+    listing = "\n".join(json.dumps({"type": "function", "function": one}, ensure_ascii=False) for one in functions)
+    return (
         "# Tools\n\n"
         "You are provided with function signatures within <tools></tools> XML tags:\n"
         f"<tools>\n{listing}\n</tools>\n\n"
         "For a function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n"
-        '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>\n\n'
-        "For the final answer, write the answer alone within <answer></answer> XML tags:\n"
-        "<answer>the answer</answer>"
+        '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
     )

@@ -11,6 +11,7 @@ import asyncio
 import json
 import random
 import re
+import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -18,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import httpx2
 import openai
 
 from evolve_dag.config.schema import OpenAIModelSettings
@@ -31,6 +31,8 @@ from evolve_dag.protocols import Completion, Request
 from evolve_dag.records import Call
 from evolve_dag.secrecy import describe_error, excerpt, read_key, without_keys
 
+http: Any = sys.modules[openai.DefaultAsyncHttpxClient.__mro__[1].__module__]
+"""What the client speaks through: httpx2, or httpx in its version 2, which the library `verifiers` asks for."""
 HARDER = 0.6
 """Share of the tokens that a conversation is cut to when the endpoint says that it is still too long."""
 CHARACTERS_PER_TOKEN = 32
@@ -163,13 +165,13 @@ class OpenAIModel:
         refused: openai.APIStatusError | None = None
         try:
             async with asyncio.timeout(self.settings.timeout_seconds):
-                response = await endpoint.client.post("/chat/completions", body=body, cast_to=httpx2.Response)
+                response = await endpoint.client.post("/chat/completions", body=body, cast_to=http.Response)
             completion = self._read(response.content, endpoint, request, tally)
         except (TimeoutError, openai.APITimeoutError):
             problem = _TransientError(f"{endpoint.name}: no answer within {self.settings.timeout_seconds:g} s")
         except openai.APIStatusError as error:
             refused = error  # looked at below: raised in here, ours would carry what the endpoint said wherever it goes
-        except (openai.APIConnectionError, httpx2.HTTPError) as error:
+        except (openai.APIConnectionError, http.HTTPError) as error:
             problem = _TransientError(f"{endpoint.name}: connection lost: {_innermost(error)}")
         except _TransientError as error:
             problem = error
@@ -414,7 +416,7 @@ class _Connections:
             max_retries=0,
             timeout=self.settings.timeout_seconds,
             http_client=openai.DefaultAsyncHttpxClient(
-                limits=httpx2.Limits(max_connections=most, max_keepalive_connections=most),
+                limits=http.Limits(max_connections=most, max_keepalive_connections=most),
                 timeout=self.settings.timeout_seconds,
                 trust_env=not is_local(host),  # a proxy of the environment cannot reach this machine
             ),

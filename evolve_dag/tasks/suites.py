@@ -54,7 +54,7 @@ def load_tasks_of(experiment: Experiment, name: SplitName) -> tuple[Task, ...]:
     split: TaskSplit = getattr(experiment.tasks, name)
     own: EnvironmentPart[Any] = part_of("environment", experiment.environment)
     if own.tasks is not None:
-        return own.tasks(split, name)
+        return own.tasks(experiment.environment, split, name)
     return tuple(load_suite(split, suite=f"{experiment.experiment}/{name}"))
 
 

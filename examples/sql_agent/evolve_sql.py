@@ -71,7 +71,7 @@ class SqlEnvironment(EnvironmentSettings):
     kind: Literal["sql"] = "sql"
 
 
-def tasks(split: TaskSplit, name: str) -> tuple[Task, ...]:
+def tasks(settings: SqlEnvironment, split: TaskSplit, name: str) -> tuple[Task, ...]:
     draw = random.Random(f"{split.world} {name}")
     drawn = enumerate((*draw.sample(NAMES, 2), draw.randrange(1, 50)) for _ in range(split.count or 0))
     return tuple(Task(f"{name}/{i}", f"Move {n} from {a} to {b} in accounts.", f"{a} {b} {n}") for i, (a, b, n) in drawn)

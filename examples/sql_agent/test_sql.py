@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evolve_sql import COLUMNS, Accounts, Databases, tasks
+from evolve_sql import COLUMNS, Accounts, Databases, SqlEnvironment, tasks
 
 from evolve_dag.agent.rollouts import gather_rollouts
 from evolve_dag.config.loading import load_experiment
@@ -24,7 +24,7 @@ from evolve_dag.steps import base, trajectories
 from evolve_dag.store.artifacts import Store
 from evolve_dag.verification.exact import ExactVerifier
 
-TASKS = tasks(TaskSplit(count=12, world=1), "train")
+TASKS = tasks(SqlEnvironment(), TaskSplit(count=12, world=1), "train")
 
 
 def called(name: str, **arguments: Any) -> str:

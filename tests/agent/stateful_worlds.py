@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from evolve_dag.protocols import Session, ToolError, ToolResult, ToolSpec
+from evolve_dag.protocols import Completion, Conversation, Session, ToolError, ToolResult, ToolSpec
 from evolve_dag.records import Task, ToolCall
 
 ADD = ToolSpec(
@@ -80,3 +80,34 @@ class Counters:
             return self.breaks[name]()
 
         return broken
+
+
+@dataclass
+class Guess(Conversation):
+    """A talk about a number: what is said is a guess, and the right one ends it; with ``tools`` one can peek."""
+
+    tools: tuple[ToolSpec, ...] = ()
+    system_prompt: str = "Guess."
+    question: str = "Which number from 1 to 9?"
+    heard: list[tuple[str, str, Completion]] = field(default_factory=list)
+
+    def turn(self, call: ToolCall, completion: Completion) -> ToolResult:
+        self.heard.append((call.name, call.arguments.get("text", ""), completion))
+        if call.name == "peek":
+            return ToolResult("it is odd")
+        return ToolResult("no", done=call.arguments["text"].endswith("7"))
+
+    def reward(self, answer: str | None) -> float | None:
+        return float(answer is not None and answer.endswith("7"))
+
+
+@dataclass
+class Guesses:
+    """Opens one talk after the other, and keeps them."""
+
+    tools: tuple[ToolSpec, ...] = ()
+    opened: list[Guess] = field(default_factory=list)
+
+    def open(self, task: Task, seed: int) -> Session:
+        self.opened.append(Guess(self.tools))
+        return self.opened[-1]

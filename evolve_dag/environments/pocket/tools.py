@@ -80,7 +80,7 @@ def _make(settings: PocketEnvironment, place: Place) -> PocketTools:
     return PocketTools(World(place.split.world or 0), settings.results)
 
 
-def _tasks(split: TaskSplit, name: str) -> tuple[Task, ...]:
+def _tasks(settings: PocketEnvironment, split: TaskSplit, name: str) -> tuple[Task, ...]:
     return tuple(World(split.world or 0).tasks(split.count or 0, f"pocket/{name}"))
 
 

@@ -1,0 +1,37 @@
+"""Single turn: sums, some of them twice; half of the reward is for brevity."""
+
+import verifiers.v1 as vf
+
+__all__ = ["Sums"]
+
+
+class SumsConfig(vf.TasksetConfig):
+    count: int = 20
+    weight: float = 1.0
+
+
+class SumData(vf.TaskData):
+    answer: int
+
+
+class SumConfig(vf.TaskConfig):
+    pass
+
+
+class Sum(vf.Task[SumData, vf.State, SumConfig]):
+    @vf.reward(weight=0.75)
+    async def right(self, trace: vf.Trace) -> float:
+        return float(trace.last_reply.removesuffix(".").endswith(str(self.data.answer)))
+
+    @vf.reward(weight=0.25)
+    async def short(self, trace: vf.Trace) -> float:
+        return float(len(trace.last_reply) < 4)
+
+
+class Sums(vf.Taskset[Sum, SumsConfig]):
+    def load(self):
+        for number in range(self.config.count):
+            a, b = number // 2, 3  # every sum twice
+            yield Sum(
+                SumData(prompt=f"What is {a} + {b}?", system_prompt="Answer with a number.", answer=a + b), self.config.task
+            )
