@@ -11,11 +11,12 @@ Resumes: finished episodes are in a journal under the store.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hashlib
 import time
 from pathlib import Path
 
-from evolve_dag.agent.rollouts import run_rollouts
+from evolve_dag.agent.rollouts import gather_rollouts
 from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import ConfigError
@@ -42,17 +43,19 @@ def play(e: Experiment, games: int, condition: str, model: TransformersModel, st
         decides = (base_identity(e.models.policy), e.slice("environment", "rollout", "injection", "selection"), pool.to_json())
         name = hashlib.sha256(repr((condition, *decides)).encode()).hexdigest()[:16]
         store.mkdir(parents=True, exist_ok=True)
-        return run_rollouts(
-            split.tasks[:games],
-            1,
-            model=model,
-            environment=split.environment,
-            verifier=split.verifier,
-            settings=e.rollout,
-            seed=e.seed,
-            concurrency=e.runtime.concurrency,
-            experience=source,
-            journal=Journal(store / f"{condition}-{name}.jsonl"),
+        return asyncio.run(
+            gather_rollouts(
+                split.tasks[:games],
+                1,
+                model=model,
+                environment=split.environment,
+                verifier=split.verifier,
+                settings=e.rollout,
+                seed=e.seed,
+                concurrency=e.runtime.concurrency,
+                experience=source,
+                journal=Journal(store / f"{condition}-{name}.jsonl"),
+            )
         )
 
 

@@ -6,6 +6,7 @@ appears whole at ``models.policy.path``.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag.agent.rollouts import run_rollouts
+from evolve_dag.agent.rollouts import gather_rollouts
 from evolve_dag.config.parts import part_of
 from evolve_dag.config.schema import DistillationSettings, Experiment, Regime, TaskSplit, WarmupSettings
 from evolve_dag.distillation.alignment import align_all, no_injection, replay_injection
@@ -179,7 +180,7 @@ class _Warmup:
     def _tasks(self, world: int, count: int) -> tuple[Task, ...]:
         row: EnvironmentPart[Any] = part_of("environment", self.experiment.environment)
         assert row.tasks is not None
-        return tuple(row.tasks(TaskSplit(world=world, count=count), "warmup"))
+        return tuple(row.tasks(self.experiment.environment, TaskSplit(world=world, count=count), "warmup"))
 
     def _rows(self) -> list[DistillationRow]:
         """The scripted episodes, as rows that are learned from."""
@@ -202,17 +203,19 @@ class _Warmup:
 
     def _played(self, tasks: Sequence[Task], model: Any, script: Script, what: str, *, advice: bool = True) -> list[Trajectory]:
         done = iter(range(1, len(tasks) + 1))
-        played = run_rollouts(
-            tasks,
-            1,
-            model=model,
-            environment=script,
-            verifier=ExactVerifier(),
-            settings=self.experiment.rollout,
-            seed=stable_hash("warmup", self.settings.seed),
-            concurrency=self.experiment.runtime.concurrency,
-            experience=script if advice else None,
-            on_done=lambda _: self.advance(what, next(done), len(tasks)),
+        played = asyncio.run(
+            gather_rollouts(
+                tasks,
+                1,
+                model=model,
+                environment=script,
+                verifier=ExactVerifier(),
+                settings=self.experiment.rollout,
+                seed=stable_hash("warmup", self.settings.seed),
+                concurrency=self.experiment.runtime.concurrency,
+                experience=script if advice else None,
+                on_done=lambda _: self.advance(what, next(done), len(tasks)),
+            )
         )
         failed = [one.error for one in played if one.status == "failed"]
         if failed:  # not a game that was lost: what it was worth is not known

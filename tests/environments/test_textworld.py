@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from evolve_dag.agent.actions import parse_action
-from evolve_dag.agent.rollouts import run_rollouts
+from evolve_dag.agent.rollouts import gather_rollouts
 from evolve_dag.agent.sessions import checked_result
 from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.schema import RolloutSettings, TaskSplit, WarmupSettings
@@ -49,7 +50,7 @@ def test_a_plain_turn_is_a_command_and_a_call_still_a_call() -> None:
 def test_without_the_package_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "textworld", None)
     with pytest.raises(ModelError, match=r"pip install 'evolve-dag\[textworld\]'"):
-        TextWorlds(TextWorldEnvironment()).open(TEXTWORLD.tasks(SPLIT, "train")[0], 0)  # type: ignore[misc]
+        TextWorlds(TextWorldEnvironment()).open(TEXTWORLD.tasks(TextWorldEnvironment(), SPLIT, "train")[0], 0)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -145,15 +146,15 @@ def test_a_command_is_told_by_what_it_comes_to(textworld: Any) -> None:
 def test_the_miner_finds_lessons_in_games_of_a_player_with_some_skill(textworld: Any, family: str, lesson: str) -> None:
     """Groups of four games each, played as the warm-up's script plays without advice."""
     environment = TextWorlds(TextWorldEnvironment(family=family))  # type: ignore[arg-type]
-    tasks = TEXTWORLD.tasks(TaskSplit(world=5, count=16), "train")  # type: ignore[misc]
+    tasks = TEXTWORLD.tasks(TextWorldEnvironment(), TaskSplit(world=5, count=16), "train")  # type: ignore[misc]
     played = []
     for rollout in range(4):
         skilled = WarmupSettings(base="-", world=5, seed=rollout, advised=0.0, idle=0.0, skill=0.4)
         script = Script(environment, skilled, ChatFormat.from_tokenizer(byte_level()))
-        found = run_rollouts(
+        found = asyncio.run(gather_rollouts(
             tasks, 1, model=script, environment=script, verifier=ExactVerifier(), settings=RolloutSettings(max_steps=9),
             seed=0, concurrency=8, experience=script,
-        )  # fmt: skip
+        ))  # fmt: skip
         played += [replace(one, rollout=rollout, id=f"{one.task_id}#{rollout}") for one in found]
     settings = ContrastExtraction(min_support=5, cap=15)
     pool = extract(played, Pool(), granularity="principle", settings=settings, iteration=1, seed=0).pool
@@ -193,7 +194,7 @@ def test_a_spoilt_meal_loses(textworld: Any) -> None:
 
 
 def test_episodes_side_by_side_are_those_one_by_one(textworld: Any) -> None:
-    tasks = TEXTWORLD.tasks(TaskSplit(world=4, count=6), "train")  # type: ignore[misc]
+    tasks = TEXTWORLD.tasks(TextWorldEnvironment(), TaskSplit(world=4, count=6), "train")  # type: ignore[misc]
 
     def play(concurrency: int) -> list[tuple[float | None, str, tuple[str | None, ...]]]:
         def act(messages: Any) -> str:
@@ -201,10 +202,10 @@ def test_episodes_side_by_side_are_those_one_by_one(textworld: Any) -> None:
             listed = messages[0].content if len(messages) == 2 else messages[-1].content
             return str(listed.rpartition("You can: ")[2].rstrip(".").split(", ")[-1])
 
-        found = run_rollouts(
+        found = asyncio.run(gather_rollouts(
             tasks, 1, model=ScriptedModel(act), environment=TextWorlds(TextWorldEnvironment(limit=4)),
             verifier=ExactVerifier(), settings=RolloutSettings(max_steps=5), seed=0, concurrency=concurrency,
-        )  # fmt: skip
+        ))  # fmt: skip
         return [(one.reward, one.status, tuple(step.observation for step in one.steps)) for one in found]
 
     assert play(6) == play(1)
@@ -235,6 +236,6 @@ def test_splits_and_nights_share_no_game(textworld: Any) -> None:
     train = TaskSplit(world=100, count=1000, stream=True)
     nights = [train.model_copy(update=dict(TEXTWORLD.fresh(train, k))) for k in (1, 2, 90)]
     splits = [*nights, TaskSplit(world=200, count=1000), TaskSplit(world=300, count=1000)]
-    ids = [task.metadata["game"] for split in splits for task in TEXTWORLD.tasks(split, "x")]
+    ids = [task.metadata["game"] for split in splits for task in TEXTWORLD.tasks(TextWorldEnvironment(), split, "x")]
     assert len(set(ids)) == len(ids)
     assert max(map(int, ids)) < 2**32

@@ -127,7 +127,7 @@ class TextWorlds:
         return TextWorldSession(self._settings, int(task.metadata["game"]))
 
 
-def _tasks(split: TaskSplit, name: str) -> tuple[Task, ...]:
+def _tasks(settings: TextWorldEnvironment, split: TaskSplit, name: str) -> tuple[Task, ...]:
     first = (split.world or 0) * GAMES
     numbers = range(first, first + (split.count or 0))
     return tuple(Task(f"game-{n}", QUESTION, "", f"textworld/{name}", {"game": str(n)}) for n in numbers)
