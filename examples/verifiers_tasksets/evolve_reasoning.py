@@ -41,10 +41,10 @@ def dataset(family: str, seed: int, size: int, settings: tuple[tuple[str, Any], 
 class ReasoningTask(vf.Task[ReasoningData, vf.State, vf.TaskConfig]):
     @vf.reward
     async def solved(self, trace: vf.Trace) -> float:
-        """The family's own score: 0 to 1; for some, an answer that holds the right one is worth a part."""
-        data, said = self.data, trace.last_reply
+        """The family's own score, 0 to 1, of what stands within answer tags; without them, of the last word."""
+        data, said = self.data, (trace.last_reply.split() or [""])[-1].rstrip(".")
         rows = dataset(data.family, data.seed, data.size, tuple(data.settings.items()))
-        return float(rows.score_answer(answer=extract_answer(said) or said, entry=rows[data.place]))
+        return float(rows.score_answer(answer=extract_answer(trace.last_reply) or said, entry=rows[data.place]))
 
 
 class Reasoning(vf.Taskset[ReasoningTask, ReasoningConfig]):

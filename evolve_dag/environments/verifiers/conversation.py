@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,8 @@ class Talk(Conversation):
                 raise SessionError("the environment ended before it asked for a turn", MEND)
             self._begin(first)
         except BaseException:
-            self.close()
+            with contextlib.suppress(SessionError):  # what broke first is what is told
+                self.close()
             raise
 
     def _begin(self, request: Request) -> None:
@@ -89,9 +91,8 @@ class Talk(Conversation):
         trace = self._judged()
         parts = {name: reward for name, reward in trace.rewards.items() if reward is not None}
         if self._part and self._part not in parts:
-            raise SessionError(
-                f"the rubric has no part {self._part!r}: it has {', '.join(parts) or 'none'}", "correct environment.reward"
-            )
+            what = f"the rubric has no part {self._part!r}: it has {', '.join(parts) or 'none'}"
+            raise SessionError(what, "correct environment.reward")
         if not parts:
             return None
         given = float(parts[self._part].score if self._part else trace.reward)

@@ -94,7 +94,7 @@ class Taskset:
 
     def take(self, skip: int, count: int) -> list[tuple[Task, Any]]:
         """Rows ``skip`` to ``skip + count``, as tasks of ours, each with the library's; fewer where the taskset ends. A row
-        that says the same as one before it is passed over, so other rows are other tasks.
+        with the id of one before it, or without id and the same as one, is passed over: other rows are other tasks.
 
         Raises:
             DataError: a row cannot be loaded, or needs what is not offered here.
