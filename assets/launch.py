@@ -14,7 +14,7 @@ import yaml
 from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._core.instance.ref import InstanceRef
 from dagster._core.storage.tags import MAX_RETRIES_TAG
-from evolve_dag.assets import automation, partitions, recovery
+from evolve_dag.assets import automation, databases, partitions, recovery
 from evolve_dag.assets.resources import Session, StoreResource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -107,9 +107,11 @@ def open_instance(root: Path) -> Iterator[dg.DagsterInstance]:
     """The Dagster instance of a store.
 
     Raises:
-        StoreError: a database of it is damaged, or is none; names the files.
+        StoreError: a database of it is damaged, is none or was not made to the end; names the files.
+        ConcurrencyError: another process makes them and does not come to an end.
     """
     home = prepare_home(root)
+    databases.prepare(home)
     try:
         with dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(home), overrides=NO_COMPUTE_LOGS)) as instance:
             yield instance

@@ -1,0 +1,102 @@
+"""The databases of Dagster's home: made whole, or not at all.
+
+Dagster makes some thirty tables, one after the other, and takes a database whose file is there for a whole one: a kill in
+between would leave a home that never works again.
+"""
+
+import os
+import shutil
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import yaml
+from dagster._core.instance.ref import InstanceRef
+
+from evolve_dag.errors import StoreError
+from evolve_dag.store.disk import fsync_folder
+from evolve_dag.store.faults import disk_error
+from evolve_dag.store.locks import locked
+
+DATABASES = ("history/runs.db", "history/runs/index.db", "schedules/schedules.db")
+"""In a home whose ``dagster.yaml`` names no storage. Each run's own ``history/runs/<id>.db`` goes on where a kill left it."""
+_STORAGE = ("storage", "run_storage", "event_log_storage", "schedule_storage")
+_SETTINGS: dict[str, Any] = {"telemetry": {"enabled": False}}
+_MAKING_SECONDS = 120.0
+
+
+def prepare(home: Path) -> None:
+    """Make the databases of a home that are not there; a home that keeps its storage elsewhere is left alone.
+
+    Raises:
+        StoreError: one was not made to the end, by whoever made it, or it cannot be written.
+        ConcurrencyError: another process makes them and does not come to an end.
+    """
+    if _are_elsewhere(home / "dagster.yaml"):
+        return
+    paths = [home / name for name in DATABASES]
+    if not all(map(Path.exists, paths)):
+        with locked(home, "databases", "Dagster's databases are being made", _MAKING_SECONDS):
+            missing = [path for path in paths if not path.exists()]
+            if missing:
+                _make(home, missing)
+    for path in paths:
+        if not _is_whole(path):
+            raise StoreError(
+                f"{path}: Dagster did not make it to the end",
+                f"move {path.parent} away: the history of runs and which schedules are on go with it; `evolve run` puts on "
+                "record anew what the store holds",
+            )
+
+
+def _are_elsewhere(settings: Path) -> bool:
+    try:
+        found = yaml.safe_load(settings.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except (OSError, yaml.YAMLError):
+        return True  # Dagster says what is wrong with them
+    return isinstance(found, dict) and not found.keys().isdisjoint(_STORAGE)
+
+
+def _make(home: Path, missing: list[Path]) -> None:
+    beside = home / "new"
+    shutil.rmtree(beside, ignore_errors=True)  # left by a maker that was killed
+    try:
+        beside.mkdir()
+        with dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(beside), overrides=_SETTINGS)) as instance:
+            _ = instance.run_storage, instance.event_log_storage, instance.schedule_storage
+        for path in missing:
+            made = beside / path.relative_to(home)
+            _close(made)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            made.replace(path)
+            fsync_folder(path.parent)
+        shutil.rmtree(beside)
+    except OSError as error:
+        raise disk_error(error, home) from error
+
+
+def _close(path: Path) -> None:
+    """Take a database's log of writes into its file, so that the file alone is all of it."""
+    connection = sqlite3.connect(path)
+    try:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    finally:
+        connection.close()
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the revision is written down, which comes after the tables. What SQLite cannot read is Dagster's to say."""
+    connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)
+    try:
+        return connection.execute("SELECT version_num FROM alembic_version").fetchone() is not None
+    except sqlite3.OperationalError as error:
+        return "no such table" not in str(error)
+    except sqlite3.DatabaseError:
+        return True
+    finally:
+        connection.close()
