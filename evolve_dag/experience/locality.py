@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from evolve_dag.records import ExperienceItem, Task
 
-_URL = re.compile(r"https?://|www\.|(?<![\w-])-*+\w[\w-]*+\.(?:com|org|net|edu|gov|io|ai|cn|de|uk|info)\b", re.IGNORECASE)
+_URL = re.compile(r"https?://|www\.\w|(?<![\w-])-*+\w[\w-]*+\.(?:com|org|net|edu|gov|io|ai|cn|de|uk|info)\b", re.IGNORECASE)
 _NUMBER = re.compile(r"\d\S*")
 _NAME = re.compile(r"([A-Z][\w'’-]*+(?:\s++[A-Z][\w'’-]*+)++)|[A-Z][\w'’-]*+")
 """A name of several words; or one word, which is passed over whole: the capitals in it begin no name either."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from evolve_dag.config.parts import EnvironmentSettings
 from evolve_dag.config.schema import TaskSplit
@@ -43,7 +43,7 @@ class StepsEnvironment(EnvironmentSettings):
     kind: Literal["steps"] = "steps"
 
 
-def tasks(split: TaskSplit, name: str) -> tuple[Task, ...]:
+def tasks(settings: Any, split: TaskSplit, name: str) -> tuple[Task, ...]:
     return tuple(
         Task(f"{split.world}-{n}", "Go.", ("left", "right")[(n + (split.world or 0)) % 2]) for n in range(split.count or 0)
     )
