@@ -43,7 +43,7 @@ def test_a_materialization_shows_picture_tables_and_numbers(page: Page, dagster:
         "href", "/assets/adapter?view=partitions&partition=tiny%7C01"
     )
     page.goto(dagster.asset("trajectories", partition="tiny|01", view="overview"))
-    expect(page.get_by_text("1 right, 0 wrong, empty: could not be judged.")).to_be_visible()
+    expect(page.get_by_text("1 right, 0 wrong, between them a part of it; empty: could not be judged.")).to_be_visible()
     expect(page.get_by_text("team:evolve-dag").or_(page.get_by_text("evolve-dag", exact=True)).first).to_be_visible()
 
 
