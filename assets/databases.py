@@ -16,11 +16,13 @@ from dagster._core.instance.ref import InstanceRef
 
 from evolve_dag.errors import StoreError
 from evolve_dag.store.disk import fsync_folder
-from evolve_dag.store.faults import disk_error
+from evolve_dag.store.faults import alembic_revision, disk_error
 from evolve_dag.store.locks import locked
 
 DATABASES = ("history/runs.db", "history/runs/index.db", "schedules/schedules.db")
 """In a home whose ``dagster.yaml`` names no storage. Each run's own ``history/runs/<id>.db`` goes on where a kill left it."""
+BESIDE = ".databases.new"
+"""Folder in the home that they are made in; whatever it holds is a killed maker's."""
 _STORAGE = ("storage", "run_storage", "event_log_storage", "schedule_storage")
 _SETTINGS: dict[str, Any] = {"telemetry": {"enabled": False}}
 _MAKING_SECONDS = 120.0
@@ -61,8 +63,8 @@ def _are_elsewhere(settings: Path) -> bool:
 
 
 def _make(home: Path, missing: list[Path]) -> None:
-    beside = home / "new"
-    shutil.rmtree(beside, ignore_errors=True)  # left by a maker that was killed
+    beside = home / BESIDE
+    shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir()
         with dg.DagsterInstance.from_ref(InstanceRef.from_dir(str(beside), overrides=_SETTINGS)) as instance:
@@ -91,12 +93,9 @@ def _close(path: Path) -> None:
 
 def _is_whole(path: Path) -> bool:
     """Whether the revision is written down, which comes after the tables. What SQLite cannot read is Dagster's to say."""
-    connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)
     try:
-        return connection.execute("SELECT version_num FROM alembic_version").fetchone() is not None
+        return alembic_revision(path) is not None
     except sqlite3.OperationalError as error:
         return "no such table" not in str(error)
     except sqlite3.DatabaseError:
         return True
-    finally:
-        connection.close()

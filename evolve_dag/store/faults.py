@@ -135,6 +135,25 @@ def damaged_databases(folder: Path) -> list[Path]:
     return found
 
 
+def alembic_revision(path: Path, patience: float = 5.0) -> str | None:
+    """The revision that a database's maker writes down once all tables are there; None where that table is empty.
+
+    Not opened read-only: what a kill has left of a transaction is rolled back by whoever comes first.
+
+    Args:
+        patience: seconds to wait for another writer.
+
+    Raises:
+        sqlite3.DatabaseError: it cannot be read, or has no such table.
+    """
+    connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=patience)
+    try:
+        found = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    finally:
+        connection.close()
+    return None if found is None else str(found[0])
+
+
 def _unexpected(behind: list[BaseException]) -> UnexpectedError:
     culprit = next((one for one in behind if getattr(one, "user_exception", None) is None), behind[0])
     if any(isinstance(one, MemoryError) for one in behind):

@@ -22,7 +22,7 @@ from urllib.request import Request, urlopen
 from evolve_dag.errors import EvolveError
 from evolve_dag.secrecy import describe_error
 from evolve_dag.store.disk import fsync_folder
-from evolve_dag.store.faults import chain, disk_error, disk_trouble, is_damaged_database
+from evolve_dag.store.faults import alembic_revision, chain, disk_error, disk_trouble, is_damaged_database
 from evolve_dag.store.journal import Journal
 from evolve_dag.store.locks import locked
 
@@ -219,16 +219,9 @@ def _make_tables(path: Path) -> None:
 
 
 def _check_database(path: Path) -> None:
-    """Whether SQLite can read it and MLflow has made it; MLflow itself would try for minutes.
-
-    Not opened read-only: what a kill has left of a transaction is rolled back by whoever comes first.
-    """
+    """Whether SQLite can read it and MLflow has made it; MLflow itself would try for minutes."""
     try:
-        connection = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=_PATIENCE)
-        try:
-            made = connection.execute("SELECT version_num FROM alembic_version").fetchone()
-        finally:
-            connection.close()
+        made = alembic_revision(path, _PATIENCE)
     except sqlite3.DatabaseError as error:
         if "locked" in str(error):
             return  # somebody works with it

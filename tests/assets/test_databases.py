@@ -43,7 +43,7 @@ def test_a_kill_while_they_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert instance.get_dynamic_partitions("experiments") == []
         assert list(instance.get_runs()) == []
         assert instance.all_instigator_state() == []
-    assert not (home / "new").exists()
+    assert not (home / databases.BESIDE).exists()
 
 
 @pytest.mark.parametrize("name", databases.DATABASES)
