@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -118,8 +118,17 @@ def _package_digest(module: str) -> str:
     places = [Path(place) for place in getattr(package, "__path__", ())]
     if not places:
         return _hash(Path(package.__file__ or "").read_bytes())
-    files = sorted((path.relative_to(place).as_posix(), path) for place in places for path in place.rglob("*.py"))
-    return _hash("\n".join(f"{name}\0{_hash(path.read_bytes())}" for name, path in files).encode())
+    return code_hash(file for place in places for file in python_files(place))
+
+
+def python_files(folder: Path) -> list[tuple[str, Path]]:
+    """The Python files below a folder: name within it, path."""
+    return [(path.relative_to(folder).as_posix(), path) for path in folder.rglob("*.py")]
+
+
+def code_hash(files: Iterable[tuple[str, Path]]) -> str:
+    """Hash of the files' names and contents, in whatever order they come."""
+    return _hash("\n".join(f"{name}\0{_hash(path.read_bytes())}" for name, path in sorted(files)).encode())
 
 
 _modules: dict[Path, tuple[ModuleType, str]] = {}

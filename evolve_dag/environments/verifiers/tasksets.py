@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from evolve_dag.config.fence import Fence
+from evolve_dag.config.outside import code_hash, python_files
 from evolve_dag.errors import DataError, PartError
 from evolve_dag.plain import one_line
 from evolve_dag.records import Task
@@ -43,9 +44,7 @@ def code_digest(id: str) -> str:
         PartError: one of them is not installed.
     """
     files = _files(id)
-    version = metadata.version("verifiers")
-    content = "\n".join(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}" for name, path in files)
-    return f"verifiers {version}, sha256:{hashlib.sha256(content.encode()).hexdigest()[:32]}"
+    return f"verifiers {metadata.version('verifiers')}, {code_hash(files)}"
 
 
 def _files(id: str) -> list[tuple[str, Path]]:
@@ -56,17 +55,13 @@ def _files(id: str) -> list[tuple[str, Path]]:
     module = id.rpartition("/")[2].partition("@")[0].replace("-", "_").lower()
     shipped = Path(library.submodule_search_locations[0]) / SHIPPED / module
     if module.isidentifier() and shipped.is_dir():
-        return _python(shipped)
+        return python_files(shipped)
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None:
         raise PartError(f"no taskset {one_line(id, 60)!r}: there is no module {one_line(module, 60)!r}", "install its package")
     if spec.submodule_search_locations:
-        return [file for place in spec.submodule_search_locations for file in _python(Path(place))]
+        return [file for place in spec.submodule_search_locations for file in python_files(Path(place))]
     return [(module, Path(spec.origin or ""))]
-
-
-def _python(folder: Path) -> list[tuple[str, Path]]:
-    return sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*.py"))
 
 
 class Taskset:
