@@ -7,7 +7,7 @@ written and read by :mod:`evolve_dag.store.artifacts`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -211,6 +211,11 @@ class Finding:
     """The evidence, in words."""
 
 
+def withdrawn(findings: Iterable[Finding]) -> frozenset[str]:
+    """Ids of the items that are to be withdrawn."""
+    return frozenset(finding.item_id for finding in findings if finding.operation == "withdraw")
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
     """What the gate carries from night to night: who holds, who was the best, how sure it is that things got worse since."""
@@ -263,7 +268,7 @@ class PolicyRef:
     @property
     def withdrawn(self) -> frozenset[str]:
         """Ids of items of its pool that are to be withdrawn."""
-        return frozenset(finding.item_id for finding in self.findings if finding.operation == "withdraw")
+        return withdrawn(self.findings)
 
 
 @dataclass(frozen=True, slots=True)

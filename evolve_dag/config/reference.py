@@ -59,12 +59,11 @@ def reference(*, outside: bool = False, experiments: Iterable[Experiment] = ()) 
         if isinstance(found.row, Part):
             parts += _section(CHOICES[choice].place, found.name, found.row.settings)
     parts += _sections(LAUNCHER, "runtime.launcher.*.", outside)
-    for title, section in (
-        ("`warmup`, for `evolve warmup`", WarmupSettings),
-        ("A study file, for `evolve study`", StudySettings),
-        ("An arm of a study: an experiment file, or a mapping", ArmSettings),
+    for title, section, prefix in (
+        ("`warmup`, for `evolve warmup`", WarmupSettings, "warmup."),
+        ("A study file, for `evolve study`", StudySettings, ""),
+        ("An arm of a study: an experiment file, or a mapping", ArmSettings, ""),
     ):
-        prefix = "warmup." if section is WarmupSettings else ""
         parts.append(f"\n## {title}\n\n{HEAD}{_table(_rows(section, prefix))}")
     return "".join(parts)
 

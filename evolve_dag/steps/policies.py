@@ -15,7 +15,7 @@ from evolve_dag.evaluation.gate import LEAST_JUDGED
 from evolve_dag.inference.backends import identity, open_backend, open_transformers
 from evolve_dag.inference.ledger import metered
 from evolve_dag.protocols import LanguageModel
-from evolve_dag.records import Finding, Task, Trajectory
+from evolve_dag.records import Finding, Task, Trajectory, withdrawn
 from evolve_dag.secrecy import describe_error
 from evolve_dag.steps.spec import Verdict
 from evolve_dag.store.layout import POOL
@@ -119,8 +119,12 @@ def findings_of(contexts: Artifact) -> tuple[Finding, ...]:
 
 def checked_pool(context: StepContext) -> Pool:
     """E(k) without the items that the check of the teacher withdrew tonight."""
-    found = findings_of(context.inputs["contexts"])
-    return open_pool(context.inputs["experience"]).without({f.item_id for f in found if f.operation == "withdraw"})
+    return open_pool(context.inputs["experience"]).without(withdrawn(findings_of(context.inputs["contexts"])))
+
+
+def injects(experiment: Experiment, pool: Pool) -> bool:
+    """Whether anything can stand in the teacher's context."""
+    return experiment.injection != "none" and bool(pool.active.items)
 
 
 def experience_source(experiment: Experiment, pool: Pool, roles: Roles) -> ExperienceSource | None:
@@ -131,9 +135,9 @@ def experience_source(experiment: Experiment, pool: Pool, roles: Roles) -> Exper
     """
     from evolve_dag.experience.injection import Injector
 
-    pool = pool.active
-    if experiment.injection == "none" or not pool.items:
+    if not injects(experiment, pool):
         return None
+    pool = pool.active
     if experiment.injection != "step_wise":
         return Injector(experiment.injection, pool)
     row: SelectorPart[Any] = part_of("selector", experiment.selection)

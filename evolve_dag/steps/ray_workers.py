@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evolve_dag import prompts
-from evolve_dag.agent.loop import run_episode
-from evolve_dag.agent.rollouts import PlayEpisode
+from evolve_dag.agent.rollouts import PlayEpisode, played_here
 from evolve_dag.config import registry
 from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import EvolveError, ModelError, no_slice_error
@@ -225,20 +224,13 @@ class Player:
     async def _serve(self, experiment: Experiment, split: Any, model: Any) -> None:
         self._loop = asyncio.get_running_loop()
         self._ready.set_result(None)
+        play = played_here(model, split.environment, split.verifier, experiment.rollout)
         going_on = set()
 
         async def one(task: Task, rollout: int, seed: int, done: Future[Trajectory]) -> None:
             try:
                 with no_slice_error():
-                    trajectory = await run_episode(
-                        task,
-                        rollout,
-                        model=model,
-                        environment=split.environment,
-                        verifier=split.verifier,
-                        settings=experiment.rollout,
-                        seed=seed,
-                    )
+                    trajectory = await play(task, rollout, seed)
             except Exception as error:
                 done.set_exception(error)
             else:

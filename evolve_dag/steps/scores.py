@@ -30,6 +30,7 @@ from evolve_dag.steps.policies import (
     by_id,
     checked_pool,
     experience_source,
+    injects,
     judged,
     open_policy,
     roll_out_together,
@@ -127,15 +128,15 @@ def _asked(context: StepContext, pool: Pool, best: str | None) -> list[_Asked]:
     experiment, settings = context.experiment, context.experiment.evaluation
     entering, made = context.entering.adapter, context.inputs["adapter"]
     candidate = entering if made.summary.get("unchanged") else made.digest
-    injects = experiment.injection != "none" and bool(pool.active.items)
+    teaches = injects(experiment, pool)
     found = []
     if context.iteration == 1:
         others = [one for one in dict.fromkeys(settings.base_temperatures) if one != experiment.rollout.temperature]
         found = [_Asked("base", entering), *(_Asked(f"{BASE_AT}{one:g}", entering, temperature=one) for one in others)]
-    if settings.ceiling and injects:
+    if settings.ceiling and teaches:
         found.append(_Asked("ceiling", entering, injects=True))
     found += [_Asked(OF_BEST, best), _Asked(OF_CANDIDATE, candidate), _Asked("without", candidate)]
-    if settings.with_experience and injects:
+    if settings.with_experience and teaches:
         found.append(_Asked("with", candidate, injects=True))
     if settings.greedy:
         found.append(_Asked("greedy", candidate, temperature=0.0))

@@ -132,8 +132,10 @@ def _looked_at(experiment: Experiment, tasks: tuple[Task, ...]) -> tuple[Task, .
 
 def costs(experiment: Experiment) -> bool:
     """Whether the other side of the check must be sampled, or chosen for by a model."""
-    if experiment.regime.source == "student" or experiment.injection != "step_wise":
-        return experiment.regime.source == "student"
+    if experiment.regime.source == "student":
+        return True
+    if experiment.injection != "step_wise":
+        return False
     row: SelectorPart[Any] = part_of("selector", experiment.selection)
     return bool(row.roles(experiment.selection))
 
