@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import pytest
 
 pytest.importorskip("verifiers", reason="make verifiers")
 
-from evolve_dag.agent.rollouts import run_rollouts
+from evolve_dag.agent.rollouts import gather_rollouts
 from evolve_dag.config.schema import RolloutSettings, TaskSplit
 from evolve_dag.environments.verifiers.environment import VERIFIERS, VerifiersEnvironment, VerifiersTasks
 from evolve_dag.inference.scripted import ScriptedModel
@@ -23,15 +24,17 @@ from evolve_dag.verification.exact import ExactVerifier
 def play(script: Any, id: str, count: int, **args: Any) -> list[Trajectory]:
     settings, split = VerifiersEnvironment(id=id, args=args, seconds=120.0), TaskSplit(count=count)
     assert VERIFIERS.tasks is not None
-    return run_rollouts(
-        VERIFIERS.tasks(settings, split, "train"),
-        1,
-        model=ScriptedModel(script),
-        environment=VerifiersTasks(settings, split),
-        verifier=ExactVerifier(),
-        settings=RolloutSettings(),
-        seed=3,
-        concurrency=4,
+    return asyncio.run(
+        gather_rollouts(
+            VERIFIERS.tasks(settings, split, "train"),
+            1,
+            model=ScriptedModel(script),
+            environment=VerifiersTasks(settings, split),
+            verifier=ExactVerifier(),
+            settings=RolloutSettings(),
+            seed=3,
+            concurrency=4,
+        )
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import pytest
 
 pytest.importorskip("verifiers", reason="pip install 'evolve-dag[verifiers]'")
 
-from evolve_dag.agent.rollouts import run_rollouts
+from evolve_dag.agent.rollouts import gather_rollouts
 from evolve_dag.config.schema import Experiment, RolloutSettings, TaskSplit
 from evolve_dag.environments.verifiers import environment as module
 from evolve_dag.environments.verifiers.environment import VERIFIERS, VerifiersEnvironment, VerifiersTasks
@@ -62,16 +63,18 @@ def play(
     journal: Journal | None = None,
     **rollout: Any,
 ) -> list[Trajectory]:
-    return run_rollouts(
-        tasks(chosen, count),
-        1,
-        model=ScriptedModel(script, chat=chat),
-        environment=VerifiersTasks(chosen, TaskSplit(count=count)),
-        verifier=ExactVerifier(),
-        settings=RolloutSettings(**rollout),
-        seed=3,
-        concurrency=4,
-        journal=journal,
+    return asyncio.run(
+        gather_rollouts(
+            tasks(chosen, count),
+            1,
+            model=ScriptedModel(script, chat=chat),
+            environment=VerifiersTasks(chosen, TaskSplit(count=count)),
+            verifier=ExactVerifier(),
+            settings=RolloutSettings(**rollout),
+            seed=3,
+            concurrency=4,
+            journal=journal,
+        )
     )
 
 
@@ -187,10 +190,10 @@ def test_a_finished_episode_is_not_played_again(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal")
     first = play(["3"], settings("vf-sums"), journal=journal)
     model = ScriptedModel(["another"])
-    again = run_rollouts(
+    again = asyncio.run(gather_rollouts(
         tasks(settings("vf-sums")), 1, model=model, environment=VerifiersTasks(settings("vf-sums"), TaskSplit(count=2)),
         verifier=ExactVerifier(), settings=RolloutSettings(), seed=3, concurrency=1, journal=Journal(tmp_path / "journal"),
-    )  # fmt: skip
+    ))  # fmt: skip
     assert again == first
     assert model.requests == []
 
