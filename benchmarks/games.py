@@ -55,7 +55,8 @@ def reader(pool: Pool) -> Player:
 
 def advised(text: str, choices: Sequence[str], recipe: str) -> list[str]:
     """The commands that an item means."""
-    advice = text.partition(", ")[2].rstrip(".")
+    meant = text.partition(": ")[2].rstrip(".")
+    advice = meant.partition(", ")[2] if meant.startswith("when ") else meant
     first, last = advice.split()[0], advice.split()[-1]
     if first == "go":
         return [one for one in choices if one.startswith("go ") and one[3:] in advice]

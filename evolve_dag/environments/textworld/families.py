@@ -43,12 +43,14 @@ class Family:
 
 
 def _coin_features(play: Play, done: tuple[str, ...]) -> dict[str, str]:
-    exits = [command for command in play.commands if command.startswith("go ")]
+    exits = [way for way in BACK if f"go {way}" in play.commands]
     went = done[-1].removeprefix("go ") if done and done[-1].startswith("go ") else ""
+    back = BACK.get(went, "unknown")
     return {
         "coin": "here" if "take coin" in play.commands else "not here",
-        "way back": BACK.get(went, "unknown"),
-        "number of exits": NUMBERS[min(len(exits), 4)],
+        "way back": back,
+        "number of exits": NUMBERS[len(exits)],
+        "onward": " or ".join(way for way in exits if way != back) or "back only",
     }
 
 
