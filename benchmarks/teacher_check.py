@@ -25,7 +25,7 @@ from evolve_dag.experience.extraction.placebo import placebo
 from evolve_dag.experience.injection import Injector
 from evolve_dag.experience.pool import Pool, Proposal
 from evolve_dag.experience.selection.state import StateSelector
-from evolve_dag.experience.teacher_check import check_teacher
+from evolve_dag.experience.teacher_check import check_teacher, new_items
 from evolve_dag.records import ExperienceItem, Trajectory
 from evolve_dag.steps.policies import with_teacher_views
 
@@ -73,12 +73,13 @@ def lineage(seed: int, nights: int, tasks: int, group: int, placebos: int | None
         found = extract(student, mined, granularity="principle", settings=SETTINGS, iteration=night, seed=seed, before=evidence)
         mined, evidence = found.pool, found.evidence
         disguised = placebos is not None and night >= placebos
-        shown = placebo(mined, found.edits, student, before=shown, seed=seed).pool if disguised else mined
+        last = placebo(mined, found.edits, student, before=shown, seed=seed) if disguised else found
+        shown = last.pool
         if shown.active.items:
             teacher = rolled(world, search, questions * group, over(shown.active, learned), rng)
             source = Injector("step_wise", shown.active, StateSelector())
             sides = [asyncio.run(with_teacher_views(side, source)) for side in (teacher, student)]
-            check = check_teacher(shown.active, *sides, iteration=night)
+            check = check_teacher(shown.active, *sides, new=new_items(last.edits))
             told.looked_at += len(shown.active)
             told.withdrawn += len(check.withdrawn)
             told.refused += bool(check.refusal)

@@ -2,13 +2,17 @@
 
 The teacher's rollouts (with experience) are compared with the student's (without) on the same tasks, paired by task. An item is
 judged by the rollouts that it *concerns*: those of the teacher in which it stood in the context, and those of the student in
-which the selector would have chosen it. What comes before an item's first appearance owes nothing to the item, so both sides
-are the same kind of episode; to take the student's average instead would blame an item for the situations that it is about.
+which the selector would have chosen it. What comes before an item's first appearance owes nothing to the item; to take the student's
+average instead would blame an item for the situations that it is about. It may owe something to *other* items, though: where
+good advice has helped the easy episodes to their end, only hard ones come to what stands later. So where the teacher as a whole
+is established to help, an item is judged only by the rollouts in which no advice stood before it, which are the same kind of
+episode on both sides.
 
 Items that stand in the context together share what they cause. So an item is withdrawn one at a time, the one whose rollouts
 lost most in all first, and the others are judged again by the rollouts in which it did not stand. Items that always stand
 together cannot be told apart: of those the new ones go, since a teacher without them has been checked before; all of them where
-none is new. (docs/adr/0021-teacher-check.md)
+none is new. Of a teacher that harms though no item is established to, the new ones go that are not seen to help; where none is
+new, the one whose rollouts lost most. (docs/adr/0021-teacher-check.md)
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from typing import NamedTuple
 
 from evolve_dag.evaluation.intervals import by_task, paired, sign_interval
 from evolve_dag.experience.pool import Pool
-from evolve_dag.records import Finding, Trajectory
+from evolve_dag.records import Finding, PoolEdit, Trajectory
 
 RESAMPLES = 10_000
 """Of an interval: with many items the level of each is high."""
@@ -45,6 +49,16 @@ class Comparison:
         """Whether the teacher is established to be below the student."""
         return self.high < 0
 
+    @property
+    def helpful(self) -> bool:
+        """Whether it is established to be above."""
+        return self.low > 0
+
+    @property
+    def lost(self) -> float:
+        """Rewards, over all tasks, that the teacher has less."""
+        return -self.difference * self.tasks
+
     def __str__(self) -> str:
         points = f"{100 * self.difference:+.1f} points ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
         return f"{points} on {self.tasks} training tasks"
@@ -56,8 +70,8 @@ class CheckedItem:
 
     item: str
     comparison: Comparison | None
-    """By the rollouts that it concerns and in which no item stood that was withdrawn before it; None where there are none on
-    both sides of a task."""
+    """By the rollouts by which it is judged and in which no item stood that was withdrawn before it; None where there are none
+    on both sides of a task."""
     together: tuple[str, ...] = ()
     """Items that stood in exactly the same rollouts."""
     withdrawn: str = ""
@@ -85,7 +99,7 @@ class TeacherCheck:
     @property
     def helpful(self) -> frozenset[str]:
         """Items that are established to raise the teacher's success."""
-        return frozenset(one.item for one in self.items if one.comparison is not None and one.comparison.low > 0)
+        return frozenset(one.item for one in self.items if one.comparison is not None and one.comparison.helpful)
 
     @property
     def refusal(self) -> str:
@@ -106,11 +120,18 @@ class TeacherCheck:
         return tuple(Finding("withdraw", item, why) for item, why in self.withdrawn.items())
 
 
+def new_items(edits: Iterable[PoolEdit]) -> frozenset[str]:
+    """Items that read otherwise after a night's edits than before; new evidence for the same words makes none new."""
+    return frozenset(edit.item_id for edit in edits if edit.operation in ("add", "update") and edit.before != edit.after)
+
+
 class _Rollout(NamedTuple):
     task: str
     reward: float | None
     items: frozenset[str]
     """That stood in its context, or would have."""
+    first: frozenset[str]
+    """Those of them before which no other stood."""
 
 
 class _Sides(NamedTuple):
@@ -146,7 +167,7 @@ def check_teacher(
     teacher: Sequence[Trajectory],
     student: Sequence[Trajectory],
     *,
-    iteration: int,
+    new: Collection[str],
     confidence: float = 0.95,
 ) -> TeacherCheck:
     """Compare the two sides.
@@ -155,18 +176,20 @@ def check_teacher(
         pool: the items that may have stood in the context.
         teacher: rollouts with experience; their steps say which items stood in the context (``selected``).
         student: rollouts of the same tasks without experience, whose steps say what would have stood there.
-        iteration: an item that was added or changed in it is new.
+        new: items that no teacher has had in its context before, as they read now.
         confidence: level at which an interval must lie below zero; for items it holds for all of them together (Bonferroni).
     """
     sides = _Sides(_rollouts(teacher), _rollouts(student))
     whole = sides.compared(confidence)
     if whole is None:
         return TeacherCheck(None, confidence=confidence, note="no task was judged on both sides")
-    bundles, new = sides.bundles(pool), {item.id for item in pool.items if iteration in (item.created, item.updated)}
+    if whole.helpful:
+        sides = _Sides(*([r._replace(items=r.first) for r in side] for side in sides))
+    bundles = sides.bundles(pool)
     measured, why = _withdrawals(sides, bundles, new, 1 - (1 - confidence) / max(1, len(bundles)))
     if whole.harmful and not why:
         told = f"the teacher with experience does worse, {whole}, and no item alone accounts for it"
-        why = dict.fromkeys(_blamed([item for bundle in bundles for item in bundle], new), told)
+        why = dict.fromkeys(_suspects(bundles, measured, new), told)
     together = {item: tuple(other for other in bundle if other != item) for bundle in bundles for item in bundle}
     checked = (CheckedItem(i, measured[i], together[i], why.get(i, "")) for i in pool.ids if i in together)
     return TeacherCheck(whole, tuple(checked), confidence)
@@ -182,17 +205,31 @@ def _withdrawals(
         left = [bundle for bundle in bundles if not why.keys() & set(bundle)]
         found = {bundle: sides.concerning(bundle[0], why.keys()).compared(level) for bundle in left}
         measured |= {item: comparison for bundle, comparison in found.items() for item in bundle}
-        lost = {bundle: c.difference * c.tasks for bundle, c in found.items() if c is not None and c.harmful}
+        lost = {bundle: c.lost for bundle, c in found.items() if c is not None and c.harmful}
         if not lost:
             return measured, why
-        worst = min(lost, key=lambda bundle: lost[bundle])
+        worst = max(lost, key=lambda bundle: lost[bundle])
         blamed = _blamed(worst, new)
         told = f"; these always stood together: {', '.join(worst)}" if len(worst) > 1 else ""
         why |= dict.fromkeys(blamed, f"the teacher does worse with it: {found[worst]}{told}")
 
 
+def _suspects(bundles: Sequence[tuple[str, ...]], measured: dict[str, Comparison | None], new: Collection[str]) -> list[str]:
+    """Whom to blame for a harm that is no item's: the new ones that are not seen to help; else those that lost most."""
+    lost = {b: c.lost if (c := measured[b[0]]) is not None else 0.0 for b in bundles}
+    seen_to_help = {item for bundle in bundles if lost[bundle] < 0 for item in bundle}
+    fresh = [item for bundle in bundles for item in bundle if item in new and item not in seen_to_help]
+    return fresh or list(max(lost, key=lambda bundle: lost[bundle], default=()))
+
+
 def _rollouts(trajectories: Iterable[Trajectory]) -> list[_Rollout]:
-    return [_Rollout(t.task_id, t.reward, frozenset(name for step in t.steps for name in step.selected)) for t in trajectories]
+    return [_Rollout(t.task_id, t.reward, *_stood(t)) for t in trajectories]
+
+
+def _stood(trajectory: Trajectory) -> tuple[frozenset[str], frozenset[str]]:
+    """All items in its context, and those of the first step that had any."""
+    chosen = [frozenset(step.selected) for step in trajectory.steps if step.selected]
+    return frozenset().union(*chosen), chosen[0] if chosen else frozenset()
 
 
 def _blamed(items: Sequence[str], new: Collection[str]) -> list[str]:

@@ -276,7 +276,7 @@ def _unread(experiment: Experiment) -> tuple[str, ...]:
 SPEC = StepSpec(
     "contexts",
     "Step-aligned contexts: the student's clean view, the teacher's view with experience, the shared action tokens.",
-    version="11",
+    version="12",
     config=(
         "seed",
         *INJECTION_KEYS,

@@ -15,7 +15,7 @@ from evolve_dag.distillation.agreement import overlaps
 from evolve_dag.experience.graduation import Habit, decided, in_our_words
 from evolve_dag.experience.pool import Pool
 from evolve_dag.experience.selection.base import SelectorPart
-from evolve_dag.experience.teacher_check import TeacherCheck, check_teacher
+from evolve_dag.experience.teacher_check import TeacherCheck, check_teacher, new_items
 from evolve_dag.protocols import ExperienceSource, LanguageModel
 from evolve_dag.records import Finding, Task, Trajectory
 from evolve_dag.seeds import stable_hash
@@ -30,8 +30,9 @@ from evolve_dag.steps.policies import (
 )
 from evolve_dag.steps.spec import Verdict
 from evolve_dag.store.artifacts import Artifact
-from evolve_dag.store.frames import load_trajectories
+from evolve_dag.store.frames import edits_from_frame, load_trajectories
 from evolve_dag.store.jsonvalues import from_values, to_values
+from evolve_dag.store.layout import EDITS
 from evolve_dag.tasks.suites import Split, load_tasks_of
 
 CHECK = "teacher_check.json"
@@ -88,8 +89,15 @@ def check(
             group_size=experiment.rollout.group_size,
             experience=source,
         )
-    found = check_teacher(pool.active, teacher, viewed, iteration=context.iteration, confidence=settings.confidence)
+    found = check_teacher(pool.active, teacher, viewed, new=_new(context, pool), confidence=settings.confidence)
     return Checked(found, sampled, viewed)
+
+
+def _new(context: StepContext, pool: Pool) -> frozenset[str]:
+    """Items that no teacher has had in its context before."""
+    if context.iteration == 1:  # a pool to start from may be older
+        return frozenset(pool.ids)
+    return new_items(edits_from_frame(context.inputs["experience"].frame(EDITS)))
 
 
 def settle(context: StepContext, pool: Pool, checked: Checked) -> list[Finding]:
