@@ -2,11 +2,10 @@
 
 The teacher's rollouts (with experience) are compared with the student's (without) on the same tasks, paired by task. An item is
 judged by the rollouts that it *concerns*: those of the teacher in which it stood in the context, and those of the student in
-which the selector would have chosen it. What comes before an item's first appearance owes nothing to the item; to take the student's
-average instead would blame an item for the situations that it is about. It may owe something to *other* items, though: where
+which the selector would have chosen it. What comes before an item's first appearance owes nothing to the item; to take the
+student's average instead would blame an item for the situations that it is about. It may owe something to *other* items: where
 good advice has helped the easy episodes to their end, only hard ones come to what stands later. So where the teacher as a whole
-is established to help, an item is judged only by the rollouts in which no advice stood before it, which are the same kind of
-episode on both sides.
+is established to help, an item is judged only by the rollouts in which no advice stood before it: they are alike on both sides.
 
 Items that stand in the context together share what they cause. So an item is withdrawn one at a time, the one whose rollouts
 lost most in all first, and the others are judged again by the rollouts in which it did not stand. Items that always stand

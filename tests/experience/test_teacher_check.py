@@ -14,7 +14,6 @@ from evolve_dag.experience.teacher_check import TeacherCheck, check_teacher, new
 from evolve_dag.records import ExperienceItem, Step, Trajectory
 from evolve_dag.store.jsonvalues import from_values, to_values
 
-
 NEW = frozenset("abc") | {"bad", "good", "idle", "rescue", "always"} | {f"n{n}" for n in range(20)}
 """Items of a first night."""
 
@@ -132,7 +131,7 @@ def test_a_new_item_that_is_seen_to_help_is_not_blamed_with_the_others():
 
 
 def led_by_good_advice(seed: int) -> list[list[Trajectory]]:
-    """`first` keeps the easy episodes from ever coming to `later`, which nobody heeds: there success is owed to the way taken."""
+    """`first` keeps the easy episodes from coming to `later`, which nobody heeds: there success is owed to the way taken."""
     draw = random.Random(seed)
 
     def episode(task: int, n: int, advised: bool) -> Trajectory:
