@@ -215,10 +215,11 @@ def _withdrawals(
 
 def _suspects(bundles: Sequence[tuple[str, ...]], measured: dict[str, Comparison | None], new: Collection[str]) -> list[str]:
     """Whom to blame for a harm that is no item's: the new ones that are not seen to help; else those that lost most."""
-    lost = {b: c.lost if (c := measured[b[0]]) is not None else 0.0 for b in bundles}
+    found = {bundle: measured[bundle[0]] for bundle in bundles}
+    lost = {bundle: 0.0 if one is None else one.lost for bundle, one in found.items()}
     seen_to_help = {item for bundle in bundles if lost[bundle] < 0 for item in bundle}
     fresh = [item for bundle in bundles for item in bundle if item in new and item not in seen_to_help]
-    return fresh or list(max(lost, key=lambda bundle: lost[bundle], default=()))
+    return fresh or list(max(lost, key=lost.__getitem__, default=()))
 
 
 def _rollouts(trajectories: Iterable[Trajectory]) -> list[_Rollout]:

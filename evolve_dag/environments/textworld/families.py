@@ -7,7 +7,7 @@ list of commands says which way is a dead end, or what goes with which tool.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from textworld import Game
 
 BACK = {"north": "south", "south": "north", "east": "west", "west": "east"}
+AHEAD = {"north": 1j, "south": -1j, "east": 1 + 0j, "west": -1 + 0j}
+"""A step on the map."""
 NUMBERS = ("no", "one", "two", "three", "four")
 COOKED = frozenset({"fried", "roasted", "grilled", "burned"})
 _DIRECTION = re.compile(r"^\s*((?:fry|roast|grill) .+|prepare meal)$", re.M)
@@ -44,14 +46,24 @@ class Family:
 
 def _coin_features(play: Play, done: tuple[str, ...]) -> dict[str, str]:
     exits = [way for way in BACK if f"go {way}" in play.commands]
-    went = done[-1].removeprefix("go ") if done and done[-1].startswith("go ") else ""
-    back = BACK.get(went, "unknown")
+    gone = [command.removeprefix("go ") for command in done if command.startswith("go ")]
+    back = BACK[gone[-1]] if done and done[-1].startswith("go ") else "unknown"
     return {
         "coin": "here" if "take coin" in play.commands else "not here",
         "way back": back,
         "number of exits": NUMBERS[len(exits)],
-        "onward": " or ".join(way for way in exits if way != back) or "back only",
+        "onward": " or ".join(_untried(exits, gone)) or "nowhere new",
     }
+
+
+def _untried(exits: Sequence[str], gone: Sequence[str]) -> list[str]:
+    """Ways that lead where the player has not been, as one knows who draws a map; the rooms lie on a grid."""
+    place = 0j
+    seen = {place}
+    for way in gone:
+        place += AHEAD[way]
+        seen.add(place)
+    return [way for way in exits if place + AHEAD[way] not in seen]
 
 
 def _cooking_features(play: Play, done: tuple[str, ...]) -> dict[str, str]:
