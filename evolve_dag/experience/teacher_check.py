@@ -219,7 +219,8 @@ def _suspects(bundles: Sequence[tuple[str, ...]], measured: dict[str, Comparison
     lost = {bundle: 0.0 if one is None else one.lost for bundle, one in found.items()}
     seen_to_help = {item for bundle in bundles if lost[bundle] < 0 for item in bundle}
     fresh = [item for bundle in bundles for item in bundle if item in new and item not in seen_to_help]
-    return fresh or (list(max(lost, key=lost.__getitem__)) if lost else [])
+    worst: tuple[str, ...] = max(lost, key=lost.__getitem__, default=())
+    return fresh or list(worst)
 
 
 def _rollouts(trajectories: Iterable[Trajectory]) -> list[_Rollout]:
