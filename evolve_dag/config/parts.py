@@ -86,6 +86,7 @@ CHOICES: Mapping[str, Choice] = {
         {
             "contrast": "evolve_dag.experience.extraction.mining:CONTRAST",
             "llm": "evolve_dag.experience.extraction.llm:LLM",
+            "given": "evolve_dag.experience.extraction.given:GIVEN",
         },
         row="evolve_dag.experience.extraction.base:ExtractorPart",
         settings="evolve_dag.config.parts:ExtractionSettings",

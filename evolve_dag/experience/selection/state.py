@@ -67,9 +67,9 @@ class StateSelection(SelectionSettings):
 
 
 def _mistakes(settings: StateSelection, experiment: Experiment) -> list[tuple[str, str]]:
-    if experiment.extraction.extractor == "contrast" or experiment.granularity == "instance":
+    if experiment.extraction.extractor != "llm" or experiment.granularity == "instance":
         return []
-    what = "'state' needs conditions, which only `extractor: contrast` writes: use lexical or llm"
+    what = "'state' needs conditions, which `extractor: llm` does not write: use lexical or llm"
     return [("selection.selector", what)]
 
 
