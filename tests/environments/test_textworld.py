@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import yaml
 
-from evolve_dag.agent.actions import parse_action
 from evolve_dag.agent.rollouts import gather_rollouts
 from evolve_dag.agent.sessions import checked_result
 from evolve_dag.config.loading import load_experiment
@@ -24,7 +23,7 @@ from evolve_dag.experience.pool import Pool
 from evolve_dag.experience.selection.state import StateSelector
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.scripted import ScriptedModel
-from evolve_dag.protocols import Guided, ToolSpec
+from evolve_dag.protocols import Guided
 from evolve_dag.records import Step, ToolCall
 from evolve_dag.verification.exact import ExactVerifier
 from evolve_dag.warmup.script import Script
@@ -34,17 +33,6 @@ from tiny_tokenizers import byte_level
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SPLIT = TaskSplit(world=3, count=2)
-
-
-def test_a_plain_turn_is_a_command_and_a_call_still_a_call() -> None:
-    act = ToolSpec("act", "", {"command": ""}, plain="command")
-    assert parse_action(" go east\n", [act]).call == ToolCall("act", {"command": "go east"})
-    assert parse_action('<tool_call>{"name": "act", "arguments": {"command": "look"}}</tool_call>', [act]).call == ToolCall(
-        "act", {"command": "look"}
-    )
-    assert parse_action("<tool_call> go", [act]).problem == "the tool call is not closed"
-    assert parse_action(" ", [act]).call is None
-    assert parse_action("go east", [replace(act, plain="")]).plain
 
 
 def test_without_the_package_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
