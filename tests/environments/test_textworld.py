@@ -46,8 +46,8 @@ def test_without_the_package_the_message_says_how_to_get_it(monkeypatch: pytest.
     [
         ({"tasks": {"train": {"world": None}}}, "tasks.train.world: missing"),
         ({"tasks": {"train": {"world": 10_000}}}, "number the worlds below"),
-        ({"tasks": {"train": {"count": 1001}}}, "1000 games of a world"),
-        ({"tasks": {"held_out": {"world": 200}}}, "splits must not share a game"),
+        ({"tasks": {"train": {"count": 1001}}}, "no more than 1000 games"),
+        ({"tasks": {"held_out": {"world": 200}}}, "tasks.held_out.world: the same world as tasks.development"),
         ({"tasks": {"held_out": {"path": "x.jsonl"}}}, "makes its own games"),
         ({"rollout": {"max_steps": 8}}, "the game ends after 8 commands"),
         ({"rollout": {"plain_answers": True}}, "a plain turn is a command"),
