@@ -16,7 +16,7 @@ from evolve_dag.agent.rollouts import gather_rollouts
 from evolve_dag.agent.sessions import checked_result
 from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.schema import RolloutSettings, TaskSplit, WarmupSettings
-from evolve_dag.environments.textworld.tools import TEXTWORLD, TextWorldEnvironment, TextWorlds, TextWorldSession
+from evolve_dag.environments.textworld.tools import TEXTWORLD, VERSION, TextWorldEnvironment, TextWorlds, TextWorldSession
 from evolve_dag.errors import ConfigError, ModelError
 from evolve_dag.experience.extraction.mining import ContrastExtraction, extract
 from evolve_dag.experience.pool import Pool
@@ -25,6 +25,8 @@ from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.protocols import Guided
 from evolve_dag.records import Step, ToolCall
+from evolve_dag.steps.slices import decisive
+from evolve_dag.steps.trajectories import SPEC
 from evolve_dag.verification.exact import ExactVerifier
 from evolve_dag.warmup.script import Script
 
@@ -60,6 +62,11 @@ def test_mistakes_in_the_file(changes: dict[str, Any], told: str, tmp_path: Path
     path.write_text(yaml.safe_dump({"extends": str(CONFIGS / "textworld_coin.yaml"), **changes}))
     with pytest.raises(ConfigError, match=told):
         load_experiment(path)
+
+
+def test_its_own_version_is_in_the_digests_of_what_plays_it() -> None:
+    file = load_experiment(CONFIGS / "textworld_coin.yaml")
+    assert decisive(SPEC, file)["environment"]["kind"] == f"textworld {VERSION}"
 
 
 def test_the_pools_that_ship_are_small_and_speak_of_no_game() -> None:

@@ -14,6 +14,8 @@ from evolve_dag.environments.textworld.games import Play, need_textworld
 from evolve_dag.protocols import Session, ToolResult, ToolSpec
 from evolve_dag.records import Task, ToolCall
 
+VERSION = "2"
+"""Raise it when the same turns would become another episode; the steps' versions stand for all environments."""
 GAMES = 1000
 """Numbers of games that a world has: world w holds the games w * 1000 to w * 1000 + 999."""
 STREAM_WORLDS = 10_000
@@ -161,4 +163,5 @@ TEXTWORLD = EnvironmentPart(
     mistakes=_mistakes,
     libraries={"textworld": "textworld"},
     check=lambda settings: need_textworld(),
+    data=lambda settings: VERSION,
 )
