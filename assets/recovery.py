@@ -46,12 +46,15 @@ def hold(root: Path, run_id: str) -> None:
     path = _lock_file(root, run_id)
     if path in _held:
         return
+    # Without its lock a run is found lost late or never, which must fail neither that run nor the next.
     for earlier in list(_held):
-        _held.pop(earlier).release()
+        lock = _held.pop(earlier)
+        with suppress(OSError):
+            lock.release()
         with suppress(OSError):
             earlier.unlink()
     lock = FileLock(path, thread_local=False)
-    with suppress(OSError, Timeout):  # without it the run is found lost late or never, which must not fail the run itself
+    with suppress(OSError, Timeout):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=5)  # lost_runs may be looking at this very moment
         _held[path] = lock

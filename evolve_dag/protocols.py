@@ -15,7 +15,7 @@ from numbers import Real
 from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 from evolve_dag.errors import DataError
-from evolve_dag.records import Message, Task, ToolCall, Trajectory
+from evolve_dag.records import REPLY, Message, Task, ToolCall, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,8 @@ class ToolSpec:
     """JSON schema (draft 2020-12) of all arguments, an object, in place of ``parameters``: for arguments of other types,
     optional ones, and lists. A call that breaks it is not made; the policy reads why."""
     plain: str = ""
-    """The one argument that a turn without any tag is, for a policy that is to write commands and no JSON; '': none is."""
+    """The one argument that a turn is, as it was written, where it calls no other tool: for a policy that is to write commands
+    or to talk, and no JSON. Tags of an answer are text then. '': calls are JSON."""
 
     def __post_init__(self) -> None:
         if self.schema is not None:
@@ -134,6 +135,11 @@ def _check_schema(tool: str, schema: Mapping[str, Any]) -> None:
         raise DataError(f"tool {tool}: its schema is wrong: {problem.message}", "write a JSON schema, draft 2020-12") from None
     if schema.get("type") != "object":
         raise DataError(f"tool {tool}: its schema is not that of an object", 'give it "type": "object" and "properties"')
+
+
+TALK = ToolSpec(REPLY, "Say something.", {"text": "What is said."}, plain="text")
+"""With this tool among its own, an environment converses: what is said is followed by a user's message, is heard on the last
+call that a limit allows too, and is the answer where the episode ends with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +200,13 @@ class Session(Protocol):
         """First message of the episode: the tools, how to call them, and what of the state is to be known at the beginning."""
         ...
 
+    question: str = ""
+    """What is asked, in place of the task's question; '': the task's."""
+
+    def sampled(self, completion: Completion) -> None:
+        """The turn that makes the next call, as it was sampled; for who needs more of it than the call."""
+        return None
+
     def call(self, call: ToolCall) -> str | ToolResult:
         """Run one tool call that fits its tool's schema.
 
@@ -230,30 +243,6 @@ class Guided(Protocol):
     @property
     def choices(self) -> tuple[str, ...]:
         """Turns that are possible now."""
-        ...
-
-
-@runtime_checkable
-class Conversation(Session, Protocol):
-    """A session that takes the policy's turns as a chat partner would: text that calls no tool is a turn as well, and an answer
-    only where the episode ends with it."""
-
-    @property
-    def question(self) -> str:
-        """First user message of the episode, in place of the task's question."""
-        ...
-
-    def call(self, call: ToolCall) -> str | ToolResult:
-        """Not asked: :meth:`turn` is."""
-        raise ToolError("in a conversation there are turns, not calls")
-
-    def turn(self, call: ToolCall, completion: Completion) -> ToolResult:
-        """What follows one turn.
-
-        Args:
-            call: of a tool, which fits its schema; or :data:`~evolve_dag.records.REPLY`, with what was said as ``text``.
-            completion: the turn as it was sampled.
-        """
         ...
 
 

@@ -151,6 +151,11 @@ class Trajectory:
         return len(self.steps)
 
 
+def solved(reward: float | None) -> bool:
+    """Whether an episode counts as a success: it has the whole reward. Parts of it are none, nor is what was not judged."""
+    return reward == 1
+
+
 @dataclass(frozen=True, slots=True)
 class ExperienceItem:
     """One lesson of the experience pool."""

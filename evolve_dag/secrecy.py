@@ -89,7 +89,8 @@ def describe_error(error: BaseException, *, limit: int = 500) -> str:
 
 
 def _secrets() -> frozenset[str]:
-    named = {value.strip() for name, value in os.environ.items() if _NAME.search(name)}
+    # Name by name: `items` raises where another thread takes a variable away, and what is to be masked would be told whole.
+    named = {os.environ.get(name, "").strip() for name in list(os.environ) if _NAME.search(name)}
     return frozenset({value for value in named if len(value) >= _LEAST} | _keys)
 
 

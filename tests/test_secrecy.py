@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import string
 from collections.abc import Iterator
 from urllib.parse import quote
@@ -95,6 +96,13 @@ def test_what_is_kept_as_content_loses_keys_and_nothing_else() -> None:
 def test_a_path_is_masked_whole_and_its_beginning_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/home/me/.aws/credentials")
     assert excerpt("in /home/me/work: no /home/me/.aws/credentials") == "in /home/me/work: no ***"
+
+
+def test_a_variable_that_another_thread_takes_away_keeps_nothing_from_being_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = type(os.environ).__iter__
+    monkeypatch.setattr(type(os.environ), "__iter__", lambda self: iter([*names(self), "TAKEN_AWAY_KEY"]))
+    monkeypatch.setenv("SOME_API_KEY", "Zq9vK2xWb7LmT4Yp")
+    assert describe_error(ValueError("Bearer Zq9vK2xWb7LmT4Yp")) == "ValueError: Bearer ***"
 
 
 def test_a_short_value_that_is_named_like_a_secret_is_a_word(monkeypatch: pytest.MonkeyPatch) -> None:

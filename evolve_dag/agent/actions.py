@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evolve_dag.protocols import ToolSpec
-from evolve_dag.records import REPLY, ToolCall
+from evolve_dag.records import ToolCall
 
 _TAG = re.compile(r"</?(?:tool_call|answer)>")
 _MAX_NAME = 40
@@ -50,9 +50,20 @@ def parse_action(text: str, tools: Sequence[ToolSpec] = ()) -> ParsedAction:
     """Read one action; never raises.
 
     Args:
-        tools: those with a schema get their arguments as JSON values; of any other, all arguments are text. A turn without
-            any tag is a call of the one that takes plain turns, if there is one.
+        tools: those with a schema get their arguments as JSON values; of any other, all arguments are text. Where one takes
+            plain turns, what calls no other is a call of it, as it was written: tags of an answer are text then.
     """
+    plain = next((tool for tool in tools if tool.plain), None)
+    if plain is None:
+        return _parse_tagged(text, tools)
+    _, _, said = text.rpartition("</think>")
+    others = any(not tool.plain for tool in tools)
+    if others and re.search(r"</?tool_call>", said) and (action := _parse_tagged(text, tools)).answer is None:
+        return action
+    return ParsedAction("", call=ToolCall(plain.name, {plain.plain: said.strip()}))
+
+
+def _parse_tagged(text: str, tools: Sequence[ToolSpec]) -> ParsedAction:
     reasoning, closed, rest = text.rpartition("</think>")
     body = rest if closed else text
     first = _TAG.search(body)
@@ -71,8 +82,6 @@ def parse_action(text: str, tools: Sequence[ToolSpec] = ()) -> ParsedAction:
     elif left_over is not None:
         problem = _describe_left_over(left_over.group())
     elif not calls and not answers:
-        if (plain := next((tool for tool in tools if tool.plain), None)) is not None and body.strip():
-            return ParsedAction("", call=ToolCall(plain.name, {plain.plain: body.strip()}))
         problem = NO_ACTION
     else:
         problem = None
@@ -85,20 +94,11 @@ def parse_action(text: str, tools: Sequence[ToolSpec] = ()) -> ParsedAction:
     return ParsedAction(thought, problem=call) if isinstance(call, str) else ParsedAction(thought, call=call)
 
 
-def parse_turn(text: str, tools: Sequence[ToolSpec]) -> ParsedAction:
-    """Read one turn of a conversation, where an answer is what the episode ends with: a tool call, or text, which stands as a
-    call of :data:`~evolve_dag.records.REPLY` as it was written."""
-    _, _, said = text.rpartition("</think>")
-    if tools and re.search(r"</?tool_call>", said) and (action := parse_action(text, tools)).answer is None:
-        return action
-    return ParsedAction("", call=ToolCall(REPLY, {"text": said.strip()}))
-
-
 def validate_call(call: ToolCall, tools: Sequence[ToolSpec]) -> str | None:
     """What is wrong with the call, given the tools there are; None when it can be made."""
     spec = _find(call.name, tools)
     if spec is None:
-        known = ", ".join(tool.name for tool in tools) or "none"
+        known = ", ".join(tool.name for tool in tools if not tool.plain) or "none"
         return f"there is no tool {_short(call.name)}; the tools are: {known}"
     if spec.schema is not None:
         return _breach(spec.schema, call.arguments, spec.name)

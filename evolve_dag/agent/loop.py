@@ -11,12 +11,13 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evolve_dag.agent.actions import ParsedAction, explain, parse_action, parse_turn, validate_call
+from evolve_dag.agent.actions import ParsedAction, explain, parse_action, validate_call
 from evolve_dag.agent.sessions import Calls, calls_of, checked_reward
 from evolve_dag.errors import ContextOverflowError
 from evolve_dag.inference.outgoing import tokens_of
 from evolve_dag.plain import LAST_STEP, plain
 from evolve_dag.protocols import (
+    TALK,
     Completion,
     Environment,
     ExperienceSource,
@@ -121,6 +122,11 @@ class _Episode:
             status="unanswered",
         )
 
+    @property
+    def converses(self) -> bool:
+        """Whether what is said is heard, and an answer where the episode ends with it."""
+        return TALK in self.calls.tools
+
     def asked(self, question: str) -> str:
         """The first user message."""
         return f"{question}\n{LAST_STEP}" if self.last else question
@@ -129,7 +135,7 @@ class _Episode:
         try:
             await self.calls.open()
             self.trajectory = replace(self.trajectory, system=self.calls.system_prompt)
-            if self.calls.question is not None:
+            if self.calls.question:
                 self.trajectory = replace(self.trajectory, question=self.asked(self.calls.question))
             await self.act()
             reward = await self.calls.reward(self.trajectory.answer)
@@ -183,7 +189,7 @@ class _Episode:
         if action.answer is not None:
             self.record(step, "forced" if self.last else "answered", action.answer)
             return True
-        if self.last and (problem is not None or not self.calls.converses):
+        if self.last and (problem is not None or not self.converses):
             self.record(step)
             return True
         # Recorded before the tool runs: should it break, the row still shows which call broke it.
@@ -192,7 +198,7 @@ class _Episode:
         result = ToolResult(explain(problem)) if problem is not None else await self.observe(step, completion)
         self.trajectory = before
         step = replace(step, seconds=time.monotonic() - begun)
-        if result.done and step.call is not None and step.call.name == REPLY:  # the conversation ended with what was said
+        if result.done and self.converses and step.call is not None and step.call.name == REPLY:  # it ended with what was said
             answer = step.call.arguments["text"]
             self.record(replace(step, call=None, answer=answer), "forced" if self.last else "answered", answer)
             return True
@@ -210,13 +216,13 @@ class _Episode:
     def read(self, completion: Completion) -> tuple[ParsedAction, str | None]:
         """What the policy does, and why nothing can be done with it, if so."""
         text = completion.text
-        action = parse_turn(text, self.calls.tools) if self.calls.converses else parse_action(text, self.calls.tools)
+        action = parse_action(text, self.calls.tools)
         if (self.last or self.settings.plain_answers) and action.plain and text.strip():
             action = ParsedAction("", answer=text.strip())
         problem = action.problem
         if problem is not None and completion.finish_reason == "length":
             problem = f"the action is longer than {self.settings.max_action_tokens} tokens"
-        if action.call is not None and not (self.calls.converses and action.call.name == REPLY):
+        if action.call is not None:
             problem = validate_call(action.call, self.calls.tools)
         return action, problem
 

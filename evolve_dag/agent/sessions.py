@@ -21,7 +21,6 @@ from evolve_dag.errors import SessionError
 from evolve_dag.plain import plain
 from evolve_dag.protocols import (
     Completion,
-    Conversation,
     Environment,
     Session,
     StatefulEnvironment,
@@ -50,10 +49,8 @@ class Calls(Protocol):
 
     tools: tuple[ToolSpec, ...]
     system_prompt: str
-    question: str | None
-    """In place of the task's."""
-    converses: bool
-    """Whether it takes turns of a conversation."""
+    question: str
+    """In place of the task's; '': the task's."""
 
     async def open(self) -> None:
         """Set up; the attributes hold from now on."""
@@ -86,8 +83,7 @@ def calls_of(environment: Environment | StatefulEnvironment, task: Task, seed: i
 class _Stateless:
     """One environment for all episodes: there is nothing to set up."""
 
-    question: str | None = None
-    converses: bool = False
+    question: str = ""
 
     def __init__(self, environment: Environment, seconds: float) -> None:
         self._environment, self._seconds = environment, seconds
@@ -125,23 +121,21 @@ class _Stateful:
         self._seen: set[str] = set()
         self.tools: tuple[ToolSpec, ...] = ()
         self.system_prompt = ""
-        self.question: str | None = None
-        self.converses = False
+        self.question = ""
 
     async def open(self) -> None:
         self.tools, self.system_prompt, self.question = await self._worker.run(self._open, "the set-up", self._seconds)
-        self.converses = self.question is not None
 
-    def _open(self) -> tuple[tuple[ToolSpec, ...], str, str | None]:
+    def _open(self) -> tuple[tuple[ToolSpec, ...], str, str]:
         self._session = session = self._environment.open(self._task, self._seed)
-        question = plain(session.question) if isinstance(session, Conversation) else None
-        return tuple(session.tools), plain(session.system_prompt), question
+        return tuple(session.tools), plain(session.system_prompt), plain(session.question)
 
     async def call(self, call: ToolCall, completion: Completion) -> ToolResult:
         session = self._opened
 
         def work() -> object:
-            return session.turn(call, completion) if isinstance(session, Conversation) else session.call(call)
+            session.sampled(completion)
+            return session.call(call)
 
         try:
             given = await self._worker.run(work, f"the call of {call.name}", self._seconds)

@@ -210,6 +210,11 @@ class Tasks(Section):
     held_out: TaskSplit = TaskSplit(count=256, world=31)
     """Reported; decides nothing."""
 
+    @property
+    def splits(self) -> dict[str, TaskSplit]:
+        """All three, by name."""
+        return {"train": self.train, "development": self.development, "held_out": self.held_out}
+
 
 class RolloutSettings(Section):
     """The ReAct loop and its limits (METHOD step 1)."""

@@ -57,12 +57,33 @@ class EnvironmentPart(Part[S]):
 def file_tasks(experiment: Experiment) -> list[tuple[str, str]]:
     """What cannot work where tasks are read from files."""
     found = []
-    for name in ("train", "development", "held_out"):
-        split: TaskSplit = getattr(experiment.tasks, name)
+    for name, split in experiment.tasks.splits.items():
         if split.path is None:
             found.append((f"tasks.{name}.path", "missing: a file of tasks"))
         elif split.stream and split.count is None and not Path(split.path).is_dir():
             found.append((f"tasks.{name}.count", "missing: how many rows of the file an iteration takes"))
+    return found
+
+
+def world_tasks(experiment: Experiment, makes: str) -> list[tuple[str, str]]:
+    """What cannot work where an environment makes the tasks of a split from the number of its world.
+
+    Args:
+        makes: that it does so, for the message: ``TextWorld makes its own games``.
+    """
+    found: list[tuple[str, str]] = []
+    owner: dict[int, str] = {}
+    for name, split in experiment.tasks.splits.items():
+        key = f"tasks.{name}"
+        for files in ("path", "suite", "fields", "skip"):
+            if getattr(split, files) != TaskSplit.model_fields[files].default:
+                found.append((f"{key}.{files}", f"is for files; {makes}"))
+        if split.count is None:
+            found.append((f"{key}.count", "missing: how many tasks"))
+        if split.world is None:
+            found.append((f"{key}.world", "missing: the number of the world that the tasks are of"))
+        elif owner.setdefault(split.world, name) != name:
+            found.append((f"{key}.world", f"the same world as tasks.{owner[split.world]}: splits must not share a world"))
     return found
 
 

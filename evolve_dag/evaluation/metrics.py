@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from evolve_dag.errors import DataError
 from evolve_dag.evaluation.intervals import Interval, mean_interval, share_interval
 from evolve_dag.plain import LAST_STEP
-from evolve_dag.records import Score, Step, Task, Trajectory
+from evolve_dag.records import Score, Step, Task, Trajectory, solved
 from evolve_dag.store.jsonvalues import from_values, to_values
 
 if TYPE_CHECKING:
@@ -88,8 +88,8 @@ class Metrics:
     by: Mapping[str, Mapping[str, Breakdown]] = field(default_factory=dict)
     """Metadata key (``hops``) -> value -> results."""
     pass_at: Mapping[int, float] = field(default_factory=dict)
-    """k -> pass@k, the chance that one of k rollouts of a task is right; empty with one rollout a task (``success`` is Pass@1,
-    and with several rollouts mean@n)."""
+    """k -> pass@k, the chance that one of k rollouts of a task is right; empty with one rollout a task (``success``, or where
+    parts of a reward are given ``solved``, is Pass@1, and with several rollouts mean@n)."""
 
 
 def stands_in(value: str, text: str) -> bool:
@@ -144,7 +144,7 @@ def is_premature(trajectory: Trajectory, references: Sequence[str] = ()) -> bool
     """
     if trajectory.status != "answered" or trajectory.answer is None:
         return False
-    values = [trajectory.answer, *(references if trajectory.reward == 1.0 else ())]
+    values = [trajectory.answer, *(references if solved(trajectory.reward) else ())]
     read = [read_text(step) for step in _before_answer(trajectory)]
     return not any(stands_in(value, text) for text in read for value in values)
 
@@ -247,7 +247,7 @@ def measure(
         n=len(trajectories),
         tasks=len(set(ids)),
         judged=sum(r is not None for r in rewards),
-        solved=_mean([None if r is None else float(r == 1) for r in rewards]) if partial(rewards) else None,
+        solved=_mean([None if r is None else float(solved(r)) for r in rewards]) if partial(rewards) else None,
         **{name: _mean(values) for name, values in (shares | means).items()},
         intervals={
             **{name: over(share_interval, values, everything) for name, values in shares.items()},
@@ -274,14 +274,15 @@ def told_reward(reward: float | None) -> str:
 
 
 def pass_at(task_ids: Sequence[str], rewards: Sequence[float | None]) -> dict[int, float]:
-    """pass@k for k = 1, 2, 4, ... and the most rollouts that every judged task has; {} when that is one.
+    """pass@k for k = 1, 2, 4, ... and the most rollouts that every judged task has; {} when that is one. Right is what is
+    :func:`~evolve_dag.records.solved`.
 
     The unbiased estimate of one task with n judged rollouts, c of them right, is 1 - C(n-c, k) / C(n, k); its mean over tasks.
     """
     judged: dict[str, list[bool]] = {}
     for task_id, reward in zip(task_ids, rewards, strict=True):
         if reward is not None:
-            judged.setdefault(task_id, []).append(reward >= 0.5)
+            judged.setdefault(task_id, []).append(solved(reward))
     most = min((len(known) for known in judged.values()), default=0)
     if most < 2:
         return {}

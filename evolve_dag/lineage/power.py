@@ -30,7 +30,8 @@ class Power:
     measured: int | None
     """Iteration whose gate measured ``sd``; None: it is taken as :data:`TYPICAL_SD`."""
     smallest: float
-    """Smallest loss beyond the margin that is significant in :data:`~evolve_dag.evaluation.intervals.POWER` of the cases."""
+    """Smallest loss beyond the margin that is significant in :data:`~evolve_dag.evaluation.intervals.POWER` of the cases; above
+    1, none is."""
     needed: int
     """Tasks that show :data:`LOSS`."""
 
@@ -59,9 +60,10 @@ def warning(experiment: Experiment, store: Store | None = None) -> str:
     if found is None or found.smallest <= LOSS:
         return ""
     source = f"as measured in iteration {found.measured}" if found.measured else "as is typical"
+    seen = f"a loss of {100 * found.smallest:.0f} points" if found.smallest <= 1 else "no loss at all"
     return (
-        f"{found.tasks} development tasks are few for the gate: they show a loss of {100 * found.smallest:.0f} points in one "
-        f"night with {POWER:.0%} power (SD of a task's difference {found.sd:.2f}, {source}); {100 * LOSS:.0f} points need "
+        f"{found.tasks} development tasks are few for the gate: they show {seen} in one night with {POWER:.0%} power "
+        f"(SD of a task's difference {found.sd:.2f}, {source}); {100 * LOSS:.0f} points need "
         f"{found.needed}: raise tasks.development.count, or evaluation.rollouts"
     )
 

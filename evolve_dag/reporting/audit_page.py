@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolve_dag.evaluation.metrics import partial, told_reward
 from evolve_dag.lineage import audit
+from evolve_dag.records import solved
 from evolve_dag.reporting import pages
 from evolve_dag.reporting.principles import SPELLED_OUT, Contrast, Facts, Principle, ScoreRow, gather
 
@@ -84,7 +85,7 @@ class Links:
 def _outcome(rows: Sequence[ScoreRow]) -> str:
     """``61 of 256 right``; where parts of a reward are given, the mean and who has all of it."""
     known = [row.reward for row in rows if row.reward is not None]
-    right = sum(reward == 1 for reward in known)
+    right = sum(map(solved, known))
     if not partial(known):
         return f"{right} of {len(rows)} right"
     return f"mean reward {sum(known) / len(known):.2f} of 1, {right} of {len(rows)} with all of it"

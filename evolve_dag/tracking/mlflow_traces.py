@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.plain import GLOBAL_HEADING
-from evolve_dag.records import ExperienceItem, Step, Trajectory
+from evolve_dag.records import ExperienceItem, Step, Trajectory, solved
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.scores import DEVELOPMENT
 from evolve_dag.store.frames import trajectories_from_frames
@@ -54,8 +54,8 @@ def sample(trajectories: Sequence[Trajectory], count: int) -> list[Trajectory]:
     Which ones follows from their ids and seeds alone, so they are no pick of the best. What one half lacks the other gives.
     """
     ranked = sorted(trajectories, key=lambda t: (stable_hash("trace", t.id, t.seed), t.id))
-    good = [t for t in ranked if t.reward == 1.0]
-    other = [t for t in ranked if t.reward != 1.0]
+    good = [t for t in ranked if solved(t.reward)]
+    other = [t for t in ranked if not solved(t.reward)]
     wanted = min(max((count + 1) // 2, count - len(other)), len(good))
     chosen = {t.id for t in (*good[:wanted], *other[: count - wanted])}
     return [t for t in trajectories if t.id in chosen]

@@ -161,8 +161,11 @@ class _Watched(Session):
 
     def __init__(self, session: Session, script: Script, task: str) -> None:
         self._session, self._script, self._task = session, script, task
-        self.tools, self.system_prompt = tuple(session.tools), session.system_prompt
+        self.tools, self.system_prompt, self.question = tuple(session.tools), session.system_prompt, session.question
         self._tell()
+
+    def sampled(self, completion: Completion) -> None:
+        self._session.sampled(completion)
 
     def call(self, call: ToolCall) -> str | ToolResult:
         result = self._session.call(call)

@@ -113,8 +113,7 @@ def warm_up(
 
 def _refuse_shared_worlds(experiment: Experiment) -> None:
     worlds = {folder.section(experiment).world, folder.section(experiment).world + 1}
-    for name in ("train", "development", "held_out"):
-        split: TaskSplit = getattr(experiment.tasks, name)
+    for name, split in experiment.tasks.splits.items():
         if split.world in worlds:
             what = (
                 f"tasks.{name}.world: {split.world} is a world of the warm-up: {min(worlds)} to learn, {max(worlds)} to measure"

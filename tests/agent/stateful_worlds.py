@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from evolve_dag.protocols import Completion, Conversation, Session, ToolError, ToolResult, ToolSpec
+from evolve_dag.protocols import TALK, Completion, Session, ToolError, ToolResult, ToolSpec
 from evolve_dag.records import Task, ToolCall
 
 ADD = ToolSpec(
@@ -83,16 +83,20 @@ class Counters:
 
 
 @dataclass
-class Guess(Conversation):
-    """A talk about a number: what is said is a guess, and the right one ends it; with ``tools`` one can peek."""
+class Guess(Session):
+    """A talk about a number: what is said is a guess, and the right one ends it; with other ``tools`` one can peek."""
 
-    tools: tuple[ToolSpec, ...] = ()
+    tools: tuple[ToolSpec, ...] = (TALK,)
     system_prompt: str = "Guess."
     question: str = "Which number from 1 to 9?"
-    heard: list[tuple[str, str, Completion]] = field(default_factory=list)
+    heard: list[ToolCall] = field(default_factory=list)
+    turns: list[str] = field(default_factory=list)
 
-    def turn(self, call: ToolCall, completion: Completion) -> ToolResult:
-        self.heard.append((call.name, call.arguments.get("text", ""), completion))
+    def sampled(self, completion: Completion) -> None:
+        self.turns.append(completion.text)
+
+    def call(self, call: ToolCall) -> ToolResult:
+        self.heard.append(call)
         if call.name == "peek":
             return ToolResult("it is odd")
         return ToolResult("no", done=call.arguments["text"].endswith("7"))
@@ -105,7 +109,7 @@ class Guess(Conversation):
 class Guesses:
     """Opens one talk after the other, and keeps them."""
 
-    tools: tuple[ToolSpec, ...] = ()
+    tools: tuple[ToolSpec, ...] = (TALK,)
     opened: list[Guess] = field(default_factory=list)
 
     def open(self, task: Task, seed: int) -> Session:

@@ -77,6 +77,16 @@ def test_a_killed_process_loses_its_run_and_a_living_one_keeps_it(memory: dg.Dag
             holder.communicate()
 
 
+def test_a_lock_that_cannot_be_let_go_fails_no_later_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stale:
+        def release(self) -> None:
+            raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(recovery, "_held", {Path("of an earlier run"): Stale()})
+    recovery.hold(ROOT, "later")
+    assert [path.name for path in recovery._held] == ["run-later.lock"]
+
+
 def test_a_run_between_start_and_first_step_gets_time(memory: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
     run = started(memory)
     assert recovery.end_lost_runs(memory, ROOT) == []

@@ -12,20 +12,21 @@ from typing import Any
 import pytest
 import yaml
 
-from evolve_dag.agent.actions import parse_action
 from evolve_dag.agent.rollouts import gather_rollouts
 from evolve_dag.agent.sessions import checked_result
 from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.schema import RolloutSettings, TaskSplit, WarmupSettings
-from evolve_dag.environments.textworld.tools import TEXTWORLD, TextWorldEnvironment, TextWorlds, TextWorldSession
+from evolve_dag.environments.textworld.tools import TEXTWORLD, VERSION, TextWorldEnvironment, TextWorlds, TextWorldSession
 from evolve_dag.errors import ConfigError, ModelError
 from evolve_dag.experience.extraction.mining import ContrastExtraction, extract
 from evolve_dag.experience.pool import Pool
 from evolve_dag.experience.selection.state import StateSelector
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.scripted import ScriptedModel
-from evolve_dag.protocols import Guided, ToolSpec
+from evolve_dag.protocols import Guided
 from evolve_dag.records import Step, ToolCall
+from evolve_dag.steps.slices import decisive
+from evolve_dag.steps.trajectories import SPEC
 from evolve_dag.verification.exact import ExactVerifier
 from evolve_dag.warmup.script import Script
 
@@ -34,17 +35,6 @@ from tiny_tokenizers import byte_level
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SPLIT = TaskSplit(world=3, count=2)
-
-
-def test_a_plain_turn_is_a_command_and_a_call_still_a_call() -> None:
-    act = ToolSpec("act", "", {"command": ""}, plain="command")
-    assert parse_action(" go east\n", [act]).call == ToolCall("act", {"command": "go east"})
-    assert parse_action('<tool_call>{"name": "act", "arguments": {"command": "look"}}</tool_call>', [act]).call == ToolCall(
-        "act", {"command": "look"}
-    )
-    assert parse_action("<tool_call> go", [act]).problem == "the tool call is not closed"
-    assert parse_action(" ", [act]).call is None
-    assert parse_action("go east", [replace(act, plain="")]).plain
 
 
 def test_without_the_package_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,8 +48,8 @@ def test_without_the_package_the_message_says_how_to_get_it(monkeypatch: pytest.
     [
         ({"tasks": {"train": {"world": None}}}, "tasks.train.world: missing"),
         ({"tasks": {"train": {"world": 10_000}}}, "number the worlds below"),
-        ({"tasks": {"train": {"count": 1001}}}, "1000 games of a world"),
-        ({"tasks": {"held_out": {"world": 200}}}, "splits must not share a game"),
+        ({"tasks": {"train": {"count": 1001}}}, "no more than 1000 games"),
+        ({"tasks": {"held_out": {"world": 200}}}, "tasks.held_out.world: the same world as tasks.development"),
         ({"tasks": {"held_out": {"path": "x.jsonl"}}}, "makes its own games"),
         ({"rollout": {"max_steps": 8}}, "the game ends after 8 commands"),
         ({"rollout": {"plain_answers": True}}, "a plain turn is a command"),
@@ -72,6 +62,11 @@ def test_mistakes_in_the_file(changes: dict[str, Any], told: str, tmp_path: Path
     path.write_text(yaml.safe_dump({"extends": str(CONFIGS / "textworld_coin.yaml"), **changes}))
     with pytest.raises(ConfigError, match=told):
         load_experiment(path)
+
+
+def test_its_own_version_is_in_the_digests_of_what_plays_it() -> None:
+    file = load_experiment(CONFIGS / "textworld_coin.yaml")
+    assert decisive(SPEC, file)["environment"]["kind"] == f"textworld {VERSION}"
 
 
 def test_the_pools_that_ship_are_small_and_speak_of_no_game() -> None:

@@ -27,3 +27,8 @@ def test_one_rollout_a_task_and_unjudged_ones() -> None:
     assert pass_at([], []) == {}
     assert pass_at(["a", "a", "a"], [1.0, None, 0.0]) == {1: 0.5, 2: 1.0}
     assert pass_at(["a", "a", "b"], [1.0, 1.0, None]) == {1: 1.0, 2: 1.0}
+
+
+def test_a_part_of_a_reward_is_not_right() -> None:
+    """As in ``solved``: pass@1 of tasks with equally many rollouts is the share of solved episodes."""
+    assert pass_at(["a", "a", "b", "b"], [0.5, 0.99, 1.0, 0.75]) == {1: 0.25, 2: 0.5}

@@ -54,6 +54,13 @@ def test_what_the_last_gate_measured_takes_the_place_of_what_is_typical(tmp_path
     assert power.warning(with_tasks(300), store) == "", "a damaged decision is told elsewhere"
 
 
+@pytest.mark.parametrize(("tasks", "shown"), [(2, "no loss at all"), (3, "no loss at all"), (4, "a loss of 98 points")])
+def test_a_loss_that_cannot_be_is_not_told(tasks: int, shown: str, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    decided(store, 1, json.dumps(gate_to_json(GateDecision("keep", ("x",), {"success_sd": 0.7}))))
+    assert f": they show {shown} in one night with 80% power" in power.warning(with_tasks(tasks), store)
+
+
 def test_a_file_that_is_missing_is_told_elsewhere(tmp_path: Path) -> None:
     split = {"path": str(tmp_path / "none.jsonl")}
     e = experiment(

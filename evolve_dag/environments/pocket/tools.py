@@ -10,7 +10,7 @@ from pydantic import Field
 
 from evolve_dag.config.parts import EnvironmentSettings
 from evolve_dag.config.schema import Experiment, TaskSplit
-from evolve_dag.environments.base import EnvironmentPart, Place
+from evolve_dag.environments.base import EnvironmentPart, Place, world_tasks
 from evolve_dag.environments.corpus import TOOLS as CORPUS_TOOLS
 from evolve_dag.environments.corpus import CorpusSearch
 from evolve_dag.environments.pocket.language import SYSTEM_PROMPT, TOOLS
@@ -85,25 +85,14 @@ def _tasks(settings: PocketEnvironment, split: TaskSplit, name: str) -> tuple[Ta
 
 
 def _mistakes(settings: PocketEnvironment, experiment: Experiment) -> list[tuple[str, str]]:
-    found = []
-    splits: dict[str, TaskSplit] = {name: getattr(experiment.tasks, name) for name in ("train", "development", "held_out")}
-    for name, split in splits.items():
-        key = f"tasks.{name}"
-        if split.path is not None:
-            found.append((f"{key}.path", "the pocket world makes its own tasks: remove it, or set environment.kind to corpus"))
-        if split.suite != "jsonl" or split.fields or split.skip:
-            found.append((key, "suite, fields and skip are for files; the pocket world makes its own tasks"))
-        if split.world is None:
-            found.append((f"{key}.world", "missing: the number of the pocket world"))
-        elif split.world >= PRETRAINING_SEEDS:
-            found.append((f"{key}.world", f"{split.world} is a pretraining world: use a number below {PRETRAINING_SEEDS}"))
-        if split.count is None:
-            found.append((f"{key}.count", "missing: how many tasks"))
-        twins = [other for other in splits if other != name and splits[other].world == split.world]
-        if split.world is not None and twins and list(splits).index(twins[0]) < list(splits).index(name):
-            found.append((f"{key}.world", f"the same world as tasks.{twins[0]}: splits must not share a world"))
-    if splits["train"].stream:
-        if max((split.world or 0) for split in splits.values()) >= STREAM_WORLDS:
+    found = world_tasks(experiment, "the pocket world makes its own tasks (environment.kind: corpus reads files)")
+    worlds = {name: split.world or 0 for name, split in experiment.tasks.splits.items()}
+    for name, world in worlds.items():
+        if world >= PRETRAINING_SEEDS:
+            what = f"{world} is a pretraining world: use a number below {PRETRAINING_SEEDS}"
+            found.append((f"tasks.{name}.world", what))
+    if experiment.tasks.train.stream:
+        if max(worlds.values()) >= STREAM_WORLDS:
             what = f"a stream goes on in steps of {STREAM_WORLDS}: number the worlds of all splits below that"
             found.append(("tasks.train.world", what))
         if experiment.iterations >= MOST_STREAM_ITERATIONS:

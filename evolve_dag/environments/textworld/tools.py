@@ -8,12 +8,14 @@ from pydantic import Field
 
 from evolve_dag.config.parts import EnvironmentSettings
 from evolve_dag.config.schema import Experiment, TaskSplit
-from evolve_dag.environments.base import EnvironmentPart, tool_prompt
+from evolve_dag.environments.base import EnvironmentPart, tool_prompt, world_tasks
 from evolve_dag.environments.textworld.families import FAMILIES, Family
 from evolve_dag.environments.textworld.games import Play, need_textworld
 from evolve_dag.protocols import Session, ToolResult, ToolSpec
 from evolve_dag.records import Task, ToolCall
 
+VERSION = "2"
+"""Raise it when the same turns would become another episode; the steps' versions stand for all environments."""
 GAMES = 1000
 """Numbers of games that a world has: world w holds the games w * 1000 to w * 1000 + 999."""
 STREAM_WORLDS = 10_000
@@ -134,22 +136,14 @@ def _tasks(settings: TextWorldEnvironment, split: TaskSplit, name: str) -> tuple
 
 
 def _mistakes(settings: TextWorldEnvironment, experiment: Experiment) -> list[tuple[str, str]]:
-    splits: dict[str, TaskSplit] = {name: getattr(experiment.tasks, name) for name in ("train", "development", "held_out")}
-    found = []
-    for name, split in splits.items():
-        key = f"tasks.{name}"
-        if split.path is not None or split.suite != "jsonl" or split.fields or split.skip:
-            found.append((key, "path, suite, fields and skip are for files; TextWorld makes its own games"))
-        if split.world is None:
-            found.append((f"{key}.world", "missing: the number of the world that the games are of"))
-        elif split.world >= STREAM_WORLDS:
-            found.append((f"{key}.world", f"number the worlds below {STREAM_WORLDS}: a stream goes on in steps of that"))
-        if split.count is None or split.count > GAMES:
-            found.append((f"{key}.count", f"missing, or more than the {GAMES} games of a world"))
-        twin = next((other for other in splits if other < name and splits[other].world == split.world is not None), None)
-        if twin is not None:
-            found.append((f"{key}.world", f"the same world as tasks.{twin}: splits must not share a game"))
-    if splits["train"].stream and experiment.iterations > MOST_ITERATIONS:
+    found = world_tasks(experiment, "TextWorld makes its own games")
+    for name, split in experiment.tasks.splits.items():
+        if (split.world or 0) >= STREAM_WORLDS:
+            what = f"number the worlds below {STREAM_WORLDS}: a stream goes on in steps of that"
+            found.append((f"tasks.{name}.world", what))
+        if (split.count or 0) > GAMES:
+            found.append((f"tasks.{name}.count", f"a world has no more than {GAMES} games"))
+    if experiment.tasks.train.stream and experiment.iterations > MOST_ITERATIONS:
         found.append(("tasks.train.stream", f"TextWorld has games for {MOST_ITERATIONS} iterations"))
     if experiment.rollout.max_steps <= settings.limit:
         what = f"the game ends after {settings.limit} commands: set it higher, so that no call is told to answer"
@@ -169,4 +163,5 @@ TEXTWORLD = EnvironmentPart(
     mistakes=_mistakes,
     libraries={"textworld": "textworld"},
     check=lambda settings: need_textworld(),
+    data=lambda settings: VERSION,
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from evolve_dag.environments.base import tools_section
 from evolve_dag.errors import SessionError
 from evolve_dag.plain import one_line
-from evolve_dag.protocols import Completion, Conversation, ToolResult, ToolSpec, is_reward
+from evolve_dag.protocols import TALK, Completion, Session, ToolResult, ToolSpec, is_reward
 from evolve_dag.records import ToolCall
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ MEND = "mend the environment"
 ALIEN = "only a conversation of text, with one agent, can be played"
 
 
-class Talk(Conversation):
+class Talk(Session):
     """A conversation between the policy and an environment of the library.
 
     Args:
@@ -36,7 +36,6 @@ class Talk(Conversation):
 
     tools: tuple[ToolSpec, ...] = ()
     system_prompt: str = ""
-    question: str = ""
 
     def __init__(self, stage: Stage, play: Play, part: str) -> None:
         self._stage, self._play, self._part = stage, play, part
@@ -57,16 +56,20 @@ class Talk(Conversation):
         asked = [message for message in request.messages if message.role != "system"]
         if not asked or any(message.role != "user" for message in asked):
             raise SessionError("the environment begins with turns of an assistant", ALIEN)
-        self.tools = _tools(request)
+        tools = _tools(request)
+        self.tools = (*tools, TALK)
         self.question = "\n\n".join(map(_text, asked))
-        self.system_prompt = "\n\n".join([*head, *([tools_section(self.tools)] if self.tools else [])])
+        self.system_prompt = "\n\n".join([*head, *([tools_section(tools)] if tools else [])])
         self._said: list[tuple[Any, ...]] = [_signature(message) for message in request.messages]
 
-    def turn(self, call: ToolCall, completion: Completion) -> ToolResult:
-        library = importlib.import_module("evolve_dag.environments.verifiers.library")
-        before = tuple(index for given in self._given for index in given.token_ids)
-        response = library.response_of(call, completion, len(self._given), before)
+    def sampled(self, completion: Completion) -> None:
         self._given.append(completion)
+
+    def call(self, call: ToolCall) -> ToolResult:
+        library = importlib.import_module("evolve_dag.environments.verifiers.library")
+        *earlier, completion = self._given
+        before = tuple(index for given in earlier for index in given.token_ids)
+        response = library.response_of(call, completion, len(earlier), before)
         self._said.append(_signature(response.message))
         request = self._run(self._play.answer(response))
         return ToolResult("", done=True) if request is None else ToolResult(self._news(request))
@@ -77,7 +80,7 @@ class Talk(Conversation):
         news = request.messages[len(self._said) :]
         if signatures[: len(self._said)] != self._said or any(message.role not in ("user", "tool") for message in news):
             raise SessionError("the environment changed what was said before", ALIEN)
-        if _tools(request) != self.tools:
+        if (*_tools(request), TALK) != self.tools:
             raise SessionError("the environment changed its tools in the middle of an episode", ALIEN)
         self._said = signatures
         return "\n\n".join(map(_text, news))

@@ -79,8 +79,7 @@ def _tasks(settings: VerifiersEnvironment, split: TaskSplit, name: str) -> tuple
 def _mistakes(settings: VerifiersEnvironment, experiment: Experiment) -> list[tuple[str, str]]:
     found = []
     spans: dict[str, range] = {}
-    for name in ("train", "development", "held_out"):
-        split: TaskSplit = getattr(experiment.tasks, name)
+    for name, split in experiment.tasks.splits.items():
         if split.path is not None or split.suite != "jsonl" or split.fields:
             found.append((f"tasks.{name}", "path, suite and fields are for files; the taskset has its own rows"))
         if split.count is None:

@@ -246,11 +246,13 @@ def response_of(call: OurCall, completion: Completion, number: int, before: tupl
     """
     reasoning, closed, said = completion.text.rpartition("</think>")
     calls = None
-    if call.name != REPLY:
+    if call.name == REPLY:
+        said = call.arguments["text"]
+    else:
         calls = [ToolCall(id=f"call_{number}", name=call.name, arguments=json.dumps(dict(call.arguments)))]
-        said = said.partition("<tool_call>")[0]
+        said = said.partition("<tool_call>")[0].strip()
     message = AssistantMessage(
-        content=said.strip(),
+        content=said,
         reasoning_content=reasoning.removeprefix("<think>").strip() if closed else None,
         tool_calls=calls,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from evolve_dag.experience.features import strip_last_step
 from evolve_dag.experience.pool import Pool, Proposal, lift
-from evolve_dag.records import Trajectory
+from evolve_dag.records import Trajectory, solved
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def cases(trajectories: Sequence[Trajectory], *, seed: int, path: bool = False) 
     for group in groups.values():
         rewards = [t.reward for t in group if t.reward is not None]
         mean = sum(rewards) / len(rewards)
-        successes = [t for t in group if t.reward == 1.0 and t.answer and t.answer.strip()]
+        successes = [t for t in group if solved(t.reward) and t.answer and t.answer.strip()]
         if not successes:
             continue
         best = min(successes, key=lambda t: len(t.steps))

@@ -33,7 +33,7 @@ from evolve_dag.experience.features import strip_last_step
 from evolve_dag.experience.llm_text import fence, fit, shorten, trajectory_text
 from evolve_dag.experience.pool import Pool, counted
 from evolve_dag.protocols import LanguageModel
-from evolve_dag.records import Granularity, Task, Trajectory
+from evolve_dag.records import Granularity, Task, Trajectory, solved
 from evolve_dag.store.memory import Memory
 
 Domain = Literal["web", "mathematics"]
@@ -248,7 +248,7 @@ class _Critic:
 
 def _outcome(trajectory: Trajectory) -> str:
     reward = trajectory.reward or 0.0
-    word = "succeeded" if reward >= 1 else "failed" if reward <= 0 else f"scored {reward:.2f} of 1"
+    word = "succeeded" if solved(reward) else "failed" if reward <= 0 else f"scored {reward:.2f} of 1"
     return f"{word} ({trajectory.status})"
 
 
