@@ -128,7 +128,8 @@ class _Episode:
     async def run(self) -> Trajectory:
         try:
             await self.calls.open()
-            self.trajectory = replace(self.trajectory, system=self.calls.system_prompt)
+            calls = self.calls
+            self.trajectory = replace(self.trajectory, system=calls.system_prompt, offers_tools=bool(calls.tools))
             if self.calls.question is not None:
                 self.trajectory = replace(self.trajectory, question=self.asked(self.calls.question))
             await self.act()

@@ -350,7 +350,7 @@ class GateSettings(Section):
     margin: float = Field(0.0025, ge=0.0, lt=0.25)
     """Non-inferiority: loss of success against the best champion that is let pass; 0.01 is one point."""
     max_premature_rise: float = Field(0.10, ge=0.0, le=1.0)
-    """Largest rise of the premature-answer rate."""
+    """Largest rise of the premature-answer rate, unless success is significantly better."""
     max_turn_ratio: float = Field(2.0, gt=1.0)
     """Largest ratio of mean turns, candidate over the best champion, unless success is significantly better."""
 

@@ -196,7 +196,7 @@ def _unread(experiment: Experiment) -> tuple[str, ...]:
 SPEC = StepSpec(
     "scores",
     "Held-out results of the candidate, without experience (internalized) and with it (in context), with intervals.",
-    version="9",
+    version="10",
     config=("evaluation", *INJECTION_KEYS, "tasks.development", "tasks.held_out", *TASK_KEYS),
     inputs=("policy", "experience", "contexts", "adapter"),
     iteration=True,

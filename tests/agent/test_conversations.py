@@ -25,6 +25,7 @@ def test_what_is_said_goes_to_the_environment_whole_and_the_last_word_is_the_ans
         (REPLY, "7"),
     ]
     assert [step.call and step.call.name for step in t.steps] == [REPLY, REPLY, None]
+    assert not t.offers_tools
     assert [c.text for *_, c in world.opened[0].heard] == [step.text for step in t.steps]
     assert t.history(2)[2:] == (
         Message("assistant", "<think>hm</think> 3"),
@@ -39,6 +40,7 @@ def test_tools_are_called_beside_the_talk() -> None:
     t = run([CALL, '<tool_call>{"name": "look"}</tool_call>', "it is 7"], world)
     assert [name for name, *_ in world.opened[0].heard] == ["peek", REPLY]
     assert t.steps[1].problem == "the tool call has no arguments"
+    assert t.offers_tools
     assert [m.role for m in t.history(2)[2:]] == ["assistant", "tool", "assistant", "tool"]
     assert (t.status, t.answer, t.reward) == ("answered", "it is 7", 1.0)
 

@@ -91,6 +91,7 @@ def test_one_turn_is_judged_by_the_rubric() -> None:
     right, wrong = play(["It is 3."], settings("vf-sums"))
     assert (right.status, right.answer, right.reward, right.system) == ("answered", "It is 3.", 0.75, "Answer with a number.")
     assert (wrong.question, wrong.reward) == ("What is 1 + 3?", 0.0)
+    assert not right.offers_tools
     assert play(["3"], settings("vf-sums", reward="short"))[1].reward == 1.0
     assert "no part 'long': it has right, short" in (play(["3"], settings("vf-sums", reward="long"))[0].error or "")
 
