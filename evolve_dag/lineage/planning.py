@@ -165,7 +165,7 @@ def plan(experiment: Experiment, store: Store, iterations: int | None = None) ->
         entering = _leaving(steps[-1], experiment, store)
         if isinstance(entering, str):
             assumed = _as_before(steps[-1], experiment, store)
-    notes = tuple(filter(None, [power.warning(experiment, store)]))
+    notes = tuple(filter(None, [power.warning(experiment, store), power.few_rollouts(experiment)]))
     return Plan(experiment.experiment, count, tuple(steps), notes)
 
 
