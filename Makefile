@@ -67,7 +67,7 @@ verifiers: install  ## the library verifiers and the tasksets of examples/verifi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[verifiers]' -e examples/verifiers_tasksets
 
 test-verifiers: verifiers  ## environments of the library verifiers: a turn, several, tools, and every way of breaking (2 minutes)
-	$(BIN)/python -m pytest tests/environments/test_verifiers.py tests/environments/test_verifiers_settings.py examples/verifiers_tasksets
+	$(BIN)/python -m pytest tests/environments/test_verifiers.py tests/environments/test_verifiers_settings.py tests/tasks/test_suites.py examples/verifiers_tasksets
 
 lint: install  ## ruff
 	$(BIN)/ruff check .

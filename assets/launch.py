@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from evolve_dag.config import registry
+from evolve_dag.config.loading import check_iterations
 from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import ConfigError, EvolveError, StoreError
 from evolve_dag.steps import base
@@ -210,13 +211,14 @@ def run(config: Path, *, seed: int | None, iterations: int | None, root: Path, c
 
 def _run(config: Path, *, seed: int | None, iterations: int | None, root: Path, console: Console) -> RunResult:
     experiment = registry.load_seeded(config, seed)
+    count = iterations or experiment.iterations
+    check_iterations(experiment, count)
     store = open_store(root)
     # Mistakes in the user's files and missing weights show here, before anything is written.
     first = base.resolve_iteration(experiment, 1, store)
     if not all(step.exists for step in first.values()):
         preflight(experiment, 1)
         handover.check(experiment)
-    count = iterations or experiment.iterations
     name = experiment.experiment
     session = ConsoleSession(experiment, count, console)
     with store.lock(name), warnings.catch_warnings():

@@ -19,6 +19,7 @@ from dagster._utils.schedules import schedule_execution_time_iterator
 from evolve_dag.assets import automation, launch
 
 from evolve_dag.config import registry, scheduling
+from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import ConfigError
 
 DAEMON_SECONDS = 120.0
@@ -103,9 +104,17 @@ def switch(root: Path, name: str, on: bool) -> tuple[Line, list[str]]:
         instance.stop_schedule(remote.get_remote_origin_id(), remote.selector_id, remote)
         if on:
             instance.start_schedule(remote)
-        notes = list(_notes(instance)) if on else []
+        notes = [*_idle(instance, experiment), *_notes(instance)] if on else []
     [line] = [line for line in listing(root)[0] if line.experiment == name]
     return line, notes
+
+
+def _idle(instance: dg.DagsterInstance, experiment: Experiment) -> Iterator[str]:
+    """Why no tick will run anything, until somebody changes something."""
+    name, iterations = experiment.experiment, experiment.iterations
+    at = scheduling.Situation(name, iterations, frozenset(automation.promoted_iterations(instance, name)))
+    if not 1 < at.following <= iterations:
+        yield scheduling.decide(at).reason
 
 
 def _notes(instance: dg.DagsterInstance) -> Iterator[str]:

@@ -260,15 +260,16 @@ def _parts(experiments: Mapping[Entry, Experiment]) -> Iterator[Finding]:
 
 
 def _gates(root: Path, experiments: Mapping[Entry, Experiment]) -> Iterator[Finding]:
-    from evolve_dag.lineage.power import warning
+    from evolve_dag.lineage.power import few_rollouts, warning
     from evolve_dag.store.artifacts import Store
 
-    told: dict[str, list[str]] = {}
+    told: dict[tuple[str, str], list[str]] = {}
     for entry, experiment in experiments.items():
-        told.setdefault(warning(experiment, Store(root)), []).append(entry.name)
-    for text, names in told.items():
+        told.setdefault(("gate", warning(experiment, Store(root))), []).append(entry.name)
+        told.setdefault(("extraction", few_rollouts(experiment)), []).append(entry.name)
+    for (about, text), names in told.items():
         if text:
-            yield Finding("note", "gate", f"{', '.join(names)}: {text}")
+            yield Finding("note", about, f"{', '.join(names)}: {text}")
 
 
 def _registry(root: Path) -> Iterator[Finding]:

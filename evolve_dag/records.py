@@ -134,6 +134,8 @@ class Trajectory:
     error: str | None = None
     """What ended a failed rollout, overflowed the context, or kept the judge from judging; holds no secret."""
     seconds: float = 0.0
+    offers_tools: bool = True
+    """Whether there was any tool in this episode; without one nothing can be read before the answer."""
 
     def history(self, step: int) -> tuple[Message, ...]:
         """Clean history h_{t-1} that precedes ``step``: system, question, then action and observation pairs."""

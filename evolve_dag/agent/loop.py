@@ -134,7 +134,8 @@ class _Episode:
     async def run(self) -> Trajectory:
         try:
             await self.calls.open()
-            self.trajectory = replace(self.trajectory, system=self.calls.system_prompt)
+            tools = any(tool != TALK for tool in self.calls.tools)
+            self.trajectory = replace(self.trajectory, system=self.calls.system_prompt, offers_tools=tools)
             if self.calls.question:
                 self.trajectory = replace(self.trajectory, question=self.asked(self.calls.question))
             await self.act()

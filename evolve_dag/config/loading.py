@@ -61,6 +61,23 @@ def read_experiment(
     return (None if mistakes else experiment), mistakes
 
 
+def check_iterations(experiment: Experiment, count: int) -> None:
+    """Look again at an experiment that is to go on for more iterations than its file says: what is right for a few nights may
+    not be for many (a stream of training tasks that comes to those of another split).
+
+    Raises:
+        ConfigError: lists what does not hold for so many.
+    """
+    if count <= experiment.iterations:
+        return
+    wrong = [f"{key}: {what}" for key, what in contradictions(experiment.model_copy(update={"iterations": count}))]
+    if wrong:
+        told = (
+            f"{experiment.experiment}: with {count} iterations, where its file says {experiment.iterations}: {numbered(wrong)}"
+        )
+        raise ConfigError(told, "mend the keys above, or ask for fewer iterations")
+
+
 def is_study(path: Path) -> bool:
     """Whether a file describes a study (``evolve study``), which stands beside the experiments that it is made of."""
     try:

@@ -139,7 +139,9 @@ def decide(at: Situation) -> ScheduleDecision:
             None, f"{name}: iteration 1 is not promoted: run it by hand first (nothing starts that nobody started)"
         )
     if following > at.iterations:
-        return ScheduleDecision(None, f"{name}: all {at.iterations} iterations are promoted: raise `iterations` to go on")
+        return ScheduleDecision(
+            None, f"{name}: all {at.iterations} iterations are promoted: raise `iterations` in its file to go on"
+        )
     if at.running:
         return ScheduleDecision(None, f"{name}: run {at.running[:8]} is going on")
     if at.missing:

@@ -44,6 +44,9 @@ class EnvironmentPart(Part[S]):
     """(settings, place) -> what answers the tool calls of one split."""
     tasks: Callable[[S, TaskSplit, str], tuple[Task, ...]] | None = None
     """(settings, split, its name) -> tasks that the environment makes itself, other ones for every split; None: from files."""
+    one_world: bool = False
+    """Whether such tasks are about the same world in every split, so that the same question with the same answer is the same
+    task: what is trained on must not be asked again (:func:`evolve_dag.tasks.suites.left_out`)."""
     fresh: Callable[[TaskSplit, int], Mapping[str, Any]] | None = None
     """(split, iteration) -> what of the split of a stream of such tasks is another in that iteration."""
     check: Callable[[S], object] = _no_file

@@ -90,8 +90,9 @@ def decide(
     """Promote the candidate unless it lost something, or those since the best did.
 
     Declined is a candidate when too few tasks were judged on both sides, on a significant loss of success (the interval of the
-    paired difference lies wholly below ``-margin``, among the judged tasks or among all), on a rise of premature answers above
-    ``max_premature_rise``, and on a ratio of mean turns above ``max_turn_ratio`` that brought no significant gain of success.
+    paired difference lies wholly below ``-margin``, among the judged tasks or among all), and, where success is not
+    significantly better, on a rise of premature answers above ``max_premature_rise`` and on a ratio of mean turns above
+    ``max_turn_ratio``.
     All checks run, so ``reasons`` names every one that failed.
 
     Args:
@@ -187,7 +188,7 @@ def _findings(night: Night, settings: GateSettings, seed: int) -> Iterator[_Find
     if night.everything is not None:
         yield _success(*night.everything, settings, seed, of="all_")
     if night.tasks:
-        yield _premature(night.premature, settings)
+        yield _premature(night.premature, settings, better=better)
         yield _turns(night.turns, settings, better=better)
 
 
@@ -214,14 +215,14 @@ def _success(candidate_T: Floats, best_T: Floats, settings: GateSettings, seed: 
     return _Finding(f"significant loss of {sentence}" if bad else sentence, bad, evidence)
 
 
-def _premature(rates: tuple[float, float], settings: GateSettings) -> _Finding:
+def _premature(rates: tuple[float, float], settings: GateSettings, *, better: bool) -> _Finding:
+    """Does the candidate answer unread much more often, and nothing for it? Answers that no tool states (a sum of what was
+    looked up) count as unread, and a policy that used to come to none learns to give them."""
     candidate, best = rates
     rise, most = candidate - best, settings.max_premature_rise
-    return _Finding(
-        f"premature answers {candidate:.1%} against {best:.1%}: {100 * rise:+.1f} points, at most {100 * most:+.1f} allowed",
-        rise > most,
-        {"premature_candidate": candidate, "premature_best": best, "premature_rise": rise, "max_premature_rise": most},
-    )
+    numbers = {"premature_candidate": candidate, "premature_best": best, "premature_rise": rise, "max_premature_rise": most}
+    sentence = f"premature answers {candidate:.1%} against {best:.1%}: {100 * rise:+.1f} points, at most {100 * most:+.1f}"
+    return _but_for_success(f"{sentence} allowed", rise > most, numbers, better=better)
 
 
 def _turns(means: tuple[float, float], settings: GateSettings, *, better: bool) -> _Finding:
@@ -232,9 +233,14 @@ def _turns(means: tuple[float, float], settings: GateSettings, *, better: bool) 
     if ratio is None:
         return _Finding(f"mean turns {candidate:.2f}; the best champion took none, so there is no ratio", False, numbers)
     sentence = f"mean turns {candidate:.2f} against {best:.2f}: {ratio:.2f} times as many, at most {most:.2f} allowed"
+    return _but_for_success(sentence, ratio > most, numbers, better=better)
+
+
+def _but_for_success(sentence: str, bad: bool, numbers: Evidence, *, better: bool) -> _Finding:
+    """What is a fault only where nothing was won by it."""
     if better:
         return _Finding(f"{sentence}, or more where success is significantly better, as it is", False, numbers)
-    return _Finding(sentence, ratio > most, numbers)
+    return _Finding(sentence, bad, numbers)
 
 
 def _drift(night: Night, settings: GateSettings, standing: Standing, *, declined: bool) -> tuple[_Finding, Standing]:

@@ -136,13 +136,14 @@ def is_premature(trajectory: Trajectory, references: Sequence[str] = ()) -> bool
     True when it answered of its own accord (status ``answered``; a forced answer has its own rate) and no observation before
     the answer holds the answer as text, see :func:`read_text` for which observations count. A right answer may be worded
     differently from the page: for an answer judged right (reward 1) one of ``references`` standing in the page will do.
+    Never where the episode offers no tool: an answer there comes out of the question, and nothing was left unread.
 
     An answer that no page states (a count, yes or no) counts as premature whatever was read; compare such suites by
     :attr:`Metrics.no_tool`.
 
     Source: the premature answers of METHOD "What it found".
     """
-    if trajectory.status != "answered" or trajectory.answer is None:
+    if trajectory.status != "answered" or trajectory.answer is None or not trajectory.offers_tools:
         return False
     values = [trajectory.answer, *(references if solved(trajectory.reward) else ())]
     read = [read_text(step) for step in _before_answer(trajectory)]

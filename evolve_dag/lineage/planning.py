@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from evolve_dag.config.loading import check_iterations
 from evolve_dag.errors import StoreError
 from evolve_dag.lineage import power
 from evolve_dag.steps import base
@@ -134,10 +135,12 @@ def plan(experiment: Experiment, store: Store, iterations: int | None = None) ->
         iterations: K; None takes the experiment's.
 
     Raises:
+        ConfigError: what the experiment's file says does not hold for so many iterations.
         DataError: a file of tasks or pages that the experiment names is missing.
         ModelError: the weights of the policy are missing.
     """
     count = experiment.iterations if iterations is None else iterations
+    check_iterations(experiment, count)
     entering: PolicyRef | str = base.entering_policy(experiment, 1, store)
     assumed: PolicyRef | None = None
     steps: list[PlannedStep] = []
@@ -162,7 +165,7 @@ def plan(experiment: Experiment, store: Store, iterations: int | None = None) ->
         entering = _leaving(steps[-1], experiment, store)
         if isinstance(entering, str):
             assumed = _as_before(steps[-1], experiment, store)
-    notes = tuple(filter(None, [power.warning(experiment, store)]))
+    notes = tuple(filter(None, [power.warning(experiment, store), power.few_rollouts(experiment)]))
     return Plan(experiment.experiment, count, tuple(steps), notes)
 
 

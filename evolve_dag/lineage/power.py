@@ -1,4 +1,4 @@
-"""Whether the development tasks of an experiment are enough for its gate, said before anything runs."""
+"""Whether the tasks of an experiment are enough for its gate, and their rollouts for lessons, said before anything runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import EvolveError
 from evolve_dag.evaluation.gate import gate_from_json
 from evolve_dag.evaluation.intervals import POWER, detectable, tasks_for
+from evolve_dag.experience.extraction.base import ONE_OF_A_KIND, groups_of_one
 from evolve_dag.store.artifacts import Store
 from evolve_dag.store.layout import DECISION
 from evolve_dag.tasks.suites import load_tasks_of
@@ -65,6 +66,17 @@ def warning(experiment: Experiment, store: Store | None = None) -> str:
         f"{found.tasks} development tasks are few for the gate: they show {seen} in one night with {POWER:.0%} power "
         f"(SD of a task's difference {found.sd:.2f}, {source}); {100 * LOSS:.0f} points need "
         f"{found.needed}: raise tasks.development.count, or evaluation.rollouts"
+    )
+
+
+def few_rollouts(experiment: Experiment) -> str:
+    """What to say where the extractor ``llm`` can learn from parts of a reward alone; '' elsewhere. (``contrast`` learns from
+    nothing there: a mistake of the file.)"""
+    if experiment.extraction.extractor != "llm" or not groups_of_one(experiment):
+        return ""
+    return (
+        f"rollout.group_size is 1: {ONE_OF_A_KIND}, so something is learned only where a reward is between 0 and 1: "
+        "set it to 2 or more"
     )
 
 

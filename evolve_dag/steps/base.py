@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from evolve_dag import prompts
+from evolve_dag.config.loading import check_iterations
 from evolve_dag.config.parts import altered
 from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import OrderError, PartError, StoreError, no_slice_error
@@ -343,7 +344,10 @@ def due_step(
 
     Raises:
         OrderError: something upstream is not there under the present config; the message says what to materialize.
+        ConfigError: the iteration lies beyond the file's last, and what the file says does not hold for so many.
     """
+    if name != "policy":  # the one that the last iteration leaves is there before anybody asks for more
+        check_iterations(experiment, iteration)
     entering = _entering(experiment, iteration, store)
     expected = resolve_from(name, experiment, iteration, store, entering)
     settings(name, _seen_by(name, experiment, iteration))  # no tasks in the stream: says so
@@ -372,7 +376,7 @@ def run_step(
         make: where it is made, if it has to be.
 
     Raises:
-        OrderError: as :func:`due_step`.
+        OrderError, ConfigError: as :func:`due_step`.
         StoreError: an artifact is corrupt, or the disk is full; nothing half-written stays visible.
     """
     started = time.monotonic()

@@ -41,7 +41,7 @@ from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
 from evolve_dag.store.frames import load_trajectories, save_trajectories, scores_to_frame
 from evolve_dag.store.layout import SCORES, SUMMARY
-from evolve_dag.tasks.suites import Split, check_disjoint, load_split
+from evolve_dag.tasks.suites import Split, check_disjoint, left_out, load_split
 
 if TYPE_CHECKING:
     from evolve_dag.experience.pool import Pool
@@ -83,6 +83,8 @@ def run(context: StepContext) -> None:
         conditions=list(summary),
         **statistics,
     )
+    if gone := left_out(experiment, "development"):
+        context.build.note(left_out=len(gone))
 
 
 def _split_of(condition: str) -> str:
@@ -196,7 +198,7 @@ def _unread(experiment: Experiment) -> tuple[str, ...]:
 SPEC = StepSpec(
     "scores",
     "Held-out results of the candidate, without experience (internalized) and with it (in context), with intervals.",
-    version="9",
+    version="10",
     config=("evaluation", *INJECTION_KEYS, "tasks.development", "tasks.held_out", *TASK_KEYS),
     inputs=("policy", "experience", "contexts", "adapter"),
     iteration=True,

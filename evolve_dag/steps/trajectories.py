@@ -15,7 +15,7 @@ from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
 from evolve_dag.store.frames import save_trajectories
 from evolve_dag.store.layout import TRAJECTORIES
-from evolve_dag.tasks.suites import check_disjoint, load_split
+from evolve_dag.tasks.suites import check_disjoint, left_out, load_split, one_world
 
 
 def run(context: StepContext) -> None:
@@ -23,6 +23,8 @@ def run(context: StepContext) -> None:
     trajectories = _roll_out(context)
     save_trajectories(context.build.path, trajectories)
     context.build.note(**counts(trajectories))
+    if gone := left_out(context.experiment, "train"):
+        context.build.note(left_out=len(gone))
 
 
 def _roll_out(context: StepContext) -> list[Trajectory]:
@@ -41,15 +43,21 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
     yield judged(artifact, TRAJECTORIES)
 
 
+def _unread(experiment: Experiment) -> tuple[str, ...]:
+    """The other splits decide what is left out of the training tasks, where anything is."""
+    return () if one_world(experiment) else ("tasks.development", "tasks.held_out")
+
+
 SPEC = StepSpec(
     "trajectories",
     "A group of rollouts per training task, without experience, verified; a reward may be null: not judged.",
     version="6",
-    config=("seed", "tasks.train", *TASK_KEYS),
+    config=("seed", "tasks.train", "tasks.development", "tasks.held_out", *TASK_KEYS),
     inputs=("policy",),
     run=run,
     kinds=frozenset({"parquet", "polars"}),
     iteration=True,
+    unread=_unread,
     guard=check_disjoint,
     checks=(Check("judged", f"At least {LEAST_JUDGED:.0%} of the trajectories could be judged."),),
     examine=examine,

@@ -46,6 +46,7 @@ def schemas() -> dict[str, pl.Schema]:
                 "reward": pl.Float64(),
                 "error": text,
                 "seconds": pl.Float64(),
+                "offers_tools": pl.Boolean(),
                 "turns": number,  # these two follow from the steps; they save a join in SQL
                 "tokens": pl.Int64(),
             }
@@ -169,6 +170,8 @@ def trajectories_from_frames(trajectories: pl.DataFrame, steps: pl.DataFrame) ->
     """
     import polars as pl
 
+    if "offers_tools" not in trajectories.columns:  # made before it was noted
+        trajectories = trajectories.with_columns(offers_tools=True)
     rows = _rows(trajectories, TRAJECTORIES)
     _refuse_repeats([row["id"] for row in rows], TRAJECTORIES)
     of: dict[str, list[Step]] = {row["id"]: [] for row in rows}

@@ -83,7 +83,7 @@ def refuse_shared_questions(splits: Mapping[str, Sequence[Task]]) -> None:
     shared: list[str] = []
     for name, tasks in splits.items():
         for task in tasks:
-            other = seen.setdefault(_folded(task.question), name)
+            other = seen.setdefault(folded(task.question), name)
             if other != name:
                 shared.append(f"  {name} and {other}: {task.question}")
     if shared:
@@ -100,7 +100,8 @@ def question_id(question: str) -> str:
     return hashlib.sha256(" ".join(question.split()).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def _folded(question: str) -> str:
+def folded(question: str) -> str:
+    """A question by which two are the same, whatever their white space and case."""
     return " ".join(question.split()).casefold()
 
 
@@ -138,11 +139,11 @@ def _repeats(tasks: list[tuple[int, Task]]) -> list[Mistake]:
     questions: dict[str, int] = {}
     ids: dict[str, int] = {}
     for number, task in tasks:
-        folded = _folded(task.question)
-        if folded in questions:
-            found.append((number, f"the same question as on line {questions[folded]}"))
+        asked = folded(task.question)
+        if asked in questions:
+            found.append((number, f"the same question as on line {questions[asked]}"))
         elif task.id in ids:
             found.append((number, f"the same id {task.id!r} as on line {ids[task.id]}"))
-        questions.setdefault(folded, number)
+        questions.setdefault(asked, number)
         ids.setdefault(task.id, number)
     return found

@@ -8,14 +8,17 @@ from typing import Any, Literal
 from evolve_dag.config.parts import part_of
 from evolve_dag.config.schema import Experiment, TaskSplit
 from evolve_dag.environments.base import EnvironmentPart, Place
+from evolve_dag.errors import DataError
 from evolve_dag.inference.roles import Roles
 from evolve_dag.protocols import Environment, StatefulEnvironment, Verifier
 from evolve_dag.records import Task
 from evolve_dag.tasks.formats import load_suite
-from evolve_dag.tasks.jsonl import refuse_shared_questions
+from evolve_dag.tasks.jsonl import folded, refuse_shared_questions
 
 SplitName = Literal["train", "development", "held_out"]
 SPLITS: tuple[SplitName, ...] = ("train", "development", "held_out")
+LEAST_LEFT = 0.5
+"""Share of a split's tasks that must be left when those of the other splits are left out: a night must not shrink away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +49,40 @@ def load_split(experiment: Experiment, name: SplitName, roles: Roles | None = No
 
 
 def load_tasks_of(experiment: Experiment, name: SplitName) -> tuple[Task, ...]:
-    """The tasks of one split alone.
+    """The tasks of one split alone, but for those that are :func:`left_out`.
 
     Raises:
         DataError: a file of tasks is wrong; lists the lines.
     """
+    gone = left_out(experiment, name)
+    return tuple(task for task in _tasks(experiment, name) if task.id not in gone)
+
+
+def left_out(experiment: Experiment, name: SplitName) -> frozenset[str]:
+    """Ids of the tasks of a split that the development or held-out tasks ask too, where an environment draws its own about one
+    world: of a task in two splits the later one has it, so that nothing is scored that was trained on. Tasks without a
+    reference answer are not compared: their question need not say what is to be done (a game's opening words).
+
+    Raises:
+        DataError: a row cannot be loaded.
+    """
+    if not one_world(experiment):
+        return frozenset()
+    asked = {_identity(task) for later in SPLITS[SPLITS.index(name) + 1 :] for task in _tasks(experiment, later)}
+    return frozenset(task.id for task in _tasks(experiment, name) if task.answer and _identity(task) in asked)
+
+
+def one_world(experiment: Experiment) -> bool:
+    """Whether the environment makes its own tasks, and those of all splits are about the same."""
+    row: EnvironmentPart[Any] = part_of("environment", experiment.environment)
+    return row.tasks is not None and row.one_world
+
+
+def _identity(task: Task) -> tuple[str, str]:
+    return folded(task.question), folded(task.answer)
+
+
+def _tasks(experiment: Experiment, name: SplitName) -> tuple[Task, ...]:
     split: TaskSplit = getattr(experiment.tasks, name)
     own: EnvironmentPart[Any] = part_of("environment", experiment.environment)
     if own.tasks is not None:
@@ -73,8 +105,23 @@ def check_disjoint(experiment: Experiment) -> None:
     """Held-out and development tasks must not be trained on.
 
     Raises:
-        DataError: two splits share a question; names them.
+        DataError: two splits share a question; names them. Or so many that too few of a split are left.
     """
+    if one_world(experiment):
+        return _refuse_few(experiment)
     if part_of("environment", experiment.environment).tasks is not None:
         return  # each split asks about a world of its own: the same words there ask about other facts
     refuse_shared_questions({name: load_tasks_of(experiment, name) for name in SPLITS})
+
+
+def _refuse_few(experiment: Experiment) -> None:
+    for name in SPLITS:
+        tasks, gone = _tasks(experiment, name), left_out(experiment, name)
+        if len(tasks) - len(gone) < LEAST_LEFT * len(tasks):
+            what = f"{len(gone)} of the {len(tasks)} tasks of tasks.{name} are asked in {_and_later(name)} too"
+            remedy = "let the environment draw from more different tasks (environment.args), or lower the splits' count"
+            raise DataError(f"{experiment.experiment}: {what}: too few are left", remedy)
+
+
+def _and_later(name: SplitName) -> str:
+    return " or ".join(f"tasks.{later}" for later in SPLITS[SPLITS.index(name) + 1 :])

@@ -23,6 +23,7 @@ def test_what_is_said_goes_to_the_environment_whole_and_the_last_word_is_the_ans
     assert world.opened[0].heard == [ToolCall(REPLY, {"text": said}) for said in ("3", "<answer>4</answer>", "7")]
     assert [step.call and step.call.name for step in t.steps] == [REPLY, REPLY, None]
     assert world.opened[0].turns == [step.text for step in t.steps]
+    assert not t.offers_tools
     assert t.history(2)[2:] == (
         Message("assistant", "<think>hm</think> 3"),
         Message("user", "no"),
@@ -37,6 +38,7 @@ def test_tools_are_called_beside_the_talk() -> None:
     t = run([CALL, *(f"<tool_call>{call}</tool_call>" for call in wrong), "it is 7"], world)
     assert [call.name for call in world.opened[0].heard] == ["peek", REPLY]
     assert world.opened[0].turns == [CALL, "it is 7"]
+    assert t.offers_tools
     assert [step.problem for step in t.steps[1:4]] == [
         "the tool call has no arguments",
         "there is no tool look; the tools are: peek",

@@ -67,6 +67,14 @@ def test_more_iterations_run_only_the_new_ones(fake: FakeSteps, config: Path) ->
     assert [ran for ran in fake.ran if ran.startswith("trajectories")] == ["trajectories[tiny|01]", "trajectories[tiny|02]"]
 
 
+def test_more_iterations_than_the_file_has_tasks_for_are_refused_at_once(fake: FakeSteps, config: Path) -> None:
+    config.write_text(config.read_text() + "tasks: {train: {count: 4, world: 1, stream: true}}\n")
+    with pytest.raises(ConfigError, match=r"tiny: with 95 iterations, where its file says 2: 1 mistake\n.*fresh worlds for 89"):
+        run(config, iterations=95)
+    assert fake.ran == []
+    assert not ROOT.exists()
+
+
 def test_artifacts_without_a_record_are_recorded_but_not_recomputed(
     fake: FakeSteps, config: Path, on_disk: None, monkeypatch: pytest.MonkeyPatch, place: Path
 ) -> None:

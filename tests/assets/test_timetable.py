@@ -54,6 +54,22 @@ def test_a_schedule_is_switched_where_the_daemon_looks() -> None:
     assert stored() == {selector("nightly_tiny"): False}
 
 
+@pytest.mark.parametrize(
+    ("promoted", "told"),
+    [
+        (0, ["tiny: iteration 1 is not promoted: run it by hand first (nothing starts that nobody started)"]),
+        (1, []),
+        (2, ["tiny: all 2 iterations are promoted: raise `iterations` in its file to go on"]),
+    ],
+)
+def test_switching_on_says_when_no_tick_will_run_anything(
+    promoted: int, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(automation, "promoted_iterations", lambda instance, name: set(range(1, promoted + 1)))
+    assert timetable.switch(ROOT, "tiny", True)[1][:-1] == told
+    assert timetable.switch(ROOT, "tiny", False)[1] == []
+
+
 def test_the_list_shows_all_of_them() -> None:
     evolve("schedule", "on", "configs/tiny.yaml")
     other, tiny = json.loads(evolve("schedule", "list", "--json"))

@@ -140,6 +140,22 @@ def test_a_placebo_needs_mined_principles() -> None:
         assert "extraction.placebo" in dict(contradictions(e))
 
 
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({}, True),
+        ({"granularity": "instance"}, False),
+        ({"start_pool": "pool.json"}, False),
+        ({"extraction": {"extractor": "llm"}}, False),
+        ({"injection": "none", "regime": {"divergence": "cross_entropy"}}, False),
+        ({"rollout": {"group_size": 2}}, False),
+    ],
+)
+def test_principles_are_not_mined_in_groups_of_one(changes: dict, refused: bool) -> None:
+    e = Experiment.model_validate({"experiment": "x", "rollout": {"group_size": 1}, **changes})
+    assert ("rollout.group_size" in dict(contradictions(e))) is refused
+
+
 def test_name_comes_from_the_file_that_is_run(tmp_path: Path) -> None:
     write(tmp_path, "base.yaml", "experiment: base\n")
     assert load_experiment(write(tmp_path, "child.yaml", "extends: base.yaml\n")).experiment == "child"

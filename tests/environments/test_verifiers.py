@@ -26,6 +26,7 @@ from evolve_dag.steps.base import STEP_ORDER, run_step
 from evolve_dag.store.artifacts import Store
 from evolve_dag.store.frames import load_trajectories
 from evolve_dag.store.journal import Journal
+from evolve_dag.tasks.suites import SPLITS, check_disjoint, load_tasks_of
 from evolve_dag.verification.exact import ExactVerifier
 
 TASKSETS = str(Path(__file__).parent / "vf_tasksets")
@@ -91,6 +92,7 @@ def test_one_turn_is_judged_by_the_rubric() -> None:
     right, wrong = play(["It is 3."], settings("vf-sums"))
     assert (right.status, right.answer, right.reward, right.system) == ("answered", "It is 3.", 0.75, "Answer with a number.")
     assert (wrong.question, wrong.reward) == ("What is 1 + 3?", 0.0)
+    assert not right.offers_tools
     assert play(["3"], settings("vf-sums", reward="short"))[1].reward == 1.0
     assert "no part 'long': it has right, short" in (play(["3"], settings("vf-sums", reward="long"))[0].error or "")
 
@@ -102,6 +104,16 @@ def test_rows_are_tasks_twins_count_once_and_ranges_share_none() -> None:
     assert not {t.id for t in tasks(chosen, 5)} & {t.id for t in tasks(chosen, 5, 5)}
     with pytest.raises(DataError, match=r"rows 9 to 12 were asked for, 2 of them are there"):
         tasks(chosen, 4, 8)
+
+
+def test_a_question_that_several_splits_drew_is_asked_in_the_last_of_them() -> None:
+    """Its rows differ in what nobody reads: their place."""
+    splits = {"train": {"count": 4}, "development": {"count": 4, "skip": 5}, "held_out": {"count": 4, "skip": 8}}
+    chosen = {"kind": "verifiers", "id": "vf-sums", "args": {"placed": True}}
+    experiment = Experiment.model_validate({"experiment": "sums", "environment": chosen, "tasks": splits})
+    asked = [[task.question.split()[2] for task in load_tasks_of(experiment, name)] for name in SPLITS]
+    assert asked == [["0", "0", "1", "1"], ["2", "3", "3"], ["4", "4", "5", "5"]]
+    check_disjoint(experiment)
 
 
 def test_several_turns_with_the_ids_that_were_sampled(chat: ChatFormat) -> None:

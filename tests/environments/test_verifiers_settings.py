@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from evolve_dag.config.loading import load_experiment
+from evolve_dag.config.loading import check_iterations, load_experiment
 from evolve_dag.config.parts import identity, part_of
 from evolve_dag.environments.verifiers import tasksets
 from evolve_dag.environments.verifiers.environment import VerifiersEnvironment
@@ -78,6 +78,15 @@ def test_a_stream_goes_on_through_the_rows_and_splits_share_none(places: dict[st
     assert [of_iteration(loaded, k).tasks.train.skip for k in (1, 2, 3)] == [0, 8, 16]
     with pytest.raises(ConfigError, match=r"tasks\.development\.skip: shares rows with tasks\.train"):
         experiment(tmp_path, train=", skip: 1")
+
+
+def test_a_stream_that_goes_on_comes_to_no_rows_of_another_split(places: dict[str, Any], tmp_path: Path) -> None:
+    loaded = experiment(tmp_path)
+    check_iterations(loaded, 3)
+    with pytest.raises(
+        ConfigError, match=r"with 4 iterations.*\n  1\. tasks\.development\.skip: shares rows with tasks\.train"
+    ):
+        check_iterations(loaded, 4)
 
 
 def test_what_is_for_files_is_refused(places: dict[str, Any], tmp_path: Path) -> None:

@@ -76,6 +76,16 @@ def test_turns_that_bring_success_are_no_fault() -> None:
     assert decide(side([1.0] + [0.0] * 39, turns=9), side([0.0] * 40, turns=4), SETTINGS, 0).decision == "keep"
 
 
+def test_premature_answers_that_bring_success_are_no_fault() -> None:
+    """Best answers 10% and is forced to in the rest; the candidate answers everything and solves half."""
+    best = [score(i, float(i < 13), premature=i < 13) for i in range(128)]
+    d = decide([score(i, float(i < 64), premature=True) for i in range(128)], best, SETTINGS, 0)
+    assert d.decision == "promote"
+    assert "premature answers 100.0% against 10.2%" in " ".join(d.reasons)
+    same = [score(i, float(i < 13), premature=True) for i in range(128)]
+    assert decide(same, best, SETTINGS, 0).decision == "keep"
+
+
 def test_every_failed_check_is_named() -> None:
     d = decide(side([0.0] * 50, turns=9, premature=True), side([1.0] * 50), SETTINGS, 0)
     assert d.decision == "keep"

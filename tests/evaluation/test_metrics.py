@@ -43,6 +43,7 @@ def trajectory(
     status: TrajectoryStatus = "answered",
     task: str = "t1",
     rollout: int = 0,
+    offers_tools: bool = True,
 ) -> Trajectory:
     made = [Step(i, "act", (1, 2, 3), (), **fields) for i, fields in enumerate(steps)]
     if answer is not None:
@@ -58,6 +59,7 @@ def trajectory(
         status,
         answer,
         reward,
+        offers_tools=offers_tools,
     )
 
 
@@ -83,6 +85,7 @@ def test_a_reward_in_words(reward: float | None, told: str) -> None:
 
 PREMATURE_CASES = {
     "no tool at all": (trajectory(), True),
+    "no tool there": (trajectory(offers_tools=False), False),
     "page holds the answer": (trajectory(search(LISTING), visit(PAGE)), False),
     "only a listing holds it": (trajectory(search(LISTING)), True),
     "no results": (trajectory(search("no results")), True),

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from evolve_dag import cli
 from evolve_dag.config import registry
-from evolve_dag.errors import DataError, StoreError
+from evolve_dag.errors import ConfigError, DataError, OrderError, StoreError
 from evolve_dag.lineage import planning
 from evolve_dag.lineage.planning import Plan, plan
 from evolve_dag.steps import base
@@ -55,6 +55,24 @@ def test_before_the_first_run_nothing_is_there_and_nothing_is_written(store: Sto
     assert planned.steps[-1].reasons[0].text == "follows promotion[quick|01]"
     assert not store.root.exists()
     check(planned, run(experiment(), store))
+
+
+def test_more_iterations_than_there_are_tasks_for_are_no_plan(store: Store) -> None:
+    endless = experiment(tasks=WORLDS | {"train": WORLDS["train"] | {"stream": True}})
+    assert plan(endless, store, 89).iterations == 89
+    with pytest.raises(
+        ConfigError, match=r"(?s)with 90 iterations.*tasks\.train\.stream: the pocket world has fresh worlds for 89"
+    ):
+        plan(endless, store, 90)
+
+
+def test_no_step_is_made_of_an_iteration_that_the_file_has_no_tasks_for(store: Store) -> None:
+    """Whoever asks: the web interface, a backfill, a run that goes on until K, a worker."""
+    endless = experiment(iterations=89, tasks=WORLDS | {"train": WORLDS["train"] | {"stream": True}})
+    with pytest.raises(ConfigError, match="with 90 iterations, where its file says 89"):
+        base.run_step("trajectories", endless, 90, store)
+    with pytest.raises(OrderError):
+        base.run_step("policy", endless, 90, store)
 
 
 def test_after_a_run_there_is_nothing_to_do(store: Store) -> None:

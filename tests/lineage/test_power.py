@@ -76,14 +76,18 @@ def test_plan_and_doctor_say_it_before_the_run(tmp_path: Path, monkeypatch: pyte
     [note] = plan(with_tasks(16), store).notes
     assert note.startswith("16 development tasks are few for the gate")
     assert plan(with_tasks(300), store).notes == ()
+    [note] = plan(with_tasks(300, rollout={"group_size": 1}, extraction={"extractor": "llm"}), store).notes
+    assert note.startswith("rollout.group_size is 1: a group of one rollout never holds both")
     configs = tmp_path / "configs"
     configs.mkdir()
     (configs / "small.yaml").write_text(
         "tasks: {development: {count: 16, world: 21}, train: {count: 4, world: 11}, held_out: {count: 4, world: 31}}\n"
+        "rollout: {group_size: 1}\nextraction: {extractor: llm}\nselection: {selector: lexical}\n"
     )
     monkeypatch.setenv(registry.CONFIGS_VARIABLE, str(configs))
-    [finding] = doctor._gates(tmp_path / "store", registry.scan(configs)[0])
-    assert (finding.state, finding.subject) == ("note", "gate")
-    assert finding.text.startswith("small: 16 development tasks are few")
+    few, alone = doctor._gates(tmp_path / "store", registry.scan(configs)[0])
+    assert (few.state, few.subject) == ("note", "gate")
+    assert few.text.startswith("small: 16 development tasks are few")
+    assert (alone.state, alone.subject) == ("note", "extraction")
     result = CliRunner().invoke(cli.app, ["plan", str(configs / "small.yaml"), "--store", str(tmp_path / "store")])
     assert "16 development tasks are few for the gate" in " ".join(result.output.split())

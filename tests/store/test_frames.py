@@ -64,6 +64,7 @@ def trajectories(draw: st.DrawFn) -> list[Trajectory]:
             reward=draw(st.none() | st.floats(0, 1)),
             error=draw(OPTIONAL),
             seconds=draw(SECONDS),
+            offers_tools=draw(st.booleans()),
         )
         for one in ids
     ]
@@ -200,6 +201,11 @@ def test_further_columns_are_ignored() -> None:
 def test_steps_of_before_they_had_features_are_read() -> None:
     rows, step_rows = frames.trajectories_to_frames([ONE])
     assert frames.trajectories_from_frames(rows, step_rows.drop("features")) == [ONE]
+
+
+def test_rollouts_of_before_it_was_noted_whether_there_were_tools_are_read() -> None:
+    rows, step_rows = frames.trajectories_to_frames([ONE])
+    assert frames.trajectories_from_frames(rows.drop("offers_tools"), step_rows) == [ONE]
 
 
 def test_steps_come_back_in_order_whatever_the_order_of_the_rows() -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from evolve_dag.config.loading import is_study, load_experiment
-from evolve_dag.config.schema import Experiment
+from evolve_dag.config.schema import Experiment, TaskSplit
+from evolve_dag.environments.pocket import tools
 from evolve_dag.errors import DataError
 from evolve_dag.protocols import StatefulEnvironment
+from evolve_dag.records import Task
 from evolve_dag.steps.base import settings
-from evolve_dag.tasks.suites import SPLITS, check_disjoint, check_files, load_split
+from evolve_dag.tasks.suites import SPLITS, check_disjoint, check_files, left_out, load_split, load_tasks_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -51,6 +56,53 @@ def test_a_shared_question_of_a_corpus_is_refused(tmp_path: Path) -> None:
     corpus = {"kind": "corpus", "pages": str(tmp_path / "pages.jsonl")}
     with pytest.raises(DataError, match="development"):
         check_disjoint(Experiment.model_validate({"experiment": "x", "environment": corpus, "tasks": tasks}))
+
+
+def drawn(answered: bool = True) -> Callable[..., tuple[Task, ...]]:
+    """Sums from the split's ``world`` on; every row is one of its own, whatever it asks."""
+
+    def tasks(settings: object, split: TaskSplit, name: str) -> tuple[Task, ...]:
+        first = split.world or 0
+        numbers = range(first, first + (split.count or 0))
+        return tuple(Task(f"{name}{n}", f"What is {n} + 1?", str(n + 1) if answered else "") for n in numbers)
+
+    return tasks
+
+
+def of_sums(train: int, development: int, held_out: int) -> Experiment:
+    """Eight sums a split, from a number on."""
+    worlds = {"train": train, "development": development, "held_out": held_out}
+    tasks = {name: {"count": 8, "world": world} for name, world in worlds.items()}
+    return Experiment.model_validate({"experiment": "sums", "tasks": tasks})
+
+
+def test_what_is_scored_is_left_out_of_training_where_splits_are_drawn_from_one_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums = replace(tools.POCKET, one_world=True, tasks=drawn())
+    monkeypatch.setattr(tools, "POCKET", sums)
+    experiment = of_sums(0, 6, 13)
+    check_disjoint(experiment)
+    assert [left_out(experiment, name) for name in SPLITS] == [{"train6", "train7"}, {"development13"}, frozenset()]
+    assert [len(load_tasks_of(experiment, name)) for name in SPLITS] == [6, 7, 8]
+    check_disjoint(of_sums(0, 4, 20))
+    with pytest.raises(
+        DataError, match=r"sums: 5 of the 8 tasks of tasks\.train are asked in .*development or tasks\.held_out"
+    ):
+        check_disjoint(of_sums(0, 3, 20))
+    with pytest.raises(DataError, match=r"7 of the 8 tasks of tasks\.development are asked in tasks\.held_out too: too few"):
+        check_disjoint(of_sums(30, 1, 2))
+    # What is left out is decided by the other splits, so they are in the digest.
+    assert {"tasks.development", "tasks.held_out"} <= settings("trajectories", experiment).keys()
+
+
+@pytest.mark.parametrize("changes", [{"one_world": True, "tasks": drawn(answered=False)}, {"tasks": drawn()}])
+def test_questions_without_an_answer_and_of_other_worlds_are_not_compared(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tools, "POCKET", replace(tools.POCKET, **changes))
+    experiment = of_sums(0, 1, 2)
+    check_disjoint(experiment)
+    assert [len(load_tasks_of(experiment, name)) for name in SPLITS] == [8, 8, 8]
+    assert ("tasks.held_out" in settings("trajectories", experiment)) is ("one_world" in changes)
 
 
 def of_corpus(folder: Path) -> Experiment:

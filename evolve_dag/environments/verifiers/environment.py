@@ -104,6 +104,7 @@ VERIFIERS = EnvironmentPart(
     settings=VerifiersEnvironment,
     make=lambda settings, place: VerifiersTasks(settings, place.split),
     tasks=_tasks,
+    one_world=True,
     fresh=lambda split, iteration: {"skip": split.skip + (split.count or 0) * (iteration - 1)},
     mistakes=_mistakes,
     check=_taskset,

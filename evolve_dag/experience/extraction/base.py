@@ -8,6 +8,7 @@ from typing import Any, Self, TypeVar
 
 from evolve_dag.config.fence import Fence
 from evolve_dag.config.parts import ExtractionSettings, Part
+from evolve_dag.config.schema import Experiment
 from evolve_dag.experience.extraction.contrast import Evidence
 from evolve_dag.experience.pool import Pool
 from evolve_dag.inference.roles import Roles
@@ -51,6 +52,14 @@ class Extraction:
     """For ``principle``: what the next extraction adds its own to."""
     mined: Pool | None = None
     """For a placebo: the pool as it was mined, from which the next extraction goes on."""
+
+
+ONE_OF_A_KIND = "a group of one rollout never holds both success and failure"
+
+
+def groups_of_one(experiment: Experiment) -> bool:
+    """Whether all that is to be taught has to be found in groups of a single rollout."""
+    return experiment.rollout.group_size == 1 and experiment.injection != "none" and not experiment.start_pool
 
 
 S = TypeVar("S", bound=ExtractionSettings)

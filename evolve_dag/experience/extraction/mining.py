@@ -12,7 +12,7 @@ from evolve_dag.config.parts import ExtractionSettings
 from evolve_dag.config.schema import Experiment
 from evolve_dag.config.section import MOST
 from evolve_dag.experience.extraction import contrast, instance
-from evolve_dag.experience.extraction.base import Extraction, ExtractorPart, Material
+from evolve_dag.experience.extraction.base import ONE_OF_A_KIND, Extraction, ExtractorPart, Material, groups_of_one
 from evolve_dag.experience.extraction.placebo import placebo
 from evolve_dag.experience.graduation import graduations
 from evolve_dag.experience.pool import Pool, counted
@@ -116,6 +116,8 @@ def _unread(settings: ContrastExtraction, experiment: Experiment) -> tuple[str, 
 def _mistakes(settings: ContrastExtraction, experiment: Experiment) -> Iterator[tuple[str, str]]:
     if settings.placebo and (experiment.granularity != "principle" or experiment.start_pool):
         yield "extraction.placebo", "only mined principles have one: no instances, no start_pool"
+    if experiment.granularity == "principle" and groups_of_one(experiment):
+        yield "rollout.group_size", f"{ONE_OF_A_KIND}, and no principle is ever found: set it to 2 or more"
 
 
 CONTRAST = ExtractorPart(settings=ContrastExtraction, make=_extract, unread=_unread, mistakes=_mistakes)

@@ -8,10 +8,13 @@ __all__ = ["Sums"]
 class SumsConfig(vf.TasksetConfig):
     count: int = 20
     weight: float = 1.0
+    placed: bool = False
+    """Whether every row says its place, so that none is the twin of another."""
 
 
 class SumData(vf.TaskData):
     answer: int
+    place: int | None = None
 
 
 class SumConfig(vf.TaskConfig):
@@ -32,6 +35,6 @@ class Sums(vf.Taskset[Sum, SumsConfig]):
     def load(self):
         for number in range(self.config.count):
             a, b = number // 2, 3  # every sum twice
-            yield Sum(
-                SumData(prompt=f"What is {a} + {b}?", system_prompt="Answer with a number.", answer=a + b), self.config.task
-            )
+            data = SumData(prompt=f"What is {a} + {b}?", system_prompt="Answer with a number.", answer=a + b)
+            place = number if self.config.placed else None
+            yield Sum(data.model_copy(update={"place": place}), self.config.task)
