@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from evolve_dag.evaluation.intervals import Interval
@@ -15,7 +16,7 @@ from evolve_dag.study.findings import QUESTIONS, Findings
 from evolve_dag.study.published import SOURCE, compared
 from evolve_dag.study.results import breakdowns
 from evolve_dag.study.statistics import Estimate
-from evolve_dag.study.tables import BEST, METHOD, shown_contrasts
+from evolve_dag.study.tables import BEST, CONDITIONS, HOLLOW, METHOD, at, shown_contrasts
 
 SECTIONS = {
     "result": "Result",
@@ -68,9 +69,12 @@ def render(findings: Findings) -> str:
         published=compared(findings),
         share=share,
         signed=signed,
+        at=partial(at, findings),
         bounds=bounds,
         figures=figures,
         METHOD=METHOD,
+        HOLLOW=HOLLOW,
+        CONDITIONS=CONDITIONS,
         BEST=BEST,
         QUESTIONS=QUESTIONS,
         SOURCE=SOURCE,
