@@ -46,12 +46,10 @@ def read_experiment(
     """
     path = Path(path)
     mistakes: list[str] = []
-    merged, origin = _merge_chain(path, (), mistakes)
+    merged, origin = _merged(path, over, stated_in or path, mistakes)
     if "arms" in merged:
         raise ConfigError(f"{path}: is a study, not an experiment", f"run it as one: evolve study {path}")
     merged.setdefault("experiment", path.stem)
-    for part in over:
-        _overlay(merged, _located(deepcopy(dict(part)), stated_in or path), "", stated_in or path, origin)
     try:
         experiment = Experiment.model_validate(merged)
     except ValidationError as error:
@@ -59,6 +57,20 @@ def read_experiment(
     experiment = _absolute(experiment, "", lambda key: _origin(origin, key, path), mistakes)
     mistakes += [f"{_origin(origin, key, path)}: {key}: {what}" for key, what in contradictions(experiment)]
     return (None if mistakes else experiment), mistakes
+
+
+def stated_keys(path: Path, over: Mapping[str, Any], stated_in: Path) -> dict[str, Path]:
+    """Dotted key -> the file whose word on it counts (absolute), of every key that an experiment file, what it extends or the
+    mapping laid over it states. What follows from other keys (those of a preset) and defaults are not in it.
+
+    Args:
+        over: as of :func:`read_experiment`, one of them.
+        stated_in: the file that states it.
+
+    Raises:
+        ConfigError: a file is missing or cannot be read at all.
+    """
+    return {key: file.resolve() for key, file in _merged(path, [over], stated_in, [])[1].items()}
 
 
 def is_study(path: Path) -> bool:
@@ -73,6 +85,16 @@ def numbered(mistakes: Sequence[str]) -> str:
     """``2 mistakes`` and a line for each."""
     lines = "".join(f"\n  {n}. {m}" for n, m in enumerate(mistakes, 1))
     return f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}{lines}"
+
+
+def _merged(
+    path: Path, over: Sequence[Mapping[str, Any]], stated_in: Path, mistakes: list[str]
+) -> tuple[dict[str, Any], dict[str, Path]]:
+    """What a file says with the mappings laid over it, and where each key comes from; adds to ``mistakes``."""
+    merged, origin = _merge_chain(path, (), mistakes)
+    for part in over:
+        _overlay(merged, _located(deepcopy(dict(part)), stated_in), "", stated_in, origin)
+    return merged, origin
 
 
 def _merge_chain(path: Path, seen: tuple[Path, ...], mistakes: list[str]) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -145,8 +167,10 @@ def _overlay(base: dict[str, Any], over: Mapping[str, Any], prefix: str, path: P
         current = base.get(key)
         if key == "regime":  # a preset in a parent and a part in the child must combine
             current, value = _as_regime(current), _as_regime(value)
-            if isinstance(value, dict) and "preset" in value:
+            if isinstance(value, dict) and "preset" in value:  # it begins anew
                 current = None
+                for gone in [inner for inner in origin if inner.startswith(f"{dotted}.")]:
+                    del origin[gone]
         if isinstance(value, dict) and isinstance(current, dict):
             merged = _inherited(dotted, current, value)
             _overlay(merged, value, f"{dotted}.", path, origin)

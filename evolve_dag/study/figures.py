@@ -17,10 +17,10 @@ DASHES = ("solid", "dash", "dot")
 
 def success(findings: Findings, arm: str) -> Figure:
     """One arm over iterations: what it holds without and with experience, the ceiling, and its candidates where one was
-    declined; the reference arm behind it."""
-    reference, last, told = findings.results.study.reference, findings.last(arm), findings.conditions(arm)
+    declined; the first arm that it is contrasted with behind it."""
+    last, told = findings.last(arm), findings.conditions(arm)
     lines = []
-    if arm != reference:
+    for reference in findings.results.study.references(arm)[:1]:
         lines.append(_curve(findings, reference, "held", reference, REFERENCE_SLOT, until=last))
     for slot, (condition, name, dash) in enumerate(
         (
@@ -58,14 +58,10 @@ def at_the_end(findings: Findings) -> Figure:
 
 
 def contrasts(findings: Findings) -> Figure:
-    """Each arm minus the reference arm at the last iteration that both have."""
-    rows = []
-    for arm in findings.results.study.arms:
-        asked = findings.asked("arm", arm)
-        if asked:
-            last = asked[-1]
-            rows.append((arm, last.difference, f"iteration {last.iteration}"))
-    return _whiskers(rows, f"minus {findings.results.study.reference}", suffix=" points")
+    """Each arm minus every arm that it is contrasted with, at the last iteration that both have."""
+    last = {(c.arm, c.against): c for c in findings.asked("arm")}
+    rows = [(f"{arm} − {other}", c.difference, f"iteration {c.iteration}") for (arm, other), c in last.items()]
+    return _whiskers(rows, "minus its reference", suffix=" points")
 
 
 def against_tokens(findings: Findings, which: Literal["sampled", "trained"]) -> Figure:

@@ -12,7 +12,7 @@ from evolve_dag.study.statistics import AgainstBest, Estimate, against_best, dif
 ContrastKind = Literal["arm", "night", "first", "best", "base", "experience", "ceiling"]
 
 QUESTIONS: Mapping[ContrastKind, str] = {
-    "arm": "against the reference arm, at the same iteration",
+    "arm": "against the arm that it is matched to, at the same iteration",
     "night": "against the iteration before (the first: against the base policy)",
     "first": "against iteration 1",
     "best": "the last against the best of its own iterations",
@@ -135,12 +135,13 @@ def _points(results: Results, arm: str) -> Iterator[Point]:
 
 
 def _contrasts(results: Results, arm: str) -> Iterator[Contrast]:
-    reference, base = results.study.reference, results.base_columns()
+    references, base = results.study.references(arm), results.base_columns()
     iterations = results.iterations(arm)
     columns = {k: results.column(arm, k) for k in (0, *iterations)}
     for k in iterations:
-        if arm != reference and k in results.iterations(reference):
-            yield from _contrast("arm", arm, k, reference, columns[k], results.column(reference, k))
+        for reference in references:
+            if k in results.iterations(reference):
+                yield from _contrast("arm", arm, k, reference, columns[k], results.column(reference, k))
         yield from _contrast("night", arm, k, str(k - 1) if k > 1 else "base", columns[k], columns.get(k - 1, {}))
         if k > 1:
             yield from _contrast("first", arm, k, "1", columns[k], columns.get(1, {}))

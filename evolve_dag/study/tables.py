@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from evolve_dag.study import figures
 from evolve_dag.study.findings import QUESTIONS, Contrast, ContrastKind, Findings
 from evolve_dag.study.published import SOURCE, compared, points
 from evolve_dag.study.statistics import Estimate
+from evolve_dag.study.what_differs import Change, as_stated, what_differs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,6 +31,13 @@ METHOD = (
     "their means: it holds for another seed as well, and is wide with three of them. Differences are paired by seed and task."
 )
 HOLLOW = "Hollow points, and ○ in tables: nights whose candidate the gate declined in at least one seed."
+DIFFERS = (
+    "Every key that decides results and in which an arm differs from one that it is contrasted with, found by comparing the "
+    "experiments as they were resolved. Said in: where the arm's entry states it, its `set` or its file. What is *not said*, "
+    "and what a preset of the regime brings along (`regime: off_policy` sets source, divergence and rejection anew), is easily "
+    "overlooked: the contrast may be owed to it. What is scored besides (other temperatures, ceiling, greedy) changes no other "
+    "number and is not listed."
+)
 CONDITIONS: Mapping[str, str] = {
     "held": "held",
     "held_with": "held, with experience",
@@ -129,6 +138,7 @@ def markdown(findings: Findings) -> str:
         lines += [f"**Not finished**: {missing} iterations are not there yet ({_listed(findings.results.missing)}).", ""]
     lines += [METHOD, ""]
     lines += ["## Success over iterations", "", HOLLOW, "", *_curves(findings)]
+    lines += ["", "## What differs", "", DIFFERS, "", *_what_differs(findings)]
     lines += ["", "## Contrasts", "", BEST, ""]
     for question, told in QUESTIONS.items():
         asked = shown_contrasts(findings, question)
@@ -186,14 +196,25 @@ def at(findings: Findings, arm: str, iteration: int, condition: str = "held") ->
     return f"{percent(point.success.value)}{declined}{some}"
 
 
+def said(findings: Findings, change: Change) -> str:
+    """Where the arm's entry states a key that differs; '' where it does not."""
+    config = findings.results.study.settings.arms[change.arm].config
+    return {"set": "set", "config": config, "preset": "a preset of the regime", "": ""}[change.said]
+
+
+def _what_differs(findings: Findings) -> list[str]:
+    rows = [
+        [c.arm, c.reference, c.key, as_stated(c.here), as_stated(c.there), said(findings, c) or "**not said**"]
+        for c in what_differs(findings.results.study)
+    ]
+    return _table(["arm", "against", "key", "here", "there", "said in"], rows) if rows else ["Nothing."]
+
+
 def shown_contrasts(findings: Findings, question: ContrastKind) -> list[Contrast]:
     """Of questions that are asked at every iteration of every arm, some: all of the reference arm, the last of the others."""
-    reference = findings.results.study.reference
-    return [
-        c
-        for c in findings.asked(question)
-        if c.arm == reference or c.iteration == max(o.iteration for o in findings.asked(question, c.arm))
-    ]
+    asked = findings.asked(question)
+    last = {(c.arm, c.against if question == "arm" else ""): c for c in asked}.values()
+    return [c for c in asked if c.arm == findings.results.study.reference or c in last]
 
 
 def _contrasts(question: ContrastKind, asked: Sequence[Contrast]) -> list[str]:
@@ -307,6 +328,7 @@ def as_json(findings: Findings) -> dict[str, Any]:
             arm: {"seeds": [cell.seed for cell in results.study.of_arm(arm)], "iterations": list(results.iterations(arm))}
             for arm in results.study.arms
         },
+        "what_differs": [asdict(change) for change in what_differs(results.study)],
         "missing": dict(results.missing),
         "success": list(_success_rows(findings)),
         "contrasts": list(_contrast_rows(findings)),

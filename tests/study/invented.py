@@ -20,6 +20,7 @@ def results(
     *,
     seeds: Sequence[int] = (4, 5, 6),
     missing: Mapping[str, int] | None = None,
+    references: Mapping[str, Sequence[str]] | None = None,
     **changes: object,
 ) -> Results:
     """Arm -> success of the base policy and of every candidate; a little better with experience; base at 0 and 0.3 too.
@@ -30,7 +31,10 @@ def results(
         folder,
         seeds=list(seeds),
         iterations=max(map(len, curves.values())) - 1,
-        arms={arm: {"config": "arm.yaml", "iterations": len(curve) - 1} for arm, curve in curves.items()},
+        arms={
+            arm: {"config": "arm.yaml", "iterations": len(curve) - 1, "reference": list((references or {}).get(arm, ()))}
+            for arm, curve in curves.items()
+        },
         **changes,
     )
     rows = [row for arm, curve in curves.items() for seed in seeds for row in _cell(arm, seed, curve)]

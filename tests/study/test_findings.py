@@ -88,6 +88,17 @@ def test_a_mean_over_some_of_the_seeds_says_so(tmp_path: Path) -> None:
     assert tables.at(some, "a", 0, "held_with") == "–"
 
 
+def test_an_arm_is_contrasted_with_every_arm_that_it_is_matched_to(tmp_path: Path) -> None:
+    references = {"b": ["c", "a"], "c": []}
+    found = find(results(tmp_path, {"a": (0.1, 0.2, 0.3), "b": (0.1, 0.2), "c": (0.1, 0.4)}, references=references, seeds=[5]))
+    asked = [(c.arm, c.iteration, c.against) for c in found.asked("arm")]
+    assert asked == [("b", 1, "c"), ("b", 1, "a"), ("c", 1, "a")]
+    assert [(c.arm, c.against) for c in tables.shown_contrasts(found, "arm")] == [("b", "c"), ("b", "a"), ("c", "a")]
+    assert figures.contrasts(found)["data"][0]["x"] == ["b − c", "b − a", "c − a"]
+    names = [trace["name"] for trace in figures.success(found, "b")["data"] if trace["meta"]["paint"] == "line"]
+    assert names[0] == "c", "the first one stands behind it"
+
+
 def test_costs_add_up_and_say_where_the_gate_kept_the_champion(found: Findings) -> None:
     own = [cost for cost in found.costs if cost.arm == "plain"]
     assert [cost.sampled for cost in own] == [40_000, 80_000, 120_000]
@@ -159,6 +170,22 @@ def test_the_page_shows_every_arm_and_every_figure_has_data(html: str) -> None:
         assert f"<b>{arm}</b>" in html or f">{arm}<" in html
     for told in QUESTIONS.values():
         assert told[1:] in html
+
+
+def test_what_differs_stands_in_every_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "")
+    found = find(Results(study(tmp_path), (), {}, {}))  # greedy: temperature 0, by its `set`
+    [row] = tables.as_json(found)["what_differs"]
+    assert row == {
+        "arm": "greedy",
+        "reference": "plain",
+        "key": "rollout.temperature",
+        "here": 0.0,
+        "there": 1.0,
+        "said": "set",
+    }
+    assert "| greedy | plain | rollout.temperature | 0.0 | 1.0 | set |" in tables.markdown(found)
+    assert "<code>rollout.temperature</code></td><td>0.0</td><td>1.0</td>" in page.render(found)
 
 
 def test_a_study_that_has_not_begun_has_a_page_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
