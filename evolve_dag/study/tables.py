@@ -198,7 +198,7 @@ def at(findings: Findings, arm: str, iteration: int, condition: str = "held") ->
 
 def said(findings: Findings, change: Change) -> str:
     """Where the arm's entry states a key that differs; '' where it does not."""
-    config = findings.results.study.settings.arms[change.arm].config
+    config = Path(findings.results.study.settings.arms[change.arm].config).name
     return {"set": "set", "config": config, "preset": "a preset of the regime", "": ""}[change.said]
 
 
