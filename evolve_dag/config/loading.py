@@ -167,18 +167,23 @@ def _overlay(base: dict[str, Any], over: Mapping[str, Any], prefix: str, path: P
         current = base.get(key)
         if key == "regime":  # a preset in a parent and a part in the child must combine
             current, value = _as_regime(current), _as_regime(value)
-            if isinstance(value, dict) and "preset" in value:  # it begins anew
+            if isinstance(value, dict) and "preset" in value:
                 current = None
-                for gone in [inner for inner in origin if inner.startswith(f"{dotted}.")]:
-                    del origin[gone]
         if isinstance(value, dict) and isinstance(current, dict):
             merged = _inherited(dotted, current, value)
+            _forget(origin, [f"{dotted}.{gone}" for gone in current.keys() - merged.keys()])
             _overlay(merged, value, f"{dotted}.", path, origin)
             base[key] = merged
         else:
             base[key] = value
-            for inner in _keys(value, dotted):
-                origin[inner] = path
+            _forget(origin, [inner for inner in origin if inner.startswith(f"{dotted}.")])
+            origin.update(dict.fromkeys(_keys(value, dotted), path))
+
+
+def _forget(origin: dict[str, Path], gone: Sequence[str]) -> None:
+    """Take out keys that no longer stand where they did, with all below them."""
+    for key in [key for key in origin if any(key == one or key.startswith(f"{one}.") for one in gone)]:
+        del origin[key]
 
 
 def _inherited(dotted: str, current: dict[str, Any], value: dict[str, Any]) -> dict[str, Any]:
