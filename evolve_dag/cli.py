@@ -179,7 +179,10 @@ def study(
     with _interruptible("run the same command to go on"):
         if not report_only:
             from evolve_dag.assets import studies
+            from evolve_dag.study.what_differs import outline
 
+            for line in outline(asked):
+                print(line, file=sys.stderr)
             failed = studies.run(asked, root, _console(stderr=True)).failed
         found = find(read(asked, _store(store)))
         print_findings(found, _console())

@@ -102,13 +102,15 @@ def test_a_study_with_an_invalid_arm_runs_nothing_and_exits_2(tmp_path: Path, ev
 def test_a_failed_cell_is_told_at_the_end_with_a_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from evolve_dag.assets import studies
 
-    (tmp_path / "grid.yaml").write_text("seeds: [1]\niterations: 1\narms: {a: arm.yaml}\n")
+    arms = "{a: arm.yaml, b: {config: arm.yaml, set: {injection: global}}}"
+    (tmp_path / "grid.yaml").write_text(f"seeds: [1]\niterations: 1\narms: {arms}\n")
     (tmp_path / "arm.yaml").write_text("iterations: 1\n")
     failed = studies.Finished(0, 0, {"grid.a-s1": "no room\n  remedy: make some"})
     monkeypatch.setattr(studies, "run", lambda *_: failed)
     command = ["study", str(tmp_path / "grid.yaml"), "--store", str(tmp_path / "s"), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(cli.app, command)
     assert result.exit_code == 1
+    assert result.stderr.startswith("b against a: injection global (step_wise)\n"), "before anything runs"
     assert "failed: grid.a-s1: no room" in result.stderr
     assert (tmp_path / "s/reports/study-grid.html").is_file()
     assert "Not finished" in (tmp_path / "out/study.md").read_text()

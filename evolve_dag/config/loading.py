@@ -46,12 +46,10 @@ def read_experiment(
     """
     path = Path(path)
     mistakes: list[str] = []
-    merged, origin = _merge_chain(path, (), mistakes)
+    merged, origin = _merged(path, over, stated_in or path, mistakes)
     if "arms" in merged:
         raise ConfigError(f"{path}: is a study, not an experiment", f"run it as one: evolve study {path}")
     merged.setdefault("experiment", path.stem)
-    for part in over:
-        _overlay(merged, _located(deepcopy(dict(part)), stated_in or path), "", stated_in or path, origin)
     try:
         experiment = Experiment.model_validate(merged)
     except ValidationError as error:
@@ -78,6 +76,20 @@ def check_iterations(experiment: Experiment, count: int) -> None:
         raise ConfigError(told, "mend the keys above, or ask for fewer iterations")
 
 
+def stated_keys(path: Path, over: Mapping[str, Any], stated_in: Path) -> dict[str, Path]:
+    """Dotted key -> the file whose word on it counts (absolute), of every key that an experiment file, what it extends or the
+    mapping laid over it states. What follows from other keys (those of a preset) and defaults are not in it.
+
+    Args:
+        over: as of :func:`read_experiment`, one of them.
+        stated_in: the file that states it.
+
+    Raises:
+        ConfigError: a file is missing or cannot be read at all.
+    """
+    return {key: file.resolve() for key, file in _merged(path, [over], stated_in, [])[1].items()}
+
+
 def is_study(path: Path) -> bool:
     """Whether a file describes a study (``evolve study``), which stands beside the experiments that it is made of."""
     try:
@@ -90,6 +102,16 @@ def numbered(mistakes: Sequence[str]) -> str:
     """``2 mistakes`` and a line for each."""
     lines = "".join(f"\n  {n}. {m}" for n, m in enumerate(mistakes, 1))
     return f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}{lines}"
+
+
+def _merged(
+    path: Path, over: Sequence[Mapping[str, Any]], stated_in: Path, mistakes: list[str]
+) -> tuple[dict[str, Any], dict[str, Path]]:
+    """What a file says with the mappings laid over it, and where each key comes from; adds to ``mistakes``."""
+    merged, origin = _merge_chain(path, (), mistakes)
+    for part in over:
+        _overlay(merged, _located(deepcopy(dict(part)), stated_in), "", stated_in, origin)
+    return merged, origin
 
 
 def _merge_chain(path: Path, seen: tuple[Path, ...], mistakes: list[str]) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -166,12 +188,19 @@ def _overlay(base: dict[str, Any], over: Mapping[str, Any], prefix: str, path: P
                 current = None
         if isinstance(value, dict) and isinstance(current, dict):
             merged = _inherited(dotted, current, value)
+            _forget(origin, [f"{dotted}.{gone}" for gone in current.keys() - merged.keys()])
             _overlay(merged, value, f"{dotted}.", path, origin)
             base[key] = merged
         else:
             base[key] = value
-            for inner in _keys(value, dotted):
-                origin[inner] = path
+            _forget(origin, [inner for inner in origin if inner.startswith(f"{dotted}.")])
+            origin.update(dict.fromkeys(_keys(value, dotted), path))
+
+
+def _forget(origin: dict[str, Path], gone: Sequence[str]) -> None:
+    """Take out keys that no longer stand where they did, with all below them."""
+    for key in [key for key in origin if any(key == one or key.startswith(f"{one}.") for one in gone)]:
+        del origin[key]
 
 
 def _inherited(dotted: str, current: dict[str, Any], value: dict[str, Any]) -> dict[str, Any]:

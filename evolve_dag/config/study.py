@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, Strict, field_validator
+from pydantic import BeforeValidator, Field, Strict, field_validator
 
-from evolve_dag.config.section import MOST, Section
+from evolve_dag.config.section import MOST, Section, Strings
 from evolve_dag.records import LARGEST_SEED
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, le=LARGEST_SEED)], ...], Strict(False)]
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
 
 
 class Worlds(Section):
@@ -34,10 +38,14 @@ class ArmSettings(Section):
     """In place of the study's."""
     iterations: int | None = Field(None, ge=1, le=99)
     """In place of the study's."""
+    reference: Annotated[Strings, BeforeValidator(_listed)] = ()
+    """Arm that it is contrasted with in place of the study's ``reference``, or several: the arms that it is matched to. The
+    report says in which keys it differs from each."""
 
 
 class PublishedArms(Section):
-    """Which arm stands for which one of the paper; the report lays the published figures beside it."""
+    """Which arm stands for which one of the paper; the report lays the published figures beside it. ``step_wise`` must be a
+    reference of the others, or they would differ in more than their name says."""
 
     step_wise: str | None = None
     """The final recipe: principles, injected step by step, learned off-policy."""
@@ -66,9 +74,9 @@ class StudySettings(Section):
     set: dict[str, Any] = Field(default_factory=dict)
     """Keys laid over every arm's experiment file."""
     arms: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], ArmSettings] = Field(min_length=1)
-    """Name -> experiment file, or a mapping with ``config``, ``set``, ``seeds``, ``iterations``."""
+    """Name -> experiment file, or a mapping with ``config``, ``set``, ``seeds``, ``iterations``, ``reference``."""
     reference: str = ""
-    """Arm that every other is contrasted with; unset: the first."""
+    """Arm that the others are contrasted with, where they name none of their own; unset: the first."""
     paper: PublishedArms = PublishedArms()
     processes: int = Field(2, ge=1, le=1024)
     """Cells worked on at a time, each in a process of its own."""

@@ -6,7 +6,7 @@ A specification says what is drawn, not in which colour: every trace carries ``m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 Figure = dict[str, Any]
@@ -16,14 +16,15 @@ Point = tuple[int, float, float | None, float | None, str]
 """Iteration, value, low, high, remark for the hover text."""
 
 
+HOLLOW = "circle-open"
 NEUTRAL = ("#2f7ed8", "#d9731a", "#1f9d72", "#a45cc4", "#b58a14", "#d14d7a", "#3a9bb5", "#7d8590")
 """Mid tones that can be read on white and on near-black; the SVG stands on pages that we do not paint."""
 
 
 def line(
-    points: Sequence[Point], name: str, slot: int, *, dash: str = "solid", declined: frozenset[int] = frozenset()
+    points: Sequence[Point], name: str, slot: int, *, dash: str = "solid", declined: Collection[int] = ()
 ) -> list[dict[str, Any]]:
-    """A line with its band: two traces of one legend entry."""
+    """A line with its band: two traces of one legend entry. Points of ``declined`` iterations are hollow."""
     traces: list[dict[str, Any]] = []
     if any(low is not None for _, _, low, _, _ in points):
         xs = [p[0] for p in points]
@@ -59,12 +60,17 @@ def line(
             "legendgroup": name,
             "customdata": [around(p) for p in points],
             "line": {"width": 2.4, "dash": dash},
-            "marker": {"size": 8, "symbol": ["circle-open" if p[0] in declined else "circle" for p in points]},
+            "marker": {"size": 8, "symbol": symbols([p[0] for p in points], declined)},
             "hovertemplate": "%{y:.1f}%{customdata}<extra>%{fullData.name}</extra>",
             "meta": {"slot": slot, "paint": "line"},
         }
     )
     return traces
+
+
+def symbols(iterations: Iterable[int], declined: Collection[int]) -> list[str]:
+    """A marker for each iteration: hollow where the gate declined its candidate."""
+    return [HOLLOW if iteration in declined else "circle" for iteration in iterations]
 
 
 def over_iterations(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from evolve_dag.reporting.drawing import NEUTRAL, Figure
+from evolve_dag.reporting.drawing import HOLLOW, NEUTRAL, Figure
 
 _DASHES = {"dash": "--", "dot": ":"}
 
@@ -34,6 +34,7 @@ def draw(figure: Figure, title: str, path: Path) -> Path:
             style = _DASHES.get(trace.get("line", {}).get("dash", ""), "-")
             marker = "o" if "markers" in trace.get("mode", "") else ""
             axes.plot(trace["x"], trace["y"], style, marker=marker, markersize=5, color=colour, label=trace.get("name"))
+            _hollow(axes, trace, colour)
     layout = figure["layout"]
     ticks = layout["xaxis"].get("tickvals")
     if ticks is not None:
@@ -50,6 +51,15 @@ def draw(figure: Figure, title: str, path: Path) -> Path:
     with rc_context({"svg.hashsalt": "evolve-dag"}):
         canvas.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {})
     return path
+
+
+def _hollow(axes: Any, trace: dict[str, Any], colour: str) -> None:
+    """Points that are hollow on the page are so here."""
+    shown = trace.get("marker", {}).get("symbol", [])
+    places = [place for place, symbol in enumerate(shown) if symbol == HOLLOW]
+    if places:
+        xs, ys = ([trace[axis][place] for place in places] for axis in ("x", "y"))
+        axes.plot(xs, ys, "o", markersize=5, color=colour, markerfacecolor="white", zorder=3)
 
 
 def _bars(axes: Any, trace: dict[str, Any], colour: str, above: dict[Any, float], below: dict[Any, float]) -> None:

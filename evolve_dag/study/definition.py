@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from evolve_dag.config.loading import described, numbered, read_experiment
+from evolve_dag.config.loading import described, numbered, read_experiment, stated_keys
 from evolve_dag.config.schema import Experiment, contradictions
 from evolve_dag.config.study import ArmSettings, StudySettings
 from evolve_dag.config.yamlfile import read_mapping
@@ -50,6 +50,8 @@ class Study:
     settings: StudySettings
     cells: tuple[Cell, ...]
     """Seed by seed, arms in the order of the file."""
+    stated: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
+    """Arm -> dotted key that its experiment file or its own ``set`` states -> the file that does (the study's for ``set``)."""
 
     @property
     def name(self) -> str:
@@ -62,8 +64,13 @@ class Study:
 
     @property
     def reference(self) -> str:
-        """The arm that the others are contrasted with."""
+        """The arm that the others are contrasted with, where they name none of their own."""
         return self.settings.reference if self.settings.reference in self.arms else self.arms[0]
+
+    def references(self, arm: str) -> tuple[str, ...]:
+        """The arms that one is contrasted with: those that it names, of which some may have no cell here, or the study's."""
+        named = self.settings.arms[arm].reference or (self.reference,)
+        return tuple(other for other in dict.fromkeys(named) if other in self.arms and other != arm)
 
     def of_arm(self, arm: str) -> tuple[Cell, ...]:
         return tuple(cell for cell in self.cells if cell.arm == arm)
@@ -107,7 +114,8 @@ def load_study(path: Path | str, choice: Choice | None = None) -> Study:
     if mistakes:
         raise _refused(path, mistakes)
     order = {seed: place for place, seed in enumerate(dict.fromkeys(cell.seed for cell in cells))}
-    return Study(path.resolve(), settings, tuple(sorted(cells, key=lambda cell: order[cell.seed])))
+    stated = {name: stated_keys(path.parent / arm.config, arm.set, path.resolve()) for name, arm in settings.arms.items()}
+    return Study(path.resolve(), settings, tuple(sorted(cells, key=lambda cell: order[cell.seed])), stated)
 
 
 def _refused(path: Path, mistakes: Sequence[str]) -> ConfigError:
@@ -126,11 +134,22 @@ def _contradictions(settings: StudySettings) -> Iterator[str]:
             yield f"{key}: none: name at least one"
         for seed in _twice(seeds or ()):
             yield f"{key}: {seed} stands twice: a seed is one replicate"
-    for key, arm in (("reference", settings.reference), *((f"paper.{n}", a) for n, a in settings.paper)):
+    own = [(f"arms.{name}.reference", other) for name, arm in settings.arms.items() for other in arm.reference]
+    for key, arm in (("reference", settings.reference), *((f"paper.{n}", a) for n, a in settings.paper), *own):
         if arm and arm not in settings.arms:
             yield f"{key}: no arm {arm!r}: {', '.join(settings.arms)}"
+    yield from _unmatched(settings)
     for key, values in (("set", settings.set), *((f"arms.{n}.set", a.set) for n, a in settings.arms.items())):
         yield from (f"{key}.{own}: the study says it itself: {why}" for own, why in _OWN.items() if _states(values, own))
+
+
+def _unmatched(settings: StudySettings) -> Iterator[str]:
+    """Arms that the report lays beside the paper's recipe, and that are contrasted with another one."""
+    recipe, common = settings.paper.step_wise, settings.reference or next(iter(settings.arms))
+    for key, name in settings.paper:
+        arm = settings.arms.get(name or "")
+        if recipe and arm is not None and name != recipe and recipe not in (arm.reference or (common,)):
+            yield f"paper.{key}: {name!r} is matched to another arm than paper.step_wise, {recipe!r}: see its `reference`"
 
 
 _OWN: Mapping[str, str] = {

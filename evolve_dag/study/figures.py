@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from evolve_dag.reporting.drawing import Figure, axes, line, over_iterations, title
+from evolve_dag.reporting.drawing import Figure, axes, line, over_iterations, symbols, title
 from evolve_dag.reporting.drawing import Point as Place
 from evolve_dag.study.findings import Cost, Findings, Point
 from evolve_dag.study.statistics import Estimate
@@ -16,15 +16,22 @@ DASHES = ("solid", "dash", "dot")
 
 
 def success(findings: Findings, arm: str) -> Figure:
-    """One arm over iterations: without, with, and the ceiling; the reference arm behind it."""
-    reference, last = findings.results.study.reference, findings.last(arm)
+    """One arm over iterations: what it holds without and with experience, the ceiling, and its candidates where one was
+    declined; the first arm that it is contrasted with behind it."""
+    last, told = findings.last(arm), findings.conditions(arm)
     lines = []
-    if arm != reference:
-        lines.append(_curve(findings, reference, "without", reference, REFERENCE_SLOT, until=last))
+    for reference in findings.results.study.references(arm)[:1]:
+        lines.append(_curve(findings, reference, "held", reference, REFERENCE_SLOT, until=last))
     for slot, (condition, name, dash) in enumerate(
-        (("without", arm, "solid"), ("with", f"{arm}, with experience", "dash"), ("ceiling", "ceiling of the night", "dot"))
+        (
+            ("held", arm, "solid"),
+            ("held_with", f"{arm}, with experience", "dash"),
+            ("ceiling", "ceiling of the night", "dot"),
+            ("without", "the night's candidate", "dot"),
+        )
     ):
-        lines.append(_curve(findings, arm, condition, name, ARM_SLOT + slot, dash))
+        if condition in told:
+            lines.append(_curve(findings, arm, condition, name, ARM_SLOT + slot, dash))
     drawn = [one for one in lines if one[-1]["x"]]
     return over_iterations(drawn, last, range_=(0, 100), suffix="%")
 
@@ -32,7 +39,7 @@ def success(findings: Findings, arm: str) -> Figure:
 def all_arms(findings: Findings, arms: Sequence[str]) -> Figure:
     """Several arms over iterations, without experience in context; no bands."""
     lines = [
-        [trace for trace in _curve(findings, arm, "without", arm, *_style(n)) if trace["meta"]["paint"] == "line"]
+        [trace for trace in _curve(findings, arm, "held", arm, *_style(n)) if trace["meta"]["paint"] == "line"]
         for n, arm in enumerate(arms)
     ]
     figure = over_iterations(lines, max(map(findings.last, arms), default=0), range_=(0, 100), suffix="%")
@@ -51,14 +58,10 @@ def at_the_end(findings: Findings) -> Figure:
 
 
 def contrasts(findings: Findings) -> Figure:
-    """Each arm minus the reference arm at the last iteration that both have."""
-    rows = []
-    for arm in findings.results.study.arms:
-        asked = findings.asked("arm", arm)
-        if asked:
-            last = asked[-1]
-            rows.append((arm, last.difference, f"iteration {last.iteration}"))
-    return _whiskers(rows, f"minus {findings.results.study.reference}", suffix=" points")
+    """Each arm minus every arm that it is contrasted with, at the last iteration that both have."""
+    last = {(c.arm, c.against): c for c in findings.asked("arm")}
+    rows = [(f"{arm} − {other}", c.difference, f"iteration {c.iteration}") for (arm, other), c in last.items()]
+    return _whiskers(rows, "minus its reference", suffix=" points")
 
 
 def against_tokens(findings: Findings, which: Literal["sampled", "trained"]) -> Figure:
@@ -67,7 +70,7 @@ def against_tokens(findings: Findings, which: Literal["sampled", "trained"]) -> 
     data = []
     for n, arm in enumerate(findings.results.study.arms):
         at = {cost.iteration: spent(cost) for cost in findings.costs if cost.arm == arm} | {0: 0.0}
-        points = [p for p in _points(findings, arm, "without") if p.iteration in at]
+        points = [p for p in _points(findings, arm, "held") if p.iteration in at]
         slot, dash = _style(n)
         data.append(
             {
@@ -78,7 +81,7 @@ def against_tokens(findings: Findings, which: Literal["sampled", "trained"]) -> 
                 "name": arm,
                 "customdata": [f"iteration {p.iteration}" if p.iteration else "base" for p in points],
                 "line": {"width": 1.8, "dash": dash},
-                "marker": {"size": 6},
+                "marker": {"size": 6, "symbol": symbols([p.iteration for p in points], findings.declined(arm))},
                 "hovertemplate": "%{y:.1f}%, %{x:.3s} tokens, %{customdata}<extra>%{fullData.name}</extra>",
                 "meta": {"slot": slot, "paint": "line"},
             }
@@ -131,7 +134,7 @@ def _curve(
     findings: Findings, arm: str, condition: str, name: str, slot: int, dash: str = "solid", until: int | None = None
 ) -> list[dict[str, Any]]:
     points = [p for p in _points(findings, arm, condition) if until is None or p.iteration <= until]
-    return line([_place(p.iteration, p.success) for p in points], name, slot, dash=dash)
+    return line([_place(p.iteration, p.success) for p in points], name, slot, dash=dash, declined=findings.declined(arm))
 
 
 def _whiskers(rows: Sequence[tuple[str, Estimate, str]], name: str, suffix: str = "%") -> Figure:

@@ -6,21 +6,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from evolve_dag.study.results import HELD_OUT, Column, Result, Results, breakdowns, temperature_of
+from evolve_dag.study.results import HELD, HELD_OUT, Column, Result, Results, breakdowns, temperature_of
 from evolve_dag.study.statistics import AgainstBest, Estimate, against_best, difference, mean
 
 ContrastKind = Literal["arm", "night", "first", "best", "base", "experience", "ceiling"]
 
 QUESTIONS: Mapping[ContrastKind, str] = {
-    "arm": "against the reference arm, at the same iteration",
+    "arm": "against the arm that it is matched to, at the same iteration",
     "night": "against the iteration before (the first: against the base policy)",
     "first": "against iteration 1",
     "best": "the last against the best of its own iterations",
     "base": "against the base policy at its best temperature",
     "experience": "with experience in context against without",
-    "ceiling": "without experience against the ceiling of the night",
+    "ceiling": "the candidate of a night, without experience, against the ceiling of the night",
 }
-"""What a contrast asks; all are paired by seed and task, and without experience in context unless said."""
+"""What a contrast asks. All are paired by seed and task; unless said they are of what the loop holds, without experience."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +61,12 @@ class Cost:
     items: float
     """Items in the pool."""
     kept: int
-    """Seeds in which the gate kept the champion in this iteration."""
+    """Seeds in which the gate declined this iteration's candidate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Success of an arm's iteration on the tasks that share one fact, without experience in context."""
+    """Success of what an arm holds after an iteration on the tasks that share one fact, without experience in context."""
 
     arm: str
     iteration: int
@@ -89,7 +89,21 @@ class Findings:
         """The last iteration that all seeds of an arm have; 0 when there is none."""
         return max(self.results.iterations(arm), default=0)
 
-    def point(self, arm: str, iteration: int, condition: str = "without") -> Point | None:
+    def seeds(self, arm: str) -> int:
+        """Seeds that the arm's means are over."""
+        return len({row.seed for row in self.results.rows if row.arm == arm})
+
+    def declined(self, arm: str) -> dict[int, int]:
+        """Iterations whose candidate the gate declined -> in how many seeds."""
+        return {cost.iteration: cost.kept for cost in self.costs if cost.arm == arm and cost.kept}
+
+    def conditions(self, arm: str) -> tuple[str, ...]:
+        """What there is to tell of an arm: its candidates too, where one was declined; else they are what the loop holds."""
+        told = HELD_OUT if self.declined(arm) else (*HELD, "ceiling")
+        known = {p.condition for p in self.points if p.arm == arm}
+        return tuple(condition for condition in told if condition in known)
+
+    def point(self, arm: str, iteration: int, condition: str = "held") -> Point | None:
         return next((p for p in self.points if (p.arm, p.iteration, p.condition) == (arm, iteration, condition)), None)
 
     def asked(self, question: ContrastKind, arm: str | None = None, iteration: int | None = None) -> list[Contrast]:
@@ -121,19 +135,20 @@ def _points(results: Results, arm: str) -> Iterator[Point]:
 
 
 def _contrasts(results: Results, arm: str) -> Iterator[Contrast]:
-    reference, base = results.study.reference, results.base_columns()
+    references, base = results.study.references(arm), results.base_columns()
     iterations = results.iterations(arm)
     columns = {k: results.column(arm, k) for k in (0, *iterations)}
     for k in iterations:
-        if arm != reference and k in results.iterations(reference):
-            yield from _contrast("arm", arm, k, reference, columns[k], results.column(reference, k))
+        for reference in references:
+            if k in results.iterations(reference):
+                yield from _contrast("arm", arm, k, reference, columns[k], results.column(reference, k))
         yield from _contrast("night", arm, k, str(k - 1) if k > 1 else "base", columns[k], columns.get(k - 1, {}))
         if k > 1:
             yield from _contrast("first", arm, k, "1", columns[k], columns.get(1, {}))
         yield from _to_best("base", arm, k, columns[k], {_called(name): column for name, column in base.items()})
-        informed = results.column(arm, k, "with")
+        informed, candidate = results.column(arm, k, "held_with"), results.column(arm, k, "without")
         yield from _contrast("experience", arm, k, "without", informed, columns[k])
-        yield from _contrast("ceiling", arm, k, "ceiling", columns[k], results.column(arm, k, "ceiling"))
+        yield from _contrast("ceiling", arm, k, "ceiling", candidate, results.column(arm, k, "ceiling"))
     if len(iterations) > 1:
         own = {str(k): columns[k] for k in iterations}
         yield from _to_best("best", arm, iterations[-1], columns[iterations[-1]], own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from evolve_dag.evaluation.intervals import Interval
@@ -15,10 +16,12 @@ from evolve_dag.study.findings import QUESTIONS, Findings
 from evolve_dag.study.published import SOURCE, compared
 from evolve_dag.study.results import breakdowns
 from evolve_dag.study.statistics import Estimate
-from evolve_dag.study.tables import BEST, METHOD, shown_contrasts
+from evolve_dag.study.tables import BEST, CONDITIONS, DIFFERS, HOLLOW, METHOD, at, said, shown_contrasts
+from evolve_dag.study.what_differs import as_stated, what_differs
 
 SECTIONS = {
     "result": "Result",
+    "differs": "What differs",
     "arms": "Arm by arm",
     "contrasts": "Contrasts",
     "compute": "At equal compute",
@@ -68,9 +71,14 @@ def render(findings: Findings) -> str:
         published=compared(findings),
         share=share,
         signed=signed,
+        at=partial(at, findings),
         bounds=bounds,
         figures=figures,
         METHOD=METHOD,
+        HOLLOW=HOLLOW,
+        CONDITIONS=CONDITIONS,
+        DIFFERS=DIFFERS.replace("`", "").replace("*", ""),
+        differing=[(c, as_stated(c.here), as_stated(c.there), said(findings, c)) for c in what_differs(results.study)],
         BEST=BEST,
         QUESTIONS=QUESTIONS,
         SOURCE=SOURCE,

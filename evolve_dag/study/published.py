@@ -48,9 +48,9 @@ def _at(findings: Findings, arm: str | None, iteration: int) -> str:
 
 
 def _behaviour(findings: Findings, arm: str | None, iteration: int, name: str) -> float | None:
-    """Mean over seeds of one metric, without experience in context."""
+    """Mean over seeds of one metric of what the loop holds, without experience in context."""
     rows = findings.results.of(arm, iteration) if arm else ()
-    known = [value for row in rows if (value := getattr(row.metrics.get("without"), name, None)) is not None]
+    known = [value for row in rows if (value := getattr(row.metrics.get("held"), name, None)) is not None]
     return sum(known) / len(known) if known else None
 
 

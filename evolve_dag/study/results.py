@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from evolve_dag.evaluation.metrics import ALIASES, MOST_VALUES, Metrics, metrics_from_json
-from evolve_dag.steps import base
+from evolve_dag.steps import base, promotion
 from evolve_dag.steps.scores import BASE_AT
 from evolve_dag.store.artifacts import Artifact, Store
 from evolve_dag.store.layout import DECISION, SCORES, SUMMARY
@@ -20,8 +20,14 @@ from evolve_dag.study.definition import Cell, Study
 Column = Mapping[int, Mapping[str, float]]
 """Seed -> task -> mean reward of its judged rollouts, 0..1: one policy under one condition."""
 
-HELD_OUT = ("without", "with", "ceiling", "greedy")
-"""Conditions of every iteration, see :mod:`evolve_dag.steps.scores`."""
+SCORED = ("without", "with", "ceiling", "greedy")
+"""Conditions that every iteration is scored under (:mod:`evolve_dag.steps.scores`): the night's candidate; ``ceiling``: whoever
+entered the night."""
+HELD: Mapping[str, str] = {"held": "without", "held_with": "with", "held_greedy": "greedy"}
+"""Conditions of what the loop holds once the gate has decided -> those of the night whose candidate that was. Held-out tasks
+are drawn alike in every iteration, so a champion that stays has the scores of its own night."""
+HELD_OUT = (*HELD, *SCORED)
+"""All of them, in the order of a report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +38,16 @@ class Result:
     seed: int
     iteration: int
     rewards: Mapping[str, Mapping[str, float]]
-    """Condition -> task -> mean reward of its judged rollouts. Of iteration 0: ``without``, and ``base_at_<temperature>``."""
+    """Condition -> task -> mean reward of its judged rollouts. Of iteration 0: ``held`` and ``without``, which are the same,
+    and ``base_at_<temperature>``."""
     metrics: Mapping[str, Metrics]
     """Condition -> its metrics."""
     items: int | None = None
     """Items in the pool E(k)."""
     decision: str = ""
     """Of the gate; '' for the base policy."""
+    champion: int = 0
+    """Iteration whose candidate the loop holds after it; 0: the base policy."""
     sampled: int = 0
     """Tokens sampled to learn from: rollouts, teacher rollouts, refreshes, the extractor's answers. Not: evaluation."""
     trained: int = 0
@@ -72,7 +81,7 @@ class Results:
         found = sorted({row.iteration for row in self.rows if row.arm == arm and row.iteration})
         return tuple(k for k in found if {row.seed for row in self.of(arm, k)} == seeds)
 
-    def column(self, arm: str, iteration: int, condition: str = "without") -> Column:
+    def column(self, arm: str, iteration: int, condition: str = "held") -> Column:
         """Rewards of one policy of an arm under one condition; seeds where it was not measured are left out."""
         return {row.seed: row.rewards[condition] for row in self.of(arm, iteration) if condition in row.rewards}
 
@@ -81,7 +90,8 @@ class Results:
         found: dict[str, dict[int, Mapping[str, float]]] = {}
         for row in self.rows:
             for condition, rewards in row.rewards.items() if row.iteration == 0 else ():
-                found.setdefault(condition, {}).setdefault(row.seed, rewards)
+                if condition not in HELD:
+                    found.setdefault(condition, {}).setdefault(row.seed, rewards)
         return dict(found)
 
 
@@ -104,27 +114,60 @@ def read(study: Study, store: Store) -> Results:
     return Results(study, tuple(rows), facts, missing)
 
 
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """Results by condition."""
+
+    rewards: Mapping[str, Mapping[str, float]]
+    metrics: Mapping[str, Metrics]
+
+    def named(self, names: Mapping[str, str]) -> _Scores:
+        """Some of the conditions under names of their own: name -> condition; those that are not there are left out."""
+        known = {name: condition for name, condition in names.items() if condition in self.rewards}
+        return _Scores(
+            {name: self.rewards[condition] for name, condition in known.items()},
+            {name: self.metrics[condition] for name, condition in known.items()},
+        )
+
+    def holding(self, champion: _Scores, *, pool: bool) -> _Scores:
+        """The same with the conditions of the champion.
+
+        Args:
+            pool: whether its pool is as it was when it was scored with it.
+        """
+        held = champion.named({name: of for name, of in HELD.items() if pool or of != "with"})
+        return _Scores({**held.rewards, **self.rewards}, {**held.metrics, **self.metrics})
+
+
 def _cell(cell: Cell, store: Store, facts: dict[str, Mapping[str, str]]) -> Iterator[Result]:
+    nights: list[_Scores] = []
+    """By iteration, the base policy first."""
+    withdrawn = [frozenset[str]()]
+    """Items that were taken out of each one's pool when it was scored."""
     for k, resolved in enumerate(base.resolve_lineage(cell.experiment, cell.iterations, store), 1):
         if not all(step.digest and step.exists for step in resolved.values()):
             return
         made = {name: store.open(name, str(step.digest)) for name, step in resolved.items()}
-        rewards = _rewards(made["scores"], facts)
-        metrics = {name: metrics_from_json(content) for name, content in made["scores"].json(SUMMARY).items()}
+        scores = _scores(made["scores"], facts)
         if k == 1:
-            first = {"without" if name == "base" else name: name for name in rewards if name.startswith("base")}
-            yield Result(
-                cell.arm, cell.seed, 0, {to: rewards[name] for to, name in first.items()},
-                {to: metrics[name] for to, name in first.items()},
-            )  # fmt: skip
+            at = {name: name for name in scores.rewards if name.startswith(BASE_AT)}
+            nights.append(scores.named({"without": "base", **at}))
+            bare = nights[0].holding(nights[0], pool=True)
+            yield Result(cell.arm, cell.seed, 0, bare.rewards, bare.metrics)
+        leaving = promotion.next_policy(made["promotion"], k + 1)
+        champion = leaving.standing.champion
+        nights.append(scores.named({name: name for name in SCORED}))
+        withdrawn.append(leaving.withdrawn)
+        night = nights[k].holding(nights[champion], pool=withdrawn[champion] == leaving.withdrawn)
         yield Result(
             cell.arm,
             cell.seed,
             k,
-            {name: rewards[name] for name in HELD_OUT if name in rewards},
-            {name: metrics[name] for name in HELD_OUT if name in metrics},
+            night.rewards,
+            night.metrics,
             items=int(made["experience"].summary.get("items") or 0),
             decision=str(made["promotion"].json(DECISION)["decision"]),
+            champion=champion,
             sampled=sum(_sampled(made[kind]) for kind in ("trajectories", "experience", "contexts", "adapter")),
             trained=int(made["adapter"].summary.get("tokens_trained") or 0),
             seconds=sum(artifact.manifest.seconds for artifact in made.values()),
@@ -137,8 +180,8 @@ def _sampled(artifact: Artifact) -> int:
     return int(artifact.summary.get("tokens") or 0) + others
 
 
-def _rewards(scores: Artifact, facts: dict[str, Mapping[str, str]]) -> dict[str, dict[str, float]]:
-    """Condition -> task -> mean reward of its judged rollouts, of the held-out conditions; adds to ``facts``."""
+def _scores(scores: Artifact, facts: dict[str, Mapping[str, str]]) -> _Scores:
+    """The held-out conditions as they were scored; adds to ``facts``."""
     import polars as pl
 
     frame = scores.frame(SCORES).filter(~pl.col("condition").str.starts_with("development"))
@@ -148,7 +191,7 @@ def _rewards(scores: Artifact, facts: dict[str, Mapping[str, str]]) -> dict[str,
     found: dict[str, dict[str, float]] = {}
     for condition, task, reward in judged.sort("condition", "task_id").iter_rows():
         found.setdefault(condition, {})[task] = reward
-    return found
+    return _Scores(found, {name: metrics_from_json(content) for name, content in scores.json(SUMMARY).items()})
 
 
 def breakdowns(results: Results) -> dict[str, list[str]]:

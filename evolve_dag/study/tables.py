@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,37 @@ from evolve_dag.study import figures
 from evolve_dag.study.findings import QUESTIONS, Contrast, ContrastKind, Findings
 from evolve_dag.study.published import SOURCE, compared, points
 from evolve_dag.study.statistics import Estimate
+from evolve_dag.study.what_differs import Change, as_stated, what_differs
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 METHOD = (
-    "Success is on held-out tasks, which decide nothing; actions are sampled. Every seed counts alike. Intervals are 95%. "
+    "Success is on held-out tasks, which decide nothing; actions are sampled. It is that of the policy that the loop holds "
+    "once the gate has decided: the night's candidate where it was promoted, else the champion that stayed or came back, or "
+    "the base policy, by its own scores (with experience only where its pool was scored as it is now). "
+    "Every seed counts alike. Intervals are 95%. "
     "The first is over tasks, resampled within each seed: it holds for these seeds. The second is over seeds, Student's t over "
     "their means: it holds for another seed as well, and is wide with three of them. Differences are paired by seed and task."
 )
+HOLLOW = "Hollow points, and ○ in tables: nights whose candidate the gate declined in at least one seed."
+DIFFERS = (
+    "Every key that decides results and in which an arm differs from one that it is contrasted with, found by comparing the "
+    "experiments as they were resolved. Said in: where the arm's entry states it, its `set` or its file. What is *not said*, "
+    "and what a preset of the regime brings along (`regime: off_policy` sets source, divergence and rejection anew), is easily "
+    "overlooked: the contrast may be owed to it. What is scored besides (other temperatures, ceiling, greedy) changes no other "
+    "number and is not listed."
+)
+CONDITIONS: Mapping[str, str] = {
+    "held": "held",
+    "held_with": "held, with experience",
+    "held_greedy": "held, greedy",
+    "without": "candidate",
+    "with": "candidate, with experience",
+    "ceiling": "ceiling of the night",
+    "greedy": "candidate, greedy",
+}
+"""Condition -> how a reader is told."""
 BEST = (
     "The best of several is chosen on one half of the tasks and measured on the other, both ways, and chosen anew in every "
     "resample: so the luck of the one that was chosen is not taken for a difference. The naive figure chooses and measures on "
@@ -73,14 +96,18 @@ def _pictures(findings: Findings) -> dict[str, tuple[str, figures.Figure]]:
 
 
 def print_findings(findings: Findings, console: Console) -> None:
-    """Success without experience, arm by arm, in the terminal."""
+    """Success of what each arm holds, without experience, in the terminal."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     study = findings.results.study
     last = max(map(findings.last, study.arms), default=0)
-    table = Table(title=f"study {study.name}: held-out success without experience", box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(
+        title=f"study {study.name}: held-out success of what is held, without experience",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+    )
     table.add_column("arm", no_wrap=True)
     for heading in ("seeds", "base", *map(str, range(1, last + 1)), "last, over tasks"):
         table.add_column(heading, justify="right")
@@ -110,7 +137,8 @@ def markdown(findings: Findings) -> str:
         missing = sum(findings.results.missing.values())
         lines += [f"**Not finished**: {missing} iterations are not there yet ({_listed(findings.results.missing)}).", ""]
     lines += [METHOD, ""]
-    lines += ["## Success over iterations", "", *_curves(findings)]
+    lines += ["## Success over iterations", "", HOLLOW, "", *_curves(findings)]
+    lines += ["", "## What differs", "", DIFFERS, "", *_what_differs(findings)]
     lines += ["", "## Contrasts", "", BEST, ""]
     for question, told in QUESTIONS.items():
         asked = shown_contrasts(findings, question)
@@ -150,24 +178,43 @@ def _curves(findings: Findings) -> list[str]:
     last = max(map(findings.last, study.arms), default=0)
     rows = []
     for arm in study.arms:
-        for condition in ("without", "with", "ceiling", "greedy"):
-            at = {k: findings.point(arm, k, condition) for k in range(last + 1)}
-            known = [p for p in at.values() if p is not None]
-            if known:
-                cells = [percent(p.success.value) if p else "–" for p in at.values()]
-                rows.append([arm, condition, str(known[-1].seeds), *cells, shown(known[-1].success)])
+        for condition in findings.conditions(arm):
+            cells = [at(findings, arm, k, condition) for k in range(last + 1)]
+            end = findings.point(arm, findings.last(arm), condition)
+            rows.append([arm, CONDITIONS[condition], str(findings.seeds(arm)), *cells, shown(end.success if end else None)])
     heads = ["arm", "condition", "seeds", "base", *map(str, range(1, last + 1)), "last, with intervals"]
     return _table(heads, rows)
 
 
+def at(findings: Findings, arm: str, iteration: int, condition: str = "held") -> str:
+    """``34.4% ○ (2 seeds)``: success, whether a candidate was declined, and how many seeds know it where that is not all."""
+    point = findings.point(arm, iteration, condition)
+    if point is None:
+        return "–"
+    declined = " ○" if iteration in findings.declined(arm) else ""
+    some = f" ({point.seeds} seed{'s' if point.seeds > 1 else ''})" if point.seeds < findings.seeds(arm) else ""
+    return f"{percent(point.success.value)}{declined}{some}"
+
+
+def said(findings: Findings, change: Change) -> str:
+    """Where the arm's entry states a key that differs; '' where it does not."""
+    config = Path(findings.results.study.settings.arms[change.arm].config).name
+    return {"set": "set", "config": config, "preset": "a preset of the regime", "": ""}[change.said]
+
+
+def _what_differs(findings: Findings) -> list[str]:
+    rows = [
+        [c.arm, c.reference, c.key, as_stated(c.here), as_stated(c.there), said(findings, c) or "**not said**"]
+        for c in what_differs(findings.results.study)
+    ]
+    return _table(["arm", "against", "key", "here", "there", "said in"], rows) if rows else ["Nothing."]
+
+
 def shown_contrasts(findings: Findings, question: ContrastKind) -> list[Contrast]:
     """Of questions that are asked at every iteration of every arm, some: all of the reference arm, the last of the others."""
-    reference = findings.results.study.reference
-    return [
-        c
-        for c in findings.asked(question)
-        if c.arm == reference or c.iteration == max(o.iteration for o in findings.asked(question, c.arm))
-    ]
+    asked = findings.asked(question)
+    last = {(c.arm, c.against if question == "arm" else ""): c for c in asked}.values()
+    return [c for c in asked if c.arm == findings.results.study.reference or c in last]
 
 
 def _contrasts(question: ContrastKind, asked: Sequence[Contrast]) -> list[str]:
@@ -260,7 +307,8 @@ def _cost_rows(findings: Findings) -> Iterator[dict[str, Any]]:
         if row.iteration:
             yield {
                 "arm": row.arm, "seed": row.seed, "iteration": row.iteration, "tokens_sampled": row.sampled,
-                "tokens_trained": row.trained, "items": row.items, "decision": row.decision, "seconds": round(row.seconds, 1),
+                "tokens_trained": row.trained, "items": row.items, "decision": row.decision, "champion": row.champion,
+                "seconds": round(row.seconds, 1),
             }  # fmt: skip
 
 
@@ -280,6 +328,7 @@ def as_json(findings: Findings) -> dict[str, Any]:
             arm: {"seeds": [cell.seed for cell in results.study.of_arm(arm)], "iterations": list(results.iterations(arm))}
             for arm in results.study.arms
         },
+        "what_differs": [asdict(change) for change in what_differs(results.study)],
         "missing": dict(results.missing),
         "success": list(_success_rows(findings)),
         "contrasts": list(_contrast_rows(findings)),

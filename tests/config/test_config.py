@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from evolve_dag.config.loading import is_study, load_experiment
+from evolve_dag.config.loading import is_study, load_experiment, stated_keys
 from evolve_dag.config.registry import scan
 from evolve_dag.config.schema import REGIME_PRESETS, Experiment, Regime, contradictions
 from evolve_dag.errors import ConfigError
@@ -121,6 +121,19 @@ def test_regime_parts_settable_alone_and_over_a_preset(tmp_path: Path) -> None:
 )
 def test_refused_actions_are_learned_as_the_source_suggests_unless_stated(regime: object, refused: bool) -> None:
     assert Regime.model_validate(regime).refused is refused
+
+
+def test_a_key_is_stated_by_the_file_whose_word_counts(tmp_path: Path) -> None:
+    first, second, third = (tmp_path / f"{name}.yaml" for name in ("first", "second", "third"))
+    first.write_text("seed: 1\nregime: {preset: off_policy, rejection: false}\nselection: {selector: llm, order_seed: 3}\n")
+    second.write_text("extends: first.yaml\nregime: off_policy\n")
+    third.write_text("extends: second.yaml\nseed: 2\nselection: {selector: state}\n")
+    laid_over = tmp_path / "over.yaml"
+    found = stated_keys(third, {"distillation": {"rank": 4}}, laid_over)
+    leaves = {key: file for key, file in found.items() if key not in ("regime", "selection", "distillation", "extends")}
+    assert leaves == {
+        "seed": third, "regime.preset": second, "selection.selector": third, "distillation.rank": laid_over,
+    }, "the preset has set rejection back, and another selector has no order"  # fmt: skip
 
 
 def test_a_study_is_no_experiment(tmp_path: Path) -> None:

@@ -107,6 +107,32 @@ def test_wrong_keys_are_named(tmp_path: Path, changes: dict, expected: str) -> N
     assert expected in mistakes(write(tmp_path, **changes))
 
 
+def test_an_arm_names_what_it_is_matched_to(tmp_path: Path) -> None:
+    arms = {
+        "plain": "arm.yaml",
+        "other": "arm.yaml",
+        "one": {"config": "arm.yaml", "reference": "other"},
+        "two": {"config": "arm.yaml", "reference": ["one", "plain"]},
+    }
+    found = study(tmp_path, arms=arms)
+    assert {arm: found.references(arm) for arm in found.arms} == {
+        "plain": (), "other": ("plain",), "one": ("other",), "two": ("one", "plain"),
+    }  # fmt: skip
+    part = study(tmp_path, Choice(arms=("plain", "one", "two")), arms=arms)
+    assert part.references("one") == (), "better no contrast than one with an arm that it is not matched to"
+    assert part.references("two") == ("one", "plain")
+
+
+def test_a_reference_must_be_an_arm_and_those_of_the_paper_matched(tmp_path: Path) -> None:
+    arms = {"plain": "arm.yaml", "cell": "arm.yaml", "lost": {"config": "arm.yaml", "reference": ["plain", "gone"]}}
+    told = mistakes(write(tmp_path, arms=arms, paper={"step_wise": "cell", "instance": "lost", "on_policy": "plain"}))
+    assert "arms.lost.reference: no arm 'gone'" in told
+    assert "paper.instance: 'lost' is matched to another arm than paper.step_wise, 'cell'" in told
+    assert "paper.on_policy: 'plain' is matched to another arm" in told
+    arms["lost"] = {"config": "arm.yaml", "reference": ["plain", "cell"]}
+    study(tmp_path, arms=arms, paper={"step_wise": "cell", "instance": "lost"})
+
+
 def test_an_experiment_is_no_study(tmp_path: Path) -> None:
     write(tmp_path)
     with pytest.raises(ConfigError, match=r"arm\.yaml: is no study") as caught:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from invented import results
 from rich.console import Console
 from studies import study
 
-from evolve_dag.study import page, published, tables
+from evolve_dag.study import figures, page, published, tables
 from evolve_dag.study.findings import QUESTIONS, Findings, find
 from evolve_dag.study.results import Results
 
@@ -47,6 +48,55 @@ def test_differences_have_the_sign_that_is_said(found: Findings) -> None:
     [against] = found.asked("arm", "peak", 1)
     assert against.difference.value > 0, "peak minus plain"
     assert found.asked("experience", "plain", 1)[0].difference.value > 0, "with minus without"
+
+
+def test_a_declined_candidate_is_shown_beside_what_is_held(found: Findings) -> None:
+    first, second, candidate = (found.point("plain", *at) for at in ((1,), (2,), (2, "without")))
+    assert second.success.by_seed[4] == first.success.by_seed[4] != candidate.success.by_seed[4]
+    assert second.success.by_seed[5] == candidate.success.by_seed[5]
+    [night] = found.asked("night", "plain", 2)
+    assert night.difference.by_seed[4] == 0
+    [ceiling] = found.asked("ceiling", "plain", 2)
+    assert ceiling.difference.value == pytest.approx(-0.01, abs=0.02), "what the candidate has not learned of its own ceiling"
+    held, candidates = (
+        next(line for line in tables.markdown(found).splitlines() if line.startswith(f"| plain | {name} |")).split(" | ")
+        for name in ("held", "candidate")
+    )
+    assert [cell.endswith("○") for cell in held[3:7]] == [False, False, True, False]
+    assert held[4] == candidates[4]
+    assert held[5] != candidates[5]
+    traces = {trace["name"]: trace for trace in figures.success(found, "plain")["data"] if trace["meta"]["paint"] == "line"}
+    for name in ("plain", "the night's candidate"):
+        assert traces[name]["marker"]["symbol"] == ["circle", "circle", "circle-open", "circle"]
+    assert traces["plain"]["y"][2] != traces["the night's candidate"]["y"][2]
+
+
+def test_without_a_declined_candidate_there_is_one_curve(tmp_path: Path) -> None:
+    found = find(results(tmp_path, {"a": (0.1, 0.2, 0.3)}, seeds=[5]))
+    assert found.conditions("a") == ("held", "held_with", "held_greedy", "ceiling")
+    assert "○" not in tables.markdown(found).split("## Success over iterations\n\n")[1].replace(tables.HOLLOW, "")
+
+
+def test_a_mean_over_some_of_the_seeds_says_so(tmp_path: Path) -> None:
+    whole = results(tmp_path, {"a": (0.1, 0.2)})
+    rows = [
+        replace(row, rewards={c: r for c, r in row.rewards.items() if row.seed == 5 or c != "held_with"}) for row in whole.rows
+    ]
+    some = find(replace(whole, rows=tuple(rows)))
+    assert tables.at(some, "a", 1, "held_with").endswith("% (1 seed)")
+    assert tables.at(some, "a", 1).endswith("%")
+    assert tables.at(some, "a", 0, "held_with") == "–"
+
+
+def test_an_arm_is_contrasted_with_every_arm_that_it_is_matched_to(tmp_path: Path) -> None:
+    references = {"b": ["c", "a"], "c": []}
+    found = find(results(tmp_path, {"a": (0.1, 0.2, 0.3), "b": (0.1, 0.2), "c": (0.1, 0.4)}, references=references, seeds=[5]))
+    asked = [(c.arm, c.iteration, c.against) for c in found.asked("arm")]
+    assert asked == [("b", 1, "c"), ("b", 1, "a"), ("c", 1, "a")]
+    assert [(c.arm, c.against) for c in tables.shown_contrasts(found, "arm")] == [("b", "c"), ("b", "a"), ("c", "a")]
+    assert figures.contrasts(found)["data"][0]["x"] == ["b − c", "b − a", "c − a"]
+    names = [trace["name"] for trace in figures.success(found, "b")["data"] if trace["meta"]["paint"] == "line"]
+    assert names[0] == "c", "the first one stands behind it"
 
 
 def test_costs_add_up_and_say_where_the_gate_kept_the_champion(found: Findings) -> None:
@@ -113,13 +163,29 @@ def test_the_page_loads_nothing_and_text_is_text(html: str) -> None:
 
 
 def test_the_page_shows_every_arm_and_every_figure_has_data(html: str) -> None:
-    figures = json.loads(re.search(r'id="figures">(.*?)</script>', html, re.S)[1])
-    assert len(figures) == html.count('class="plot"')
-    assert all(any(len(trace["x"]) for trace in figure["data"]) for figure in figures)
+    drawn = json.loads(re.search(r'id="figures">(.*?)</script>', html, re.S)[1])
+    assert len(drawn) == html.count('class="plot"')
+    assert all(any(len(trace["x"]) for trace in figure["data"]) for figure in drawn)
     for arm in CURVES:
         assert f"<b>{arm}</b>" in html or f">{arm}<" in html
     for told in QUESTIONS.values():
         assert told[1:] in html
+
+
+def test_what_differs_stands_in_every_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "")
+    found = find(Results(study(tmp_path), (), {}, {}))  # greedy: temperature 0, by its `set`
+    [row] = tables.as_json(found)["what_differs"]
+    assert row == {
+        "arm": "greedy",
+        "reference": "plain",
+        "key": "rollout.temperature",
+        "here": 0.0,
+        "there": 1.0,
+        "said": "set",
+    }
+    assert "| greedy | plain | rollout.temperature | 0.0 | 1.0 | set |" in tables.markdown(found)
+    assert "<code>rollout.temperature</code></td><td>0.0</td><td>1.0</td>" in page.render(found)
 
 
 def test_a_study_that_has_not_begun_has_a_page_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
