@@ -223,7 +223,8 @@ class RolloutSettings(Section):
     max_steps: int = Field(12, ge=1, le=MOST)
     """Model calls per episode; the last one is told to answer."""
     max_tokens: int = Field(2048, ge=64, le=MOST)
-    """Context limit per episode in tokens; past it the next call is told to answer."""
+    """Context limit per episode in tokens; past it the next call is told to answer. The model's context must hold what may
+    still come then: an action that was begun below the limit, what it brings, and the answer."""
     max_action_tokens: int = Field(48, ge=4, le=MOST)
     """Tokens of one action."""
     max_seconds: float = Field(600.0, gt=0, le=1e7)
@@ -231,6 +232,11 @@ class RolloutSettings(Section):
     than that over its set-up or over one call."""
     plain_answers: bool = False
     """Whether a turn without a tool call is the final answer, as chat models are wont to give it; else it is malformed."""
+
+    @property
+    def reach(self) -> int:
+        """Tokens that an episode may come to, but for the observation before its last answer."""
+        return self.max_tokens + 2 * self.max_action_tokens
 
 
 class TeacherCheckSettings(Section):
@@ -519,6 +525,7 @@ def contradictions(e: Experiment) -> list[tuple[str, str]]:
     if e.distillation.drills and part("divergence", e.regime.divergence).loss is None:
         what = f"drills are learned from the teacher's distribution, which {e.regime.divergence} has not: set it to 0"
         found.append(("distillation.drills", what))
+    found.extend(_no_room_for_the_answer(e))
     for wrong_here, wrong in (("cron", check_cron(e.schedule.cron)), ("timezone", check_timezone(e.schedule.timezone))):
         if wrong is not None:
             found.append((f"schedule.{wrong_here}", wrong))
@@ -531,3 +538,19 @@ def contradictions(e: Experiment) -> list[tuple[str, str]]:
             settings = getattr(e, place.section)
             found.extend(mistakes(choice, settings, e))
     return found
+
+
+def _no_room_for_the_answer(e: Experiment) -> list[tuple[str, str]]:
+    """An episode that reaches ``max_tokens`` is asked for its last answer: the engine must take that too."""
+    policy, rollout = e.models.policy, e.rollout
+    # Of two calls the second is announced by max_steps, whatever the context.
+    if not isinstance(policy, VllmModelSettings) or rollout.max_steps <= 2 or rollout.reach < policy.context_tokens:
+        return []
+    what = (
+        f"{rollout.max_tokens} leaves no room for the last answer: up to there, one more action and the answer "
+        f"({rollout.max_action_tokens} tokens each, max_action_tokens) and an observation between them may come, and "
+        f"models.policy.context_tokens is {policy.context_tokens}: "
+    )
+    most = policy.context_tokens - 2 * rollout.max_action_tokens
+    lower = f"set it well below {most}, or " if most > 64 else ""
+    return [("rollout.max_tokens", f"{what}{lower}raise context_tokens")]

@@ -140,6 +140,18 @@ def test_a_placebo_needs_mined_principles() -> None:
         assert "extraction.placebo" in dict(contradictions(e))
 
 
+def test_what_follows_the_context_limit_must_fit_the_engine() -> None:
+    def refused(context: int, **rollout: int) -> bool:
+        policy = {"backend": "vllm", "path": "x", "context_tokens": context}
+        e = Experiment.model_validate({"experiment": "x", "models": {"policy": policy}, "rollout": rollout})
+        return "rollout.max_tokens" in dict(contradictions(e))
+
+    assert refused(3000, max_tokens=2000, max_action_tokens=500)
+    assert not refused(3001, max_tokens=2000, max_action_tokens=500)
+    assert refused(3000, max_tokens=2000, max_action_tokens=2000)
+    assert not refused(3000, max_tokens=2000, max_action_tokens=2000, max_steps=2)  # the second call is the last anyway
+
+
 def test_name_comes_from_the_file_that_is_run(tmp_path: Path) -> None:
     write(tmp_path, "base.yaml", "experiment: base\n")
     assert load_experiment(write(tmp_path, "child.yaml", "extends: base.yaml\n")).experiment == "child"
@@ -203,6 +215,11 @@ def test_where_and_how_fast_are_in_no_slice(tmp_path: Path) -> None:
         ("environment: {kind: tools, tools: [browse]}", ["environment.tools.0"]),
         ("extraction: {domain: mathematics}", ["extraction.domain"]),
         ("tasks: {train: {suite: aime}}", ["tasks.train"]),
+        (
+            "rollout: {max_tokens: 4096, max_action_tokens: 99}\n"
+            "models: {policy: {backend: vllm, path: x, context_tokens: 4096}}",
+            ["rollout.max_tokens: 4096 leaves no room", "set it well below 3898", "raise context_tokens"],
+        ),
         ("schedule: {cron: 'every night'}", ["schedule.cron"]),
         ("schedule: {timezone: Mars/Olympus}", ["schedule.timezone"]),
         ("schedule: {webhook: 'https://example.org/hook'}", ["schedule.webhook"]),
