@@ -196,10 +196,20 @@ class TaskSplit(Section):
     """Our name -> the file's name, for ``id``, ``question``, ``answer`` and facts to break results down by."""
     skip: int = Field(0, ge=0, le=MOST)
     """Tasks to leave out before ``count`` are drawn (the order of the draw is fixed), so that splits can share one file."""
+    percent: Annotated[tuple[int, int], Strict(False)] | None = None
+    """Of a file, the tasks whose question hashes into this part of a hundred: ``[0, 90]`` is nine tenths of it.
+    Splits of one file whose parts do not meet never share a task, as a stream too, whatever is appended. None: all."""
     stream: bool = False
     """``train`` only: every iteration takes tasks of its own. In the pocket world it asks about a new world; of a file it takes
     the next ``count`` rows, in their order; of a folder (``path``) the next file, by name. Appending changes no earlier
     iteration. False: the same tasks in every iteration."""
+
+    @field_validator("percent")
+    @classmethod
+    def _within_a_hundred(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not 0 <= value[0] < value[1] <= 100:
+            raise ValueError("should be two whole numbers from 0 to 100, the smaller one first")
+        return value
 
 
 class Tasks(Section):
