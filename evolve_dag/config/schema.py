@@ -26,7 +26,7 @@ from evolve_dag.config.parts import (
     part,
 )
 from evolve_dag.config.scheduling import check_cron, check_timezone
-from evolve_dag.config.section import MOST, PATH, RUNTIME, Section, Strings, marked
+from evolve_dag.config.section import MOST, PATH, PROGRAM, RUNTIME, Section, Strings, marked
 from evolve_dag.records import LARGEST_SEED, Granularity, InjectionPattern, Source
 
 REGIME_PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -104,8 +104,8 @@ class VllmModelSettings(PolicySettings):
     """Name under which the servers serve the base model; empty: the first that they list."""
     key: str = Field("VLLM_API_KEY", json_schema_extra=RUNTIME)
     """Environment variable that holds the servers' key; it may be unset."""
-    python: str = Field("", json_schema_extra=RUNTIME)
-    """Interpreter of a virtual environment that holds vLLM, for the engine; empty: this one."""
+    python: str = Field("", json_schema_extra=PROGRAM)
+    """Interpreter of an environment that holds vLLM, for the engine; relative to the file that names it. Empty: this one."""
     context_tokens: int = Field(32_768, ge=256, le=MOST, json_schema_extra=RUNTIME)
     """Longest context of the engine (``max_model_len``)."""
     gpu_memory: float = Field(0.85, gt=0, le=1, json_schema_extra=RUNTIME)

@@ -169,6 +169,21 @@ def test_paths_are_relative_to_the_file_that_names_them(tmp_path: Path) -> None:
     assert e.tasks.held_out.path == str(tmp_path / "deep" / "h.jsonl")
 
 
+def test_the_interpreter_of_an_environment_is_relative_too_and_stays_a_link(tmp_path: Path) -> None:
+    """Behind the link is the system's interpreter, which knows nothing of the environment."""
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "python").symlink_to("/usr/bin/env")
+
+    def named(python: str) -> object:
+        text = f"models: {{policy: {{backend: vllm, path: x, python: {python}}}}}\n"
+        return load_experiment(write(tmp_path / "deep", "x.yaml", text)).models.policy.model_dump()["python"]
+
+    assert named("../python") == str(tmp_path / "python")
+    assert named("/usr/bin/env") == "/usr/bin/env"
+    assert named("python3") == "python3"
+    assert named("''") == ""
+
+
 def test_slices_hold_just_what_was_asked() -> None:
     e = Experiment(experiment="x", seed=3)
     assert e.slice("seed", "regime.source") == {"seed": 3, "regime.source": "teacher"}
