@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 export DAGSTER_DISABLE_TELEMETRY ?= true
 
-.PHONY: verifiers test-verifiers real test-textworld bench smollm2 vllm test-ui test-vllm test-ray test-kubernetes demo test check lint fix hooks types ui install clean model benchmarks
+.PHONY: verifiers test-verifiers real test-textworld bench smollm2 vllm vllm-gpu test-ui test-vllm test-ray test-kubernetes demo test check lint fix hooks types ui install clean model benchmarks
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -40,13 +40,18 @@ test-ui: install  ## the Dagster and MLflow pages in Chromium, and the real daem
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[ui-tests]'
 	$(BIN)/python -m pytest tests_ui -p no:cacheprovider
 
-vllm: .venv-vllm/.installed  ## vLLM's CPU build in an environment of its own, .venv-vllm
+vllm: .venv-vllm/.installed  ## vLLM's CPU build in an environment of its own, .venv-vllm; with a GPU: make vllm-gpu
 
 .venv-vllm/.installed: requirements-vllm.txt
 	$(PYTHON) -m venv --clear .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements-vllm.txt
 	.venv-vllm/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec triton
 	touch $@
+
+vllm-gpu:  ## vLLM for NVIDIA GPUs in the same place, .venv-vllm, for configs/qwen3_*.yaml and math.yaml
+	$(PYTHON) -m venv --clear .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) vllm==0.32.0
+	touch .venv-vllm/.installed
 
 test-vllm: install vllm  ## the vllm backend against the real vLLM on the CPU (3 minutes, after a long installation)
 	$(BIN)/python -m pytest tests_vllm

@@ -96,14 +96,16 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
     from transformers import AutoConfig
 
     from evolve_dag.distillation.memory import cache_memory, training_memory
-    from evolve_dag.inference.folders import place
+    from evolve_dag.inference.folders import longest_context, place
 
-    policy, runtime, longest = experiment.models.policy, experiment.runtime, experiment.rollout.max_tokens
+    policy, runtime = experiment.models.policy, experiment.runtime
     folder = place(policy)
     if not (folder / "config.json").is_file():
         yield Finding("note", "memory", f"{folder}/config.json is not there: that file alone is enough to calculate")
         return
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    # `reach` leaves out the last observation, whose length is the environment's affair.
+    longest = min(experiment.rollout.reach, longest_context(policy, folder))
     together = max(1, runtime.tokens_per_pass // longest)
     training = training_memory(
         config,

@@ -26,7 +26,7 @@ from evolve_dag.config.parts import (
     part,
 )
 from evolve_dag.config.scheduling import check_cron, check_timezone
-from evolve_dag.config.section import MOST, PATH, RUNTIME, Section, Strings, marked
+from evolve_dag.config.section import MOST, PATH, PROGRAM, RUNTIME, Section, Strings, marked
 from evolve_dag.records import LARGEST_SEED, Granularity, InjectionPattern, Source
 
 REGIME_PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -104,8 +104,8 @@ class VllmModelSettings(PolicySettings):
     """Name under which the servers serve the base model; empty: the first that they list."""
     key: str = Field("VLLM_API_KEY", json_schema_extra=RUNTIME)
     """Environment variable that holds the servers' key; it may be unset."""
-    python: str = Field("", json_schema_extra=RUNTIME)
-    """Interpreter of a virtual environment that holds vLLM, for the engine; empty: this one."""
+    python: str = Field("", json_schema_extra=PROGRAM)
+    """Interpreter of an environment that holds vLLM, for the engine; relative to the file that names it. Empty: this one."""
     context_tokens: int = Field(32_768, ge=256, le=MOST, json_schema_extra=RUNTIME)
     """Longest context of the engine (``max_model_len``)."""
     gpu_memory: float = Field(0.85, gt=0, le=1, json_schema_extra=RUNTIME)
@@ -196,10 +196,20 @@ class TaskSplit(Section):
     """Our name -> the file's name, for ``id``, ``question``, ``answer`` and facts to break results down by."""
     skip: int = Field(0, ge=0, le=MOST)
     """Tasks to leave out before ``count`` are drawn (the order of the draw is fixed), so that splits can share one file."""
+    percent: Annotated[tuple[int, int], Strict(False)] | None = None
+    """Of a file, the tasks whose question hashes into this part of a hundred: ``[0, 90]`` is nine tenths of it.
+    Splits of one file whose parts do not meet never share a task, as a stream too, whatever is appended. None: all."""
     stream: bool = False
     """``train`` only: every iteration takes tasks of its own. In the pocket world it asks about a new world; of a file it takes
     the next ``count`` rows, in their order; of a folder (``path``) the next file, by name. Appending changes no earlier
     iteration. False: the same tasks in every iteration."""
+
+    @field_validator("percent")
+    @classmethod
+    def _within_a_hundred(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not 0 <= value[0] < value[1] <= 100:
+            raise ValueError("should be two whole numbers from 0 to 100, the smaller one first")
+        return value
 
 
 class Tasks(Section):
@@ -228,7 +238,8 @@ class RolloutSettings(Section):
     max_steps: int = Field(12, ge=1, le=MOST)
     """Model calls per episode; the last one is told to answer."""
     max_tokens: int = Field(2048, ge=64, le=MOST)
-    """Context limit per episode in tokens; past it the next call is told to answer."""
+    """Context limit per episode in tokens; past it the next call is told to answer. The model's context must hold what may
+    still come then: an action that was begun below the limit, what it brings, and the answer."""
     max_action_tokens: int = Field(48, ge=4, le=MOST)
     """Tokens of one action."""
     max_seconds: float = Field(600.0, gt=0, le=1e7)
@@ -236,6 +247,11 @@ class RolloutSettings(Section):
     than that over its set-up or over one call."""
     plain_answers: bool = False
     """Whether a turn without a tool call is the final answer, as chat models are wont to give it; else it is malformed."""
+
+    @property
+    def reach(self) -> int:
+        """Tokens that an episode may come to, but for the observation before its last answer."""
+        return self.max_tokens + 2 * self.max_action_tokens
 
 
 class TeacherCheckSettings(Section):
@@ -525,6 +541,7 @@ def contradictions(e: Experiment) -> list[tuple[str, str]]:
     if e.distillation.drills and part("divergence", e.regime.divergence).loss is None:
         what = f"drills are learned from the teacher's distribution, which {e.regime.divergence} has not: set it to 0"
         found.append(("distillation.drills", what))
+    found.extend(_no_room_for_the_answer(e))
     for wrong_here, wrong in (("cron", check_cron(e.schedule.cron)), ("timezone", check_timezone(e.schedule.timezone))):
         if wrong is not None:
             found.append((f"schedule.{wrong_here}", wrong))
@@ -537,3 +554,19 @@ def contradictions(e: Experiment) -> list[tuple[str, str]]:
             settings = getattr(e, place.section)
             found.extend(mistakes(choice, settings, e))
     return found
+
+
+def _no_room_for_the_answer(e: Experiment) -> list[tuple[str, str]]:
+    """An episode that reaches ``max_tokens`` is asked for its last answer: the engine must take that too."""
+    policy, rollout = e.models.policy, e.rollout
+    # Of two calls the second is announced by max_steps, whatever the context.
+    if not isinstance(policy, VllmModelSettings) or rollout.max_steps <= 2 or rollout.reach < policy.context_tokens:
+        return []
+    what = (
+        f"{rollout.max_tokens} leaves no room for the last answer: up to there, one more action and the answer "
+        f"({rollout.max_action_tokens} tokens each, max_action_tokens) and an observation between them may come, and "
+        f"models.policy.context_tokens is {policy.context_tokens}: "
+    )
+    most = policy.context_tokens - 2 * rollout.max_action_tokens
+    lower = f"set it well below {most}, or " if most > 64 else ""
+    return [("rollout.max_tokens", f"{what}{lower}raise context_tokens")]

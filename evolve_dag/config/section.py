@@ -21,6 +21,10 @@ PATH: dict[str, Any] = {"path": True}
 FOLDER: dict[str, Any] = {**PATH, "folder": True}
 """Marks one that names a folder, with all that is in it."""
 
+PROGRAM: dict[str, Any] = {**RUNTIME, "program": True}
+"""Marks one that names a program: relative to the file that states it, its links as they are (an environment's interpreter is
+one); a name alone is looked for as the system does."""
+
 
 class Section(BaseModel):
     """A part of an experiment file; unknown keys and silent type conversions are refused."""

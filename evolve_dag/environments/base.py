@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from evolve_dag.config.fence import Fence
 from evolve_dag.config.parts import EnvironmentSettings, Part
-from evolve_dag.config.schema import Experiment, PolicySettings, TaskSplit
+from evolve_dag.config.schema import Experiment, PolicySettings, Tasks, TaskSplit
 from evolve_dag.environments.fenced import FencedEnvironment
 from evolve_dag.inference.roles import Roles
 from evolve_dag.protocols import Environment, StatefulEnvironment, ToolSpec
@@ -65,6 +65,25 @@ def file_tasks(experiment: Experiment) -> list[tuple[str, str]]:
             found.append((f"tasks.{name}.path", "missing: a file of tasks"))
         elif split.stream and split.count is None and not Path(split.path).is_dir():
             found.append((f"tasks.{name}.count", "missing: how many rows of the file an iteration takes"))
+    return found + _met_by_the_stream(experiment.tasks)
+
+
+def _met_by_the_stream(tasks: Tasks) -> list[tuple[str, str]]:
+    """Splits of the file that training tasks are a stream of: sooner or later it comes to the tasks of theirs."""
+    train = tasks.train
+    if not train.stream or train.path is None:
+        return []
+    low, high = train.percent or (0, 100)
+    found = []
+    for name in ("development", "held_out"):
+        split: TaskSplit = getattr(tasks, name)
+        first, last = split.percent or (0, 100)
+        if split.path == train.path and low < last and first < high:
+            what = (
+                "the stream of tasks.train reads the same file and would come to its tasks: give each a part of its own, "
+                "e.g. tasks.train.percent: [0, 90] and here [90, 100]"
+            )
+            found.append((f"tasks.{name}.percent", what))
     return found
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from functools import lru_cache
 from pathlib import Path
 
-from evolve_dag.config.schema import PolicySettings
+from evolve_dag.config.schema import PolicySettings, VllmModelSettings
 from evolve_dag.errors import ModelError
 
 POCKET = Path(__file__).resolve().parent.parent / "environments" / "pocket" / "model"
@@ -33,6 +34,22 @@ def model_folder(settings: PolicySettings) -> Path:
         )
         raise ModelError(f"{settings.path}: no weights (*.safetensors) there", remedy)
     return folder
+
+
+def longest_context(settings: PolicySettings, folder: Path) -> int:
+    """Tokens of a context with its answer: what the config of the model in ``folder`` allows, and the engine is asked for.
+
+    Raises:
+        ModelError: there is no readable ``config.json``.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config = {**config, **(config.get("text_config") or {})}
+        allowed = int(config.get("max_position_embeddings") or 2**31 - 1)
+    except (OSError, ValueError, TypeError) as problem:
+        raise ModelError(f"{path}: cannot be read: {problem}", "take a folder that from_pretrained reads") from problem
+    return min(allowed, settings.context_tokens) if isinstance(settings, VllmModelSettings) else allowed
 
 
 def is_pocket(settings: PolicySettings) -> bool:

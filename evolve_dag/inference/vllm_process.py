@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import ModelError
+from evolve_dag.inference.folders import longest_context
 from evolve_dag.inference.vllm_source import RANKS, Adapter, Ask, Check, Sampled
 from evolve_dag.secrecy import describe_error, excerpt
 
@@ -292,7 +293,7 @@ def engine_arguments(
     arguments: dict[str, Any] = {
         "model": str(folder.resolve()),
         "dtype": settings.dtype,
-        "max_model_len": min(settings.context_tokens, _positions(folder)),
+        "max_model_len": longest_context(settings, folder),
         "max_num_seqs": runtime.concurrency,
         "gpu_memory_utilization": settings.gpu_memory,
         "tensor_parallel_size": settings.tensor_parallel,
@@ -311,18 +312,6 @@ def engine_arguments(
             "lora_target_modules": sorted({name for adapter in adapters for name in adapter.targets}),
         }
     return arguments
-
-
-def _positions(folder: Path) -> int:
-    """Longest context that the model's config allows."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = {**config, **(config.get("text_config") or {})}
-        return int(config.get("max_position_embeddings") or 2**31 - 1)
-    except (OSError, ValueError, TypeError) as problem:
-        raise ModelError(
-            f"{folder / 'config.json'}: cannot be read: {problem}", "take a folder that from_pretrained reads"
-        ) from problem
 
 
 def _loading(adapter: Adapter) -> dict[str, Any]:

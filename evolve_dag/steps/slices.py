@@ -104,8 +104,8 @@ def _values(section: Section, prefix: str, part: Slice) -> Iterator[tuple[str, A
         key, value = f"{prefix}.{name}", getattr(section, name)
         if marked(field, RUNTIME) or (not part.holds(key) and not isinstance(value, Section)):
             continue
-        if isinstance(section, TaskSplit) and name == "stream":
-            continue  # which tasks it came to is said by the world, or by the rows' hash
+        if isinstance(section, TaskSplit) and (name == "stream" or (name == "percent" and value is None)):
+            continue  # which tasks a stream came to is said by the world, or by the rows' hash; no part is all, as ever
         yield name, _content(section, field, value, key) if marked(field, PATH) and value else _value(section, name, key, part)
 
 

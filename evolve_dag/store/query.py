@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evolve_dag.errors import DataError
@@ -55,7 +54,7 @@ _FILES = {
 def connect(store: Store) -> duckdb.DuckDBPyConnection:
     """A DuckDB connection in memory with the views of :data:`VIEWS` over the store as it is now.
 
-    It can reach no file outside the store, no network and no extension. Close it when done.
+    It can reach no other file, of the store or elsewhere, no network and no extension. Close it when done.
 
     Raises:
         StoreError: an artifact is corrupt (names the file and the remedy).
@@ -72,10 +71,13 @@ def connect(store: Store) -> duckdb.DuckDBPyConnection:
         _table(connection, "refs", _refs_frame(store))
         for setting in ("autoinstall_known_extensions", "autoload_known_extensions"):
             connection.execute(f"SET {setting} = false")
-        connection.execute(f"SET allowed_directories = [{_quote(store.root.resolve())}]")
+        views = {view: [one for one in artifacts if name in one.manifest.files] for view, name in _FILES.items()}
+        paths = {view: [str((one.path / _FILES[view]).resolve()) for one in having] for view, having in views.items()}
+        allowed = ", ".join(_quote(path) for listed in paths.values() for path in listed)
+        connection.execute(f"SET allowed_paths = [{allowed}]")
         connection.execute("SET enable_external_access = false")
-        for view, name in _FILES.items():
-            _view(connection, view, name, [artifact for artifact in artifacts if name in artifact.manifest.files])
+        for view, having in views.items():
+            _view(connection, view, having, paths[view])
         connection.execute("SET lock_configuration = true")
     except BaseException:
         connection.close()
@@ -126,13 +128,13 @@ def _columns(view: str) -> pl.Schema:
     return frames.schemas()[_FILES[view]]
 
 
-def _view(connection: duckdb.DuckDBPyConnection, view: str, name: str, artifacts: Sequence[Artifact]) -> None:
+def _view(connection: duckdb.DuckDBPyConnection, view: str, artifacts: Sequence[Artifact], paths: Sequence[str]) -> None:
+    """A view over the tables at ``paths``, one for each of ``artifacts``."""
     import polars as pl
 
-    paths = [str((artifact.path / name).resolve()) for artifact in artifacts]
     _table(connection, f"_{view}_columns", pl.DataFrame(schema={"filename": pl.String(), **_columns(view)}))
     where = {
-        "filename": paths,
+        "filename": list(paths),
         "kind": [artifact.kind for artifact in artifacts],
         "digest": [artifact.digest for artifact in artifacts],
     }
@@ -214,5 +216,5 @@ def _time(stamp: str) -> datetime:
     return datetime.fromisoformat(stamp).astimezone(UTC).replace(tzinfo=None)
 
 
-def _quote(value: Path | str) -> str:
-    return "'" + str(value).replace("'", "''") + "'"
+def _quote(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"

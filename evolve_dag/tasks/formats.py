@@ -22,7 +22,7 @@ from evolve_dag.config.parts import part
 from evolve_dag.errors import DataError, OrderError, PartError
 from evolve_dag.jsonlines import Mistake, read_objects
 from evolve_dag.records import Task
-from evolve_dag.tasks.jsonl import tasks_from
+from evolve_dag.tasks.jsonl import in_percent, tasks_from
 
 if TYPE_CHECKING:
     from evolve_dag.config.schema import TaskSplit
@@ -76,13 +76,18 @@ def load_suite(split: TaskSplit, *, suite: str) -> list[Task]:
             mistakes.append((number, str(error)))
     if format.once:
         objects = _once(objects)
+    if split.percent is not None:
+        objects = [(number, row) for number, row in objects if in_percent(row.get("question"), *split.percent)]
+    told = f"{path}, percent {split.percent[0]} to {split.percent[1]}" if split.percent else str(path)
+    if not objects and not mistakes:
+        raise DataError(f"{told}: no task falls into that part of the file", "widen the split's percent")
     if split.stream and not mistakes:
-        objects = _next_rows(path, objects, split)
-        return tasks_from(path, objects, mistakes, suite=suite, count=None)
-    return tasks_from(path, objects, mistakes, suite=suite, count=split.count, skip=split.skip)
+        objects = _next_rows(told, objects, split)
+        return tasks_from(told, objects, mistakes, suite=suite, count=None)
+    return tasks_from(told, objects, mistakes, suite=suite, count=split.count, skip=split.skip)
 
 
-def _next_rows(path: Path, objects: list[tuple[int, Row]], split: TaskSplit) -> list[tuple[int, Row]]:
+def _next_rows(path: str, objects: list[tuple[int, Row]], split: TaskSplit) -> list[tuple[int, Row]]:
     """The rows of one iteration of a stream, in the file's order: at the end of the file perhaps fewer than ``count``."""
     taken = objects[split.skip : None if split.count is None else split.skip + split.count]
     if not taken:

@@ -100,6 +100,13 @@ def question_id(question: str) -> str:
     return hashlib.sha256(" ".join(question.split()).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def in_percent(question: object, low: int, high: int) -> bool:
+    """Whether a question hashes into ``low`` to ``high`` of a hundred; what is no question is in every part, as a mistake."""
+    if not isinstance(question, str):
+        return True
+    return low <= int(hashlib.sha256(folded(question).encode("utf-8", "surrogatepass")).hexdigest()[:16], 16) % 100 < high
+
+
 def folded(question: str) -> str:
     """A question by which two are the same, whatever their white space and case."""
     return " ".join(question.split()).casefold()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 from worlds import ANSWER, SEARCH, TASK, Exact, World
 
 from evolve_dag.agent.loop import call_seed, run_episode
-from evolve_dag.config.schema import RolloutSettings
+from evolve_dag.config.loading import load_experiment
+from evolve_dag.config.schema import RolloutSettings, VllmModelSettings
 from evolve_dag.errors import ContextOverflowError, ModelError
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.scripted import Reply, ScriptedModel
 from evolve_dag.plain import LAST_STEP
-from evolve_dag.protocols import Injected, ToolError
+from evolve_dag.protocols import Completion, Injected, Request, ToolError
 from evolve_dag.records import Message, Trajectory
 from evolve_dag.secrecy import describe_error
 
@@ -29,7 +31,7 @@ def run(script: Any, *, environment: World | None = None, verifier: Exact | None
 async def episode(
     script: Any, environment: World | None = None, verifier: Exact | None = None, experience: Any = None, **settings: Any
 ) -> Trajectory:
-    model = script if isinstance(script, ScriptedModel) else ScriptedModel(script)
+    model = script if isinstance(script, (ScriptedModel, Bounded)) else ScriptedModel(script)
     trajectory = await run_episode(
         TASK,
         2,
@@ -179,6 +181,49 @@ def test_the_context_limit_counts_the_tokens_of_a_tokenizer() -> None:
     page = World(observation="长" * 150)  # 150 characters; at four characters a token they would pass for 37
     assert run(Counting([SEARCH, ANSWER]), environment=page, max_tokens=155).status == "forced"
     assert run(Counting([SEARCH, ANSWER]), environment=page, max_tokens=400).status == "answered"
+
+
+@dataclass
+class Bounded:
+    """A model of one token a character whose engine takes so many, the answer included, as :mod:`evolve_dag.inference.vllm`."""
+
+    replies: list[str]
+    context: int
+    released: list[str] = field(default_factory=list)
+
+    def count_tokens(self, message: Message) -> int:
+        return len(message.content)
+
+    async def generate(self, request: Request) -> Completion:
+        used = sum(map(self.count_tokens, request.messages))
+        if used >= self.context:
+            raise ContextOverflowError(f"the context is {used} tokens long")
+        whole = self.replies.pop(0)
+        text = whole[: min(request.sampling.max_tokens, self.context - used)]
+        return Completion(text, (1,) * len(text), (0.0,) * len(text), "stop" if text == whole else "length", used)
+
+    def release(self, session: str) -> None:
+        self.released.append(session)
+
+    async def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("name", ["qwen3_4b_web", "qwen3_8b_web", "math"])
+@pytest.mark.parametrize("below", [1, -1])
+def test_with_the_files_for_a_gpu_an_episode_at_the_context_limit_gives_its_last_answer(name: str, below: int) -> None:
+    """As close to the limit as can be without reaching it, or past it; then everything is as long as it may be."""
+    experiment = load_experiment(Path(__file__).parents[2] / f"configs/{name}.yaml")
+    policy, limits = experiment.models.policy, experiment.rollout
+    assert isinstance(policy, VllmModelSettings)
+    longest = limits.max_action_tokens
+    action, answer = SEARCH.replace("look", "look" * longest)[-longest:], ANSWER.rjust(longest)
+    begun = len(World.system_prompt) + len(TASK.question) + len(action)
+    pages = ["." * (limits.max_tokens - begun - below), "." * 4000]
+    model = Bounded([action, action, answer] if below > 0 else [action, answer], policy.context_tokens)
+    trajectory = run(model, environment=World(pages=pages), **limits.model_dump())
+    assert (trajectory.status, trajectory.answer, trajectory.error) == ("forced", "Rato Miku", None)
+    assert trajectory.steps[-2].observation is not None
+    assert trajectory.steps[-2].observation.endswith(LAST_STEP)
 
 
 def test_without_a_tokenizer_chinese_pages_are_not_taken_for_short() -> None:

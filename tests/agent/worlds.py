@@ -19,6 +19,8 @@ class World:
     observation: str = "1 result\n1. city Bado Keli: mayor: person Rato Miku"
     error: BaseException | None = None
     calls: list[ToolCall] = field(default_factory=list)
+    pages: list[str] = field(default_factory=list)
+    """Texts of the first searches, in place of the fixed one."""
 
     tools = (ToolSpec("search", "find pages", {"query": "words"}), ToolSpec("visit", "read a page", {"page": "title"}))
     system_prompt = "Use the tools."
@@ -30,7 +32,7 @@ class World:
             raise self.error
         if call.name == "visit":
             raise ToolError("no page of that name")
-        return self.observation
+        return self.pages.pop(0) if self.pages else self.observation
 
 
 @dataclass

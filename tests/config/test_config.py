@@ -169,6 +169,18 @@ def test_principles_are_not_mined_in_groups_of_one(changes: dict, refused: bool)
     assert ("rollout.group_size" in dict(contradictions(e))) is refused
 
 
+def test_what_follows_the_context_limit_must_fit_the_engine() -> None:
+    def refused(context: int, **rollout: int) -> bool:
+        policy = {"backend": "vllm", "path": "x", "context_tokens": context}
+        e = Experiment.model_validate({"experiment": "x", "models": {"policy": policy}, "rollout": rollout})
+        return "rollout.max_tokens" in dict(contradictions(e))
+
+    assert refused(3000, max_tokens=2000, max_action_tokens=500)
+    assert not refused(3001, max_tokens=2000, max_action_tokens=500)
+    assert refused(3000, max_tokens=2000, max_action_tokens=2000)
+    assert not refused(3000, max_tokens=2000, max_action_tokens=2000, max_steps=2)  # the second call is the last anyway
+
+
 def test_name_comes_from_the_file_that_is_run(tmp_path: Path) -> None:
     write(tmp_path, "base.yaml", "experiment: base\n")
     assert load_experiment(write(tmp_path, "child.yaml", "extends: base.yaml\n")).experiment == "child"
@@ -184,6 +196,21 @@ def test_paths_are_relative_to_the_file_that_names_them(tmp_path: Path) -> None:
     assert e.environment.pages == str(tmp_path / "deep" / "pages.jsonl")
     assert e.tasks.train.path == str(tmp_path / "mine.jsonl")
     assert e.tasks.held_out.path == str(tmp_path / "deep" / "h.jsonl")
+
+
+def test_the_interpreter_of_an_environment_is_relative_too_and_stays_a_link(tmp_path: Path) -> None:
+    """Behind the link is the system's interpreter, which knows nothing of the environment."""
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "python").symlink_to("/usr/bin/env")
+
+    def named(python: str) -> object:
+        text = f"models: {{policy: {{backend: vllm, path: x, python: {python}}}}}\n"
+        return load_experiment(write(tmp_path / "deep", "x.yaml", text)).models.policy.model_dump()["python"]
+
+    assert named("../python") == str(tmp_path / "python")
+    assert named("/usr/bin/env") == "/usr/bin/env"
+    assert named("python3") == "python3"
+    assert named("''") == ""
 
 
 def test_slices_hold_just_what_was_asked() -> None:
@@ -232,6 +259,11 @@ def test_where_and_how_fast_are_in_no_slice(tmp_path: Path) -> None:
         ("environment: {kind: tools, tools: [browse]}", ["environment.tools.0"]),
         ("extraction: {domain: mathematics}", ["extraction.domain"]),
         ("tasks: {train: {suite: aime}}", ["tasks.train"]),
+        (
+            "rollout: {max_tokens: 4096, max_action_tokens: 99}\n"
+            "models: {policy: {backend: vllm, path: x, context_tokens: 4096}}",
+            ["rollout.max_tokens: 4096 leaves no room", "set it well below 3898", "raise context_tokens"],
+        ),
         ("schedule: {cron: 'every night'}", ["schedule.cron"]),
         ("schedule: {timezone: Mars/Olympus}", ["schedule.timezone"]),
         ("schedule: {webhook: 'https://example.org/hook'}", ["schedule.webhook"]),

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from evolve_dag.config.loading import load_experiment
-from evolve_dag.config.schema import DistillationSettings
+from evolve_dag.config.schema import DistillationSettings, VllmModelSettings
 from evolve_dag.distillation import memory
 from evolve_dag.distillation.adapter import attach
 from evolve_dag.distillation.forward import Forward
@@ -75,10 +75,12 @@ def test_keys_and_values() -> None:
 )
 def test_the_experiments_on_a_gpu_fit_the_card_they_name(file: str, card: int, shape: dict[str, Any]) -> None:
     experiment = load_experiment(CONFIGS / f"{file}.yaml")
-    runtime, longest = experiment.runtime, experiment.rollout.max_tokens
+    runtime, policy = experiment.runtime, experiment.models.policy
+    assert isinstance(policy, VllmModelSettings)
+    longest = policy.context_tokens
     told = training_memory(
         Qwen3Config(vocab_size=151_936, num_hidden_layers=36, head_dim=128, num_key_value_heads=8, **shape),
-        dtype=experiment.models.policy.dtype,
+        dtype=policy.dtype,
         settings=experiment.distillation,
         rows=[longest] * max(1, runtime.tokens_per_pass // longest),
         activation_checkpointing=runtime.activation_checkpointing,

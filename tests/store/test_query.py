@@ -161,6 +161,18 @@ def test_what_is_refused(store: Store, text: str) -> None:
     assert sorted(store.root.rglob("*")) == before
 
 
+@pytest.mark.parametrize("text", ["read_text('{0}')", "read_blob('{0}')", "read_csv('{0}')", "'{0}'", "glob('{1}/*')"])
+def test_no_other_file_of_the_store_is_read(store: Store, text: str) -> None:
+    """A journal, a log or a database beside the artifacts, and what of an artifact is no table."""
+    log = store.root / "logs" / "dagster.csv"
+    log.parent.mkdir()
+    log.write_text("secret\nvalue\n")
+    for path in (log, next(store.root.glob("objects/scores/*/manifest.json"))):
+        quoted = (str(one).replace("'", "''") for one in (path, path.parent))
+        with pytest.raises(DataError, match=r"SQL: .*(Permission|disabled|not allowed)"):
+            run_sql(store, f"select * from {text.format(*quoted)}")
+
+
 def test_python_variables_are_out_of_reach(store: Store) -> None:
     secret = pl.DataFrame({"key": [1]})
     with pytest.raises(DataError, match="secret"):

@@ -10,9 +10,10 @@ import pytest
 from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.schema import Experiment
 from evolve_dag.environments.pocket.tools import STREAM_WORLDS
-from evolve_dag.errors import ConfigError, OrderError
+from evolve_dag.errors import ConfigError, DataError, OrderError
 from evolve_dag.steps.base import resolve, run_step, settings
 from evolve_dag.store.artifacts import Store
+from evolve_dag.tasks.jsonl import in_percent
 from evolve_dag.tasks.streams import of_iteration
 from evolve_dag.tasks.suites import load_tasks_of
 
@@ -23,7 +24,7 @@ def rows(start: int, count: int) -> str:
     )
 
 
-def experiment(folder: Path, train: str, kind: str = "corpus") -> Experiment:
+def experiment(folder: Path, train: str, kind: str = "corpus", development: str = "{path: other.jsonl}") -> Experiment:
     (folder / "pages.jsonl").write_text('{"title": "person A", "text": "home: city B"}\n')
     (folder / "other.jsonl").write_text(rows(900, 4))
     (folder / "held.jsonl").write_text(rows(950, 4))
@@ -31,7 +32,7 @@ def experiment(folder: Path, train: str, kind: str = "corpus") -> Experiment:
 environment: {{kind: {kind}{", pages: pages.jsonl" if kind == "corpus" else ""}}}
 tasks:
   train: {train}
-  development: {{{"path: other.jsonl" if kind == "corpus" else "count: 4, world: 2"}}}
+  development: {development if kind == "corpus" else "{count: 4, world: 2}"}
   held_out: {{{"path: held.jsonl" if kind == "corpus" else "count: 4, world: 3"}}}
 """
     path = folder / "experiment.yaml"
@@ -117,3 +118,55 @@ def test_a_stream_of_rows_needs_a_count(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(rows(0, 7))
     with pytest.raises(ConfigError, match="how many rows"):
         experiment(tmp_path, "{path: train.jsonl, stream: true}")
+
+
+def test_splits_of_one_file_beside_a_stream_share_no_task_whatever_is_appended(tmp_path: Path) -> None:
+    (tmp_path / "all.jsonl").write_text(rows(0, 60))
+    part = "{path: all.jsonl, count: 5, percent: [0, 80], stream: true}", "corpus", "{path: all.jsonl, percent: [80, 100]}"
+    found = experiment(tmp_path, *part)
+    nights = [asked(found, k) for k in range(1, 10)]
+    kept = {task.question for task in load_tasks_of(found, "development")}
+    assert {len(night) for night in nights} == {5}
+    assert kept
+    (tmp_path / "all.jsonl").write_text(rows(0, 60) + rows(100, 60))
+    assert [asked(found, k) for k in range(1, 10)] == nights
+    later = {task.question for task in load_tasks_of(found, "development")}
+    assert kept < later
+    assert not later & {question for k in range(1, 19) for question in asked(found, k)}
+
+
+def test_the_same_question_in_other_letters_falls_into_the_same_part(tmp_path: Path) -> None:
+    def part_of(question: str) -> list[int]:
+        return [low for low in range(100) if in_percent(question, low, low + 1)]
+
+    assert part_of("Who is it?") == part_of(" WHO is  it? ")
+    assert len(part_of("Who is it?")) == 1
+    assert part_of("Who is it?") != part_of("Who is she?")
+
+
+def test_a_part_without_a_task_is_told(tmp_path: Path) -> None:
+    (tmp_path / "all.jsonl").write_text(rows(0, 1))
+    [mine] = [low for low in range(100) if in_percent("Who is 0?", low, low + 1)]
+    other = (mine + 1) % 100
+    with pytest.raises(DataError, match=rf"percent {other} to {other + 1}: no task falls"):
+        load_tasks_of(experiment(tmp_path, f"{{path: all.jsonl, percent: [{other}, {other + 1}]}}"), "train")
+
+
+@pytest.mark.parametrize("development", ["{path: all.jsonl, skip: 5, count: 4}", "{path: all.jsonl, percent: [79, 100]}"])
+def test_a_stream_that_would_come_to_the_tasks_of_another_split_is_refused(tmp_path: Path, development: str) -> None:
+    (tmp_path / "all.jsonl").write_text(rows(0, 60))
+    with pytest.raises(ConfigError, match=r"tasks\.development\.percent: the stream of tasks\.train reads the same file"):
+        experiment(tmp_path, "{path: all.jsonl, count: 5, percent: [0, 80], stream: true}", "corpus", development)
+
+
+@pytest.mark.parametrize("percent", ["[0, 101]", "[50, 50]", "[60, 40]", "[0.5, 1]", "[10]"])
+def test_parts_are_whole_numbers_of_a_hundred(tmp_path: Path, percent: str) -> None:
+    with pytest.raises(ConfigError, match=r"tasks\.train\.percent"):
+        experiment(tmp_path, f"{{path: all.jsonl, percent: {percent}}}")
+
+
+def test_an_experiment_without_parts_keeps_its_digests(tmp_path: Path) -> None:
+    (tmp_path / "all.jsonl").write_text(rows(0, 60))
+    assert "percent" not in settings("trajectories", experiment(tmp_path, "{path: all.jsonl}"))["tasks.train"]
+    part = settings("trajectories", experiment(tmp_path, "{path: all.jsonl, percent: [0, 80]}"))["tasks.train"]
+    assert part["percent"] == [0, 80]
