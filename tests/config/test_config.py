@@ -125,7 +125,7 @@ def test_refused_actions_are_learned_as_the_source_suggests_unless_stated(regime
 
 def test_a_key_is_stated_by_the_file_whose_word_counts(tmp_path: Path) -> None:
     first, second, third = (tmp_path / f"{name}.yaml" for name in ("first", "second", "third"))
-    first.write_text("seed: 1\nregime: {preset: off_policy, rejection: false}\nselection: {selector: llm, order_seed: 3}\n")
+    first.write_text("seed: 1\nregime: {preset: off_policy, rejection: false}\nselection: {selector: llm, min_items: 2}\n")
     second.write_text("extends: first.yaml\nregime: off_policy\n")
     third.write_text("extends: second.yaml\nseed: 2\nselection: {selector: state}\n")
     laid_over = tmp_path / "over.yaml"
@@ -133,7 +133,7 @@ def test_a_key_is_stated_by_the_file_whose_word_counts(tmp_path: Path) -> None:
     leaves = {key: file for key, file in found.items() if key not in ("regime", "selection", "distillation", "extends")}
     assert leaves == {
         "seed": third, "regime.preset": second, "selection.selector": third, "distillation.rank": laid_over,
-    }, "the preset has set rejection back, and another selector has no order"  # fmt: skip
+    }, "the preset has set rejection back, and another selector asks for no number"  # fmt: skip
 
 
 def test_a_study_is_no_experiment(tmp_path: Path) -> None:
