@@ -165,7 +165,7 @@ def test_what_cannot_be_done_is_told_and_counts(textworld: Any) -> None:
     assert len(first.text) < 300
     assert first.features["command"] == "refused"
     assert not first.done
-    assert enter(game, "sleep").done
+    assert enter(game, "").text == "You cannot do nothing now. The game is over."
     assert game.reward(None) == 0.0
 
 

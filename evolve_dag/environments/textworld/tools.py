@@ -80,7 +80,7 @@ class TextWorldSession(Session):
             self._done = (*self._done, command)
             told = self._family.read(self._play, command)
         else:
-            told = f"You cannot {command[:MOST_SHOWN]} now."
+            told = f"You cannot {command[:MOST_SHOWN] or 'do nothing'} now."
         over = self._play.over or self._count >= self._settings.limit
         text = "The game is over." if over else self._view()
         said = {"command": "done", "did": did} if taken else {"command": "refused"}
