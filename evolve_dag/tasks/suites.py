@@ -108,20 +108,17 @@ def check_disjoint(experiment: Experiment) -> None:
         DataError: two splits share a question; names them. Or so many that too few of a split are left.
     """
     if one_world(experiment):
-        return _refuse_few(experiment)
-    if part_of("environment", experiment.environment).tasks is not None:
-        return  # each split asks about a world of its own: the same words there ask about other facts
-    refuse_shared_questions({name: load_tasks_of(experiment, name) for name in SPLITS})
+        _refuse_few(experiment)
+    elif part_of("environment", experiment.environment).tasks is None:
+        refuse_shared_questions({name: load_tasks_of(experiment, name) for name in SPLITS})
+    # Else each split asks about a world of its own: the same words there ask about other facts.
 
 
 def _refuse_few(experiment: Experiment) -> None:
     for name in SPLITS:
         tasks, gone = _tasks(experiment, name), left_out(experiment, name)
         if len(tasks) - len(gone) < LEAST_LEFT * len(tasks):
-            what = f"{len(gone)} of the {len(tasks)} tasks of tasks.{name} are asked in {_and_later(name)} too"
+            others = " or ".join(f"tasks.{later}" for later in SPLITS[SPLITS.index(name) + 1 :])
+            what = f"{len(gone)} of the {len(tasks)} tasks of tasks.{name} are asked in {others} too"
             remedy = "let the environment draw from more different tasks (environment.args), or lower the splits' count"
             raise DataError(f"{experiment.experiment}: {what}: too few are left", remedy)
-
-
-def _and_later(name: SplitName) -> str:
-    return " or ".join(f"tasks.{later}" for later in SPLITS[SPLITS.index(name) + 1 :])
