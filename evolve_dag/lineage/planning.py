@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from evolve_dag.errors import StoreError
-from evolve_dag.lineage import power
+from evolve_dag.lineage import power, recipe
 from evolve_dag.steps import base
+from evolve_dag.steps.needs import absent_programs, require_files
 from evolve_dag.steps.promotion import next_policy
 from evolve_dag.store.layout import DECISION, MANIFEST
 
@@ -134,9 +135,9 @@ def plan(experiment: Experiment, store: Store, iterations: int | None = None) ->
         iterations: K; None takes the experiment's.
 
     Raises:
-        DataError: a file of tasks or pages that the experiment names is missing.
-        ModelError: the weights of the policy are missing.
+        DataError: files or model folders that the experiment names are missing; lists them.
     """
+    require_files(experiment)
     count = experiment.iterations if iterations is None else iterations
     entering: PolicyRef | str = base.entering_policy(experiment, 1, store)
     assumed: PolicyRef | None = None
@@ -162,7 +163,7 @@ def plan(experiment: Experiment, store: Store, iterations: int | None = None) ->
         entering = _leaving(steps[-1], experiment, store)
         if isinstance(entering, str):
             assumed = _as_before(steps[-1], experiment, store)
-    notes = tuple(filter(None, [power.warning(experiment, store)]))
+    notes = tuple(filter(None, [power.warning(experiment, store), *recipe.warnings(experiment), *absent_programs(experiment)]))
     return Plan(experiment.experiment, count, tuple(steps), notes)
 
 
