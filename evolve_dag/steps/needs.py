@@ -57,10 +57,10 @@ def absent_programs(experiment: Experiment) -> list[str]:
 def unset_keys(experiment: Experiment) -> Mapping[str, list[str]]:
     """Environment variables for keys that are not set -> who may read them (``models.judge``, ``environment``)."""
     readers: dict[str, list[str]] = {}
-    for place, role in _asked(experiment):
+    for section, role in _asked(experiment):
         model = experiment.models.settings(role) if role != "policy" else None
         if isinstance(model, OpenAIModelSettings):
-            readers.setdefault(model.key, []).append(f"models.{role} ({place})")
+            readers.setdefault(model.key, []).append(f"models.{role} ({section})")
     for choice, place in CHOICES.items():
         if place.section is not None:
             for name in part_of(choice, getattr(experiment, place.section)).variables:
