@@ -24,6 +24,7 @@ from evolve_dag.config.loading import check_iterations
 from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import ConfigError, EvolveError, StoreError
 from evolve_dag.steps import base
+from evolve_dag.steps.needs import require_files
 from evolve_dag.steps.preflight import preflight
 from evolve_dag.store.artifacts import Store
 from evolve_dag.store.faults import chain, damaged_databases, explained, is_disk_error
@@ -215,6 +216,7 @@ def _run(config: Path, *, seed: int | None, iterations: int | None, root: Path, 
     check_iterations(experiment, count)
     store = open_store(root)
     # Mistakes in the user's files and missing weights show here, before anything is written.
+    require_files(experiment)
     first = base.resolve_iteration(experiment, 1, store)
     if not all(step.exists for step in first.values()):
         preflight(experiment, 1)

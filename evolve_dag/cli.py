@@ -364,12 +364,13 @@ def sql(
 
 @app.command()
 def doctor(
-    config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="Calculate the memory of this experiment (file or name) too")
-    ] = None,
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="Look at this experiment (file or name) too")] = None,
     store: StoreOption = None,
 ) -> None:
-    """Check the installation and say what is missing for which feature; with CONFIG, whether its policy fits into memory."""
+    """Check the installation and say what is missing for which feature.
+
+    With CONFIG also what that experiment lacks, and whether it fits into memory.
+    """
     from rich.text import Text
 
     from evolve_dag.doctor import examine

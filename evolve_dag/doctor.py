@@ -51,7 +51,7 @@ def examine(root: Path, experiment: Experiment | None = None) -> Iterator[Findin
 
     Args:
         root: the store.
-        experiment: whose memory is to be calculated.
+        experiment: what it needs is looked for, its recipe is looked at, its memory calculated.
     """
     here = cache(lambda: registry.scan(registry.configs_folder()))  # read once, inside of a check: one may be unreadable
     rows = cache(lambda: list(parts()))
@@ -72,7 +72,12 @@ def examine(root: Path, experiment: Experiment | None = None) -> Iterator[Findin
         lambda: _keys(rows()),
     ]
     if experiment is not None:
-        checks += [lambda: _warmed_up(experiment), lambda: _memory(experiment)]
+        checks += [
+            lambda: _needs(experiment),
+            lambda: _warmed_up(experiment),
+            lambda: _recipe(experiment),
+            lambda: _memory(experiment),
+        ]
     for check in checks:
         try:
             yield from check()
@@ -80,6 +85,29 @@ def examine(root: Path, experiment: Experiment | None = None) -> Iterator[Findin
             yield Finding("broken", "installation", str(error))
         except Exception as error:  # whatever is broken: this command must live to say so
             yield Finding("broken", "installation", f"{type(error).__name__}: {error}")
+
+
+def _needs(experiment: Experiment) -> Iterator[Finding]:
+    """What of an experiment is not there yet."""
+    from evolve_dag.inference.backends import check_device
+    from evolve_dag.steps.needs import absent_files, absent_programs, unset_keys
+
+    missing = [*absent_files(experiment), *absent_programs(experiment)]
+    yield from (Finding("note", "missing", one) for one in missing)
+    for name, readers in unset_keys(experiment).items():
+        yield Finding("note", "key", f"{name} is not set; {', '.join(readers)} may need it")
+    try:
+        check_device(experiment.runtime.device)
+    except EvolveError as error:
+        yield Finding("note", "device", str(error.what))
+    if not missing:
+        yield Finding("ok", experiment.experiment, "the files, folders and programs that it names are there")
+
+
+def _recipe(experiment: Experiment) -> Iterator[Finding]:
+    from evolve_dag.lineage.recipe import warnings
+
+    yield from (Finding("note", "recipe", text) for text in warnings(experiment))
 
 
 def _warmed_up(experiment: Experiment) -> Iterator[Finding]:

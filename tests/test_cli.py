@@ -229,6 +229,20 @@ def test_doctor_calculates_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "nowhere/config.json is not there" in missing.text
 
 
+def test_doctor_looks_for_what_an_experiment_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    judged = {"models": {"judge": {"backend": "openai", "model": "m"}}, "verification": {"kind": "judge"}}
+    tasks = {name: {"path": str(tmp_path / "gone.jsonl")} for name in ("train", "development", "held_out")}
+    corpus = {"kind": "corpus", "pages": str(tmp_path / "gone.jsonl")}
+    there = Experiment.model_validate({"experiment": "there"})
+    assert [(one.state, one.subject) for one in doctor._needs(there)] == [("ok", "there")]
+    lacking = Experiment.model_validate({"experiment": "x", "environment": corpus, "tasks": tasks, **judged})
+    found = [(one.subject, one.text) for one in doctor._needs(lacking)]
+    missing = {text.partition(":")[0] for subject, text in found if subject == "missing"}
+    assert missing == {"environment.pages", "tasks.train.path", "tasks.development.path", "tasks.held_out.path"}
+    assert ("key", "OPENAI_API_KEY is not set; models.judge (verification) may need it") in found
+
+
 def test_doctor_names_damaged_databases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
     for name in ("dagster/history/runs.db", "mlflow/mlflow.db", "cache/memory.sqlite"):

@@ -271,6 +271,7 @@ def described(error: Any, model: type[Section], content: Mapping[str, Any]) -> s
         hidden = told or isinstance(error["input"], (dict, list)) or location[-1] in ("key", "webhook")
         shown = "" if hidden else f", not {error['input']!r}"
         what = re.sub(r"^(Input|Value error,) ?", "", error["msg"]) + shown
+        what = what.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")  # YAML's words
     return f"{key or 'file'}: {what}"
 
 

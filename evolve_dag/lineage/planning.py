@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from evolve_dag.config.loading import check_iterations
 from evolve_dag.errors import StoreError
-from evolve_dag.lineage import power
+from evolve_dag.lineage import power, recipe
 from evolve_dag.steps import base
+from evolve_dag.steps.needs import absent_programs, require_files
 from evolve_dag.steps.promotion import next_policy
 from evolve_dag.store.layout import DECISION, MANIFEST
 
@@ -135,10 +136,10 @@ def plan(experiment: Experiment, store: Store, iterations: int | None = None) ->
         iterations: K; None takes the experiment's.
 
     Raises:
-        ConfigError: what the experiment's file says does not hold for so many iterations.
-        DataError: a file of tasks or pages that the experiment names is missing.
-        ModelError: the weights of the policy are missing.
+    told = (power.warning(experiment, store), power.few_rollouts(experiment), *recipe.warnings(experiment))
+    notes = tuple(filter(None, [*told, *absent_programs(experiment)]))
     """
+    require_files(experiment)
     count = experiment.iterations if iterations is None else iterations
     check_iterations(experiment, count)
     entering: PolicyRef | str = base.entering_policy(experiment, 1, store)
@@ -165,7 +166,11 @@ def plan(experiment: Experiment, store: Store, iterations: int | None = None) ->
         entering = _leaving(steps[-1], experiment, store)
         if isinstance(entering, str):
             assumed = _as_before(steps[-1], experiment, store)
+<<<<<<< HEAD
     notes = tuple(filter(None, [power.warning(experiment, store), power.few_rollouts(experiment)]))
+=======
+    notes = tuple(filter(None, [power.warning(experiment, store), *recipe.warnings(experiment), *absent_programs(experiment)]))
+>>>>>>> needs
     return Plan(experiment.experiment, count, tuple(steps), notes)
 
 

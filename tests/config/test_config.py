@@ -264,6 +264,7 @@ def test_where_and_how_fast_are_in_no_slice(tmp_path: Path) -> None:
             "models: {policy: {backend: vllm, path: x, context_tokens: 4096}}",
             ["rollout.max_tokens: 4096 leaves no room", "set it well below 3898", "raise context_tokens"],
         ),
+        ("models: {policy: {backend: vllm, path: x, servers: 'http://a'}}", ["servers: should be a list, not 'http://a'"]),
         ("schedule: {cron: 'every night'}", ["schedule.cron"]),
         ("schedule: {timezone: Mars/Olympus}", ["schedule.timezone"]),
         ("schedule: {webhook: 'https://example.org/hook'}", ["schedule.webhook"]),
