@@ -136,8 +136,8 @@ def plan(experiment: Experiment, store: Store, iterations: int | None = None) ->
         iterations: K; None takes the experiment's.
 
     Raises:
-    told = (power.warning(experiment, store), power.few_rollouts(experiment), *recipe.warnings(experiment))
-    notes = tuple(filter(None, [*told, *absent_programs(experiment)]))
+        ConfigError: what the experiment's file says does not hold for so many iterations.
+        DataError: files or model folders that the experiment names are missing; lists them.
     """
     require_files(experiment)
     count = experiment.iterations if iterations is None else iterations
@@ -166,11 +166,8 @@ def plan(experiment: Experiment, store: Store, iterations: int | None = None) ->
         entering = _leaving(steps[-1], experiment, store)
         if isinstance(entering, str):
             assumed = _as_before(steps[-1], experiment, store)
-<<<<<<< HEAD
-    notes = tuple(filter(None, [power.warning(experiment, store), power.few_rollouts(experiment)]))
-=======
-    notes = tuple(filter(None, [power.warning(experiment, store), *recipe.warnings(experiment), *absent_programs(experiment)]))
->>>>>>> needs
+    told = (power.warning(experiment, store), power.few_rollouts(experiment), *recipe.warnings(experiment))
+    notes = tuple(filter(None, [*told, *absent_programs(experiment)]))
     return Plan(experiment.experiment, count, tuple(steps), notes)
 
 
