@@ -43,6 +43,8 @@ class Request:
     """``cuda`` gives every process the GPU of its local rank."""
     tokens_per_pass: int = 8192
     activation_checkpointing: bool = False
+    shard: bool = False
+    """Every process keeps a part of the base model's weights; needs several processes."""
     base: str = ""
     checkpoint: str | None = None
 
@@ -64,6 +66,7 @@ def train(request: Request) -> DistillationResult:
             device=device,
             tokens_per_pass=request.tokens_per_pass,
             activation_checkpointing=request.activation_checkpointing,
+            shard=request.shard,
             base=request.base,
             checkpoint=None if request.checkpoint is None else Path(request.checkpoint),
         )
