@@ -30,7 +30,7 @@ class Forward:
     """
 
     collective = False
-    """Whether a pass waits for the other processes, which must run as many (:class:`~evolve_dag.distillation.sharding.Sharded`)."""
+    """Whether a pass waits for the other processes, which must run as many."""
 
     def __init__(self, model: nn.Module, *, share: bool = True, recompute: bool = False) -> None:
         from evolve_dag.inference.attention import takes_chains
@@ -115,7 +115,7 @@ def repeated_layers(decoder: Any) -> list[Any]:
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ModelError(
-            f"{type(decoder).__name__} does not name its layers, so they can be neither computed again nor spread over processes",
+            f"{type(decoder).__name__} does not name its layers: they cannot be computed again, nor spread over processes",
             "set runtime.activation_checkpointing and runtime.shard to false",
         )
     return layers

@@ -140,8 +140,8 @@ def distill(
         tokens_per_pass: most distinct tokens of one forward and backward pass (more if one row alone is longer); the gradients
             of a batch are added up over as many as it takes. Where memory runs out, passes are halved once.
         activation_checkpointing: see :class:`Forward`; the same adapter from less memory and more time.
-        shard: every process keeps a part of the base model's weights (:mod:`evolve_dag.distillation.sharding`), and a model given
-            as an object does not come back. Where memory runs out, training ends: no process can halve its passes alone.
+        shard: every process keeps a part of the base model's weights (:mod:`evolve_dag.distillation.sharding`), and a model
+            given as an object does not come back. Where memory runs out, training ends: none can halve its passes alone.
         base: identity of the base model, written into the adapter's config.
         checkpoint: folder in which the state is kept while training (how often: :meth:`Checkpoint.due`). What a killed
             training of the same arguments left there is used; what another left is refused, and the result's note says so.
