@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -22,6 +23,7 @@ from evolve_dag.distillation.launch import Request, train_here
 from evolve_dag.distillation.parallel import Processes
 from evolve_dag.distillation.trainer import CurvePoint, DistillationResult
 from evolve_dag.errors import ConfigError, DataError, EvolveError, ModelError
+from evolve_dag.secrecy import masker
 from evolve_dag.store.faults import told
 from evolve_dag.store.jsonvalues import from_values
 
@@ -101,8 +103,10 @@ def main() -> None:
             threading.Thread(target=_end_with_input, daemon=True).start()
         result = train(request)
     except Exception as error:
-        if attended and not isinstance(error, LostError):
-            print(json.dumps({"failure": told(error)}), flush=True)
+        if attended:
+            if not isinstance(error, LostError):
+                print(json.dumps({"failure": told(error)}), flush=True)
+            sys.exit(masker()(traceback.format_exc()))  # into a file of the store
         if isinstance(error, EvolveError):
             sys.exit(str(error))
         raise

@@ -43,7 +43,7 @@ class Sharded(Forward):
         learned = {one for one in model.parameters() if one.requires_grad}
         mesh = init_device_mesh(torch.device(device).type, (Processes.here().count,))
         spread = partial(fully_shard, mesh=mesh, reshard_after_forward=True, ignored_params=learned)
-        for layer in repeated_layers(self.decoder):
+        for layer in reversed(repeated_layers(self.decoder)):  # inner ones first, where they are nested
             spread(layer)
         embedding = self.decoder.get_input_embeddings()
         if embedding.weight is self.head.weight:

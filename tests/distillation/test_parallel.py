@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,10 +99,11 @@ def _one_of_two(rank: int, port: int, folder: Path, fault: str) -> None:
     os.environ.update({key: str(value) for key, value in place.items()})
     checkpoint_module.SECONDS = 0.0
     step, losses = trainer_module._Run._step, trainer_module.row_losses
+    faults = {"memory": memory_runs_out, "infinite": lambda *given, **more: infinite(losses(*given, **more))}
 
     def watched(run: Any, *given: Any) -> Any:
         failing = rank == 1 and given[1] == FAULT
-        trainer_module.row_losses = memory_runs_out if failing and fault == "memory" else losses
+        trainer_module.row_losses = faults.get(fault, losses) if failing else losses
         point = step(run, *given)
         print(_held(run.wrapped), file=held, flush=True)
         if failing and fault == "killed":
@@ -128,6 +129,10 @@ def _held(model: Any) -> int:
 
 def memory_runs_out(*_: Any, **__: Any) -> None:
     raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
+
+
+def infinite(losses: Any) -> Any:
+    return replace(losses, loss=losses.loss * math.inf)
 
 
 @dataclass
@@ -234,6 +239,15 @@ def test_of_two_processes_with_half_a_base_one_has_too_little_memory(task: Task,
     assert f"training step {FAULT}: memory ran out in passes of {PASSES} tokens" in pair.said[1]
     assert "lower runtime.tokens_per_pass" in pair.said[1]
     assert "another process of this training is gone" in pair.said[0]
+
+
+def test_of_two_processes_with_half_a_base_one_has_a_loss_that_is_not_finite(task: Task, tmp_path: Path, server: Any) -> None:
+    """It stays with the other to the end of the step, which is skipped by both."""
+    pair = Pair(server, tmp_path / "run", task.request("infinite"), "infinite")
+    assert pair.codes == [0, 0], pair.said
+    curve = json.loads(pair.said[0].splitlines()[-1])["curve"]
+    assert [point["step"] for point in curve if point["skipped"]] == [FAULT]
+    assert len(curve) == len(task.alone.curve)
 
 
 def test_one_process_cannot_hold_half_a_base(task: Task) -> None:
