@@ -135,22 +135,27 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
     # `reach` leaves out the last observation, whose length is the environment's affair.
     longest = min(experiment.rollout.reach, longest_context(policy, folder))
     together = max(1, runtime.tokens_per_pass // longest)
+    shards = runtime.processes if runtime.shard else 1
     training = training_memory(
         config,
         dtype=policy.dtype,
         settings=experiment.distillation,
         rows=[longest] * together,
         activation_checkpointing=runtime.activation_checkpointing,
+        shards=shards,
     )
     rows = "1 trajectory" if together == 1 else f"{together} trajectories"
     text = f"passes of {rows} of {longest} tokens" + ", activations computed twice" * runtime.activation_checkpointing
+    text += f", in {runtime.processes} processes of {_size(training.peak)}" * (runtime.processes > 1)
+    part = f"1/{shards} of the weights" if shards > 1 else "weights"
     text += (
-        f" (weights {_size(training.weights)}, LoRA and moments {_size(4 * training.adapter)}, saved {_size(training.saved)})"
+        f" ({part} {_size(training.weights)}, LoRA and moments {_size(4 * training.adapter)}, saved {_size(training.saved)})"
     )
-    yield _against_device("training", training.peak, text, runtime.device)
+    on_one = runtime.processes if runtime.device == "cpu" else 1
+    yield _against_device("training", training.peak * on_one, text, runtime.device)
     if policy.backend == "transformers":
         copies = 2 if experiment.distillation.refresh > 1 else 1  # while training, the student that samples is a copy
-        needed = copies * training.weights + cache_memory(config, policy.dtype, runtime.concurrency * longest)
+        needed = copies * training.weights * shards + cache_memory(config, policy.dtype, runtime.concurrency * longest)
         text = f"at most, keys and values of {runtime.concurrency} episodes of {longest} tokens"
         yield _against_device("rollouts", needed, text, runtime.device)
 

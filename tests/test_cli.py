@@ -220,6 +220,11 @@ def test_doctor_calculates_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (training.state, rollouts.state) == ("ok", "ok")
     assert "4 trajectories of 2048 tokens" in training.text
     assert "128 episodes of 2048 tokens" in rollouts.text
+    two = experiment.model_copy(update={"runtime": experiment.runtime.model_copy(update={"processes": 2, "shard": True})})
+    in_parts, same = doctor._memory(two)
+    assert "in 2 processes of " in in_parts.text
+    assert "(1/2 of the weights 2 MiB" in in_parts.text
+    assert same == rollouts  # only training is shared
     monkeypatch.setattr(doctor, "_device_bytes", lambda device: 2**28)
     assert doctor._against_device("training", 2**29, "passes", "cpu").state == "broken"
     monkeypatch.setattr(doctor, "_device_bytes", lambda device: None)

@@ -8,7 +8,7 @@ how fast, never what.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SerializeAsAny, Strict, field_validator, model_validator
@@ -444,6 +444,12 @@ class RuntimeSettings(Section):
     activation_checkpointing: bool = False
     """Training keeps what goes into each layer and computes the rest again on the way back: the same adapter from a fraction of
     the memory, for about a third more time."""
+    processes: int = Field(1, ge=1, le=1024)
+    """Processes that share the work of training on one machine (torchrun), each with `threads`. On `device: cuda` each has a
+    GPU of its own."""
+    shard: bool = False
+    """Each of the `processes` keeps a part of the base model's weights while it trains (FSDP2), for a base that leaves no room
+    on one GPU. The same adapter, for more time."""
     launcher: Launchers = Field(default_factory=Launchers)
 
 
@@ -525,6 +531,19 @@ def _decisive(value: Any) -> Any:
     return {name: _decisive(getattr(value, name)) for name in names}
 
 
+def _not_together(e: Experiment) -> Iterator[tuple[str, str]]:
+    """What of ``runtime`` several processes cannot work with."""
+    if e.runtime.processes == 1:
+        if e.runtime.shard:
+            yield "shard", "weights are spread over processes, and there is one: set runtime.processes, or shard to false"
+        return
+    if e.distillation.refresh > 1:
+        yield "processes", "several processes cannot sample anew while training: set it to 1, or distillation.refresh"
+    if e.runtime.device not in ("cpu", "cuda"):
+        what = f"{e.runtime.device} is one device, and runtime.processes is {e.runtime.processes}"
+        yield "device", f"{what}: set it to cuda (each process takes a GPU of its own) or cpu"
+
+
 def contradictions(e: Experiment) -> list[tuple[str, str]]:
     """Combinations that cannot work: ``(key, what is wrong)``; what only a part can know, its row says."""
     found: list[tuple[str, str]] = []
@@ -542,6 +561,7 @@ def contradictions(e: Experiment) -> list[tuple[str, str]]:
         what = f"drills are learned from the teacher's distribution, which {e.regime.divergence} has not: set it to 0"
         found.append(("distillation.drills", what))
     found.extend(_no_room_for_the_answer(e))
+    found.extend((f"runtime.{key}", wrong) for key, wrong in _not_together(e))
     for wrong_here, wrong in (("cron", check_cron(e.schedule.cron)), ("timezone", check_timezone(e.schedule.timezone))):
         if wrong is not None:
             found.append((f"schedule.{wrong_here}", wrong))

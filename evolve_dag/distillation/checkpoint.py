@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag.distillation.dataset import DistillationRow, load_contexts, save_contexts
+from evolve_dag.distillation.dataset import DistillationRow, load_contexts, save_parts
 from evolve_dag.errors import StoreError
 from evolve_dag.store.disk import write_atomic
 from evolve_dag.store.faults import disk_error
@@ -124,8 +124,7 @@ class Checkpoint:
             StoreError: they cannot be written.
         """
         shutil.rmtree(self._round(number), ignore_errors=True)
-        for index, part in enumerate(_parts(rows)):
-            save_contexts(self._round(number) / f"part-{index:03d}", part)
+        save_parts(self._round(number), rows)
 
     def _load_rows(self, number: int) -> list[DistillationRow]:
         try:
@@ -135,19 +134,6 @@ class Checkpoint:
 
     def _round(self, number: int) -> Path:
         return self.folder / f"round-{number}"
-
-
-def _parts(rows: Sequence[DistillationRow]) -> list[list[DistillationRow]]:
-    """``rows`` in their order, in parts that can be saved: of one kind, no name twice (a drill may have a retention row's)."""
-    parts: list[list[DistillationRow]] = []
-    names: set[str] = set()
-    for row in rows:
-        if not parts or row.retention != parts[-1][-1].retention or row.row.trajectory_id in names:
-            parts.append([])
-            names = set()
-        parts[-1].append(row)
-        names.add(row.row.trajectory_id)
-    return parts
 
 
 def fingerprint(rows: Sequence[DistillationRow], start: Mapping[str, Tensor], **values: Any) -> str:

@@ -251,6 +251,32 @@ def save_contexts(folder: Path, rows: Sequence[DistillationRow]) -> None:
         raise StoreError(f"{folder}: contexts cannot be written: {error}", "free disk space, or use another store") from error
 
 
+def save_parts(folder: Path, rows: Sequence[DistillationRow]) -> list[Path]:
+    """Any ``rows`` in as many contexts folders below ``folder`` as it takes; read one after the other they are the same rows.
+
+    Raises:
+        StoreError: the files cannot be written.
+    """
+    parts = _parts(rows)
+    folders = [folder / f"part-{index:03d}" for index in range(len(parts))]
+    for place, part in zip(folders, parts, strict=True):
+        save_contexts(place, part)
+    return folders
+
+
+def _parts(rows: Sequence[DistillationRow]) -> list[list[DistillationRow]]:
+    """``rows`` in their order, in parts that can be saved: of one kind, no name twice (a drill may have a retention row's)."""
+    parts: list[list[DistillationRow]] = []
+    names: set[str] = set()
+    for row in rows:
+        if not parts or row.retention != parts[-1][-1].retention or row.row.trajectory_id in names:
+            parts.append([])
+            names = set()
+        parts[-1].append(row)
+        names.add(row.row.trajectory_id)
+    return parts
+
+
 def load_contexts(folder: Path) -> list[DistillationRow]:
     """Read what :func:`save_contexts` wrote, in the same order.
 

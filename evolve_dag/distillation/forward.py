@@ -29,6 +29,9 @@ class Forward:
         ModelError: the model rescales its logits behind the output layer, or is not a causal model.
     """
 
+    collective = False
+    """Whether a pass waits for the other processes, which must run as many."""
+
     def __init__(self, model: nn.Module, *, share: bool = True, recompute: bool = False) -> None:
         from evolve_dag.inference.attention import takes_chains
 
@@ -71,6 +74,14 @@ class Forward:
 
         return (packed_states if self.share else padded_states)(self.decoder, sequences, self.device)
 
+    @contextmanager
+    def output_layer(self) -> Iterator[Any]:
+        """The output layer with its weights, which may be used meanwhile."""
+        yield self.head
+
+    def idle(self) -> None:
+        """What a process runs for a pass that only others have; nothing, where nobody waits for it."""
+
 
 @contextmanager
 def _recomputed(decoder: Any) -> Iterator[None]:
@@ -79,17 +90,11 @@ def _recomputed(decoder: Any) -> Iterator[None]:
     transformers' own switch does nothing in a model that is not in training mode, and training mode would bring its dropout.
 
     Raises:
-        ModelError: the architecture names no layers that can be.
+        ModelError: the architecture names no layers.
     """
     from torch.utils.checkpoint import checkpoint
-    from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ModelError(
-            f"{type(decoder).__name__} has no layers whose activations can be computed again",
-            "set runtime.activation_checkpointing to false",
-        )
+    layers = repeated_layers(decoder)
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     try:
@@ -97,6 +102,23 @@ def _recomputed(decoder: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+
+
+def repeated_layers(decoder: Any) -> list[Any]:
+    """The layers of a transformer body, which activation checkpointing and sharding go by.
+
+    Raises:
+        ModelError: the architecture names none.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(
+            f"{type(decoder).__name__} does not name its layers: they cannot be computed again, nor spread over processes",
+            "set runtime.activation_checkpointing and runtime.shard to false",
+        )
+    return layers
 
 
 def _neighbours(sequences: Sequence[Ids], tokens: int) -> list[list[int]]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evolve_dag.config.parts import part
@@ -181,7 +182,7 @@ class _FusedLosses(torch.autograd.Function):
             rows = slice(start, start + chunk)
             loss, divergence, d_logits = _chunk_losses(
                 kind,
-                head(hidden_N_H[rows]),
+                F.linear(hidden_N_H[rows], head.weight, head.bias),
                 None if teacher is None else teacher[rows],
                 None if sampled_N is None else sampled_N[rows],
                 options,

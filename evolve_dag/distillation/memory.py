@@ -38,7 +38,7 @@ class Memory:
     """Bytes of one training step at its peak."""
 
     weights: int
-    """Of the frozen base."""
+    """Of the frozen base, as much of it as one process keeps."""
     adapter: int
     """LoRA weights; their gradients and Adam's two moments are three times as much once more, and in ``peak``."""
     saved: int
@@ -54,8 +54,9 @@ def training_memory(
     settings: DistillationSettings,
     rows: Sequence[int],
     activation_checkpointing: bool = False,
+    shards: int = 1,
 ) -> Memory:
-    """Memory of a training step with one pass.
+    """Memory of a training step with one pass, in one process.
 
     Args:
         config: of the model, as transformers reads it from ``config.json``.
@@ -63,13 +64,28 @@ def training_memory(
         rows: tokens of each trajectory in the pass, which share nothing; 15% of them are action tokens. (Rows that branch off
             another keep the keys and values of what stands before them once more: with ``distillation.retention`` or ``drills``
             at contexts of many thousand tokens, plan for more.)
+        shards: processes that keep a part of the base's weights each (``runtime.shard``).
 
     Raises:
         ModelError: the architecture cannot be trained here.
     """
     few, more = (_run(_with_layers(config, layers), dtype, settings, rows, activation_checkpointing) for layers in (FEW, MORE))
     further = config.get_text_config().num_hidden_layers - FEW
-    return Memory(*(a + further * (b - a) for a, b in zip(few, more, strict=True)))
+    weights, adapter, saved, peak = (a + further * (b - a) for a, b in zip(few, more, strict=True))
+    if shards == 1:
+        return Memory(weights, adapter, saved, peak)
+    layer = more[0] - few[0]
+    kept, gathered = -(-weights // shards), _gathered(layer, outside=few[0] - FEW * layer)
+    return Memory(kept, adapter, saved, peak - weights + kept + gathered)
+
+
+def _gathered(layer: int, outside: int) -> int:
+    """Most bytes of whole weights that one process holds at once, of which each keeps a part.
+
+    A layer is whole while it runs; the next one is on its way, and is copied when it has come. ``outside`` are the weights
+    that are no layer's: the embedding is whole until the last layer is through, the output layer while losses are computed.
+    """
+    return max(outside + 3 * layer, 2 * outside)
 
 
 def cache_memory(config: Any, dtype: str, tokens: int) -> int:

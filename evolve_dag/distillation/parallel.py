@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,6 +42,15 @@ class Processes:
         ends = list(accumulate(row.tokens for row in rows))
         middles = [end - row.tokens / 2 for row, end in zip(rows, ends, strict=True)]
         return [row for row, middle in zip(rows, middles, strict=True) if int(middle * self.count / ends[-1]) == self.rank]
+
+    def most(self, number: int, device: Any) -> int:
+        """The largest ``number`` that one of the processes has; ``device`` is where they exchange it."""
+        import torch
+        from torch.distributed import ReduceOp, all_reduce
+
+        found = torch.tensor(number, device=device)
+        all_reduce(found, ReduceOp.MAX)
+        return int(found)
 
     def add_up(self, parameters: Iterable[nn.Parameter], numbers: Sequence[float]) -> list[float]:
         """Put the sum over all processes in place of every gradient; ``numbers`` added up likewise."""

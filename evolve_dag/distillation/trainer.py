@@ -25,7 +25,8 @@ from evolve_dag.distillation.checkpoint import Checkpoint, State, fingerprint
 from evolve_dag.distillation.dataset import DistillationRow, batches
 from evolve_dag.distillation.forward import Forward
 from evolve_dag.distillation.parallel import Processes
-from evolve_dag.errors import ModelError
+from evolve_dag.distillation.sharding import Sharded
+from evolve_dag.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -118,6 +119,7 @@ def distill(
     device: str = "cpu",
     tokens_per_pass: int = 8192,
     activation_checkpointing: bool = False,
+    shard: bool = False,
     base: str = "",
     checkpoint: Path | None = None,
     resample: Resample | None = None,
@@ -138,6 +140,8 @@ def distill(
         tokens_per_pass: most distinct tokens of one forward and backward pass (more if one row alone is longer); the gradients
             of a batch are added up over as many as it takes. Where memory runs out, passes are halved once.
         activation_checkpointing: see :class:`Forward`; the same adapter from less memory and more time.
+        shard: every process keeps a part of the base model's weights (:mod:`evolve_dag.distillation.sharding`), and a model
+            given as an object does not come back. Where memory runs out, training ends: none can halve its passes alone.
         base: identity of the base model, written into the adapter's config.
         checkpoint: folder in which the state is kept while training (how often: :meth:`Checkpoint.due`). What a killed
             training of the same arguments left there is used; what another left is refused, and the result's note says so.
@@ -155,6 +159,8 @@ def distill(
     from evolve_dag.distillation.lora import fuse
 
     require_teachers(rows, regime.divergence)
+    if shard:
+        _require_several(resample)
     if settings.refresh > 1 and resample is None and rows:
         raise ModelError(
             f"distillation.refresh is {settings.refresh}, but nothing can sample trajectories",
@@ -165,13 +171,16 @@ def distill(
     torch.set_num_threads(threads)
     given = model if isinstance(model, torch.nn.Module) else load_model(model)
     home = next(given.parameters()).device
-    wrapped = attach(given.to(device), rank=settings.rank, alpha=settings.alpha, seed=seed, init_adapter=init_adapter)
+    wrapped = attach(
+        given if shard else given.to(device), rank=settings.rank, alpha=settings.alpha, seed=seed, init_adapter=init_adapter
+    )
     training = given.training
     try:
         # Dropout of the base would make the student another policy than the one that acts: none of it.
         wrapped.eval()
         fuse(wrapped)
-        forward = Forward(wrapped, recompute=activation_checkpointing)
+        recompute = activation_checkpointing
+        forward = Sharded(wrapped, device=device, recompute=recompute) if shard else Forward(wrapped, recompute=recompute)
         run = _Run(wrapped, forward, rows, settings, regime, seed, iteration, threads, tokens_per_pass)
         kept = None
         if checkpoint is not None:
@@ -182,8 +191,9 @@ def distill(
         if run.processes.leads:
             save_adapter(wrapped, out, base=base)
     finally:
-        detach(wrapped)
-        given.to(home).train(training)
+        if not shard:
+            detach(wrapped)
+            given.to(home).train(training)
         torch.set_num_threads(threads_before)
     curve = run.curve
     skipped = sum(point.skipped for point in curve)
@@ -204,6 +214,19 @@ def distill(
         seconds=time.perf_counter() - started,
         note="; ".join(filter(None, notes)),
     )
+
+
+def _require_several(resample: Resample | None) -> None:
+    if Processes.here().count == 1:
+        raise ConfigError(
+            "the base model is to be spread over processes, and there is one",
+            "start several (torchrun --nproc-per-node N), or set shard to false",
+        )
+    if resample is not None:
+        raise ConfigError(
+            "a base model that is spread over processes cannot sample trajectories while it is trained",
+            "set distillation.refresh to 1, or shard to false",
+        )
 
 
 def learning_rate(settings: DistillationSettings, step: int, total: int, iteration: int = 1) -> float:
@@ -413,7 +436,7 @@ class _Run:
         before = len(self.forward.passes(ids, tokens))
         while tokens > 1 and len(self.forward.passes(ids, tokens)) == before:
             tokens //= 2
-        if self.halved or tokens == 1:
+        if self.halved or tokens == 1 or self.forward.collective:  # the others wait in the middle of this pass
             again = " again" if self.halved else ""
             raise ModelError(
                 f"training step {step}: memory ran out{again} in passes of {self.tokens_per_pass} tokens: {told}",
@@ -431,7 +454,7 @@ class _Run:
     def _accumulate(self, rows: Sequence[DistillationRow], weight: float) -> _Sums:
         """Add up the gradients of ``rows``, forward pass by forward pass.
 
-        A pass whose loss is not finite ends it: the step is lost anyway.
+        A pass whose loss is not finite ends it, unless others wait for the rest: the step is lost anyway.
 
         Args:
             weight: of the whole batch, its action tokens added up.
@@ -439,7 +462,10 @@ class _Run:
         import torch
 
         sums = _Sums()
-        for chosen in self.forward.passes([row.row.ids for row in rows], self.tokens_per_pass):
+        passes = self.forward.passes([row.row.ids for row in rows], self.tokens_per_pass)
+        collective = self.forward.collective
+        idle = self.processes.most(len(passes), self.forward.device) - len(passes) if collective else 0
+        for chosen in passes:
             here = [rows[index] for index in chosen]
             found = row_losses(self.forward, here, self.regime.divergence, **self.options)
             counts = torch.tensor([row.action_tokens for row in here])
@@ -450,9 +476,11 @@ class _Run:
             sums.loss += float(loss.detach())
             sums.retention_loss += float(loss_N[retention_N].sum().detach())
             sums.divergence += float(found.divergence[~retention_N].sum())
-            if not math.isfinite(sums.loss):
+            if not (math.isfinite(sums.loss) or collective):
                 break
             loss.backward()
+        for _ in range(idle):
+            self.forward.idle()
         return sums
 
 

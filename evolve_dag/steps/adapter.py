@@ -13,7 +13,8 @@ from evolve_dag.config.parts import CHOICES, part
 from evolve_dag.config.schema import Experiment
 from evolve_dag.distillation.alignment import select_rows
 from evolve_dag.distillation.dataset import DistillationRow, load_contexts, sharpened
-from evolve_dag.distillation.trainer import CurvePoint, distill, load_model
+from evolve_dag.distillation.launch import Request, train
+from evolve_dag.distillation.trainer import CurvePoint
 from evolve_dag.inference.folders import model_folder
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import Silent, StepContext
@@ -63,24 +64,19 @@ def run(context: StepContext) -> None:
 
     folder = context.build.path
     resample = _Resample(context) if experiment.distillation.refresh > 1 else None
-    result = distill(
-        load_model(model_folder(settings), settings.dtype),
-        rows,
+    request = Request(
+        model=model_folder(settings),
+        out=folder,
         settings=experiment.distillation,
         regime=experiment.regime,
-        out=folder,
+        dtype=settings.dtype,
         init_adapter=adapter_folder(context.store, entering.adapter),
         seed=experiment.seed,
         iteration=context.iteration,
-        threads=experiment.runtime.threads,
-        device=experiment.runtime.device,
-        tokens_per_pass=experiment.runtime.tokens_per_pass,
-        activation_checkpointing=experiment.runtime.activation_checkpointing,
         base=entering.base,
         checkpoint=context.build.checkpoint("training"),
-        resample=resample,
-        on_step=on_step,
     )
+    result = train(request, rows, experiment.runtime, resample=resample, on_step=on_step)
     if started:
         context.progress.finish()
     curve = pl.DataFrame([asdict(point) for point in result.curve], schema=_curve_schema())

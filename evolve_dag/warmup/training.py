@@ -36,6 +36,7 @@ from evolve_dag.warmup import folder
 from evolve_dag.warmup.script import Script, kinds
 
 if TYPE_CHECKING:
+    from evolve_dag.distillation.trainer import CurvePoint
     from evolve_dag.inference.chat import ChatFormat
     from evolve_dag.inference.transformers import TransformersModel
     from evolve_dag.store.artifacts import Build, Store
@@ -223,14 +224,14 @@ class _Warmup:
 
     def _trained(self, number: int, rows: Sequence[DistillationRow]) -> float | None:
         """One pass over the rows; the mean loss."""
-        from evolve_dag.distillation.trainer import distill, load_model
+        from evolve_dag.distillation.launch import Request, train
 
-        s, runtime, out = self.settings, self.experiment.runtime, self.adapter(number)
+        s, out = self.settings, self.adapter(number)
         before = self.adapter(number - 1)
         shutil.rmtree(out, ignore_errors=True)  # of a killed one; its checkpoint stands
-        result = distill(
-            load_model(model_folder(self.start), self.start.dtype),
-            rows,
+        request = Request(
+            model=model_folder(self.start),
+            out=out,
             settings=DistillationSettings(
                 rank=s.rank,
                 alpha=s.alpha,
@@ -240,17 +241,17 @@ class _Warmup:
                 learning_rate_decay=1.0,
             ),
             regime=REGIME,
-            out=out,
+            dtype=self.start.dtype,
             init_adapter=before if number > 1 else None,
             seed=stable_hash("warmup", s.seed, number) % 2**31,
-            threads=runtime.threads,
-            device=runtime.device,
-            tokens_per_pass=runtime.tokens_per_pass,
-            activation_checkpointing=runtime.activation_checkpointing,
             base=base_identity(self.start),
             checkpoint=self.work / f"training-{number:02d}",
-            on_step=lambda point, total: self.advance(f"round {number}: training", point.step + 1, total),
         )
+
+        def on_step(point: CurvePoint, total: int) -> None:
+            self.advance(f"round {number}: training", point.step + 1, total)
+
+        result = train(request, rows, self.experiment.runtime, on_step=on_step)
         losses = [point.loss for point in result.curve if not point.skipped]
         return fmean(losses) if losses else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -179,6 +180,23 @@ def test_what_follows_the_context_limit_must_fit_the_engine() -> None:
     assert not refused(3001, max_tokens=2000, max_action_tokens=500)
     assert refused(3000, max_tokens=2000, max_action_tokens=2000)
     assert not refused(3000, max_tokens=2000, max_action_tokens=2000, max_steps=2)  # the second call is the last anyway
+
+
+@pytest.mark.parametrize(
+    ("runtime", "key", "words"),
+    [
+        ({"shard": True}, "shard", "there is one"),
+        ({"processes": 2, "device": "cuda:0"}, "device", "set it to cuda"),
+        ({"processes": 2, "device": "mps"}, "device", "one device"),
+        ({"processes": 2}, "processes", "distillation.refresh"),
+    ],
+)
+def test_what_several_processes_cannot_work_with(runtime: dict[str, Any], key: str, words: str) -> None:
+    changes = {"regime": "on_policy", "distillation": {"refresh": 2}} if key == "processes" else {}
+    e = Experiment.model_validate({"experiment": "x", "runtime": runtime, **changes})
+    assert words in dict(contradictions(e))[f"runtime.{key}"]
+    able = Experiment.model_validate({"experiment": "x", "runtime": {"processes": 2, "shard": True, "device": "cuda"}})
+    assert not contradictions(able)
 
 
 def test_name_comes_from_the_file_that_is_run(tmp_path: Path) -> None:

@@ -62,6 +62,20 @@ def test_checkpointing_keeps_less_and_twice_the_tokens_take_twice_as_much() -> N
     assert saved([2000], False) == pytest.approx(2 * saved([1000], False), rel=0.02)
 
 
+@pytest.mark.parametrize(("outside", "gathered"), [(50, 50 + 3 * 20), (70, 2 * 70)])
+def test_of_a_base_in_parts_a_process_keeps_one_and_gathers_layers(
+    outside: int, gathered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(config: Any, *_: Any) -> tuple[int, ...]:
+        weights = outside + 20 * config.num_hidden_layers
+        return weights, 3, 1000, weights + 5000
+
+    monkeypatch.setattr(memory, "_run", run)
+    told = training_memory(qwen3(num_hidden_layers=40), dtype="float32", settings=SETTINGS, rows=ROWS, shards=4)
+    kept = -(-(outside + 800) // 4)
+    assert told == memory.Memory(kept, 3, 1000, kept + gathered + 5000)
+
+
 def test_keys_and_values() -> None:
     assert cache_memory(qwen3(), "bfloat16", 100) == 2 * 5 * 2 * 16 * 2 * 100
 
