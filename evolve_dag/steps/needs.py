@@ -22,8 +22,8 @@ def require_files(experiment: Experiment) -> None:
     """
     if missing := absent_files(experiment):
         raise DataError(
-            f"{experiment.experiment}: {len(missing)} of the things that it needs are not there\n  " + "\n  ".join(missing),
-            "put them there, or correct the keys; docs/benchmarks.md says where tasks come from; `evolve doctor` with the same "
+            f"{experiment.experiment}: needs what is not there\n  " + "\n  ".join(missing),
+            "put it there, or correct the key; docs/benchmarks.md says where tasks come from; `evolve doctor` with the same "
             "file looks for keys and programs too",
         )
 
