@@ -97,12 +97,14 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
 
     from evolve_dag.distillation.memory import cache_memory, training_memory
     from evolve_dag.inference.folders import place
+    from evolve_dag.inference.quantization import require
 
     policy, runtime, longest = experiment.models.policy, experiment.runtime, experiment.rollout.max_tokens
     folder = place(policy)
     if not (folder / "config.json").is_file():
         yield Finding("note", "memory", f"{folder}/config.json is not there: that file alone is enough to calculate")
         return
+    require(policy.quantize, runtime.device)
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     together = max(1, runtime.tokens_per_pass // longest)
     training = training_memory(
@@ -111,6 +113,7 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
         settings=experiment.distillation,
         rows=[longest] * together,
         activation_checkpointing=runtime.activation_checkpointing,
+        quantize=policy.quantize,
     )
     rows = "1 trajectory" if together == 1 else f"{together} trajectories"
     text = f"passes of {rows} of {longest} tokens" + ", activations computed twice" * runtime.activation_checkpointing
@@ -328,6 +331,7 @@ def _optional(rows: Sequence[Row]) -> Iterator[Finding]:
             for choice, name, row in rows
             for library, extra in row.libraries.items()
         },
+        "bitsandbytes": "a base in 4 bit (models.policy.quantize: nf4): pip install 'evolve-dag[quantized]'",
         "gguf": "model folders from GGUF files (evolve model): pip install 'evolve-dag[gguf]'",
         "s3fs": "a store on object storage (EVOLVE_MIRROR): pip install 'evolve-dag[s3]'",
         "pytest": "the tests (make test): pip install -e '.[dev]'",

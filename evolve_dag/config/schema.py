@@ -26,7 +26,7 @@ from evolve_dag.config.parts import (
     part,
 )
 from evolve_dag.config.scheduling import check_cron, check_timezone
-from evolve_dag.config.section import MOST, PATH, RUNTIME, Section, Strings, marked
+from evolve_dag.config.section import IDENTITY, MOST, PATH, RUNTIME, Section, Strings, marked
 from evolve_dag.records import LARGEST_SEED, Granularity, InjectionPattern, Source
 
 REGIME_PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -77,6 +77,8 @@ class PolicySettings(ModelSettings):
     """Folder that ``from_pretrained`` reads; ``pocket`` is the policy that ships with the package."""
     dtype: Literal["float32", "bfloat16", "float16"]
     """Number format of the weights."""
+    quantize: Literal["none", "nf4"] = Field("none", json_schema_extra=IDENTITY)
+    """How the linear layers are kept."""
 
 
 class TransformersModelSettings(PolicySettings):
@@ -88,6 +90,9 @@ class TransformersModelSettings(PolicySettings):
     """``pocket`` (the policy that ships with the package) or a folder that ``from_pretrained`` reads."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the weights."""
+    quantize: Literal["none", "nf4"] = Field("none", json_schema_extra=IDENTITY)
+    """How the linear layers are kept: in ``dtype``, or in 4 bit (NF4, as in QLoRA; extra ``[quantized]``) and computed in
+    ``dtype``. That is another base, and the teacher, the student and the rollouts of the policy all have it."""
 
 
 class VllmModelSettings(PolicySettings):
@@ -97,6 +102,9 @@ class VllmModelSettings(PolicySettings):
     """Through vLLM: an engine in a process of its own, or servers that run already."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the weights."""
+    quantize: Literal["none"] = Field("none", json_schema_extra=IDENTITY)
+    """vLLM samples from the weights as they are, and what learns and teaches here has to have the same ones: ``nf4`` is for the
+    backend ``transformers`` alone."""
     servers: Strings = Field((), json_schema_extra=RUNTIME)
     """Addresses of running vLLM servers, e.g. ``http://127.0.0.1:8000/v1``; calls are spread over them. None: an engine of our
     own. They need ``--enable-lora``, ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`` and the adapters' folder in sight."""

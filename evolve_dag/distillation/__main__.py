@@ -34,6 +34,8 @@ class Request:
     settings: DistillationSettings
     regime: Regime
     dtype: str = "float32"
+    quantize: str = "none"
+    """How the base is kept; ``nf4``: in 4 bit."""
     init_adapter: str | None = None
     seed: int = 0
     iteration: int = 1
@@ -52,7 +54,7 @@ def train(request: Request) -> DistillationResult:
     with ExitStack() as stack:
         device = _join(request.device, stack)
         return distill(
-            load_model(request.model, request.dtype),
+            load_model(request.model, request.dtype, request.quantize, device),
             [row for folder in request.contexts for row in load_contexts(Path(folder))],
             settings=request.settings,
             regime=request.regime,

@@ -100,7 +100,7 @@ class DistillationResult:
 
 
 Resample = Callable[[int, "nn.Module"], list[DistillationRow]]
-"""(round from 1, student with its adapter merged in, a copy) -> rows on fresh student trajectories, scored by the
+"""(round from 1, student with its adapter, a copy) -> rows on fresh student trajectories, scored by the
 teacher policy(k) with experience. A share of ``epochs / refresh`` of the tasks is as much as a round can use."""
 
 
@@ -214,17 +214,21 @@ def learning_rate(settings: DistillationSettings, step: int, total: int, iterati
     return peak * warm * (1.0 - (1.0 - FINAL_FRACTION) * progress)
 
 
-def load_model(path: Path | str, dtype: str = "float32") -> nn.Module:
+def load_model(path: Path | str, dtype: str = "float32", quantize: str = "none", device: str = "cpu") -> nn.Module:
     """A causal language model from a folder.
 
-    Raises:
-        ModelError: transformers cannot read it.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
+    Args:
+        quantize: how it is kept (``models.policy.quantize``).
 
+    Raises:
+        ModelError: transformers cannot read it, or it cannot be kept so here.
+    """
+    from evolve_dag.inference.quantization import pretrained, require
+
+    require(quantize, device)
     try:
-        return AutoModelForCausalLM.from_pretrained(str(path), dtype=getattr(torch, dtype), local_files_only=True)
+        model: nn.Module = pretrained(path, dtype=dtype, quantize=quantize, device=device)
+        return model
     except Exception as error:  # whatever transformers, safetensors or the config parser raise: it is not loadable
         raise ModelError(f"{path}: not a model that transformers can load: {error}", "check models.policy.path") from error
 

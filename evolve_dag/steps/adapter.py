@@ -64,7 +64,7 @@ def run(context: StepContext) -> None:
     folder = context.build.path
     resample = _Resample(context) if experiment.distillation.refresh > 1 else None
     result = distill(
-        load_model(model_folder(settings), settings.dtype),
+        load_model(model_folder(settings), settings.dtype, settings.quantize, experiment.runtime.device),
         rows,
         settings=experiment.distillation,
         regime=experiment.regime,
