@@ -22,7 +22,7 @@ from evolve_dag.distillation.forward import Forward
 from evolve_dag.distillation.lora import fuse
 from evolve_dag.distillation.losses import Teacher, token_losses_from_hidden
 from evolve_dag.inference.kv import bytes_per_token
-from evolve_dag.inference.quantization import packed
+from evolve_dag.inference.quantization import packed, state_of
 
 if TYPE_CHECKING:
     from evolve_dag.config.schema import DistillationSettings
@@ -149,7 +149,7 @@ def _materialize(model: nn.Module) -> None:
     for module in model.modules():
         for own in (module._parameters, module._buffers):
             for name, old in own.items():
-                if old is None or not old.is_meta:
+                if old is None or state_of(old) is not None:
                     continue
                 if id(old) not in made:
                     new = torch.empty(old.shape, dtype=old.dtype)

@@ -219,6 +219,7 @@ def load_model(path: Path | str, dtype: str = "float32", quantize: str = "none",
 
     Args:
         quantize: how it is kept (``models.policy.quantize``).
+        device: where it is made.
 
     Raises:
         ModelError: transformers cannot read it, or it cannot be kept so here.
