@@ -67,6 +67,17 @@ def step(model: Any, rows: list[DistillationRow]) -> float:
     return time.process_time() - begun
 
 
+def answering(model: Any) -> float:
+    """Median CPU seconds of a token of each of 32 episodes, nothing before it."""
+    ids, spent = torch.ones((32, 1), dtype=torch.long), []
+    with torch.inference_mode():
+        for _ in range(20):
+            begun = time.process_time()
+            model(input_ids=ids)
+            spent.append(time.process_time() - begun)
+    return median(spent)
+
+
 def kept_by(model: Any, rows: list[DistillationRow]) -> int:
     """Bytes that the forward pass keeps for the way back."""
     forward = Forward(model)
@@ -79,11 +90,13 @@ def kept_by(model: Any, rows: list[DistillationRow]) -> int:
 
 def timings(folder: Path, tokens: int, rounds: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in KINDS}
-    models = {}
+    models, sampling = {}, {}
     for name, (dtype, quantize, ours) in KINDS.items():
         base = load_model(folder, dtype, quantize)
         total, linear = held(base)
+        merged = answering(base)  # an adapter that is added in costs nothing
         models[name] = attach(base, rank=16, alpha=32, seed=0).eval()
+        sampling[name] = merged if quantize == "none" else answering(models[name])
         if ours:
             fuse(models[name])
         print(f"{name:30} weights {total / 1e6:7.1f} MB, of linear layers {linear / 1e6:7.1f} MB", flush=True)
@@ -95,18 +108,18 @@ def timings(folder: Path, tokens: int, rounds: int) -> None:
     for name, found in seconds.items():
         ratio = median(one / full for one, full in zip(found, seconds["float32"], strict=True))
         memory = f"kept for the way back {kept[name] / 1e6:.0f} MB"
-        print(f"{name:30} {median(found):6.2f} CPU s a step, {ratio:.2f} of float32; {memory}")
+        sampled = f"sampling {sampling[name] / sampling['float32']:.2f} of float32"
+        print(f"{name:30} {median(found):6.2f} CPU s a step, {ratio:.2f} of float32; {memory}; {sampled}", flush=True)
     for model in models.values():
         detach(model)
 
 
-def played(e: Experiment, count: int, quantize: str) -> tuple[list[Trajectory], Any, float]:
-    """The first training tasks; CPU seconds per thousand sampled tokens."""
+def played(e: Experiment, count: int, quantize: str) -> tuple[list[Trajectory], Any]:
+    """Episodes of the first training tasks, and the model that played them."""
     settings = e.models.policy.model_copy(update={"quantize": quantize, "dtype": "float32"})
     model = open_transformers(settings, runtime=e.runtime)
     with Roles(e) as roles:
         split = load_split(e, "train", roles)
-        begun = time.process_time()
         found = asyncio.run(
             gather_rollouts(
                 (list(split.tasks) * (count // len(split.tasks) + 1))[:count],
@@ -119,12 +132,11 @@ def played(e: Experiment, count: int, quantize: str) -> tuple[list[Trajectory], 
                 concurrency=e.runtime.concurrency,
             )
         )
-    return found, model, 1000 * (time.process_time() - begun) / model.counters.sampled_tokens
+    return found, model
 
 
-def distance(e: Experiment, episodes: int) -> float:
-    """CPU seconds per thousand tokens that the base in full samples."""
-    full, model, seconds = played(e, episodes, "none")
+def distance(e: Experiment, episodes: int) -> None:
+    full, model = played(e, episodes, "none")
     aligned = align_all(full, model.chat, no_injection)
     rows = make_rows(aligned, TeacherScorer(model.model, top_k=0).score([one.views for one in aligned]))
     print(f"float32: reward {fmean(one.reward or 0.0 for one in full):.3f} over {len(full)} training episodes", flush=True)
@@ -133,7 +145,6 @@ def distance(e: Experiment, episodes: int) -> float:
         steps = [value for one in step_divergences(load_model(folder, dtype, quantize), rows) for value in one]
         told = f"KL(float32 || {name}) {fmean(steps):.4f} nats a token, mean of {len(steps)} steps; median {median(steps):.4f}"
         print(told, flush=True)
-    return seconds
 
 
 def main() -> None:
@@ -148,11 +159,10 @@ def main() -> None:
     e = load_experiment(asked.config)
     if not asked.distance:
         timings(model_folder(e.models.policy), asked.tokens, asked.rounds)
-    fast = distance(e, asked.episodes)
+    distance(e, asked.episodes)
     if not asked.distance:
-        found, _, slow = played(e, asked.episodes, "nf4")
+        found, _ = played(e, asked.episodes, "nf4")
         print(f"nf4: reward {fmean(one.reward or 0.0 for one in found):.3f} over {len(found)} training episodes")
-        print(f"sampling in 4 bit, without adapter: {slow / fast:.2f} of the CPU seconds a token")
 
 
 if __name__ == "__main__":
