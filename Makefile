@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 export DAGSTER_DISABLE_TELEMETRY ?= true
 
-.PHONY: verifiers test-verifiers real test-textworld bench smollm2 vllm vllm-gpu test-ui test-vllm test-ray test-kubernetes demo test check lint fix hooks types ui install clean model benchmarks
+.PHONY: test-quantized verifiers test-verifiers real test-textworld bench smollm2 vllm vllm-gpu test-ui test-vllm test-ray test-kubernetes demo test check lint fix hooks types ui install clean model benchmarks
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -68,6 +68,10 @@ test-textworld: install  ## the games of TextWorld (installs it; a minute)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[textworld]'
 	$(BIN)/python -m pytest tests/environments/test_textworld.py
 
+test-quantized: install  ## a base in 4 bit (installs bitsandbytes; a minute)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[quantized]'
+	$(BIN)/python -m pytest tests/inference/test_quantization.py tests/distillation/test_quantized_base.py
+
 verifiers: install  ## the library verifiers and the tasksets of examples/verifiers_tasksets, for configs/verifiers_*.yaml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[verifiers]' -e examples/verifiers_tasksets
 
@@ -106,7 +110,7 @@ model: install  ## pretrain the pocket policy anew (about 50 minutes on 2 cores)
 	$(BIN)/evolve pocket pretrain --out evolve_dag/environments/pocket/model
 
 benchmarks: install  ## timings, printed as ratios
-	for file in $(filter-out benchmarks/engine.py benchmarks/against_trl.py benchmarks/memory.py benchmarks/vllm_roads.py benchmarks/ray_workers.py benchmarks/teaches.py benchmarks/games.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	for file in $(filter-out benchmarks/engine.py benchmarks/against_trl.py benchmarks/memory.py benchmarks/vllm_roads.py benchmarks/ray_workers.py benchmarks/teaches.py benchmarks/games.py benchmarks/quantized.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 bench: install  ## the distillation engine's ratios in one run (half an hour on an idle core; installs TRL)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[bench]'

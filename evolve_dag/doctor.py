@@ -125,12 +125,14 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
 
     from evolve_dag.distillation.memory import cache_memory, training_memory
     from evolve_dag.inference.folders import longest_context, place
+    from evolve_dag.inference.quantization import require
 
     policy, runtime = experiment.models.policy, experiment.runtime
     folder = place(policy)
     if not (folder / "config.json").is_file():
         yield Finding("note", "memory", f"{folder}/config.json is not there: that file alone is enough to calculate")
         return
+    require(policy.quantize, runtime.device)
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     # `reach` leaves out the last observation, whose length is the environment's affair.
     longest = min(experiment.rollout.reach, longest_context(policy, folder))
@@ -143,6 +145,7 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
         rows=[longest] * together,
         activation_checkpointing=runtime.activation_checkpointing,
         shards=shards,
+        quantize=policy.quantize,
     )
     rows = "1 trajectory" if together == 1 else f"{together} trajectories"
     text = f"passes of {rows} of {longest} tokens" + ", activations computed twice" * runtime.activation_checkpointing
@@ -364,6 +367,7 @@ def _optional(rows: Sequence[Row]) -> Iterator[Finding]:
             for choice, name, row in rows
             for library, extra in row.libraries.items()
         },
+        "bitsandbytes": "a base in 4 bit (models.policy.quantize: nf4): pip install 'evolve-dag[quantized]'",
         "gguf": "model folders from GGUF files (evolve model): pip install 'evolve-dag[gguf]'",
         "s3fs": "a store on object storage (EVOLVE_MIRROR): pip install 'evolve-dag[s3]'",
         "pytest": "the tests (make test): pip install -e '.[dev]'",

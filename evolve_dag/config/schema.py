@@ -26,7 +26,7 @@ from evolve_dag.config.parts import (
     part,
 )
 from evolve_dag.config.scheduling import check_cron, check_timezone
-from evolve_dag.config.section import MOST, PATH, PROGRAM, RUNTIME, Section, Strings, marked
+from evolve_dag.config.section import IDENTITY, MOST, PATH, PROGRAM, RUNTIME, Section, Strings, marked
 from evolve_dag.records import LARGEST_SEED, Granularity, InjectionPattern, Source
 
 REGIME_PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -77,6 +77,8 @@ class PolicySettings(ModelSettings):
     """Folder that ``from_pretrained`` reads; ``pocket`` is the policy that ships with the package."""
     dtype: Literal["float32", "bfloat16", "float16"]
     """Number format of the weights."""
+    quantize: Literal["none", "nf4"] = Field("none", json_schema_extra=IDENTITY)
+    """How the linear layers are kept."""
 
 
 class TransformersModelSettings(PolicySettings):
@@ -88,6 +90,9 @@ class TransformersModelSettings(PolicySettings):
     """``pocket`` (the policy that ships with the package) or a folder that ``from_pretrained`` reads."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the weights."""
+    quantize: Literal["none", "nf4"] = Field("none", json_schema_extra=IDENTITY)
+    """How the linear layers are kept: in ``dtype``, or in 4 bit (NF4, as in QLoRA; extra ``[quantized]``) and computed in
+    ``dtype``. That is another base, and the teacher, the student and the rollouts of the policy all have it."""
 
 
 class VllmModelSettings(PolicySettings):
@@ -97,6 +102,9 @@ class VllmModelSettings(PolicySettings):
     """Through vLLM: an engine in a process of its own, or servers that run already."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Number format of the weights."""
+    quantize: Literal["none"] = Field("none", json_schema_extra=IDENTITY)
+    """vLLM samples from the weights as they are, and what learns and teaches here has to have the same ones: ``nf4`` is for the
+    backend ``transformers`` alone."""
     servers: Strings = Field((), json_schema_extra=RUNTIME)
     """Addresses of running vLLM servers, e.g. ``http://127.0.0.1:8000/v1``; calls are spread over them. None: an engine of our
     own. They need ``--enable-lora``, ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`` and the adapters' folder in sight."""
@@ -449,7 +457,7 @@ class RuntimeSettings(Section):
     GPU of its own."""
     shard: bool = False
     """Each of the `processes` keeps a part of the base model's weights while it trains (FSDP2), for a base that leaves no room
-    on one GPU. The same adapter, for more time."""
+    on one GPU. The same adapter, for more time. Not with `models.policy.quantize`."""
     launcher: Launchers = Field(default_factory=Launchers)
 
 
@@ -537,6 +545,9 @@ def _not_together(e: Experiment) -> Iterator[tuple[str, str]]:
         if e.runtime.shard:
             yield "shard", "weights are spread over processes, and there is one: set runtime.processes, or shard to false"
         return
+    if e.runtime.shard and e.models.policy.quantize != "none":
+        what = f"models.policy.quantize is {e.models.policy.quantize}, and weights in 4 bit cannot be spread over processes"
+        yield "shard", f"{what}: set it to false (every process keeps all of them), or models.policy.quantize to none"
     if e.distillation.refresh > 1:
         yield "processes", "several processes cannot sample anew while training: set it to 1, or distillation.refresh"
     if e.runtime.device not in ("cpu", "cuda"):

@@ -18,6 +18,8 @@ RUNTIME: dict[str, Any] = {"runtime": True}
 """Marks a key that says how fast or where, never what: it is in no slice, so in no digest."""
 PATH: dict[str, Any] = {"path": True}
 """Marks a key that names a file or folder: relative to the file that states it, and in a digest by its content."""
+IDENTITY: dict[str, Any] = {"identity": True}
+"""Marks a key that stands in the identity of the section's path, and not beside it."""
 FOLDER: dict[str, Any] = {**PATH, "folder": True}
 """Marks one that names a folder, with all that is in it."""
 

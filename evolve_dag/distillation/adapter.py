@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import ConfigError, ModelError, StoreError
+from evolve_dag.inference.quantization import is_quantized
 from evolve_dag.inference.quiet import quiet_peft
 from evolve_dag.store.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -72,7 +73,7 @@ def detach(wrapped: Any) -> Any:
         if name in vars(base):
             delattr(base, name)
     for parameter in base.parameters():
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(parameter.is_floating_point())  # what is kept in 4 bit can have none
     return base
 
 
@@ -120,7 +121,14 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
 
 
 def merge(wrapped: Any) -> nn.Module:
-    """Merge a peft model into its base (unmerged LoRA costs rollouts 20-37%); the wrapper must not be used afterwards."""
+    """Merge a peft model into its base (unmerged LoRA costs rollouts 20-37%); the wrapper must not be used afterwards.
+
+    Over a base in 4 bit the adapter stays beside it (:mod:`evolve_dag.inference.quantization` says why); the wrapper comes back
+    as it is.
+    """
+    if is_quantized(wrapped):
+        kept: nn.Module = wrapped.eval()
+        return kept
     base = wrapped.merge_and_unload()
     for name in ("peft_config", "_hf_peft_config_loaded"):
         if name in vars(base):

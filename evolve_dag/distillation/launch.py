@@ -47,6 +47,8 @@ class Request:
     contexts: tuple[Path, ...] = ()
     """Folders of rows (:mod:`evolve_dag.distillation.dataset`), in order."""
     dtype: str = "float32"
+    quantize: str = "none"
+    """How the base is kept; ``nf4``: in 4 bit."""
     init_adapter: Path | None = None
     seed: int = 0
     iteration: int = 1
@@ -104,7 +106,8 @@ def train_here(
 ) -> DistillationResult:
     """:func:`~evolve_dag.distillation.trainer.distill` as requested, on ``rows``."""
     return distill(
-        load_model(request.model, request.dtype),
+        # A base that is to be spread goes to its device layer by layer.
+        load_model(request.model, request.dtype, request.quantize, "cpu" if request.shard else request.device),
         rows,
         settings=request.settings,
         regime=request.regime,

@@ -22,6 +22,7 @@ from evolve_dag.distillation.forward import Forward
 from evolve_dag.distillation.lora import fuse
 from evolve_dag.distillation.losses import Teacher, token_losses_from_hidden
 from evolve_dag.inference.kv import bytes_per_token
+from evolve_dag.inference.quantization import packed, state_of
 
 if TYPE_CHECKING:
     from evolve_dag.config.schema import DistillationSettings
@@ -55,6 +56,7 @@ def training_memory(
     rows: Sequence[int],
     activation_checkpointing: bool = False,
     shards: int = 1,
+    quantize: str = "none",
 ) -> Memory:
     """Memory of a training step with one pass, in one process.
 
@@ -65,11 +67,13 @@ def training_memory(
             another keep the keys and values of what stands before them once more: with ``distillation.retention`` or ``drills``
             at contexts of many thousand tokens, plan for more.)
         shards: processes that keep a part of the base's weights each (``runtime.shard``).
+        quantize: how the base is kept (``models.policy.quantize``); other than none it needs bitsandbytes.
 
     Raises:
         ModelError: the architecture cannot be trained here.
     """
-    few, more = (_run(_with_layers(config, layers), dtype, settings, rows, activation_checkpointing) for layers in (FEW, MORE))
+    shapes = (_with_layers(config, layers) for layers in (FEW, MORE))
+    few, more = (_run(one, dtype, quantize, settings, rows, activation_checkpointing) for one in shapes)
     further = config.get_text_config().num_hidden_layers - FEW
     weights, adapter, saved, peak = (a + further * (b - a) for a, b in zip(few, more, strict=True))
     if shards == 1:
@@ -94,7 +98,7 @@ def cache_memory(config: Any, dtype: str, tokens: int) -> int:
 
 
 def _run(
-    config: Any, dtype: str, settings: DistillationSettings, rows: Sequence[int], activation_checkpointing: bool
+    config: Any, dtype: str, quantize: str, settings: DistillationSettings, rows: Sequence[int], activation_checkpointing: bool
 ) -> tuple[int, int, int, int]:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
@@ -104,6 +108,8 @@ def _run(
         model = attach(base, rank=settings.rank, alpha=settings.alpha, seed=0).eval()
     fuse(model)
     with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
+        if quantize != "none":
+            _pack(model)
         _materialize(model)
         learned = [one for one in model.parameters() if one.requires_grad]
         adapter = sum(one.nbytes for one in learned)
@@ -143,13 +149,23 @@ def _with_layers(config: Any, layers: int) -> Any:
     return changed
 
 
+def _pack(model: nn.Module) -> None:
+    """Weights in 4 bit, without content, below every LoRA layer."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            base: Any = module.base_layer
+            base.weight = packed(base.weight.shape, base.weight.dtype)
+
+
 def _materialize(model: nn.Module) -> None:
     """Tensors without content on the CPU, in place of those on ``meta``; tied weights stay tied."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for own in (module._parameters, module._buffers):
             for name, old in own.items():
-                if old is None:
+                if old is None or state_of(old) is not None:
                     continue
                 if id(old) not in made:
                     new = torch.empty(old.shape, dtype=old.dtype)

@@ -27,6 +27,7 @@ from evolve_dag.distillation.forward import Forward
 from evolve_dag.distillation.parallel import Processes
 from evolve_dag.distillation.sharding import Sharded
 from evolve_dag.errors import ConfigError, ModelError
+from evolve_dag.inference.quantization import is_quantized
 
 if TYPE_CHECKING:
     from torch import nn
@@ -101,7 +102,7 @@ class DistillationResult:
 
 
 Resample = Callable[[int, "nn.Module"], list[DistillationRow]]
-"""(round from 1, student with its adapter merged in, a copy) -> rows on fresh student trajectories, scored by the
+"""(round from 1, student with its adapter, a copy) -> rows on fresh student trajectories, scored by the
 teacher policy(k) with experience. A share of ``epochs / refresh`` of the tasks is as much as a round can use."""
 
 
@@ -160,7 +161,7 @@ def distill(
 
     require_teachers(rows, regime.divergence)
     if shard:
-        _require_several(resample)
+        _require_can_be_spread(model, resample)
     if settings.refresh > 1 and resample is None and rows:
         raise ModelError(
             f"distillation.refresh is {settings.refresh}, but nothing can sample trajectories",
@@ -216,7 +217,7 @@ def distill(
     )
 
 
-def _require_several(resample: Resample | None) -> None:
+def _require_can_be_spread(model: nn.Module | Path | str, resample: Resample | None) -> None:
     if Processes.here().count == 1:
         raise ConfigError(
             "the base model is to be spread over processes, and there is one",
@@ -226,6 +227,11 @@ def _require_several(resample: Resample | None) -> None:
         raise ConfigError(
             "a base model that is spread over processes cannot sample trajectories while it is trained",
             "set distillation.refresh to 1, or shard to false",
+        )
+    if is_quantized(model):
+        raise ConfigError(
+            "a base model in 4 bit cannot be spread over processes",
+            "set shard to false (every process keeps all of it), or quantize to none",
         )
 
 
@@ -237,17 +243,22 @@ def learning_rate(settings: DistillationSettings, step: int, total: int, iterati
     return peak * warm * (1.0 - (1.0 - FINAL_FRACTION) * progress)
 
 
-def load_model(path: Path | str, dtype: str = "float32") -> nn.Module:
+def load_model(path: Path | str, dtype: str = "float32", quantize: str = "none", device: str = "cpu") -> nn.Module:
     """A causal language model from a folder.
 
-    Raises:
-        ModelError: transformers cannot read it.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
+    Args:
+        quantize: how it is kept (``models.policy.quantize``).
+        device: where it is made.
 
+    Raises:
+        ModelError: transformers cannot read it, or it cannot be kept so here.
+    """
+    from evolve_dag.inference.quantization import pretrained, require
+
+    require(quantize, device)
     try:
-        return AutoModelForCausalLM.from_pretrained(str(path), dtype=getattr(torch, dtype), local_files_only=True)
+        model: nn.Module = pretrained(path, dtype=dtype, quantize=quantize, device=device)
+        return model
     except Exception as error:  # whatever transformers, safetensors or the config parser raise: it is not loadable
         raise ModelError(f"{path}: not a model that transformers can load: {error}", "check models.policy.path") from error
 

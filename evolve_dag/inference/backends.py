@@ -112,6 +112,7 @@ def open_transformers(settings: PolicySettings, *, runtime: RuntimeSettings, ada
         model_folder(settings),
         adapter_dir=adapter,
         dtype=settings.dtype,
+        quantize=settings.quantize,
         device=runtime.device,
         threads=runtime.threads,
         max_batch=runtime.concurrency,

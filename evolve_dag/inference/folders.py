@@ -59,8 +59,9 @@ def is_pocket(settings: PolicySettings) -> bool:
 
 
 def base_identity(settings: PolicySettings) -> str:
-    """Identity of the base model: its weights and number format, wherever the folder lies."""
-    return f"sha256:{folder_digest(model_folder(settings))[:32]}:{settings.dtype}"
+    """Identity of the base model: its weights, their number format and how they are kept, wherever the folder lies."""
+    kept = "" if settings.quantize == "none" else f":{settings.quantize}"
+    return f"sha256:{folder_digest(model_folder(settings))[:32]}:{settings.dtype}{kept}"
 
 
 def folder_digest(folder: Path) -> str:

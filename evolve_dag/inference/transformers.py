@@ -24,13 +24,14 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from evolve_dag.errors import ContextOverflowError, ModelError
 from evolve_dag.inference.attention import ATTENTION, bare
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.guided import Guide, Guides
 from evolve_dag.inference.kv import RoundCache, SlotPool, bytes_per_token
+from evolve_dag.inference.quantization import is_quantized, pretrained, require
 from evolve_dag.inference.quiet import quiet_peft
 from evolve_dag.inference.recording import Recording, distribution
 from evolve_dag.protocols import Completion, Request
@@ -126,6 +127,7 @@ class TransformersModel:
         *,
         adapter_dir: str | Path | None = None,
         dtype: str = "float32",
+        quantize: str = "none",
         device: str = "cpu",
         threads: int | None = None,
         max_batch: int = 128,
@@ -140,7 +142,8 @@ class TransformersModel:
             tokenizer: Hugging Face tokenizer, :class:`ChatFormat`, or a folder that holds a tokenizer; None reads
                 it from the model's folder.
             adapter_dir: folder of a LoRA adapter that peft wrote.
-            merge: add adapters into the weights (unmerged they cost 20-37% of a rollout's time).
+            quantize: how the weights are kept (``models.policy.quantize``).
+            merge: add adapters into the weights (unmerged they cost 20-37% of a rollout's time), unless these are in 4 bit.
             threads: CPU threads of a forward pass; None leaves torch's setting.
             max_batch: most calls of one round.
             cache_bytes: memory for keys and values; None takes a quarter of what is available, 2 GiB at most on a CPU.
@@ -149,10 +152,10 @@ class TransformersModel:
             ModelError: model, tokenizer or adapter cannot be read, or do not fit each other.
         """
         name = str(path_or_model) if isinstance(path_or_model, (str, Path)) else type(path_or_model).__name__
-        model = _read_model(path_or_model, name, dtype, device)
+        model = _read_model(path_or_model, name, dtype, quantize, device)
         if adapter_dir is not None:
             model = _add_adapter(model, Path(adapter_dir), name, in_memory=isinstance(path_or_model, torch.nn.Module))
-        if merge and hasattr(model, "merge_and_unload"):
+        if merge and hasattr(model, "merge_and_unload") and not is_quantized(model):
             if isinstance(path_or_model, torch.nn.Module) and adapter_dir is None:
                 model = copy.deepcopy(model)  # the caller may be training it
             model = model.merge_and_unload()
@@ -667,13 +670,14 @@ def _choose_attention(model: Any) -> None:
         base.set_attn_implementation(ATTENTION)
 
 
-def _read_model(path_or_model: str | Path | torch.nn.Module, name: str, dtype: str, device: str) -> Any:
+def _read_model(path_or_model: str | Path | torch.nn.Module, name: str, dtype: str, quantize: str, device: str) -> Any:
     if isinstance(path_or_model, torch.nn.Module):
         return path_or_model
+    require(quantize, device)
     return _reading(
         f"model {name}",
         "the folder must hold config.json and intact *.safetensors",
-        lambda: AutoModelForCausalLM.from_pretrained(path_or_model, dtype=getattr(torch, dtype)).to(device),
+        lambda: pretrained(path_or_model, dtype=dtype, quantize=quantize, device=device),
     )
 
 

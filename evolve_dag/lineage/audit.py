@@ -281,7 +281,7 @@ def _measure(
     threads = torch.get_num_threads()
     torch.set_num_threads(runtime.threads)
     try:
-        model = load_model(model_folder(settings), settings.dtype).to(runtime.device).eval()
+        model = load_model(model_folder(settings), settings.dtype, settings.quantize, runtime.device).eval()
         loaded: tuple[str, list[DistillationRow]] | None = None
         for digest, student in todo:
             one = contexts[digest]

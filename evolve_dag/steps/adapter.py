@@ -70,6 +70,7 @@ def run(context: StepContext) -> None:
         settings=experiment.distillation,
         regime=experiment.regime,
         dtype=settings.dtype,
+        quantize=settings.quantize,
         init_adapter=adapter_folder(context.store, entering.adapter),
         seed=experiment.seed,
         iteration=context.iteration,

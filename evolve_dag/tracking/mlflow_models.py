@@ -111,6 +111,7 @@ def description(facts: IterationFacts, experiment: Experiment | None) -> dict[st
         "base": base,
         "path": path,
         "dtype": base.split(":")[2],
+        "quantize": (*base.split(":"), "none")[3],
         "system": trajectories["system"][0] if trajectories.height else "",
         "max_tokens": rollout.get("max_action_tokens", DEFAULTS["max_tokens"]),
         "adapter": facts.artifacts["adapter"].digest,

@@ -36,8 +36,8 @@ def write_policy(folder: Path, adapter: Path, names: Sequence[str], description:
         folder: made here.
         adapter: folder of the adapter artifact.
         names: files of the artifact to take.
-        description: ``base`` (identity), ``path`` (``pocket`` or a folder), ``dtype``, ``system`` (system message),
-            ``max_tokens``, and what else a reader should know.
+        description: ``base`` (identity), ``path`` (``pocket`` or a folder), ``dtype``, ``quantize``, ``system`` (system
+            message), ``max_tokens``, and what else a reader should know.
     """
     (folder / ADAPTER).mkdir(parents=True)
     for name in names:
@@ -65,6 +65,7 @@ class Policy:
             base_folder(self.description["base"], self.description["path"]),
             adapter_dir=self._folder / ADAPTER,
             dtype=self.description["dtype"],
+            quantize=self.description.get("quantize", "none"),
             threads=int(os.environ.get("OMP_NUM_THREADS") or 1),
         )
 
@@ -114,7 +115,8 @@ def base_folder(identity: str, path: str) -> Path:
     """Folder of the base model whose weights have this identity.
 
     Args:
-        identity: ``sha256:<32 hex digits>:<dtype>``, as :func:`evolve_dag.inference.folders.base_identity` gives it.
+        identity: ``sha256:<32 hex digits>:<dtype>``, with ``:nf4`` behind it in 4 bit, as
+            :func:`evolve_dag.inference.folders.base_identity` gives it.
         path: where it lay; '' when that is not known.
 
     Raises:

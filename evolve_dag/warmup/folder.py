@@ -40,8 +40,11 @@ def section(experiment: Experiment) -> WarmupSettings:
 
 
 def start(experiment: Experiment) -> PolicySettings:
-    """The model that a warm-up starts from: the policy's settings over ``warmup.base``."""
-    return experiment.models.policy.model_copy(update={"path": section(experiment).base})
+    """The model that a warm-up starts from: the policy's settings over ``warmup.base``.
+
+    Never in 4 bit: what it makes are whole weights, with what was learned added in.
+    """
+    return experiment.models.policy.model_copy(update={"path": section(experiment).base, "quantize": "none"})
 
 
 def config(experiment: Experiment) -> dict[str, Any]:

@@ -199,6 +199,18 @@ def test_what_several_processes_cannot_work_with(runtime: dict[str, Any], key: s
     assert not contradictions(able)
 
 
+def test_a_base_in_4_bit_is_not_kept_in_parts() -> None:
+    policy = {"backend": "transformers", "quantize": "nf4"}
+    e = Experiment.model_validate({"experiment": "x", "models": {"policy": policy}, "runtime": {"processes": 2, "shard": True}})
+    assert [key for key, _ in contradictions(e)] == ["runtime.shard"]
+    told = dict(contradictions(e))["runtime.shard"]
+    assert "models.policy.quantize is nf4" in told
+    assert "set it to false" in told
+    assert "quantize to none" in told
+    whole = e.model_copy(update={"runtime": e.runtime.model_copy(update={"shard": False})})
+    assert not contradictions(whole)
+
+
 def test_name_comes_from_the_file_that_is_run(tmp_path: Path) -> None:
     write(tmp_path, "base.yaml", "experiment: base\n")
     assert load_experiment(write(tmp_path, "child.yaml", "extends: base.yaml\n")).experiment == "child"

@@ -255,6 +255,13 @@ def test_one_process_cannot_hold_half_a_base(task: Task) -> None:
         distill(task.model, task.rows, settings=SETTINGS, regime=Regime(), out=task.folder / "one", shard=True)
 
 
+def test_two_processes_cannot_hold_half_a_base_in_4_bit(task: Task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Processes, "here", lambda: Processes(0, 2))
+    monkeypatch.setattr(task.model, "is_quantized", True, raising=False)
+    with pytest.raises(ConfigError, match=r"(?s)in 4 bit cannot be spread.*set shard to false"):
+        distill(task.model, task.rows, settings=SETTINGS, regime=Regime(), out=tmp_path, shard=True)
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [({"model": "x"}, "out: missing"), ({"model": "x", "out": "y", "settings": {}, "regime": {}}, "contexts: missing")],

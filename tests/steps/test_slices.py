@@ -89,6 +89,7 @@ def touched(old: Experiment, new: Experiment) -> set[str]:
         ({"granularity": "instance"}, {"extraction": {"min_support": 2, "confidence": 0.9}}, set()),
         ({"granularity": "instance"}, {"extraction": {"cap": 2}}, {"experience"}),
         ({}, {"models": {"judge": OPENAI, "selector": OPENAI, "extractor": OPENAI}}, set()),
+        ({}, {"models": {"policy": {"quantize": "nf4"}}}, {"policy"}),
         (LLM, {"selection": {"temperature": 0.5}}, {"contexts", "scores"}),
         (LLM, {"models": {"selector": OPENAI | {"extra": {"top_k": 1}}}}, {"contexts", "scores"}),
         (LLM, {"models": {"selector": OPENAI | {"timeout_seconds": 9.0}}}, set()),
