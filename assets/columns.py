@@ -27,6 +27,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "error": "What went wrong in a failed rollout.",
     "seconds": "Wall time, s.",
     "turns": "Model calls.",
+    "offers_tools": "Whether the episode had a tool to ask; without one no answer is premature.",
     "tokens": "Sampled tokens.",
     # experience
     "text": "What the teacher reads.",
