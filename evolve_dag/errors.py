@@ -53,6 +53,10 @@ class ModelError(EvolveError, RuntimeError):
     """A language model cannot be loaded or called."""
 
 
+class ClosedError(ModelError):
+    """A model was closed while it was asked, since the work is being stopped: this says nothing about an episode."""
+
+
 class ContextOverflowError(ModelError):
     """A conversation is longer than the model takes: an acting policy brought that upon itself, no machinery failed."""
 

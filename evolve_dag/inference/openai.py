@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import openai
 
 from evolve_dag.config.schema import OpenAIModelSettings
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import ClosedError, ModelError
 from evolve_dag.inference.addresses import host_of, is_local, public_name
 from evolve_dag.inference.ledger import Ledger, current_purpose
 from evolve_dag.inference.outgoing import chat_messages, estimate, fit
@@ -100,7 +100,7 @@ class OpenAIModel:
                 with outcome ``error``.
         """
         if self._closed:
-            raise ModelError(f"the {self._role} model {self.settings.model} was closed", "open a new one")
+            raise ClosedError(f"the {self._role} model {self.settings.model} was closed", "open a new one")
         started = time.monotonic()
         tally = _Tally()
         try:

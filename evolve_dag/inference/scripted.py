@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import ClosedError, ModelError
 from evolve_dag.protocols import Completion, Request
 from evolve_dag.records import Message
 
@@ -48,7 +48,7 @@ class ScriptedModel:
             BaseException: the reply, where it is an error.
         """
         if self.closed:
-            raise ModelError("the scripted model was closed", "make a new one")
+            raise ClosedError("the scripted model was closed", "make a new one")
         self.requests.append(request)
         position = self._calls[request.session]
         self._calls[request.session] += 1

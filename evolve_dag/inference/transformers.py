@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, PreTrainedModel
 
-from evolve_dag.errors import ContextOverflowError, ModelError
+from evolve_dag.errors import ClosedError, ContextOverflowError, ModelError
 from evolve_dag.inference.attention import ATTENTION, bare
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.guided import Guide, Guides
@@ -179,7 +179,7 @@ class TransformersModel:
             ModelError: it was closed.
         """
         if self._model is None:
-            raise ModelError("the model was closed", "load it again")
+            raise ClosedError("the model was closed", "load it again")
         return self._model
 
     @contextmanager
@@ -261,7 +261,7 @@ class TransformersModel:
                     continue
                 model = self._model
                 if model is None:
-                    raise ModelError("the model was closed while calls waited", "close it after the rollouts")
+                    raise ClosedError("the model was closed while calls waited", "close it after the rollouts")
                 results = await loop.run_in_executor(self._executor, self._round, model, batch)
                 for call, result in zip(batch, results, strict=True):
                     if call.future.done():

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import ClosedError, ModelError
 from evolve_dag.inference.folders import longest_context
 from evolve_dag.inference.vllm_source import RANKS, Adapter, Ask, Check, Sampled
 from evolve_dag.secrecy import describe_error, excerpt
@@ -161,7 +161,7 @@ class EngineProcess:
         if self._listener.is_alive():
             os.killpg(process.pid, signal.SIGKILL)  # not reaped yet: that is the listener's work
             self._listener.join()
-        self._fail(ModelError("vLLM's engine was closed", "open the policy again"))
+        self._fail(ClosedError("vLLM's engine was closed", "open the policy again"))
         self._log.close()
 
     # ------------------------------------------------------------------ the process and its pipe
@@ -192,7 +192,7 @@ class EngineProcess:
         future: Future[Any] = Future()
         with self._lock:
             if self._over is not None or self._closed:
-                future.set_exception(self._over or ModelError("vLLM's engine was closed", "open the policy again"))
+                future.set_exception(self._over or ClosedError("vLLM's engine was closed", "open the policy again"))
                 return future
             number = next(self._numbers)
             line = json.dumps({**message, "id": number}, separators=(",", ":"))

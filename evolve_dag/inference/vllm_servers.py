@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import ClosedError, ModelError
 from evolve_dag.inference.addresses import host_of, public_name
 from evolve_dag.inference.patience import retry_after
 from evolve_dag.inference.vllm_source import Adapter, Ask, Check, Sampled
@@ -94,7 +94,7 @@ class Servers:
 
     def submit(self, ask: Ask) -> Future[Sampled]:
         if self._closed:
-            raise ModelError("the connection to the vLLM servers was closed", "open the policy again")
+            raise ClosedError("the connection to the vLLM servers was closed", "open the policy again")
         return asyncio.run_coroutine_threadsafe(self._sample(ask), self._loop)
 
     def release(self, session: str) -> None:
@@ -135,7 +135,7 @@ class Servers:
             return await self._sample_somewhere(ask)
         except asyncio.CancelledError:
             if self._closed:
-                raise ModelError("the connection to the vLLM servers was closed", "close it after the rollouts") from None
+                raise ClosedError("the connection to the vLLM servers was closed", "close it after the rollouts") from None
             raise
 
     async def _sample_somewhere(self, ask: Ask) -> Sampled:

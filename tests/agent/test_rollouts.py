@@ -11,7 +11,7 @@ from worlds import ANSWER, SEARCH, Exact, World
 
 from evolve_dag.agent.rollouts import Condition, episode_seed, gather_conditions, gather_rollouts, played_here
 from evolve_dag.config.schema import RolloutSettings
-from evolve_dag.errors import DataError
+from evolve_dag.errors import ClosedError, DataError
 from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.records import Message, Task, Trajectory
 
@@ -206,3 +206,17 @@ def test_conditions_start_task_by_task_and_come_back_apart() -> None:
     assert [t.id for t in second] == [f"t{n}#0" for n in range(5)]
     assert len(journal.records()) == 10
     assert asyncio.run(gather_conditions([], concurrency=3)) == []
+
+
+def test_an_episode_whose_model_was_closed_has_not_failed() -> None:
+    """A run that is stopped closes its models while episodes wait for them: they are played when it goes on."""
+    journal, model = ListJournal(), ScriptedModel(two_steps)
+
+    def stop(trajectory: Trajectory) -> None:
+        model.closed = True
+
+    with pytest.raises(ClosedError):
+        asyncio.run(gather_rollouts(TASKS, 1, **arguments(model, journal=journal, concurrency=1, on_done=stop)))
+    assert [record["status"] for record in journal.records()] == ["answered"]
+    again = asyncio.run(gather_rollouts(TASKS, 1, **arguments(ScriptedModel(two_steps), journal=journal)))
+    assert [one.status for one in again] == ["answered"] * len(TASKS)
