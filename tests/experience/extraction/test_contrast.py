@@ -352,13 +352,17 @@ def test_items_in_other_words_and_of_other_granularity_are_left_alone() -> None:
     assert after.items[:2] == pool.items
 
 
-def test_speed_of_5000_trajectories() -> None:
-    data = simulate(4, 1250, 4, {"fitting": 0.7, "first": 0.2})
-    long = [replace(t, steps=(*[search(f"q {n}", f"no results {n}") for n in range(3)], *t.steps)) for t in data]
-    start = time.process_time()
-    mined = mine(long)
-    assert time.process_time() - start < 2.0
-    assert mined.statistics["trajectories"] == 5000
+def test_many_trajectories_cost_in_proportion() -> None:
+    """CPU of sixteen times as many, both sides in one run: what is quadratic costs 256 times as much."""
+
+    def cost(tasks: int) -> float:
+        data = simulate(4, tasks, 4, {"fitting": 0.7, "first": 0.2})
+        long = [replace(t, steps=(*[search(f"q {n}", f"no results {n}") for n in range(3)], *t.steps)) for t in data]
+        start = time.process_time()
+        assert mine(long).statistics["trajectories"] == 4 * tasks
+        return time.process_time() - start
+
+    assert cost(640) < 64 * cost(40)
 
 
 def test_a_forced_answer_is_no_choice_and_so_no_evidence() -> None:
