@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 export DAGSTER_DISABLE_TELEMETRY ?= true
 
-.PHONY: test-quantized verifiers test-verifiers real test-textworld bench smollm2 vllm vllm-gpu test-ui test-vllm test-ray test-kubernetes demo test check lint fix hooks types ui install clean model benchmarks
+.PHONY: test-attack test-quantized verifiers test-verifiers real test-textworld bench smollm2 vllm vllm-gpu test-ui test-vllm test-ray test-kubernetes demo test check lint fix hooks types ui install clean model benchmarks
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -63,6 +63,9 @@ test-ray: install  ## heavy steps on a local Ray cluster of two nodes (2 minutes
 test-kubernetes: install  ## heavy steps in pods, against a stub of the API (installs Dagster's client)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,kubernetes]'
 	$(BIN)/python -m pytest tests/assets/test_kubernetes_launcher.py -p no:cacheprovider
+
+test-attack: install  ## kills at random moments, a fault in every step, full disks, damaged files, hostile input; ATTACK="--kills 1000" for more
+	$(BIN)/python -m pytest tests_attack -p no:cacheprovider -s $(ATTACK)
 
 test-textworld: install  ## the games of TextWorld (installs it; a minute)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[textworld]'
