@@ -67,9 +67,11 @@ class StateSelection(SelectionSettings):
 
 
 def _mistakes(settings: StateSelection, experiment: Experiment) -> list[tuple[str, str]]:
-    if experiment.extraction.extractor != "llm" or experiment.granularity == "instance":
+    if experiment.extraction.extractor in ("contrast", "given") or experiment.granularity == "instance":
         return []
-    what = "'state' needs conditions, which `extractor: llm` does not write: use lexical or llm"
+    what = (
+        "'state' needs conditions, which only `extractor: contrast` writes, or a pool that is `given` has: use lexical or llm"
+    )
     return [("selection.selector", what)]
 
 
