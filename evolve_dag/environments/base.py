@@ -75,8 +75,9 @@ def _met_by_the_stream(tasks: Tasks) -> list[tuple[str, str]]:
         return []
     low, high = train.percent or (0, 100)
     found = []
-    for name in ("development", "held_out"):
-        split: TaskSplit = getattr(tasks, name)
+    for name, split in tasks.splits.items():
+        if split is train:
+            continue
         first, last = split.percent or (0, 100)
         if split.path == train.path and low < last and first < high:
             what = (

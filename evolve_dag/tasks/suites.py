@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,8 +55,9 @@ def load_tasks_of(experiment: Experiment, name: SplitName) -> tuple[Task, ...]:
     Raises:
         DataError: a file of tasks is wrong; lists the lines.
     """
-    gone = left_out(experiment, name)
-    return tuple(task for task in _tasks(experiment, name) if task.id not in gone)
+    tasks = _tasks(experiment, name)
+    gone = _asked_again(experiment, name, tasks)
+    return tuple(task for task in tasks if task.id not in gone)
 
 
 def left_out(experiment: Experiment, name: SplitName) -> frozenset[str]:
@@ -66,10 +68,15 @@ def left_out(experiment: Experiment, name: SplitName) -> frozenset[str]:
     Raises:
         DataError: a row cannot be loaded.
     """
+    return _asked_again(experiment, name, _tasks(experiment, name)) if one_world(experiment) else frozenset()
+
+
+def _asked_again(experiment: Experiment, name: SplitName, tasks: Sequence[Task]) -> frozenset[str]:
+    """:func:`left_out` of ``tasks``, which are those of the split."""
     if not one_world(experiment):
         return frozenset()
     asked = {_identity(task) for later in SPLITS[SPLITS.index(name) + 1 :] for task in _tasks(experiment, later)}
-    return frozenset(task.id for task in _tasks(experiment, name) if task.answer and _identity(task) in asked)
+    return frozenset(task.id for task in tasks if task.answer and _identity(task) in asked)
 
 
 def one_world(experiment: Experiment) -> bool:
@@ -116,7 +123,8 @@ def check_disjoint(experiment: Experiment) -> None:
 
 def _refuse_few(experiment: Experiment) -> None:
     for name in SPLITS:
-        tasks, gone = _tasks(experiment, name), left_out(experiment, name)
+        tasks = _tasks(experiment, name)
+        gone = _asked_again(experiment, name, tasks)
         if len(tasks) - len(gone) < LEAST_LEFT * len(tasks):
             others = " or ".join(f"tasks.{later}" for later in SPLITS[SPLITS.index(name) + 1 :])
             what = f"{len(gone)} of the {len(tasks)} tasks of tasks.{name} are asked in {others} too"

@@ -6,6 +6,8 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
+from pydantic import Field
+
 from evolve_dag.config.fence import Fence
 from evolve_dag.config.parts import ExtractionSettings, Part
 from evolve_dag.config.schema import Experiment
@@ -52,6 +54,20 @@ class Extraction:
     """For ``principle``: what the next extraction adds its own to."""
     mined: Pool | None = None
     """For a placebo: the pool as it was mined, from which the next extraction goes on."""
+
+
+class OtherWordsSettings(ExtractionSettings):
+    """Of extractors whose principles are in other words than the miner's."""
+
+    graduation: float = Field(0.0, ge=0, lt=1)
+    """A principle leaves the context once the policy clearly acts the same with and without it in this share of its steps and
+    it does not help the teacher any more; it comes back when that is clearly no longer so. 0: principles stay. It is measured
+    with the check of the teacher (``teacher_check``), so it takes effect in the iteration after."""
+
+
+def only_principles_graduate(settings: OtherWordsSettings, experiment: Experiment) -> tuple[str, ...]:
+    """What such an extractor does not read."""
+    return () if experiment.granularity == "principle" else ("graduation",)
 
 
 ONE_OF_A_KIND = "a group of one rollout never holds both success and failure"

@@ -11,25 +11,26 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from evolve_dag.config.parts import ExtractionSettings
 from evolve_dag.config.section import MOST
-from evolve_dag.experience.extraction.base import Extraction, ExtractorPart, Material
+from evolve_dag.experience.extraction.base import (
+    Extraction,
+    ExtractorPart,
+    Material,
+    OtherWordsSettings,
+    only_principles_graduate,
+)
 
 if TYPE_CHECKING:
     from evolve_dag.config.schema import Experiment
 
 
-class GivenExtraction(ExtractionSettings):
+class GivenExtraction(OtherWordsSettings):
     """Extracts nothing: the pool that an experiment starts from stays as it is."""
 
     extractor: Literal["given"] = "given"
     """Extracts nothing: the pool that an experiment starts from stays as it is."""
     cap: int = Field(1000, ge=1, le=MOST)
     """Most items that the pool may hold; nothing is taken from a larger one, but the step's check fails."""
-    graduation: float = Field(0.0, ge=0, lt=1)
-    """A principle leaves the context once the policy clearly acts the same with and without it in this share of its steps and
-    it does not help the teacher any more; it comes back when that is clearly no longer so. 0: principles stay. It is measured
-    with the check of the teacher (``teacher_check``), so it takes effect in the iteration after."""
 
 
 async def _extract(settings: GivenExtraction, material: Material) -> Extraction:
@@ -42,9 +43,4 @@ def _mistakes(settings: GivenExtraction, experiment: Experiment) -> Iterator[tup
         yield "extraction.extractor", "`given` needs a pool that is given: set start_pool"
 
 
-GIVEN = ExtractorPart(
-    settings=GivenExtraction,
-    make=_extract,
-    unread=lambda settings, experiment: () if experiment.granularity == "principle" else ("graduation",),
-    mistakes=_mistakes,
-)
+GIVEN = ExtractorPart(settings=GivenExtraction, make=_extract, unread=only_principles_graduate, mistakes=_mistakes)

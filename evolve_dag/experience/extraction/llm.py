@@ -20,11 +20,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from evolve_dag.config.parts import ExtractionSettings
 from evolve_dag.config.section import MOST
 from evolve_dag.errors import ModelError
 from evolve_dag.experience.extraction import llm_plans as plans
-from evolve_dag.experience.extraction.base import Extraction, ExtractorPart, Material
+from evolve_dag.experience.extraction.base import (
+    Extraction,
+    ExtractorPart,
+    Material,
+    OtherWordsSettings,
+    only_principles_graduate,
+)
 from evolve_dag.experience.extraction.llm_calls import Asker, in_order
 from evolve_dag.experience.extraction.llm_edits import Lesson, PoolEditor, same_words, union
 from evolve_dag.experience.extraction.llm_form import Form, entities
@@ -43,7 +48,7 @@ _COUNTED = (
 )  # fmt: skip
 
 
-class LLMExtraction(ExtractionSettings):
+class LLMExtraction(OtherWordsSettings):
     """The paper's chain of summary, critique, decision and reconciliation, by the model ``models.extractor``."""
 
     extractor: Literal["llm"] = "llm"
@@ -63,10 +68,6 @@ class LLMExtraction(ExtractionSettings):
     max_characters: int = Field(24_000, ge=500, le=MOST)
     """Most characters of trajectories in one call, about 6,000 tokens; longer ones keep the head and tail of their longest
     parts."""
-    graduation: float = Field(0.0, ge=0, lt=1)
-    """A principle leaves the context once the policy clearly acts the same with and without it in this share of its steps and
-    it does not help the teacher any more; it comes back when that is clearly no longer so. 0: principles stay. It is measured
-    with the check of the teacher (``teacher_check``), so it takes effect in the iteration after."""
 
 
 def prompt_names(granularity: Granularity, domain: Domain) -> tuple[str, ...]:
@@ -275,5 +276,5 @@ LLM = ExtractorPart(
     make=_extract,
     roles=lambda settings: ("extractor",),
     prompts=lambda settings, experiment: prompt_names(experiment.granularity, settings.domain),
-    unread=lambda settings, experiment: () if experiment.granularity == "principle" else ("graduation",),
+    unread=only_principles_graduate,
 )
