@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evolve_dag.agent.loop import run_episode
+from evolve_dag.agent.together import together
 from evolve_dag.errors import DataError
 from evolve_dag.protocols import Environment, ExperienceSource, LanguageModel, StatefulEnvironment
 from evolve_dag.records import Task, Trajectory
@@ -149,15 +149,8 @@ async def gather_conditions(conditions: Sequence[Condition], concurrency: int) -
             results[number][at] = trajectory
             conditions[number].tell(trajectory)
 
-    workers = [asyncio.create_task(work()) for _ in range(min(max(1, concurrency), len(missing)))]
-    try:
-        await asyncio.gather(*workers)
-    finally:
-        # One worker failed (a full disk under the journal, say) or the caller cancelled: stop the others first,
-        # so that nothing writes after the error is out.
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
+    # Where one fails (a full disk under the journal, say) nothing writes after the error is out.
+    await together(work() for _ in range(min(max(1, concurrency), len(missing))))
     return [[result for result in own if result is not None] for own in results]
 
 

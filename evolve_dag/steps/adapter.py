@@ -180,7 +180,7 @@ class _Resample:
         with ExitStack() as opened:
             policy = opened.enter_context(open_policy(context.store, adapter, context.roles))
             source = experience_source(experiment, self.pool, context.roles)
-            trajectories = context.roles.run(with_teacher_views(trajectories, source))
+            trajectories = context.roles.run(with_teacher_views(trajectories, source, runtime.concurrency))
             kept = select_rows(trajectories, experiment.regime.rejection).kept
             if experiment.models.policy.backend != "transformers":
                 opened.close()

@@ -141,7 +141,9 @@ def _teach(context: StepContext, pool: Pool) -> _Taught:
                 experience=source,
             )
         else:
-            trajectories = context.roles.run(with_teacher_views(load_trajectories(context.inputs["trajectories"]), source))
+            trajectories = context.roles.run(
+                with_teacher_views(load_trajectories(context.inputs["trajectories"]), source, experiment.runtime.concurrency)
+            )
         checked = teacher_check.check(context, split, model, source, pool, trajectories)
         selection = select_rows([] if checked.check.refusal else trajectories, experiment.regime.rejection)
         if not selection.kept:

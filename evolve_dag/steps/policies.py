@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from evolve_dag.agent.rollouts import Condition, gather_conditions, played_here
+from evolve_dag.agent.together import each
 from evolve_dag.config.parts import part_of
 from evolve_dag.errors import PartError
 from evolve_dag.evaluation.gate import LEAST_JUDGED
@@ -220,20 +221,26 @@ def _journal(context: StepContext, name: str) -> Journal:
     return context.build.journal(name.replace(" ", "_"))
 
 
-async def with_teacher_views(trajectories: Sequence[Trajectory], source: ExperienceSource | None) -> list[Trajectory]:
+async def with_teacher_views(
+    trajectories: Sequence[Trajectory], source: ExperienceSource | None, concurrency: int
+) -> list[Trajectory]:
     """Student trajectories with what the teacher would have had in its context recorded in every step.
 
     One for which a selector from outside fails is ``failed``, as it is where the teacher acts: nothing is learned from it.
+
+    Args:
+        concurrency: trajectories at a time, since a selector may ask a model.
     """
     if source is None:
         return list(trajectories)
-    out = []
-    for trajectory in trajectories:
+
+    async def viewed(trajectory: Trajectory) -> Trajectory:
         try:
-            out.append(await _with_teacher_view(trajectory, source))
+            return await _with_teacher_view(trajectory, source)
         except PartError as error:
-            out.append(replace(trajectory, status="failed", reward=None, error=describe_error(error)))
-    return out
+            return replace(trajectory, status="failed", reward=None, error=describe_error(error))
+
+    return await each(viewed, trajectories, concurrency)
 
 
 async def _with_teacher_view(trajectory: Trajectory, source: ExperienceSource) -> Trajectory:

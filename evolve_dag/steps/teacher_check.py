@@ -76,7 +76,7 @@ def check(
     there = [t for t in trajectories if t.task_id in names]
     if experiment.regime.source == "teacher":
         own = [t for t in load_trajectories(context.inputs["trajectories"]) if t.task_id in names]
-        viewed = context.roles.run(with_teacher_views(own, source))
+        viewed = context.roles.run(with_teacher_views(own, source, experiment.runtime.concurrency))
         teacher, sampled = there, []
     else:
         viewed = there
@@ -124,7 +124,9 @@ def _alike(context: StepContext, others: Pool, viewed: Sequence[Trajectory]) -> 
         names = {task.id for task in _looked_at(experiment, load_tasks_of(experiment, "train"))}
         own = [t for t in load_trajectories(context.inputs["trajectories"]) if t.task_id in names]
         with open_policy(context.store, adapter, context.roles):  # a selector may ask it
-            again = context.roles.run(with_teacher_views(own, experience_source(experiment, left, context.roles)))
+            again = context.roles.run(
+                with_teacher_views(own, experience_source(experiment, left, context.roles), experiment.runtime.concurrency)
+            )
     found: dict[str, list[float]] = {}
     if viewed or again:
         with open_teacher(adapter_folder(context.store, adapter), context.roles, None) as teacher:

@@ -79,11 +79,30 @@ def test_an_episode_whose_verifier_gives_nonsense_is_not_judged() -> None:
 def test_a_trajectory_whose_selector_fails_is_failed_and_the_others_stand() -> None:
     steps = (Step(0, "look", (), ()), Step(1, "answer", (), ()))
     made = [Trajectory(name, "t", 0, 0, "", "?", steps, "answered", "a", 1.0) for name in ("good", "bad")]
-    good, bad = asyncio.run(with_teacher_views(made, Source()))
+    good, bad = asyncio.run(with_teacher_views(made, Source(), 2))
     assert [step.selected for step in good.steps] == [("p0001",)] * 2
     assert (bad.status, bad.reward) == ("failed", None)
     assert "selector odd (file): KeyError" in str(bad.error)
     assert bad.steps == steps
+
+
+def test_the_views_of_several_trajectories_are_made_at_once_and_no_more_than_asked() -> None:
+    asked: list[str] = []
+    both = asyncio.Event()
+
+    class Waits:
+        """Answers once two trajectories have asked."""
+
+        async def prepare(self, trajectory: Trajectory) -> Injected:
+            asked.append(trajectory.id)
+            if len(asked) == 2:
+                both.set()
+            await asyncio.wait_for(both.wait(), 5)
+            return Injected((), ("p0001",), "")
+
+    made = [Trajectory(name, "t", 0, 0, "", "?", (Step(0, "look", (), ()),), "answered", "a", 1.0) for name in "abc"]
+    viewed = asyncio.run(with_teacher_views(made, Waits(), 2))
+    assert [one.id for one in viewed] == asked == ["a", "b", "c"]
 
 
 def test_a_step_whose_part_was_installed_anew_meanwhile_is_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from evolve_dag import prompts
+from evolve_dag.agent.together import together
 from evolve_dag.errors import ModelError
 from evolve_dag.experience.extraction.llm_plans import Tally
 from evolve_dag.inference.ledger import purpose
@@ -165,16 +166,11 @@ async def in_order(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
             return error
 
     jobs = list(jobs)
-    tasks = [asyncio.ensure_future(held(job)) for job in jobs]
     try:
-        results = await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        results = await together(map(held, jobs))
+    finally:
         for job in jobs:
             job.close()  # those that never began
-        raise
     done: list[T] = []
     for result in results:
         if isinstance(result, ModelError):
