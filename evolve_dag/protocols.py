@@ -142,6 +142,10 @@ TALK = ToolSpec(REPLY, "Say something.", {"text": "What is said."}, plain="text"
 call that a limit allows too, and is the answer where the episode ends with it."""
 
 
+CAN = "can"
+OR = "; "
+
+
 @dataclass(frozen=True, slots=True)
 class ToolResult:
     """What a call gave, where there is more to say than its text."""
@@ -154,7 +158,8 @@ class ToolResult:
     """What a reader should see in the observation, so that lessons can be found about it: name -> value, at most six, in
     lower-case words of a small vocabulary (``{"result": "an error"}`` reads 'when the result is an error'). They take the place
     of what is read from the text. Never words of the world or the task: what says something of one task only is no lesson.
-    ``did`` is not about the observation but the call: what it came to (``go back``), where its tool's name says too little."""
+    ``did`` is not about the observation but the call: what it came to (``go back``), where its tool's name says too little.
+    :data:`CAN` is about the next call: all that it may come to, in the words of ``did``, with :data:`OR` between them."""
 
 
 @runtime_checkable

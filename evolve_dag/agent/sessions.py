@@ -20,6 +20,8 @@ from typing import Any, Protocol, TypeVar
 from evolve_dag.errors import SessionError
 from evolve_dag.plain import plain
 from evolve_dag.protocols import (
+    CAN,
+    OR,
     Completion,
     Environment,
     Session,
@@ -257,9 +259,12 @@ def checked_result(given: object) -> ToolResult:
 
 
 def _checked_features(features: Mapping[str, str]) -> dict[str, str]:
-    wrong = [part for pair in features.items() for part in pair if not isinstance(part, str) or not _WORDS.fullmatch(part)]
-    if wrong or len(features) > MOST_FEATURES:
-        what = f"{wrong[0]!r:.60} is no feature" if wrong else f"{len(features)} features"
+    said = {name: value for name, value in features.items() if name != CAN}
+    able = features.get(CAN, "")
+    can = able.split(OR) if isinstance(able, str) and able else [able] if able else []
+    wrong = [one for one in (*said, *said.values(), *can) if not isinstance(one, str) or not _WORDS.fullmatch(one)]
+    if wrong or len(said) > MOST_FEATURES:
+        what = f"{wrong[0]!r:.60} is no feature" if wrong else f"{len(said)} features"
         raise SessionError(f"a call gave {what}", f"at most {MOST_FEATURES} names and values, of lower-case words")
     return dict(features)
 

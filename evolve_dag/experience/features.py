@@ -42,6 +42,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from evolve_dag.protocols import CAN, OR
 from evolve_dag.records import Step, ToolCall, Trajectory
 
 FEATURES: tuple[str, ...] = ("tool", "observation", "listed", "shared_name", "evidence", "mark", "repeat", "depth")
@@ -53,7 +54,8 @@ OWN = "env:"
 """Begins the name of a feature that the environment gave."""
 
 DID = "did"
-"""The feature that tells of the call itself, not of what it showed: the action, and no part of a situation."""
+"""The feature that tells of the call itself, not of what it showed: the action, and no part of a situation. Nor is
+:data:`~evolve_dag.protocols.CAN`: who could not do a thing is no witness of what it is worth to leave it."""
 
 ACTIONS: Mapping[str, str] = {
     "repeat": "the last call once more (to come back to an earlier one is what it is: a search, an opening)",
@@ -261,7 +263,7 @@ def _described(step: Step) -> Observation:
 
 
 def _shown(step: Step) -> dict[str, str]:
-    return {f"{OWN}{name}": value for name, value in step.features.items() if name != DID}
+    return {f"{OWN}{name}": value for name, value in step.features.items() if name not in (DID, CAN)}
 
 
 @lru_cache(maxsize=16384)
@@ -499,8 +501,20 @@ def action(question: str, before: Sequence[Step], step: Step) -> str:
     return Tracker(question, before).action(step)
 
 
-def walk(trajectory: Trajectory) -> list[tuple[dict[str, str], str]]:
-    """(situation, action) of every step where the policy had a choice.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A step where the policy had a choice."""
+
+    state: dict[str, str]
+    """The situation before it."""
+    action: str
+    """What was done."""
+    possible: frozenset[str] | None
+    """All that could have been done, of the actions ``did:<words>``; None where the environment does not say."""
+
+
+def choices(trajectory: Trajectory) -> list[Choice]:
+    """Every step where the policy had a choice.
 
     A step under the demand 'last step: answer now' is left out: there nothing but an answer was possible.
     """
@@ -508,6 +522,13 @@ def walk(trajectory: Trajectory) -> list[tuple[dict[str, str], str]]:
     found = []
     for place, step in enumerate(trajectory.steps):
         if not answer_demanded(trajectory.question, trajectory.steps[:place]):
-            found.append((transcript.features(), transcript.action(step)))
+            before = trajectory.steps[place - 1].features if place else {}
+            can = frozenset(f"{DID}:{one}" for one in before[CAN].split(OR)) if CAN in before else None
+            found.append(Choice(transcript.features(), transcript.action(step), can))
         transcript.append(step)
     return found
+
+
+def walk(trajectory: Trajectory) -> list[tuple[dict[str, str], str]]:
+    """(situation, action) of :func:`choices`."""
+    return [(choice.state, choice.action) for choice in choices(trajectory)]

@@ -16,10 +16,11 @@ from evolve_dag.environments.textworld.games import Play, coin, cooking
 if TYPE_CHECKING:
     from textworld import Game
 
-BACK = {"north": "south", "south": "north", "east": "west", "west": "east"}
 AHEAD = {"north": 1j, "south": -1j, "east": 1 + 0j, "west": -1 + 0j}
-"""A step on the map."""
+"""Way -> a step on the map."""
 NUMBERS = ("no", "one", "two", "three", "four")
+SAME = frozenset({"examine cookbook", "prepare meal", "eat meal"})
+"""Commands of Cooking that are the same in every game."""
 COOKED = frozenset({"fried", "roasted", "grilled", "burned"})
 _DIRECTION = re.compile(r"^\s*((?:fry|roast|grill) .+|prepare meal)$", re.M)
 
@@ -36,8 +37,8 @@ class Family:
     """Commands that are listed; others work as well where the game takes them."""
     features: Callable[[Play, tuple[str, ...]], Mapping[str, str]]
     """(play, commands so far) -> what a reader sees of the state, see :class:`~evolve_dag.protocols.ToolResult`."""
-    did: Callable[[Mapping[str, str], str], str]
-    """(features before a command, the command) -> what it comes to, in words that hold in every game."""
+    did: Callable[[Play, Mapping[str, str], str], str]
+    """(play, features before a command, the command) -> what it comes to, in words that hold in every game."""
     read: Callable[[Play, str], str] = lambda play, command: ""
     """(play, command) -> what a command shows that changes nothing."""
     first: str = ""
@@ -45,12 +46,10 @@ class Family:
 
 
 def _coin_features(play: Play, done: tuple[str, ...]) -> dict[str, str]:
-    exits = [way for way in BACK if f"go {way}" in play.commands]
+    exits = [way for way in AHEAD if f"go {way}" in play.commands]
     gone = [command.removeprefix("go ") for command in done if command.startswith("go ")]
-    back = BACK[gone[-1]] if done and done[-1].startswith("go ") else "unknown"
     return {
         "coin": "here" if "take coin" in play.commands else "not here",
-        "way back": back,
         "number of exits": NUMBERS[len(exits)],
         "onward": " or ".join(_untried(exits, gone)) or "nowhere new",
     }
@@ -78,14 +77,20 @@ def _cooking_features(play: Play, done: tuple[str, ...]) -> dict[str, str]:
     }
 
 
-def _coin_did(before: Mapping[str, str], command: str) -> str:
-    word, _, what = command.partition(" ")
-    return word if word != "go" else "go back" if what == before["way back"] else "go on"
+def _coin_did(play: Play, before: Mapping[str, str], command: str) -> str:
+    word, _, way = command.partition(" ")
+    return command if word != "go" else "go onward" if way in before["onward"].split(" or ") else "go back"
 
 
-def _cooking_did(before: Mapping[str, str], command: str) -> str:
+def _cooking_did(play: Play, before: Mapping[str, str], command: str) -> str:
     word, _, what = command.partition(" ")
-    return f"cook it with {what.rpartition(' with ')[2].lower()}" if word == "cook" else word
+    if word == "cook":
+        return f"cook it with {what.rpartition(' with ')[2].lower()}"
+    if word != "take":
+        return command if command in SAME else word
+    thing = what.partition(" from ")[0]
+    known = before["recipe"] != "unread" and any(thing == name for name, *_ in play.game.metadata["ingredients"])
+    return "take the food" if known else "take something"
 
 
 def recipe(play: Play) -> str:

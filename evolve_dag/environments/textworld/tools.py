@@ -11,10 +11,10 @@ from evolve_dag.config.schema import Experiment, TaskSplit
 from evolve_dag.environments.base import EnvironmentPart, tool_prompt, world_tasks
 from evolve_dag.environments.textworld.families import FAMILIES, Family
 from evolve_dag.environments.textworld.games import Play, need_textworld
-from evolve_dag.protocols import Session, ToolResult, ToolSpec
+from evolve_dag.protocols import CAN, OR, Session, ToolResult, ToolSpec
 from evolve_dag.records import Task, ToolCall
 
-VERSION = "2"
+VERSION = "3"
 """Raise it when the same turns would become another episode; the steps' versions stand for all environments."""
 GAMES = 1000
 """Numbers of games that a world has: world w holds the games w * 1000 to w * 1000 + 999."""
@@ -74,7 +74,8 @@ class TextWorldSession(Session):
         """What the game shows after a command; a command that it does not take counts as one."""
         command = " ".join(str(call.arguments["command"]).lower().split()).rstrip(".")
         self._count += 1
-        did = self._family.did(self._family.features(self._play, self._done), command)
+        before = self._family.features(self._play, self._done)
+        did = self._family.did(self._play, before, command)
         taken = self._play.enter(command)
         if taken:
             self._done = (*self._done, command)
@@ -84,7 +85,9 @@ class TextWorldSession(Session):
         over = self._play.over or self._count >= self._settings.limit
         text = "The game is over." if over else self._view()
         said = {"command": "done", "did": did} if taken else {"command": "refused"}
-        features = {**said, **self._family.features(self._play, self._done)}
+        now = self._family.features(self._play, self._done)
+        can = OR.join(dict.fromkeys(self._family.did(self._play, now, one.lower()) for one in self._play.commands))
+        features = {**said, CAN: can, **now}
         return ToolResult(f"{told} {text}".strip(), over, features)
 
     def reward(self, answer: str | None) -> float:

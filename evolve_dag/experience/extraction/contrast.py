@@ -22,16 +22,19 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from evolve_dag.errors import DataError
-from evolve_dag.experience.features import FEATURES, OWN, walk
+from evolve_dag.experience.features import DID, FEATURES, OWN, Choice, choices
 from evolve_dag.experience.phrases import action_of, render, strategy
 from evolve_dag.experience.pool import Pool, Proposal
 from evolve_dag.records import ExperienceItem, Trajectory
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Key = TypeVar("Key")
 Condition = tuple[tuple[str, str], ...]
@@ -139,23 +142,45 @@ class Evidence:
     """
 
     situations: Mapping[Condition, Moments]
+    """Of the trajectories that show a situation."""
     actions: Mapping[tuple[Condition, str], Moments]
+    """Of those among them that show an action in it."""
+    barred: Mapping[tuple[Condition, str], Moments] = field(default_factory=dict)
+    """Of those among them that could not act so in it: they tell nothing of what it is worth to leave that."""
+
+    def others(self, condition: Condition, action: str) -> Moments:
+        """Of the trajectories that show the situation and never the action in it, though it was possible."""
+        return self.free(condition, action) - self.actions[condition, action]
+
+    def free(self, condition: Condition, action: str) -> Moments:
+        """Of the trajectories that show the situation and could act so in it."""
+        barred = self.barred.get((condition, action))
+        return self.situations[condition] - barred if barred is not None else self.situations[condition]
 
     def faded(self, share: float) -> Evidence:
         """Every trajectory counts ``share`` of what it did; what counts next to nothing is dropped."""
         kept = {c: m.faded(share) for c, m in self.situations.items() if m.count * share >= LEAST_COUNT}
-        return Evidence(
-            kept, {k: m.faded(share) for k, m in self.actions.items() if k[0] in kept and m.count * share >= LEAST_COUNT}
-        )
+
+        def left(rows: Mapping[tuple[Condition, str], Moments]) -> dict[tuple[Condition, str], Moments]:
+            return {k: m.faded(share) for k, m in rows.items() if k[0] in kept and m.count * share >= LEAST_COUNT}
+
+        return Evidence(kept, left(self.actions), left(self.barred))
 
     def __add__(self, other: Evidence) -> Evidence:
-        return Evidence(_summed(self.situations, other.situations), _summed(self.actions, other.actions))
+        return Evidence(
+            _summed(self.situations, other.situations),
+            _summed(self.actions, other.actions),
+            _summed(self.barred, other.barred),
+        )
 
     def to_json(self) -> str:
         """Rows of condition, action or null, and the four sums."""
         rows: list[list[object]] = [[c, None, *_sums(m)] for c, m in self.situations.items()]
         rows += [[c, action, *_sums(m)] for (c, action), m in self.actions.items()]
-        return json.dumps({"format": 1, "rows": rows}, separators=(",", ":"))
+        whole: dict[str, object] = {"format": 1, "rows": rows}
+        if self.barred:
+            whole["barred"] = [[c, action, *_sums(m)] for (c, action), m in self.barred.items()]
+        return json.dumps(whole, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Evidence:
@@ -164,18 +189,18 @@ class Evidence:
         Raises:
             DataError: it is something else.
         """
-        situations: dict[Condition, Moments] = {}
-        actions: dict[tuple[Condition, str], Moments] = {}
         try:
-            for condition, action, *sums in json.loads(text)["rows"]:
-                key = tuple((str(feature), str(value)) for feature, value in condition)
-                if action is None:
-                    situations[key] = Moments(*map(float, sums))
-                else:
-                    actions[key, str(action)] = Moments(*map(float, sums))
-        except (ValueError, KeyError, TypeError) as error:
+            whole = json.loads(text)
+            rows = [(_condition(c), action, Moments(*map(float, sums))) for c, action, *sums in whole["rows"]]
+            barred = {(_condition(c), str(action)): Moments(*map(float, sums)) for c, action, *sums in whole.get("barred", ())}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"evidence of an experience pool: {error}", "materialize experience anew") from error
-        return cls(situations, actions)
+        situations = {condition: sums for condition, action, sums in rows if action is None}
+        return cls(situations, {(c, str(action)): sums for c, action, sums in rows if action is not None}, barred)
+
+
+def _condition(pairs: Sequence[Sequence[object]]) -> Condition:
+    return tuple((str(feature), str(value)) for feature, value in pairs)
 
 
 LEAST_COUNT = 0.05
@@ -196,19 +221,19 @@ class Mined:
     def __init__(
         self,
         patterns: tuple[Pattern, ...],
-        actions: Mapping[tuple[Condition, str], Moments],
-        situations: Mapping[Condition, Moments],
+        evidence: Evidence,
         confidence: float,
         statistics: Mapping[str, float],
+        states: Collection[Condition] = (),
     ) -> None:
-        self.evidence = Evidence(situations, actions)
+        self.states = states
+        """All states that were seen, with every feature."""
+        self.evidence = evidence
         """All that the patterns rest on, of this night and of the nights before."""
         self.patterns = patterns
         """Kept patterns, highest lift first."""
         self.statistics = statistics
         """Counts of what was read, left out and found."""
-        self._actions = actions
-        self._situations = situations
         self._confidence = confidence
 
     def effect(self, condition: Condition, action: str, among: int = 1) -> Effect | None:
@@ -217,10 +242,18 @@ class Mined:
         Args:
             among: questions that are asked at once; the interval holds for all of them together (Bonferroni).
         """
-        return _effect(self._actions, self._situations, condition, action, self._level(among))
+        return _effect(self.evidence, condition, action, self._level(among))
 
     def _level(self, among: int) -> float:
         return 1 - (1 - self._confidence) / max(1, among)
+
+    def meet(self, a: Condition, b: Condition) -> bool:
+        """Whether a state can meet both conditions. Which features of an environment exclude each other is not known here: what
+        was never seen together does not meet."""
+        both = set(a) | set(b)
+        return compatible(a, b) and (
+            ("observation", "described") not in both or any(both <= set(state) for state in self.states)
+        )
 
     def clearly_better(self, condition: Condition, better: str, worse: str, *, measured: bool = False, among: int = 1) -> bool:
         """Whether ``better`` beats ``worse`` in the situation at the configured confidence, ``among`` as in :meth:`effect`.
@@ -228,12 +261,12 @@ class Mined:
         When (almost) nobody did ``worse`` there, its advice has no ground in this situation: true, unless the
         comparison must be ``measured``.
         """
-        a, b = self._actions.get((condition, better)), self._actions.get((condition, worse))
+        a, b = self.evidence.actions.get((condition, better)), self.evidence.actions.get((condition, worse))
         if a is None or (measured and a.count < MIN_OTHERS):
             return False
         if b is None or b.count < MIN_OTHERS:
             return not measured
-        return _welch(a, b, self._situations[condition].variance, self._level(among))[1] > 0
+        return _welch(a, b, self.evidence.situations[condition].variance, self._level(among))[1] > 0
 
 
 def condition_of(mapping: Mapping[str, str]) -> Condition:
@@ -305,20 +338,14 @@ def discoveries(tested: Mapping[tuple[Condition, str], Effect], rate: float) -> 
     return dict(ranked[:last])
 
 
-def _effect(
-    actions: Mapping[tuple[Condition, str], Moments],
-    situations: Mapping[Condition, Moments],
-    condition: Condition,
-    action: str,
-    confidence: float,
-) -> Effect | None:
-    a = actions.get((condition, action))
+def _effect(evidence: Evidence, condition: Condition, action: str, confidence: float) -> Effect | None:
+    a = evidence.actions.get((condition, action))
     if a is None or a.count < 2:
         return None
-    b = situations[condition] - a
+    b = evidence.others(condition, action)
     if b.count < 2:
         return None
-    return Effect(round(a.count), round(b.count), *_welch(a, b, situations[condition].variance, confidence))
+    return Effect(round(a.count), round(b.count), *_welch(a, b, evidence.free(condition, action).variance, confidence))
 
 
 def mine(
@@ -346,91 +373,168 @@ def mine(
     centred = np.array([c for _, c, _ in judged])
     mixed = [size > 0 for _, _, size in judged]
     scaled = np.array([c * math.sqrt(size / (size - 1)) if size else 0.0 for _, c, size in judged])
-    situation_ids: dict[Condition, int] = {}
-    pattern_ids: dict[tuple[Condition, str], int] = {}
-    situation_rows: set[tuple[int, int]] = set()
-    pattern_rows: set[tuple[int, int]] = set()
-    shown: dict[str, dict[Condition, set[int]]] = {}
-    for place, (trajectory, _, _) in enumerate(judged):
-        for state, action in dict.fromkeys((tuple(state.items()), action) for state, action in walk(trajectory)):
-            shown.setdefault(action, {}).setdefault(state, set()).add(place)
-            if not mixed[place]:
-                continue
-            for condition in situations_of(dict(state)):
-                situation_rows.add((situation_ids.setdefault(condition, len(situation_ids)), place))
-                pattern_rows.add((pattern_ids.setdefault((condition, action), len(pattern_ids)), place))
-
-    def moments(rows: set[tuple[int, int]], size: int) -> list[Moments]:
-        table = np.array(sorted(rows), dtype=np.int64).reshape(-1, 2)
-        ids, members = table[:, 0], table[:, 1]
-        columns = [
-            np.bincount(ids, weights, size) for weights in (None, centred[members], scaled[members], scaled[members] ** 2)
-        ]
-        return [Moments(int(c), float(s), float(z), float(q)) for c, s, z, q in zip(*columns, strict=True)]
-
-    situations = dict(zip(situation_ids, moments(situation_rows, len(situation_ids)), strict=True))
-    actions = dict(zip(pattern_ids, moments(pattern_rows, len(pattern_ids)), strict=True))
-    members: dict[int, list[int]] = {}
-    for number, place in sorted(pattern_rows):
-        members.setdefault(number, []).append(place)
-
-    now = actions
-    if before is not None:
-        pooled = Evidence(situations, actions) + before
-        situations, actions = dict(pooled.situations), dict(pooled.actions)
+    seen = _Seen([choices(trajectory) for trajectory, _, _ in judged], mixed)
+    night = seen.evidence(centred, scaled)
+    evidence = night if before is None else night + before
     tested: dict[tuple[Condition, str], Effect] = {}
     effects: dict[Condition, dict[str, Effect]] = {}
     refused: list[tuple[Condition, str]] = []
-    for condition, action in now:
-        sums = actions[condition, action]
-        if strategy(action) is None or sums.count < min_support or situations[condition].count - sums.count < MIN_OTHERS:
+    for condition, action in night.actions:
+        support, others = evidence.actions[condition, action].count, evidence.others(condition, action).count
+        if strategy(action) is None or support < min_support or others < MIN_OTHERS or _unsaid(condition, action, seen.own):
             continue
-        effect = _effect(actions, situations, condition, action, confidence)
+        effect = _effect(evidence, condition, action, confidence)
         if effect is not None:
             tested[condition, action] = effect
     for (condition, action), effect in discoveries(tested, 1 - confidence).items():
         if effect.lift < min_lift:
             continue
-        if fails_in(condition, shown[action], rewards, confidence) is None:
-            effects.setdefault(condition, {})[action] = effect
-        else:
+        shown, able = seen.shown[action], seen.able.get(action, {})
+        if fails_in(condition, shown, able, rewards, confidence) or untried_in(condition, shown, able):
             refused.append((condition, action))
+        else:
+            effects.setdefault(condition, {})[action] = effect
     best = {c: min(found.items(), key=lambda item: (-item[1].low, item[0])) for c, found in effects.items()}
 
-    mined = Mined((), actions, situations, confidence, {})
+    mined = Mined((), evidence, confidence, {})
     chosen = _prune(best, mined)
     patterns: dict[str, Pattern] = {}
     for condition in chosen:
         action, effect = best[condition]
-        taught = [judged[place][0] for place in members[pattern_ids[(condition, action)]]]
+        taught = [judged[place][0] for place in sorted(seen.actions[condition, action])]
         pattern = Pattern(condition, action, effect, _provenance(taught, f"{seed}:{condition}:{action}"))
         twin = patterns.get(pattern.text)  # the same words for another tool: one item is enough
         if twin is None or effect.support > twin.effect.support:
             patterns[pattern.text] = pattern
     ordered = tuple(sorted(patterns.values(), key=lambda p: (-p.effect.lift, p.condition, p.action)))
     statistics |= {
-        "situations": float(len(situations)),
-        "patterns_seen": float(len(actions)),
+        "situations": float(len(evidence.situations)),
+        "patterns_seen": float(len(evidence.actions)),
         "patterns_tested": float(len(tested)),
         "patterns_significant": float(sum(len(found) for found in effects.values())),
         "patterns_too_general": float(len(refused)),
         "patterns_kept": float(len(ordered)),
     }
-    return Mined(ordered, actions, situations, confidence, statistics)
+    return Mined(ordered, evidence, confidence, statistics, seen.states)
+
+
+class _Seen:
+    """What the judged trajectories of a night show; one counts once, however often it shows it.
+
+    Args:
+        taken: of each of them the steps where there was a choice.
+        mixed: whether its group has mixed outcomes.
+    """
+
+    def __init__(self, taken: Sequence[Sequence[Choice]], mixed: Sequence[bool]) -> None:
+        self.situations: dict[Condition, set[int]] = {}
+        """Places of the trajectories of mixed groups that show a situation."""
+        self.actions: dict[tuple[Condition, str], set[int]] = {}
+        """Of those that show an action in it."""
+        self.barred: dict[tuple[Condition, str], set[int]] = {}
+        """Of those that never could do it in it."""
+        self.shown: dict[str, dict[Condition, set[int]]] = {}
+        """Action -> state -> places of all trajectories that show it there."""
+        self.able: dict[str, dict[Condition, set[int]]] = {}
+        """The same of those that could have shown it, where the environment says so."""
+        self.own = {name for own in taken for choice in own for name in choice.state if name.startswith(OWN)}
+        """Features that the environment gave."""
+        self.states = {tuple(choice.state.items()) for own in taken for choice in own}
+        self._told = sorted({c.action for own in taken for c in own if c.action.startswith(f"{DID}:")})
+        for place, own in enumerate(taken):
+            self._read(place, own, mixed[place])
+
+    def _read(self, place: int, taken: Sequence[Choice], mixed: bool) -> None:
+        can: dict[Condition, set[str]] = {}
+        for state, action, possible in dict.fromkeys((tuple(c.state.items()), c.action, c.possible) for c in taken):
+            self.shown.setdefault(action, {}).setdefault(state, set()).add(place)
+            for one in possible or ():
+                self.able.setdefault(one, {}).setdefault(state, set()).add(place)
+            if not mixed:
+                continue
+            for condition in situations_of(dict(state)):
+                self.situations.setdefault(condition, set()).add(place)
+                self.actions.setdefault((condition, action), set()).add(place)
+                can.setdefault(condition, set()).update((action,), self._told if possible is None else possible)
+        for condition, able in can.items():
+            for action in self._told:
+                if action not in able:
+                    self.barred.setdefault((condition, action), set()).add(place)
+
+    def evidence(self, centred: np.ndarray, scaled: np.ndarray) -> Evidence:
+        """The sums. ``centred`` and ``scaled``: rewards of the trajectories, see :class:`Moments`."""
+        return Evidence(*(_moments(rows, centred, scaled) for rows in (self.situations, self.actions, self.barred)))
+
+
+def _moments(rows: Mapping[Key, set[int]], centred: np.ndarray, scaled: np.ndarray) -> dict[Key, Moments]:
+    import numpy as np
+
+    table = np.array(
+        [(number, place) for number, places in enumerate(rows.values()) for place in sorted(places)], dtype=np.int64
+    ).reshape(-1, 2)
+    ids, members = table[:, 0], table[:, 1]
+    columns = [
+        np.bincount(ids, weights, len(rows)) for weights in (None, centred[members], scaled[members], scaled[members] ** 2)
+    ]
+    sums = (Moments(int(c), float(s), float(z), float(q)) for c, s, z, q in zip(*columns, strict=True))
+    return dict(zip(rows, sums, strict=True))
+
+
+def _unsaid(condition: Condition, action: str, own: Collection[str]) -> bool:
+    """Whether ``action`` speaks of a feature of the environment that ``condition`` leaves open: whoever is told to go onward
+    must be told where onward is."""
+    words, given = f" {action.partition(':')[2]} ", {feature for feature, _ in condition}
+    return action.startswith(f"{DID}:") and any(f" {one.removeprefix(OWN)} " in words for one in own if one not in given)
+
+
+TRIED = 0.25
+"""Share of how often an action is taken elsewhere in a situation below which a part of it counts as one where nobody tried."""
+
+
+def untried_in(
+    condition: Condition, shown: Mapping[Condition, set[int]], able: Mapping[Condition, set[int]]
+) -> tuple[str, str] | None:
+    """A feature value that splits off a part of ``condition`` in which hardly anybody who could take an action took it, since
+    better is to be done there; or None. What is said of the whole rests on the rest alone (no overlap, no contrast), and as
+    advice for this part it would do harm: who stands before the coin need not go on.
+
+    Args:
+        shown: state -> places of the trajectories that show the action in it.
+        able: the same of those that could have shown it; empty where the environment does not say.
+    """
+    inside = [state for state in able if set(condition) <= set(state)]
+    atoms = {atom for state in inside for atom in set(state) - set(condition) if atom[0] in LATTICE or atom[0].startswith(OWN)}
+    for atom in sorted(atoms):
+        (tried, could), (tried_rest, could_rest) = (
+            [
+                len(set().union(*(rows.get(state, set()) for state in inside if (atom in state) is part)))
+                for rows in (shown, able)
+            ]
+            for part in (True, False)
+        )
+        if min(could, could_rest) >= MIN_OTHERS and tried * could_rest < TRIED * tried_rest * could:
+            return atom
+    return None
 
 
 def fails_in(
-    condition: Condition, shown: Mapping[Condition, set[int]], rewards: Sequence[float], confidence: float
+    condition: Condition,
+    shown: Mapping[Condition, set[int]],
+    able: Mapping[Condition, set[int]],
+    rewards: Sequence[float],
+    confidence: float,
 ) -> tuple[str, str] | None:
     """A feature value that splits off a part of ``condition`` in which an action succeeds clearly less often than in the
     rest of it, or None.
 
     Contrast alone cannot see it. Where the action never pays, no group has mixed outcomes, so that part has no voice in the
     lift of the whole; and a policy that was taught the general advice no longer tries what would pay there. So all judged
-    trajectories are asked here, not only those of mixed groups.
+    trajectories are asked here, not only those of mixed groups. Where it is known who could have acted so and did not, and they
+    did worse still, that part is hard and the advice is not to blame.
 
     Args:
         shown: state -> places of the judged trajectories that show the action in it.
+        able: the same of those that could have shown it; empty where the environment does not say.
         rewards: of the judged trajectories, 0..1.
     """
     matching = {state: places for state, places in shown.items() if set(condition) <= set(state)}
@@ -444,7 +548,9 @@ def fails_in(
         part, rest = (_plain([rewards[place] for place in some]) for some in (places, whole - places))
         spread = _plain([rewards[place] for place in whole]).variance
         if min(part.count, rest.count) >= MIN_OTHERS and _welch(rest, part, spread, confidence)[1] > 0:
-            return atom
+            left = set().union(*(rows for state, rows in able.items() if {*condition, atom} <= set(state))) - places
+            if not left or part.mean <= _plain([rewards[place] for place in left]).mean:
+                return atom
     return None
 
 
@@ -570,7 +676,7 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
             continue
         # Standing items with another action are not clearly worse here (they would be gone): they keep their place.
         if any(
-            set(condition) <= set(pattern.condition) if action == pattern.action else compatible(condition, pattern.condition)
+            set(condition) <= set(pattern.condition) if action == pattern.action else mined.meet(condition, pattern.condition)
             for condition, action in held
         ):
             continue
