@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evolve_dag.evaluation.intervals import Interval, wilson
-from evolve_dag.experience.features import walk
+from evolve_dag.experience.features import choices
 from evolve_dag.experience.phrases import action_of
 from evolve_dag.experience.pool import Pool, Proposal
 from evolve_dag.records import ExperienceItem, Trajectory
@@ -47,11 +47,11 @@ def habits(items: Sequence[ExperienceItem], trajectories: Sequence[Trajectory]) 
     known = {i.id: (set(i.condition.items()), action_of(i.text)) for i in items if in_our_words(i)}
     steps, followed = dict.fromkeys(known, 0), dict.fromkeys(known, 0)
     for trajectory in trajectories:
-        for state, done in walk(trajectory):
+        for choice in choices(trajectory):
             for item_id, (condition, action) in known.items():
-                if condition <= state.items():
+                if condition <= choice.state.items() and (choice.possible is None or action in choice.possible):
                     steps[item_id] += 1
-                    followed[item_id] += done == action
+                    followed[item_id] += choice.action == action
     return {item_id: Habit(steps[item_id], followed[item_id]) for item_id in known}
 
 

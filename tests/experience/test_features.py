@@ -14,6 +14,7 @@ from evolve_dag.experience.features import (
     Tracker,
     action,
     answer_demanded,
+    choices,
     features,
     normalised,
     parse_observation,
@@ -308,6 +309,15 @@ def test_a_call_is_told_by_what_the_environment_says_that_it_did() -> None:
     assert action(QUESTION, [], first) == action(QUESTION, [first], first) == "did:go on"
     assert action(QUESTION, [first], replace(first, problem="no")) == "malformed"
     assert {name for name in features(QUESTION, [first]) if name.startswith("env:")} == {"env:exits"}
+
+
+def test_what_could_be_done_is_told_by_the_step_before_and_is_no_situation() -> None:
+    first = replace(search("go north", "a room"), features={"did": "go on", "can": "go on; take it"})
+    last = replace(search("take it", "won"), features={"did": "take it", "can": ""})
+    walked = choices(trajectory("t", 0, [first, last, last], 1.0))
+    assert [choice.possible for choice in walked] == [None, {"did:go on", "did:take it"}, {"did:"}]
+    assert [choice.action for choice in walked] == ["did:go on", "did:take it", "did:take it"]
+    assert not any("can" in name for choice in walked for name in choice.state)
 
 
 def test_calls_with_numbers_and_lists_are_compared_as_text() -> None:

@@ -381,7 +381,7 @@ def mine(
     refused: list[tuple[Condition, str]] = []
     for condition, action in night.actions:
         support, others = evidence.actions[condition, action].count, evidence.others(condition, action).count
-        if strategy(action) is None or support < min_support or others < MIN_OTHERS or _unsaid(condition, action, seen.own):
+        if strategy(action) is None or support < min_support or others < MIN_OTHERS:
             continue
         effect = _effect(evidence, condition, action, confidence)
         if effect is not None:
@@ -389,18 +389,21 @@ def mine(
     for (condition, action), effect in discoveries(tested, 1 - confidence).items():
         if effect.lift < min_lift:
             continue
-        shown, able = seen.shown[action], seen.able.get(action, {})
-        if fails_in(condition, shown, able, rewards, confidence) or untried_in(condition, shown, able):
+        shown, able, named = seen.shown[action], seen.able.get(action, {}), _unsaid(condition, action, seen.own)
+        if fails_in(condition, shown, able, rewards, confidence, named) or untried_in(condition, shown, able, named):
             refused.append((condition, action))
-        else:
-            effects.setdefault(condition, {})[action] = effect
+            continue
+        for said in seen.said(condition, action, named) if named else [condition]:
+            own = _effect(evidence, said, action, confidence)
+            if own is None or own.high >= 0:
+                effects.setdefault(said, {}).setdefault(action, effect)
     best = {c: min(found.items(), key=lambda item: (-item[1].low, item[0])) for c, found in effects.items()}
 
-    mined = Mined((), evidence, confidence, {})
-    chosen = _prune(best, mined)
+    mined = Mined((), evidence, confidence, {}, seen.states)
+    chosen = seen.distinct([(condition, best[condition][0]) for condition in _prune(best, mined)])
     patterns: dict[str, Pattern] = {}
-    for condition in chosen:
-        action, effect = best[condition]
+    for condition, action in chosen:
+        effect = best[condition][1]
         taught = [judged[place][0] for place in sorted(seen.actions[condition, action])]
         pattern = Pattern(condition, action, effect, _provenance(taught, f"{seed}:{condition}:{action}"))
         twin = patterns.get(pattern.text)  # the same words for another tool: one item is enough
@@ -461,6 +464,27 @@ class _Seen:
                 if action not in able:
                     self.barred.setdefault((condition, action), set()).add(place)
 
+    def said(self, condition: Condition, action: str, named: frozenset[str]) -> list[Condition]:
+        """``condition`` with every value of the features ``named`` that the action was taken at: the evidence of all of them
+        together speaks for each, since what the action does is the same."""
+        given = {feature for feature, _ in condition}
+        cases = (c for c, done in self.actions if done == action and set(condition) < set(c))
+        return [c for c in cases if {feature for feature, _ in c} == given | named]
+
+    def distinct(self, patterns: Sequence[tuple[Condition, str]]) -> list[tuple[Condition, str]]:
+        """Of ``patterns`` those that say something of their own. Where an environment describes itself, features go together
+        (who has cooked nothing holds no meal), so the same advice about the same moments comes in several words: the one that
+        most show stays."""
+        kept: dict[tuple[Condition, str], set[tuple[Condition, int]]] = {}
+        for condition, action in sorted(patterns, key=lambda p: -len(self.actions[p])):
+            steps = {
+                (state, at) for state, places in self.shown[action].items() if set(condition) <= set(state) for at in places
+            }
+            told = set().union(*(those for (_, other), those in kept.items() if other == action))
+            if not _described(condition) or len(steps & told) < COVERED * len(steps):
+                kept[condition, action] = steps
+        return [pattern for pattern in patterns if pattern in kept]
+
     def evidence(self, centred: np.ndarray, scaled: np.ndarray) -> Evidence:
         """The sums. ``centred`` and ``scaled``: rewards of the trajectories, see :class:`Moments`."""
         return Evidence(*(_moments(rows, centred, scaled) for rows in (self.situations, self.actions, self.barred)))
@@ -480,19 +504,30 @@ def _moments(rows: Mapping[Key, set[int]], centred: np.ndarray, scaled: np.ndarr
     return dict(zip(rows, sums, strict=True))
 
 
-def _unsaid(condition: Condition, action: str, own: Collection[str]) -> bool:
-    """Whether ``action`` speaks of a feature of the environment that ``condition`` leaves open: whoever is told to go onward
-    must be told where onward is."""
-    words, given = f" {action.partition(':')[2]} ", {feature for feature, _ in condition}
-    return action.startswith(f"{DID}:") and any(f" {one.removeprefix(OWN)} " in words for one in own if one not in given)
+def _unsaid(condition: Condition, action: str, own: Collection[str]) -> frozenset[str]:
+    """Features of the environment that ``action`` speaks of and ``condition`` leaves open: whoever is told to go onward must be
+    told where onward is."""
+    if not action.startswith(f"{DID}:"):
+        return frozenset()
+    words, given = f" {action.removeprefix(f'{DID}:')} ", {feature for feature, _ in condition}
+    return frozenset(one for one in own if one not in given and f" {one.removeprefix(OWN)} " in words)
 
 
+COVERED = 0.9
+"""Share of a pattern's moments to which others that stay give the same advice, from which on it says nothing new."""
 TRIED = 0.25
 """Share of how often an action is taken elsewhere in a situation below which a part of it counts as one where nobody tried."""
 
 
+def _splits(feature: str, named: Collection[str]) -> bool:
+    return (feature in LATTICE or feature.startswith(OWN)) and feature not in named
+
+
 def untried_in(
-    condition: Condition, shown: Mapping[Condition, set[int]], able: Mapping[Condition, set[int]]
+    condition: Condition,
+    shown: Mapping[Condition, set[int]],
+    able: Mapping[Condition, set[int]],
+    named: Collection[str] = (),
 ) -> tuple[str, str] | None:
     """A feature value that splits off a part of ``condition`` in which hardly anybody who could take an action took it, since
     better is to be done there; or None. What is said of the whole rests on the rest alone (no overlap, no contrast), and as
@@ -503,7 +538,7 @@ def untried_in(
         able: the same of those that could have shown it; empty where the environment does not say.
     """
     inside = [state for state in able if set(condition) <= set(state)]
-    atoms = {atom for state in inside for atom in set(state) - set(condition) if atom[0] in LATTICE or atom[0].startswith(OWN)}
+    atoms = {atom for state in inside for atom in set(state) - set(condition) if _splits(atom[0], named)}
     for atom in sorted(atoms):
         (tried, could), (tried_rest, could_rest) = (
             [
@@ -523,6 +558,7 @@ def fails_in(
     able: Mapping[Condition, set[int]],
     rewards: Sequence[float],
     confidence: float,
+    named: Collection[str] = (),
 ) -> tuple[str, str] | None:
     """A feature value that splits off a part of ``condition`` in which an action succeeds clearly less often than in the
     rest of it, or None.
@@ -535,6 +571,7 @@ def fails_in(
     Args:
         shown: state -> places of the judged trajectories that show the action in it.
         able: the same of those that could have shown it; empty where the environment does not say.
+        named: features that will be told by value, each judged by itself.
         rewards: of the judged trajectories, 0..1.
     """
     matching = {state: places for state, places in shown.items() if set(condition) <= set(state)}
@@ -542,7 +579,7 @@ def fails_in(
     splits: dict[tuple[str, str], set[int]] = {}
     for state, places in matching.items():
         for atom in set(state) - set(condition):
-            if atom[0] in LATTICE or atom[0].startswith(OWN):
+            if _splits(atom[0], named):
                 splits.setdefault(atom, set()).update(places)
     for atom, places in sorted(splits.items()):
         part, rest = (_plain([rewards[place] for place in some]) for some in (places, whole - places))
@@ -594,6 +631,12 @@ def _prune(best: Mapping[Condition, tuple[str, Effect]], mined: Mined) -> list[C
         special = [c for c in ordered if set(c) > set(condition)]
         if any(best[c][0] != action and mined.clearly_better(c, best[c][0], action) for c in special):
             continue
+        # Better advice reaches into this situation: a part of it that keeps clear of that is worth more than nothing.
+        better = [c for c in ordered if best[c][0] != action and best[c][1].low > effect.low and mined.meet(c, condition)]
+        if _described(condition) and better:
+            clear = [c for c in special if best[c][0] == action and not any(mined.meet(c, other) for other in better)]
+            if clear:
+                continue
         general = [c for c in chosen if set(c) < set(condition)]
         # No general situation that stays is contradicted here (it would have gone), so only more lift can justify this one.
         if any(best[c][0] != action or effect.low <= best[c][1].lift for c in general):
@@ -686,6 +729,11 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
                      evidence=effect.evidence(), trajectory_ids=ids, reason=f"lift {_show(effect)}")
         )  # fmt: skip
     return proposals
+
+
+def _described(condition: Condition) -> bool:
+    """Whether it speaks of what an environment says itself."""
+    return ("observation", "described") in condition
 
 
 def compatible(a: Condition, b: Condition) -> bool:

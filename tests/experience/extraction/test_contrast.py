@@ -12,6 +12,7 @@ from experience_builders import QUESTION, answer, malformed, search, trajectory,
 from evolve_dag.experience.extraction.contrast import (
     MAX_TRAJECTORY_IDS,
     Effect,
+    Evidence,
     Mined,
     Moments,
     condition_of,
@@ -389,6 +390,115 @@ def test_what_an_environment_says_of_itself_becomes_a_lesson() -> None:
     texts = {pattern.text for pattern in mine(data).patterns}
     assert "Source: when the result is an error, call visit." in texts
     assert not any("when the result is rows, call visit" in text for text in texts)
+
+
+def room(command: str, can: str = "", **features: str) -> Step:
+    """A step of a game that says what the command came to, and what can be done then."""
+    told = {"did": command, **({"can": can} if can else {}), **features}
+    return replace(search(command, "a room"), features=told)
+
+
+def prize(seed: int, *, says: bool, taken: float) -> list[Trajectory]:
+    """Luck puts a prize before half of the players; it is taken by ``taken`` of them, and who has it has won."""
+    draw, data = random.Random(seed), []
+    for task in range(40):
+        for rollout in range(4):
+            there, tries = draw.random() < 0.5, draw.random() < taken
+            can = ("go on; take it" if there else "go on") if says else ""
+            first = room("go on", can, prize="near" if there else "far", floor="dry")
+            won = there and tries
+            data.append(trajectory(f"t{task}", rollout, [first, room("take it" if won else "go on")], float(won)))
+    return data
+
+
+def test_what_is_possible_in_a_good_place_alone_is_no_good_advice_for_that() -> None:
+    """'Take it' is done by winners alone, because losers never could."""
+    misled = mine(prize(1, says=False, taken=1.0))
+    assert {pattern.text for pattern in misled.patterns} >= {"Do: when the floor is dry, take it."}
+    assert mine(prize(1, says=True, taken=1.0)).patterns == ()
+    # Of those who could, some did not: now there is something to compare.
+    texts = [pattern.text for pattern in mine(prize(1, says=True, taken=0.7)).patterns]
+    assert texts == ["Do: when the floor is dry, take it."]  # where it is possible, the prize is near: said once
+
+
+def test_who_could_not_act_so_is_kept_apart_over_the_nights() -> None:
+    condition = condition_of({"observation": "described", "env:floor": "dry"})
+    first = mine(prize(1, says=True, taken=0.7)).evidence
+    again = Evidence.from_json(first.to_json())
+    assert again.barred.keys() == first.barred.keys()
+    assert again.to_json() == first.to_json()
+    barred, free = first.barred[condition, "did:take it"], first.free(condition, "did:take it")
+    assert barred.count + free.count == first.situations[condition].count
+    assert barred.count > 0
+    assert first.faded(0.5).barred[condition, "did:take it"].count == barred.count / 2
+    both = mine(prize(2, says=True, taken=0.7), before=first).evidence
+    second = mine(prize(2, says=True, taken=0.7)).evidence
+    assert both.barred[condition, "did:take it"] == barred + second.barred[condition, "did:take it"]
+
+
+def test_advice_does_not_reach_where_nobody_tried_it() -> None:
+    """To go on pays on the way. Before the prize hardly anybody does, as it is taken there: what is said of the way holds on
+    the way alone, and does not contradict what holds before the prize."""
+    draw, data = random.Random(3), []
+    for task in range(60):
+        for rollout in range(4):
+            near, goes = draw.random() < 0.4, draw.random() < 0.5
+            acts = ("take it" if draw.random() < 0.9 else "go on") if near else "go on" if goes else "go back"
+            chance = 0.9 if acts == "take it" else 0.1 if near else 0.8 if goes else 0.2
+            first = room("begin", "go back; go on; take it", place="prize" if near else "way", light="on")
+            data.append(trajectory(f"t{task}", rollout, [first, room(acts)], float(draw.random() < chance)))
+    texts = {pattern.text for pattern in mine(data).patterns}
+    assert "Do: when the place is way, go on." in texts
+    assert "Do: when the place is prize, take it." in texts
+    assert not any("light" in text and text.endswith("go on.") for text in texts)
+
+
+def test_a_hard_place_does_not_speak_against_what_is_best_there() -> None:
+    """To go on is best everywhere; in the dark everybody mostly loses."""
+    draw, data = random.Random(4), []
+    for task in range(80):
+        for rollout in range(4):
+            dark, goes = draw.random() < 0.5, draw.random() < 0.5
+            chance = (0.3 if goes else 0.02) if dark else (0.9 if goes else 0.5)
+            first = room("begin", "go back; go on", light="off" if dark else "on")
+            acts = "go on" if goes else "go back"
+            data.append(trajectory(f"t{task}", rollout, [first, room(acts)], float(draw.random() < chance)))
+    texts = [pattern.text for pattern in mine(data).patterns]
+    assert all(text.endswith("go on.") for text in texts)
+    assert mine(data).statistics["patterns_too_general"] == 0
+
+
+def test_advice_that_names_a_feature_tells_its_value() -> None:
+    draw, data = random.Random(5), []
+    for task in range(60):
+        for rollout in range(4):
+            way, goes = draw.choice(["north", "south"]), draw.random() < 0.5
+            first = room("begin", "go back; go onward", onward=way, light="on")
+            acts = "go onward" if goes else "go back"
+            data.append(trajectory(f"t{task}", rollout, [first, room(acts)], float(draw.random() < (0.8 if goes else 0.2))))
+    texts = {pattern.text for pattern in mine(data).patterns}
+    assert texts == {"Do: when the onward is north, go onward.", "Do: when the onward is south, go onward."}
+
+
+def test_contrary_advice_for_states_that_never_meet_stands_together() -> None:
+    """Nothing says that a prize is never on the way; that it never was is seen."""
+    draw, data = random.Random(6), []
+    for task in range(80):
+        for rollout in range(4):
+            prize_here, right = draw.random() < 0.4, draw.random() < 0.6
+            features = {"prize": "here", "way": "none"} if prize_here else {"prize": "far", "way": "open"}
+            acts = ("take it" if right else "go on") if prize_here else ("go on" if right else "go back")
+            first = room("begin", "go back; go on; take it", **features)
+            data.append(trajectory(f"t{task}", rollout, [first, room(acts)], float(draw.random() < (0.9 if right else 0.1))))
+    mined = mine(data)
+    texts = {item.text for item in Pool().apply(reconcile(mined, Pool()), iteration=1).pool.items}
+    assert {text.rpartition(", ")[2] for text in texts} == {"take it.", "go on."}
+    far, way_open, here = (
+        condition_of({"observation": "described", name: value})
+        for name, value in (("env:prize", "far"), ("env:way", "open"), ("env:prize", "here"))
+    )
+    assert not mined.meet(way_open, here)
+    assert mined.meet(way_open, far)
 
 
 def test_partial_rewards_teach_and_equal_ones_do_not() -> None:
