@@ -400,7 +400,7 @@ def mine(
     best = {c: min(found.items(), key=lambda item: (-item[1].low, item[0])) for c, found in effects.items()}
 
     mined = Mined((), evidence, confidence, {}, seen.states)
-    chosen = seen.distinct([(condition, best[condition][0]) for condition in _prune(best, mined)])
+    chosen = seen.distinct(_agreeing([(condition, *best[condition]) for condition in _prune(best, mined)], mined))
     patterns: dict[str, Pattern] = {}
     for condition, action in chosen:
         effect = best[condition][1]
@@ -643,6 +643,15 @@ def _prune(best: Mapping[Condition, tuple[str, Effect]], mined: Mined) -> list[C
             continue
         chosen.append(condition)
     return chosen
+
+
+def _agreeing(patterns: Sequence[tuple[Condition, str, Effect]], mined: Mined) -> list[tuple[Condition, str]]:
+    """Of what an environment says itself: the strongest first, and none that says otherwise where a stronger one holds."""
+    kept: list[tuple[Condition, str]] = []
+    for condition, action, _ in sorted(patterns, key=lambda p: -p[2].low):
+        if not _described(condition) or all(a == action or not mined.meet(c, condition) for c, a in kept):
+            kept.append((condition, action))
+    return [(condition, action) for condition, action, _ in patterns if (condition, action) in kept]
 
 
 def _provenance(trajectories: Sequence[Trajectory], key: str) -> tuple[str, ...]:
