@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 
-from evolve_dag.experience.extraction.contrast import Condition, situations_of
+from evolve_dag.experience.extraction.situations import Condition, situations_of
 from evolve_dag.experience.features import walk
 from evolve_dag.experience.phrases import render, strategy
 from evolve_dag.records import Trajectory

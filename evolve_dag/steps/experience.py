@@ -10,7 +10,7 @@ from typing import Any
 from evolve_dag.config.parts import part_of
 from evolve_dag.config.schema import Experiment
 from evolve_dag.experience.extraction.base import Extraction, ExtractorPart, Material
-from evolve_dag.experience.extraction.contrast import Evidence
+from evolve_dag.experience.extraction.evidence import Evidence
 from evolve_dag.experience.locality import locality, trajectory_detail
 from evolve_dag.experience.pool import Pool, Proposal, counted
 from evolve_dag.records import PoolEdit, Task, Trajectory
@@ -23,7 +23,7 @@ from evolve_dag.store.layout import EDITS, ITEMS, POOL
 from evolve_dag.tasks.suites import load_tasks_of
 
 EVIDENCE = "evidence.json"
-"""Beside the pool: the sums that extraction rests on, see :class:`~evolve_dag.experience.extraction.contrast.Evidence`."""
+"""Beside the pool: the sums that extraction rests on, see :class:`~evolve_dag.experience.extraction.evidence.Evidence`."""
 MINED = "mined.json"
 """Beside the pool of a placebo: the one that was mined, from which the next iteration goes on mining."""
 

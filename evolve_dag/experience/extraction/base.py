@@ -11,7 +11,7 @@ from pydantic import Field
 from evolve_dag.config.fence import Fence
 from evolve_dag.config.parts import ExtractionSettings, Part
 from evolve_dag.config.schema import Experiment
-from evolve_dag.experience.extraction.contrast import Evidence
+from evolve_dag.experience.extraction.evidence import Evidence
 from evolve_dag.experience.pool import Pool
 from evolve_dag.inference.roles import Roles
 from evolve_dag.records import Granularity, PoolEdit, Task, Trajectory

@@ -11,8 +11,9 @@ from pydantic import Field
 from evolve_dag.config.parts import ExtractionSettings
 from evolve_dag.config.schema import Experiment
 from evolve_dag.config.section import MOST
-from evolve_dag.experience.extraction import contrast, instance
+from evolve_dag.experience.extraction import contrast, instance, reconcile
 from evolve_dag.experience.extraction.base import ONE_OF_A_KIND, Extraction, ExtractorPart, Material, groups_of_one
+from evolve_dag.experience.extraction.evidence import Evidence
 from evolve_dag.experience.extraction.placebo import placebo
 from evolve_dag.experience.graduation import graduations
 from evolve_dag.experience.pool import Pool, counted
@@ -48,7 +49,7 @@ def extract(
     iteration: int,
     seed: int,
     case_path: bool = False,
-    before: contrast.Evidence | None = None,
+    before: Evidence | None = None,
 ) -> Extraction:
     """Scored trajectories + E(k-1) -> E(k) (METHOD step 3), without an LLM.
 
@@ -72,8 +73,8 @@ def extract(
         )
         evidence = mined.evidence
         statistics = dict(mined.statistics)
-        first = pool.apply(contrast.reconcile(mined, pool), iteration=iteration)
-        tidied = first.pool.apply(contrast.subsumed(first.pool), iteration=iteration)
+        first = pool.apply(reconcile.reconcile(mined, pool), iteration=iteration)
+        tidied = first.pool.apply(reconcile.subsumed(first.pool), iteration=iteration)
         leaving = graduations(tidied.pool, trajectories, settings.graduation)
         second = tidied.pool.apply(leaving, iteration=iteration, cap=settings.cap)
         edits = (*first.edits, *tidied.edits, *second.edits)

@@ -10,20 +10,11 @@ from dataclasses import replace
 import pytest
 from experience_builders import QUESTION, answer, malformed, search, trajectory, visit
 
-from evolve_dag.experience.extraction.contrast import (
-    MAX_TRAJECTORY_IDS,
-    Effect,
-    Evidence,
-    Mined,
-    Moments,
-    condition_of,
-    discoveries,
-    mine,
-    reconcile,
-    situations_of,
-    subsumed,
-)
+from evolve_dag.experience.extraction.contrast import MAX_TRAJECTORY_IDS, Mined, mine
+from evolve_dag.experience.extraction.evidence import Effect, Evidence, Moments, discoveries
 from evolve_dag.experience.extraction.mining import ContrastExtraction, extract
+from evolve_dag.experience.extraction.reconcile import reconcile, subsumed
+from evolve_dag.experience.extraction.situations import condition_of, situations_of
 from evolve_dag.experience.features import features
 from evolve_dag.experience.phrases import render
 from evolve_dag.experience.pool import Pool, Proposal

@@ -1,0 +1,100 @@
+"""What the trajectories of a night show, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from evolve_dag.experience.extraction.evidence import Evidence, Key, Moments
+from evolve_dag.experience.extraction.situations import Condition, described, situations_of
+from evolve_dag.experience.features import DID, OWN, Choice
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+COVERED = 0.9
+"""Share of a pattern's moments to which others that stay give the same advice, from which on it says nothing new."""
+
+
+class Seen:
+    """What the judged trajectories of a night show; one counts once, however often it shows it.
+
+    Args:
+        taken: of each of them the steps where there was a choice.
+        mixed: whether its group has mixed outcomes.
+    """
+
+    def __init__(self, taken: Sequence[Sequence[Choice]], mixed: Sequence[bool]) -> None:
+        self.situations: dict[Condition, set[int]] = {}
+        """Places of the trajectories of mixed groups that show a situation."""
+        self.actions: dict[tuple[Condition, str], set[int]] = {}
+        """Of those that show an action in it."""
+        self.barred: dict[tuple[Condition, str], set[int]] = {}
+        """Of those that never could do it in it."""
+        self.shown: dict[str, dict[Condition, set[int]]] = {}
+        """Action -> state -> places of all trajectories that show it there."""
+        self.able: dict[str, dict[Condition, set[int]]] = {}
+        """The same of those that could have shown it, where the environment says so."""
+        self.own = {name for own in taken for choice in own for name in choice.state if name.startswith(OWN)}
+        """Features that the environment gave."""
+        self.states = {tuple(choice.state.items()) for own in taken for choice in own}
+        self._told = sorted({c.action for own in taken for c in own if c.action.startswith(f"{DID}:")})
+        for place, own in enumerate(taken):
+            self._read(place, own, mixed[place])
+
+    def _read(self, place: int, taken: Sequence[Choice], mixed: bool) -> None:
+        can: dict[Condition, set[str]] = {}
+        for state, action, possible in dict.fromkeys((tuple(c.state.items()), c.action, c.possible) for c in taken):
+            self.shown.setdefault(action, {}).setdefault(state, set()).add(place)
+            for one in possible or ():
+                self.able.setdefault(one, {}).setdefault(state, set()).add(place)
+            if not mixed:
+                continue
+            for condition in situations_of(dict(state)):
+                self.situations.setdefault(condition, set()).add(place)
+                self.actions.setdefault((condition, action), set()).add(place)
+                can.setdefault(condition, set()).update((action,), self._told if possible is None else possible)
+        for condition, able in can.items():
+            for action in self._told:
+                if action not in able:
+                    self.barred.setdefault((condition, action), set()).add(place)
+
+    def said(self, condition: Condition, action: str, named: frozenset[str]) -> list[Condition]:
+        """``condition`` with every value of the features ``named`` that the action was taken at: the evidence of all of them
+        together speaks for each, since what the action does is the same."""
+        given = {feature for feature, _ in condition}
+        cases = (c for c, done in self.actions if done == action and set(condition) < set(c))
+        return [c for c in cases if {feature for feature, _ in c} == given | named]
+
+    def distinct(self, patterns: Sequence[tuple[Condition, str]]) -> list[tuple[Condition, str]]:
+        """Of ``patterns`` those that say something of their own. Where an environment describes itself, features go together
+        (who has cooked nothing holds no meal), so the same advice about the same moments comes in several words: the one that
+        most show stays."""
+        kept: dict[tuple[Condition, str], set[tuple[Condition, int]]] = {}
+        for condition, action in sorted(patterns, key=lambda p: -len(self.actions[p])):
+            steps = {
+                (state, at) for state, places in self.shown[action].items() if set(condition) <= set(state) for at in places
+            }
+            told = set().union(*(those for (_, other), those in kept.items() if other == action))
+            if not described(condition) or len(steps & told) < COVERED * len(steps):
+                kept[condition, action] = steps
+        return [pattern for pattern in patterns if pattern in kept]
+
+    def evidence(self, centred: np.ndarray, scaled: np.ndarray) -> Evidence:
+        """The sums. ``centred`` and ``scaled``: rewards of the trajectories, see :class:`Moments`."""
+        return Evidence(*(_moments(rows, centred, scaled) for rows in (self.situations, self.actions, self.barred)))
+
+
+def _moments(rows: Mapping[Key, set[int]], centred: np.ndarray, scaled: np.ndarray) -> dict[Key, Moments]:
+    import numpy as np
+
+    table = np.array(
+        [(number, place) for number, places in enumerate(rows.values()) for place in sorted(places)], dtype=np.int64
+    ).reshape(-1, 2)
+    ids, members = table[:, 0], table[:, 1]
+    columns = [
+        np.bincount(ids, weights, len(rows)) for weights in (None, centred[members], scaled[members], scaled[members] ** 2)
+    ]
+    sums = (Moments(int(c), float(s), float(z), float(q)) for c, s, z, q in zip(*columns, strict=True))
+    return dict(zip(rows, sums, strict=True))
