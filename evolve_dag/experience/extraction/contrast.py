@@ -10,9 +10,12 @@ A trajectory counts once per pattern, however often it shows it. The interval is
 confidence. Rewards are centred by the mean of their own group, which makes the members of a group depend on each
 other and shrinks the variance by (G-1)/G; the variances are scaled back by G/(G-1).
 
-Per situation the best
-action is kept (highest lower end). Then a general situation goes when a special case of it clearly asks for something else,
-and a special case goes when it adds nothing to a general one that stays.
+Where the environment says what could be done (:data:`~evolve_dag.protocols.CAN`), "never a in it" means that a was possible
+there. Else what is possible in good places alone looks like a good action.
+
+Per situation (:mod:`~evolve_dag.experience.extraction.situations`) the best action is kept (highest lower end). Then a general
+situation goes when a special case of it clearly asks for something else, and a special case goes when it adds nothing to a
+general one that stays.
 """
 
 from __future__ import annotations
