@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from evolve_dag.errors import ClosedError, ContextOverflowError, ModelError
 from evolve_dag.inference.attention import ATTENTION, bare
 from evolve_dag.inference.chat import ChatFormat
+from evolve_dag.inference.freed import give_back
 from evolve_dag.inference.guided import Guide, Guides
 from evolve_dag.inference.kv import RoundCache, SlotPool, bytes_per_token
 from evolve_dag.inference.quantization import is_quantized, pretrained, require
@@ -238,6 +239,7 @@ class TransformersModel:
         self._model = None
         await asyncio.to_thread(self._executor.shutdown)
         self._pool.forget()
+        give_back()
 
     # ------------------------------------------------------------------ gathering, in the event loop
 

@@ -16,6 +16,7 @@ from evolve_dag.distillation.dataset import DistillationRow, load_contexts, shar
 from evolve_dag.distillation.launch import Request, train
 from evolve_dag.distillation.trainer import CurvePoint
 from evolve_dag.inference.folders import model_folder
+from evolve_dag.inference.freed import give_back
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import Silent, StepContext
 from evolve_dag.steps.contexts import DRILLS, RETENTION, score
@@ -78,6 +79,7 @@ def run(context: StepContext) -> None:
         checkpoint=context.build.checkpoint("training"),
     )
     result = train(request, rows, experiment.runtime, resample=resample, on_step=on_step)
+    give_back()
     if started:
         context.progress.finish()
     curve = pl.DataFrame([asdict(point) for point in result.curve], schema=_curve_schema())
