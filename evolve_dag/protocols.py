@@ -143,7 +143,9 @@ call that a limit allows too, and is the answer where the episode ends with it."
 
 
 CAN = "can"
+"""The feature that tells what the next call may come to."""
 OR = "; "
+"""Stands between the things that it tells."""
 
 
 @dataclass(frozen=True, slots=True)

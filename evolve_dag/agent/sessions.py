@@ -261,7 +261,7 @@ def checked_result(given: object) -> ToolResult:
 def _checked_features(features: Mapping[str, str]) -> dict[str, str]:
     said = {name: value for name, value in features.items() if name != CAN}
     able = features.get(CAN, "")
-    can = able.split(OR) if isinstance(able, str) and able else [able] if able else []
+    can = [able] if not isinstance(able, str) else able.split(OR) if able else []
     wrong = [one for one in (*said, *said.values(), *can) if not isinstance(one, str) or not _WORDS.fullmatch(one)]
     if wrong or len(said) > MOST_FEATURES:
         what = f"{wrong[0]!r:.60} is no feature" if wrong else f"{len(said)} features"

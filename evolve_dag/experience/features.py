@@ -512,6 +512,10 @@ class Choice:
     possible: frozenset[str] | None
     """All that could have been done, of the actions ``did:<words>``; None where the environment does not say."""
 
+    def allows(self, action: str) -> bool:
+        """Whether ``action`` could have been done, as far as is known."""
+        return self.possible is None or action in self.possible or not action.startswith(f"{DID}:")
+
 
 def choices(trajectory: Trajectory) -> list[Choice]:
     """Every step where the policy had a choice.

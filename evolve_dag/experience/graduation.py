@@ -44,12 +44,14 @@ def habits(items: Sequence[ExperienceItem], trajectories: Sequence[Trajectory]) 
     Args:
         trajectories: of the policy without experience in its context.
     """
-    known = {i.id: (set(i.condition.items()), action_of(i.text)) for i in items if in_our_words(i)}
+    known = {
+        i.id: (set(i.condition.items()), action) for i in items if i.condition and (action := action_of(i.text)) is not None
+    }
     steps, followed = dict.fromkeys(known, 0), dict.fromkeys(known, 0)
     for trajectory in trajectories:
         for choice in choices(trajectory):
             for item_id, (condition, action) in known.items():
-                if condition <= choice.state.items() and (choice.possible is None or action in choice.possible):
+                if condition <= choice.state.items() and choice.allows(action):
                     steps[item_id] += 1
                     followed[item_id] += choice.action == action
     return {item_id: Habit(steps[item_id], followed[item_id]) for item_id in known}

@@ -168,6 +168,7 @@ def test_what_breaks_costs_its_episode_and_is_torn_down(where: str, broken: Call
         (ToolResult("x", features=dict.fromkeys("abcdefg", "x")), "7 features"),
         (ToolResult("x", features={"can": "go on; Take It"}), "'Take It' is no feature"),
         (ToolResult("x", features={"can": ["go on"]}), "['go on'] is no feature"),  # type: ignore[dict-item]
+        (ToolResult("x", features={"can": []}), "[] is no feature"),  # type: ignore[dict-item]
     ],
 )
 def test_an_observation_that_no_episode_can_hold(given: Any, says: str) -> None:

@@ -318,6 +318,8 @@ def test_what_could_be_done_is_told_by_the_step_before_and_is_no_situation() -> 
     assert [choice.possible for choice in walked] == [None, {"did:go on", "did:take it"}, {"did:"}]
     assert [choice.action for choice in walked] == ["did:go on", "did:take it", "did:take it"]
     assert not any("can" in name for choice in walked for name in choice.state)
+    assert [walked[1].allows(one) for one in ("did:take it", "did:fly", "use:act")] == [True, False, True]
+    assert walked[0].allows("did:fly")  # nothing is known
 
 
 def test_calls_with_numbers_and_lists_are_compared_as_text() -> None:

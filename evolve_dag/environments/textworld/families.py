@@ -66,8 +66,7 @@ def _untried(exits: Sequence[str], gone: Sequence[str]) -> list[str]:
 
 
 def _cooking_features(play: Play, done: tuple[str, ...]) -> dict[str, str]:
-    wanted = {name for name, *_ in play.game.metadata["ingredients"]}
-    traits = [play.traits(one) for one in play.held if play.name(one) in wanted]
+    traits = [play.traits(one) for one in play.held if play.name(one) in _wanted(play)]
     food = "cooked" if any(one & COOKED for one in traits) else "in hand" if traits else "not in hand"
     told = recipe(play) if "examine cookbook" in done else ""
     return {
@@ -89,8 +88,13 @@ def _cooking_did(play: Play, before: Mapping[str, str], command: str) -> str:
     if word != "take":
         return command if command in SAME else word
     thing = what.partition(" from ")[0]
-    known = before["recipe"] != "unread" and any(thing == name for name, *_ in play.game.metadata["ingredients"])
+    known = before["recipe"] != "unread" and thing in _wanted(play)
     return "take the food" if known else "take something"
+
+
+def _wanted(play: Play) -> frozenset[str]:
+    """Names of the recipe's ingredients."""
+    return frozenset(name for name, *_ in play.game.metadata["ingredients"])
 
 
 def recipe(play: Play) -> str:

@@ -63,7 +63,7 @@ class Mined:
         evidence: Evidence,
         confidence: float,
         statistics: Mapping[str, float],
-        states: Collection[Condition] = (),
+        states: Collection[frozenset[tuple[str, str]]] = (),
     ) -> None:
         self.states = states
         """All states that were seen, with every feature."""
@@ -89,10 +89,8 @@ class Mined:
     def meet(self, a: Condition, b: Condition) -> bool:
         """Whether a state can meet both conditions. Which features of an environment exclude each other is not known here: what
         was never seen together does not meet."""
-        both = set(a) | set(b)
-        return compatible(a, b) and (
-            ("observation", "described") not in both or any(both <= set(state) for state in self.states)
-        )
+        both = (*a, *b)
+        return compatible(a, b) and (not described(both) or any(state.issuperset(both) for state in self.states))
 
     def clearly_better(self, condition: Condition, better: str, worse: str, *, measured: bool = False, among: int = 1) -> bool:
         """Whether ``better`` beats ``worse`` in the situation at the configured confidence, ``among`` as in :meth:`effect`.
@@ -211,20 +209,22 @@ def untried_in(
     Args:
         shown: state -> places of the trajectories that show the action in it.
         able: the same of those that could have shown it; empty where the environment does not say.
+        named: features that will be told by value, each judged by itself.
     """
     inside = [state for state in able if set(condition) <= set(state)]
     atoms = {atom for state in inside for atom in set(state) - set(condition) if _splits(atom[0], named)}
     for atom in sorted(atoms):
-        (tried, could), (tried_rest, could_rest) = (
-            [
-                len(set().union(*(rows.get(state, set()) for state in inside if (atom in state) is part)))
-                for rows in (shown, able)
-            ]
-            for part in (True, False)
-        )
+        part, rest = [state for state in inside if atom in state], [state for state in inside if atom not in state]
+        tried, could = _count(shown, part), _count(able, part)
+        tried_rest, could_rest = _count(shown, rest), _count(able, rest)
         if min(could, could_rest) >= MIN_OTHERS and tried * could_rest < TRIED * tried_rest * could:
             return atom
     return None
+
+
+def _count(rows: Mapping[Condition, set[int]], states: Sequence[Condition]) -> int:
+    """Trajectories that stand in one of the states at least."""
+    return len(set().union(*(rows.get(state, ()) for state in states)))
 
 
 def fails_in(
@@ -306,18 +306,25 @@ def _prune(best: Mapping[Condition, tuple[str, Effect]], mined: Mined) -> list[C
         special = [c for c in ordered if set(c) > set(condition)]
         if any(best[c][0] != action and mined.clearly_better(c, best[c][0], action) for c in special):
             continue
-        # Better advice reaches into this situation: a part of it that keeps clear of that is worth more than nothing.
-        better = [c for c in ordered if best[c][0] != action and best[c][1].low > effect.low and mined.meet(c, condition)]
-        if described(condition) and better:
-            clear = [c for c in special if best[c][0] == action and not any(mined.meet(c, other) for other in better)]
-            if clear:
-                continue
+        if described(condition) and _keeps_clear(condition, special, best, mined):
+            continue
         general = [c for c in chosen if set(c) < set(condition)]
         # No general situation that stays is contradicted here (it would have gone), so only more lift can justify this one.
         if any(best[c][0] != action or effect.low <= best[c][1].lift for c in general):
             continue
         chosen.append(condition)
     return chosen
+
+
+def _keeps_clear(
+    condition: Condition, special: Sequence[Condition], best: Mapping[Condition, tuple[str, Effect]], mined: Mined
+) -> bool:
+    """Whether better advice reaches into ``condition``, and one of its ``special`` cases that says the same keeps clear of it:
+    that case is worth more than the whole, which could not stand beside the better advice."""
+    action, effect = best[condition]
+    better = [c for c, (a, e) in best.items() if a != action and e.low > effect.low and mined.meet(c, condition)]
+    same = [c for c in special if best[c][0] == action]
+    return bool(better) and any(not any(mined.meet(c, other) for other in better) for c in same)
 
 
 def _agreeing(patterns: Sequence[tuple[Condition, str, Effect]], mined: Mined) -> list[tuple[Condition, str]]:

@@ -38,7 +38,8 @@ class Seen:
         """The same of those that could have shown it, where the environment says so."""
         self.own = {name for own in taken for choice in own for name in choice.state if name.startswith(OWN)}
         """Features that the environment gave."""
-        self.states = {tuple(choice.state.items()) for own in taken for choice in own}
+        self.states = {frozenset(choice.state.items()) for own in taken for choice in own}
+        """Every state, with all features."""
         self._told = sorted({c.action for own in taken for c in own if c.action.startswith(f"{DID}:")})
         for place, own in enumerate(taken):
             self._read(place, own, mixed[place])
