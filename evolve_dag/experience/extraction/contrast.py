@@ -63,10 +63,10 @@ class Mined:
         evidence: Evidence,
         confidence: float,
         statistics: Mapping[str, float],
-        states: Collection[frozenset[tuple[str, str]]] = (),
+        seen: Seen,
     ) -> None:
-        self.states = states
-        """All states that were seen, with every feature."""
+        self.seen = seen
+        """What the trajectories of this night show."""
         self.evidence = evidence
         """All that the patterns rest on, of this night and of the nights before."""
         self.patterns = patterns
@@ -90,7 +90,7 @@ class Mined:
         """Whether a state can meet both conditions. Which features of an environment exclude each other is not known here: what
         was never seen together does not meet."""
         both = (*a, *b)
-        return compatible(a, b) and (not described(both) or any(state.issuperset(both) for state in self.states))
+        return compatible(a, b) and (not described(both) or any(state.issuperset(both) for state in self.seen.states))
 
     def clearly_better(self, condition: Condition, better: str, worse: str, *, measured: bool = False, among: int = 1) -> bool:
         """Whether ``better`` beats ``worse`` in the situation at the configured confidence, ``among`` as in :meth:`effect`.
@@ -157,7 +157,7 @@ def mine(
                 effects.setdefault(said, {}).setdefault(action, effect)
     best = {c: min(found.items(), key=lambda item: (-item[1].low, item[0])) for c, found in effects.items()}
 
-    mined = Mined((), evidence, confidence, {}, seen.states)
+    mined = Mined((), evidence, confidence, {}, seen)
     chosen = seen.distinct(_agreeing([(condition, *best[condition]) for condition in _prune(best, mined)], mined))
     patterns: dict[str, Pattern] = {}
     for condition, action in chosen:
@@ -176,7 +176,7 @@ def mine(
         "patterns_too_general": float(len(refused)),
         "patterns_kept": float(len(ordered)),
     }
-    return Mined(ordered, evidence, confidence, statistics, seen.states)
+    return Mined(ordered, evidence, confidence, statistics, seen)
 
 
 def _unsaid(condition: Condition, action: str, own: Collection[str]) -> frozenset[str]:

@@ -74,7 +74,7 @@ def extract(
         evidence = mined.evidence
         statistics = dict(mined.statistics)
         first = pool.apply(reconcile.reconcile(mined, pool), iteration=iteration)
-        tidied = first.pool.apply(reconcile.subsumed(first.pool), iteration=iteration)
+        tidied = first.pool.apply(reconcile.subsumed(first.pool, mined.seen), iteration=iteration)
         leaving = graduations(tidied.pool, trajectories, settings.graduation)
         second = tidied.pool.apply(leaving, iteration=iteration, cap=settings.cap)
         edits = (*first.edits, *tidied.edits, *second.edits)

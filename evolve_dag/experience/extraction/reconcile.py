@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from evolve_dag.experience.extraction.contrast import MIN_OTHERS, Mined
 from evolve_dag.experience.extraction.evidence import Effect
-from evolve_dag.experience.extraction.situations import condition_of
+from evolve_dag.experience.extraction.seen import Seen
+from evolve_dag.experience.extraction.situations import Condition, condition_of
 from evolve_dag.experience.phrases import action_of
 from evolve_dag.experience.pool import Pool, Proposal
 from evolve_dag.records import ExperienceItem
@@ -18,9 +19,10 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
     - same situation, another action clearly better: ``delete`` and ``add``. An id means one lesson, so it is not rewritten;
     - a general item that a new special case clearly contradicts: ``delete``, and ``add`` of the special case;
     - an item whose lift is now clearly below zero: ``delete``;
-    - everything else that is new: ``add``, strongest first, unless a general item already says the same, or an item that
-      stands says otherwise about a situation that overlaps: some states would get two contrary pieces of advice, and a
-      teacher that is told two things does worse than one that is told either.
+    - everything else that is new: ``add``, strongest first, unless a general item already says the same, or items that stand
+      say so at the same moments in other words, or an item that stands says otherwise about a situation that overlaps: some
+      states would get two contrary pieces of advice, and a teacher that is told two things does worse than one that is told
+      either.
 
     An item that was withdrawn is no longer advice: it keeps nothing out but what says the same about the same situation.
     """
@@ -77,7 +79,7 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
         if any(
             set(condition) <= set(pattern.condition) if action == pattern.action else mined.meet(condition, pattern.condition)
             for condition, action in held
-        ):
+        ) or mined.seen.repeats((pattern.condition, pattern.action), held):
             continue
         held.append((pattern.condition, pattern.action))
         proposals.append(
@@ -87,20 +89,21 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
     return proposals
 
 
-def subsumed(pool: Pool) -> list[Proposal]:
-    """Merges of items into a more general one with the same advice that is not clearly weaker."""
+def subsumed(pool: Pool, seen: Seen) -> list[Proposal]:
+    """Merges of items into one with the same advice that is more general, or holds at all their moments of this night and at
+    more, and is not clearly weaker."""
     proposals = []
     known = [
-        (i, set(i.condition.items()), action_of(i.text))
+        (i, condition_of(i.condition), action)
         for i in pool.items
-        if i.granularity == "principle" and i.condition and not i.withdrawn
+        if i.granularity == "principle" and i.condition and not i.withdrawn and (action := action_of(i.text)) is not None
     ]
     for item, condition, action in known:
         general = [
             other
             for other, wider, advice in known
-            if action is not None and advice == action and wider < condition
-            and item.evidence.get("low", 0.0) <= other.evidence.get("lift", 0.0)
+            if advice == action and item.evidence.get("low", 0.0) <= other.evidence.get("lift", 0.0)
+            and (set(wider) < set(condition) or _reaches_further(wider, condition, action, seen))
         ]  # fmt: skip
         if general:
             into = min(general, key=lambda other: (len(other.condition), other.id))
@@ -109,6 +112,12 @@ def subsumed(pool: Pool) -> list[Proposal]:
                          trajectory_ids=item.trajectory_ids)
             )  # fmt: skip
     return proposals
+
+
+def _reaches_further(wider: Condition, condition: Condition, action: str, seen: Seen) -> bool:
+    """Whether advice was taken ``wider`` nearly wherever it was in ``condition``, and at more moments."""
+    more, own = seen.moments(wider, action), seen.moments(condition, action)
+    return len(more) > len(own) >= MIN_OTHERS and seen.repeats((condition, action), [(wider, action)])
 
 
 def shown_as(effect: Effect) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from evolve_dag.experience.extraction.evidence import Evidence, Key, Moments
@@ -68,18 +68,27 @@ class Seen:
         cases = (c for c, done in self.actions if done == action and set(condition) < set(c))
         return [c for c in cases if {feature for feature, _ in c} == given | named]
 
+    def moments(self, condition: Condition, action: str) -> set[tuple[Condition, int]]:
+        """(state, place of the trajectory) wherever the action was taken in the situation."""
+        states = self.shown.get(action, {})
+        return {(state, at) for state, places in states.items() if set(condition) <= set(state) for at in places}
+
+    def repeats(self, pattern: tuple[Condition, str], others: Collection[tuple[Condition, str]]) -> bool:
+        """Whether ``others`` say the same already. Where an environment describes itself, features go together (who has cooked
+        nothing holds no meal), so the same advice about the same moments comes in several words."""
+        condition, action = pattern
+        if not described(condition):
+            return False
+        own = self.moments(condition, action)
+        told = set().union(*(self.moments(c, a) for c, a in others if a == action))
+        return len(own & told) >= COVERED * len(own)
+
     def distinct(self, patterns: Sequence[tuple[Condition, str]]) -> list[tuple[Condition, str]]:
-        """Of ``patterns`` those that say something of their own. Where an environment describes itself, features go together
-        (who has cooked nothing holds no meal), so the same advice about the same moments comes in several words: the one that
-        most show stays."""
-        kept: dict[tuple[Condition, str], set[tuple[Condition, int]]] = {}
-        for condition, action in sorted(patterns, key=lambda p: -len(self.actions[p])):
-            steps = {
-                (state, at) for state, places in self.shown[action].items() if set(condition) <= set(state) for at in places
-            }
-            told = set().union(*(those for (_, other), those in kept.items() if other == action))
-            if not described(condition) or len(steps & told) < COVERED * len(steps):
-                kept[condition, action] = steps
+        """Of ``patterns`` those that say something of their own; of the same in several words, the one that most show."""
+        kept: list[tuple[Condition, str]] = []
+        for pattern in sorted(patterns, key=lambda p: -len(self.actions[p])):
+            if not self.repeats(pattern, kept):
+                kept.append(pattern)
         return [pattern for pattern in patterns if pattern in kept]
 
     def evidence(self, centred: np.ndarray, scaled: np.ndarray) -> Evidence:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -309,7 +310,8 @@ def test_a_general_rule_absorbs_its_special_case() -> None:
     assert edits == [("add", "p0002"), ("merge", "p0001")]
     assert after.ids == ("p0002",)
     strong = replace(pool.items[0], evidence={"lift": 0.99, "low": 0.95})
-    assert subsumed(Pool((strong, *after.items))) == []  # clearly better than the general rule: stays
+    seen = mine(two_listings(0, "search", "search")).seen
+    assert subsumed(Pool((strong, *after.items)), seen) == []  # clearly better than the general rule: stays
 
 
 def test_a_refuted_item_goes_even_when_nothing_replaces_it() -> None:
@@ -491,6 +493,46 @@ def test_contrary_advice_for_states_that_never_meet_stands_together() -> None:
     )
     assert not mined.meet(way_open, here)
     assert mined.meet(way_open, far)
+
+
+def go_on(seed: int, **features: Callable[[random.Random], str]) -> list[Trajectory]:
+    """To go on pays; ``features`` tell of the place, each drawn for itself."""
+    draw, data = random.Random(seed), []
+    for task in range(60):
+        for rollout in range(4):
+            told = {name: value(draw) for name, value in features.items()}
+            acts, chance = ("go on", 0.8) if draw.random() < 0.5 else ("go back", 0.2)
+            first = room("begin", "go back; go on", **told)
+            data.append(trajectory(f"t{task}", rollout, [first, room(acts)], float(draw.random() < chance)))
+    return data
+
+
+def go_on_when(**features: str) -> Pool:
+    condition = {"observation": "described"} | {f"env:{name}": value for name, value in features.items()}
+    text = render(condition, "did:go on")
+    return Pool().apply([Proposal("add", text=text, condition=condition, evidence={"lift": 0.3, "low": 0.2})], iteration=1).pool
+
+
+def test_a_later_night_does_not_say_the_same_in_other_words() -> None:
+    """Doors and light go together: whoever reads of the one needs not be told of the other."""
+    data = go_on(7, light=lambda draw: "on", doors=lambda draw: "two")
+    pool = go_on_when(light="on")
+    assert [pattern.text for pattern in mine(data).patterns] == ["Do: when the doors is two, go on."]
+    assert run(data, pool, 2)[1] == []
+    withdrawn = pool.apply([Proposal("withdraw", item_id="p0001")], iteration=2).pool
+    assert run(data, withdrawn, 2)[1] == [("add", "p0002")], "what is no advice says nothing"
+
+
+def test_advice_that_reaches_further_takes_the_place_of_the_same_in_other_words() -> None:
+    data = go_on(8, light=lambda draw: draw.choice(["on", "dim"]), doors=lambda draw: "two")
+    pool = go_on_when(light="dim")
+    after, edits = run(data, pool, 2)
+    assert edits == [("add", "p0002"), ("merge", "p0001")]
+    assert [item.text for item in after.items] == ["Do: when the doors is two, go on."]
+    strong = Pool((replace(pool.items[0], evidence={"lift": 0.99, "low": 0.95}),))
+    assert subsumed(Pool((*strong.items, *after.items)), mine(data).seen) == [], "clearly better where it holds: stays"
+    elsewhere = go_on_when(light="off")  # never met this night: nothing is known of its moments
+    assert run(data, elsewhere, 2)[1] == [("add", "p0002")]
 
 
 def test_partial_rewards_teach_and_equal_ones_do_not() -> None:
