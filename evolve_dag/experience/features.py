@@ -87,7 +87,7 @@ SHORT_QUERY_WORDS = 4
 LAST_STEP = "last step:"
 """How the line begins that the agent loop appends before the last allowed model call. It is no part of an observation."""
 
-_STOP_WORDS = frozenset(
+STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
         """a an the of in on at to for from by with and or is are was were be been being do does did has have had it its
@@ -166,7 +166,7 @@ def parse_question(text: str) -> ParsedQuestion:
     content = [
         (place, _stem(word))
         for place, word in enumerate(words)
-        if not is_name[place] and word.lower() not in _STOP_WORDS and not word.isdigit()
+        if not is_name[place] and word.lower() not in STOP_WORDS and not word.isdigit()
     ]
     head = content[0][1] if content else ""
     relations = {stem for place, stem in content[1:] if stem != head and not (place + 1 < len(words) and is_name[place + 1])}
@@ -229,7 +229,7 @@ class Observation:
             parts = value.split()
             for place, word in enumerate(parts):
                 named = place + 1 < len(parts) and parts[place + 1][:1].isupper()
-                if word.isalpha() and word.islower() and not named and word not in _STOP_WORDS:
+                if word.isalpha() and word.islower() and not named and word not in STOP_WORDS:
                     words[word] = None
         return " ".join(sorted(words)) if 0 < len(words) <= MARK_WORDS else "none"
 

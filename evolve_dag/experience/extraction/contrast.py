@@ -47,7 +47,7 @@ class Pattern:
     action: str
     effect: Effect
     trajectory_ids: tuple[str, ...]
-    """All supporting trajectories; beyond 50, 50 drawn (seeded) from the successful ones."""
+    """All supporting trajectories; beyond 50, 50 drawn (seeded) from those that did better than their group."""
 
     @property
     def text(self) -> str:
@@ -162,7 +162,7 @@ def mine(
     patterns: dict[str, Pattern] = {}
     for condition, action in chosen:
         effect = best[condition][1]
-        taught = [judged[place][0] for place in sorted(seen.actions[condition, action])]
+        taught = [judged[place][:2] for place in sorted(seen.actions[condition, action])]
         pattern = Pattern(condition, action, effect, _provenance(taught, f"{seed}:{condition}:{action}"))
         twin = patterns.get(pattern.text)  # the same words for another tool: one item is enough
         if twin is None or effect.support > twin.effect.support:
@@ -336,10 +336,11 @@ def _agreeing(patterns: Sequence[tuple[Condition, str, Effect]], mined: Mined) -
     return [(condition, action) for condition, action, _ in patterns if (condition, action) in kept]
 
 
-def _provenance(trajectories: Sequence[Trajectory], key: str) -> tuple[str, ...]:
-    if len(trajectories) <= MAX_TRAJECTORY_IDS:
-        return tuple(t.id for t in trajectories)
-    successful = [t.id for t in trajectories if t.reward is not None and t.reward > 0.5]
-    if len(successful) <= MAX_TRAJECTORY_IDS:
-        return tuple(successful)
-    return tuple(sorted(random.Random(key).sample(successful, MAX_TRAJECTORY_IDS)))
+def _provenance(taught: Sequence[tuple[Trajectory, float]], key: str) -> tuple[str, ...]:
+    """Of trajectories with their centred rewards; beyond 50, of those that did better than their group."""
+    if len(taught) <= MAX_TRAJECTORY_IDS:
+        return tuple(trajectory.id for trajectory, _ in taught)
+    better = [trajectory.id for trajectory, centred in taught if centred > 0]
+    if len(better) <= MAX_TRAJECTORY_IDS:
+        return tuple(better)
+    return tuple(sorted(random.Random(key).sample(better, MAX_TRAJECTORY_IDS)))

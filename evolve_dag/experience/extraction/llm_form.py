@@ -16,7 +16,7 @@ from evolve_dag.errors import ModelError
 from evolve_dag.experience.extraction import llm_plans as plans
 from evolve_dag.experience.extraction.llm_calls import Asker
 from evolve_dag.experience.extraction.llm_guides import ExtractionGuides
-from evolve_dag.experience.features import _STOP_WORDS
+from evolve_dag.experience.features import STOP_WORDS
 from evolve_dag.experience.llm_text import fence, shorten
 from evolve_dag.experience.locality import names_in, task_names
 from evolve_dag.experience.phrases import MAX_WORDS
@@ -149,7 +149,7 @@ def entities(task: Task | None, trajectories: Iterable[Trajectory]) -> frozenset
             continue
         for stretch in _stretches(words):
             pairs: list[tuple[str, ...]] = [stretch] if len(stretch) == 1 else list(pairwise(stretch))
-            if not ordinary.issuperset(pairs) and not _STOP_WORDS.issuperset(stretch):
+            if not ordinary.issuperset(pairs) and not STOP_WORDS.issuperset(stretch):
                 found.add(" ".join(stretch))
     return frozenset(found)
 

@@ -536,15 +536,17 @@ def test_advice_that_reaches_further_takes_the_place_of_the_same_in_other_words(
 
 
 def test_partial_rewards_teach_and_equal_ones_do_not() -> None:
-    def data(better: float, worse: float) -> list[Trajectory]:
+    def data(better: float, worse: float, tasks: int = 10) -> list[Trajectory]:
         rows = [(FITTING, better), (FIRST, worse)] * 2
         return [
             trajectory(f"t{task}", n, [search("Bado Keli", SHARED), step, answer("x")], reward)
-            for task in range(10)
+            for task in range(tasks)
             for n, (step, reward) in enumerate(rows)
         ]
 
     assert lift_of(mine(data(0.75, 0.25)))[0] == pytest.approx(0.5)
+    (few_points,) = mine(data(0.4, 0.1, tasks=MAX_TRAJECTORY_IDS)).patterns
+    assert len(few_points.trajectory_ids) == MAX_TRAJECTORY_IDS, "what did better than its group taught it, however little"
     equal = mine(data(0.5, 0.5))
     assert equal.statistics["mixed_groups"] == 0
     assert equal.effect(SHARED_STATE, "open_fitting") is None
