@@ -131,7 +131,8 @@ def mine(
     centred = np.array([c for _, c, _ in judged])
     mixed = [size > 0 for _, _, size in judged]
     scaled = np.array([c * math.sqrt(size / (size - 1)) if size else 0.0 for _, c, size in judged])
-    seen = Seen([choices(trajectory) for trajectory, _, _ in judged], mixed)
+    known = {action for _, action in before.actions} if before is not None else set()
+    seen = Seen([choices(trajectory) for trajectory, _, _ in judged], mixed, known)
     night = seen.evidence(centred, scaled)
     evidence = night if before is None else night + before
     tested: dict[tuple[Condition, str], Effect] = {}

@@ -23,9 +23,10 @@ class Seen:
     Args:
         taken: of each of them the steps where there was a choice.
         mixed: whether its group has mixed outcomes.
+        known: actions of nights before: who could not do them tonight is kept apart, also where nobody does them tonight.
     """
 
-    def __init__(self, taken: Sequence[Sequence[Choice]], mixed: Sequence[bool]) -> None:
+    def __init__(self, taken: Sequence[Sequence[Choice]], mixed: Sequence[bool], known: Collection[str] = ()) -> None:
         self.situations: dict[Condition, set[int]] = {}
         """Places of the trajectories of mixed groups that show a situation."""
         self.actions: dict[tuple[Condition, str], set[int]] = {}
@@ -40,7 +41,8 @@ class Seen:
         """Features that the environment gave."""
         self.states = {frozenset(choice.state.items()) for own in taken for choice in own}
         """Every state, with all features."""
-        self._told = sorted({c.action for own in taken for c in own if c.action.startswith(f"{DID}:")})
+        told = {*known, *(action for own in taken for c in own for action in (c.action, *(c.possible or ())))}
+        self._told = sorted(action for action in told if action.startswith(f"{DID}:"))
         for place, own in enumerate(taken):
             self._read(place, own, mixed[place])
 

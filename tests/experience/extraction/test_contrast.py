@@ -428,6 +428,16 @@ def test_who_could_not_act_so_is_kept_apart_over_the_nights() -> None:
     both = mine(prize(2, says=True, taken=0.7), before=first).evidence
     second = mine(prize(2, says=True, taken=0.7)).evidence
     assert both.barred[condition, "did:take it"] == barred + second.barred[condition, "did:take it"]
+    # Nobody takes it in a later night: who could not is told from who did not, since another night asks of all of them.
+    later = [replace(t, reward=float(n % 2)) for n, t in enumerate(prize(3, says=True, taken=0.0))]
+    alone, both = mine(later).evidence, mine(later, before=first).evidence
+    assert alone.barred[condition, "did:take it"].count > 0
+    assert both.barred[condition, "did:take it"] == barred + alone.barred[condition, "did:take it"]
+    # Nor could anybody: such a night says nothing of it.
+    never = {"did": "go on", "can": "go on", "prize": "far", "floor": "dry"}
+    nowhere = [replace(t, steps=tuple(replace(step, features=never) for step in t.steps)) for t in later]
+    assert mine(nowhere).evidence.barred == {}
+    assert mine(nowhere, before=first).evidence.free(condition, "did:take it") == free
 
 
 def test_advice_does_not_reach_where_nobody_tried_it() -> None:
