@@ -31,22 +31,23 @@ def drills(trajectories: Sequence[Trajectory], share: float, seed: int) -> dict[
     """
     if share <= 0:
         return {}
-    walked = {t.id: [(next(situations_of(state)), action) for state, action in walk(t)] for t in trajectories}
+    walked = {t.id: [(next(situations_of(state), None), action) for state, action in walk(t)] for t in trajectories}
     done = _done(walked.values())
     texts: dict[Place, str] = {}
     for trajectory in trajectories:
-        # A call that is announced as the last has no situation: there is nothing to advise.
+        # A call that is announced as the last has no situation, nor has one before which an environment said nothing of its
+        # state: there is nothing to advise.
         for step, (condition, _) in zip(trajectory.steps, walked[trajectory.id], strict=False):
             draw = random.Random(f"drill:{seed}:{trajectory.id}:{step.index}")
             advised = done.get(condition, ())
-            if draw.random() < share and len(advised) > 1:
+            if condition is not None and draw.random() < share and len(advised) > 1:
                 texts[trajectory.id, step.index] = render(dict(condition), draw.choice(advised))
     return texts
 
 
-def _done(walked: Iterable[Sequence[tuple[Condition, str]]]) -> dict[Condition, tuple[str, ...]]:
+def _done(walked: Iterable[Sequence[tuple[Condition | None, str]]]) -> dict[Condition | None, tuple[str, ...]]:
     """Situation -> the actions that were done there and can be advised, in a fixed order."""
-    found: dict[Condition, set[str]] = {}
+    found: dict[Condition | None, set[str]] = {}
     for steps in walked:
         for condition, action in steps:
             if strategy(action) is not None:

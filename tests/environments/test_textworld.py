@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -139,6 +140,29 @@ def test_a_command_is_told_by_what_it_comes_to(textworld: Any) -> None:
     there = enter(coin, first)
     back = enter(coin, BACK[first])
     assert (there.features["did"], back.features["did"]) == ("go onward", "go back")
+
+
+def test_onward_is_where_the_player_has_not_been(textworld: Any) -> None:
+    """Rooms of a game do not lie on a grid: in game 0 the room with the coin would lie where a dead end does."""
+    for number in range(6):
+        game, draw = session("coin", number, limit=40), random.Random(number)
+        seen = {game.system_prompt.partition("You are in the ")[2].split(".")[0]}
+        onward: tuple[str, ...] = ()
+        for step in range(30):
+            ways = [one for one in game.choices if one.startswith("go ")]
+            command = draw.choice(ways)
+            told = enter(game, command)
+            room = told.text.partition("You are in the ")[2].split(".")[0]
+            assert told.features["did"] == ("go back" if room in seen else "go onward")
+            if step:
+                assert (command.removeprefix("go ") in onward) == (room not in seen)
+            seen.add(room)
+            onward = tuple(told.features["onward"].split(" or "))
+    game = session("coin", 0, limit=20)
+    for command in ("go north", "go south", "go west", "go north"):
+        last = enter(game, command)
+    assert game.expert == "go east"
+    assert last.features["onward"] == "east or west"
 
 
 @pytest.mark.parametrize("family", ["coin", "cooking"])

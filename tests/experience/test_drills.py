@@ -53,3 +53,10 @@ def test_the_call_that_is_announced_as_the_last_has_no_drill():
         "forced",
     )  # fmt: skip
     assert ("d#0", 1) not in drills([told, last, *EPISODES], 1.0, 1)
+
+
+def test_a_step_after_which_an_environment_says_nothing_of_its_state_is_left_out():
+    """``{"did": ...}`` alone is allowed (docs/extending.md), and describes no situation."""
+    calls = [Step(n, "", (1,), (), SHORT, observation="ok", features={"did": did}) for n, did in enumerate(("look", "go on"))]
+    game = Trajectory("g#0", "g", 0, 0, "", QUESTION, (*calls, Step(2, "", (1,), (), answer="x")), "answered")
+    assert drills([*EPISODES, game], 1.0, 1).keys() == drills(EPISODES, 1.0, 1).keys() | {("g#0", 0)}

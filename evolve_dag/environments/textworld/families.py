@@ -7,7 +7,7 @@ list of commands says which way is a dead end, or what goes with which tool.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,7 @@ from evolve_dag.environments.textworld.games import Play, coin, cooking
 if TYPE_CHECKING:
     from textworld import Game
 
-AHEAD = {"north": 1j, "south": -1j, "east": 1 + 0j, "west": -1 + 0j}
-"""Way -> a step on the map."""
+WAYS = ("north", "south", "east", "west")
 NUMBERS = ("no", "one", "two", "three", "four")
 SAME = frozenset({"examine cookbook", "prepare meal", "eat meal"})
 """Commands of Cooking that are the same in every game."""
@@ -46,23 +45,12 @@ class Family:
 
 
 def _coin_features(play: Play, done: tuple[str, ...]) -> dict[str, str]:
-    exits = [way for way in AHEAD if f"go {way}" in play.commands]
-    gone = [command.removeprefix("go ") for command in done if command.startswith("go ")]
+    exits = [way for way in WAYS if f"go {way}" in play.commands]
     return {
         "coin": "here" if "take coin" in play.commands else "not here",
         "number of exits": NUMBERS[len(exits)],
-        "onward": " or ".join(_untried(exits, gone)) or "nowhere new",
+        "onward": " or ".join(way for way in exits if way in play.unseen) or "nowhere new",
     }
-
-
-def _untried(exits: Sequence[str], gone: Sequence[str]) -> list[str]:
-    """Ways that lead where the player has not been, as one knows who draws a map; the rooms lie on a grid."""
-    place = 0j
-    seen = {place}
-    for way in gone:
-        place += AHEAD[way]
-        seen.add(place)
-    return [way for way in exits if place + AHEAD[way] not in seen]
 
 
 def _cooking_features(play: Play, done: tuple[str, ...]) -> dict[str, str]:

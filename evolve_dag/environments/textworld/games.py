@@ -131,6 +131,7 @@ class Play:
         with _LOCK:
             self.game = _built(make, number)
             self._env, self._state = _played(self.game)
+        self._seen = {self._place}
 
     def enter(self, command: str) -> bool:
         """Do what ``command`` says, in any case of letters; False, and nothing happens, where it cannot be done now."""
@@ -139,6 +140,7 @@ class Play:
             return False
         with _LOCK:
             self._state, _, _ = self._env.step(meant)
+        self._seen.add(self._place)
         return True
 
     @property
@@ -173,7 +175,18 @@ class Play:
     @property
     def room(self) -> str:
         """Where the player stands."""
-        return next(self.name(fact[2]) for fact in self.facts if fact[:2] == ("at", "P"))
+        return self.name(self._place)
+
+    @property
+    def _place(self) -> str:
+        return next(fact[2] for fact in self.facts if fact[:2] == ("at", "P"))
+
+    @property
+    def unseen(self) -> frozenset[str]:
+        """Ways from here (``north``) into rooms where the player has not been, as one knows who draws a map."""
+        here = self._place
+        exits = {fact[0].removesuffix("_of"): fact[1] for fact in self.facts if fact[0].endswith("_of") and fact[2:] == (here,)}
+        return frozenset(way for way, room in exits.items() if room not in self._seen)
 
     @property
     def held(self) -> tuple[str, ...]:

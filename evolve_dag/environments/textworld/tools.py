@@ -14,7 +14,7 @@ from evolve_dag.environments.textworld.games import Play, need_textworld
 from evolve_dag.protocols import CAN, OR, Session, ToolResult, ToolSpec
 from evolve_dag.records import Task, ToolCall
 
-VERSION = "3"
+VERSION = "4"
 """Raise it when the same turns would become another episode; the steps' versions stand for all environments."""
 GAMES = 1000
 """Numbers of games that a world has: world w holds the games w * 1000 to w * 1000 + 999."""

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from evolve_dag.experience.extraction.evidence import Effect, Evidence, Moments, discoveries, effect_of, welch
 from evolve_dag.experience.extraction.seen import Seen
-from evolve_dag.experience.extraction.situations import LATTICE, Condition, compatible, described
+from evolve_dag.experience.extraction.situations import LATTICE, Condition, compatible, condition_of, described
 from evolve_dag.experience.features import DID, OWN, choices
 from evolve_dag.experience.phrases import render, strategy
 from evolve_dag.records import Trajectory
@@ -88,9 +88,11 @@ class Mined:
 
     def meet(self, a: Condition, b: Condition) -> bool:
         """Whether a state can meet both conditions. Which features of an environment exclude each other is not known here: what
-        was never seen together does not meet."""
-        both = (*a, *b)
-        return compatible(a, b) and (not described(both) or any(state.issuperset(both) for state in self.seen.states))
+        was never seen together, tonight or before, does not meet."""
+        both = condition_of(dict((*a, *b)))
+        if not compatible(a, b) or not described(both):
+            return compatible(a, b)
+        return both in self.evidence.situations or any(state.issuperset(both) for state in self.seen.states)
 
     def clearly_better(self, condition: Condition, better: str, worse: str, *, measured: bool = False, among: int = 1) -> bool:
         """Whether ``better`` beats ``worse`` in the situation at the configured confidence, ``among`` as in :meth:`effect`.
@@ -131,8 +133,7 @@ def mine(
     centred = np.array([c for _, c, _ in judged])
     mixed = [size > 0 for _, _, size in judged]
     scaled = np.array([c * math.sqrt(size / (size - 1)) if size else 0.0 for _, c, size in judged])
-    known = {action for _, action in before.actions} if before is not None else set()
-    seen = Seen([choices(trajectory) for trajectory, _, _ in judged], mixed, known)
+    seen = Seen([choices(trajectory) for trajectory, _, _ in judged], mixed)
     night = seen.evidence(centred, scaled)
     evidence = night if before is None else night + before
     tested: dict[tuple[Condition, str], Effect] = {}

@@ -99,6 +99,10 @@ class Evidence:
     """Of those among them that show an action in it."""
     barred: Mapping[tuple[Condition, str], Moments] = field(default_factory=dict)
     """Of those among them that could not act so in it: they tell nothing of what it is worth to leave that."""
+    told: Mapping[Condition, Moments] = field(default_factory=dict)
+    """Of those among them that were always told in it what could be done."""
+    named: frozenset[str] = frozenset()
+    """What was done or told of. Whoever was told what could be done could do nothing else."""
 
     def others(self, condition: Condition, action: str) -> Moments:
         """Of the trajectories that show the situation and never the action in it, though it was possible."""
@@ -116,22 +120,32 @@ class Evidence:
         def left(rows: Mapping[tuple[Condition, str], Moments]) -> dict[tuple[Condition, str], Moments]:
             return {k: m.faded(share) for k, m in rows.items() if k[0] in kept and m.count * share >= LEAST_COUNT}
 
-        return Evidence(kept, left(self.actions), left(self.barred))
+        told = {c: m.faded(share) for c, m in self.told.items() if c in kept}
+        return Evidence(kept, left(self.actions), left(self.barred), told, self.named)
 
     def __add__(self, other: Evidence) -> Evidence:
         return Evidence(
             _summed(self.situations, other.situations),
             _summed(self.actions, other.actions),
-            _summed(self.barred, other.barred),
+            _summed(self._barred_from(other.named), other._barred_from(self.named)),
+            _summed(self.told, other.told),
+            self.named | other.named,
         )
+
+    def _barred_from(self, actions: frozenset[str]) -> Mapping[tuple[Condition, str], Moments]:
+        """:attr:`barred`, also from those of ``actions`` that nobody was told of here."""
+        unheard = sorted(actions - self.named)
+        return {**self.barred, **{(c, action): moments for c, moments in self.told.items() for action in unheard}}
 
     def to_json(self) -> str:
         """Rows of condition, action or null, and the four sums."""
         rows: list[list[object]] = [[c, None, *_sums(m)] for c, m in self.situations.items()]
         rows += [[c, action, *_sums(m)] for (c, action), m in self.actions.items()]
         whole: dict[str, object] = {"format": 1, "rows": rows}
-        if self.barred:
+        if self.named:
             whole["barred"] = [[c, action, *_sums(m)] for (c, action), m in self.barred.items()]
+            whole["told"] = [[c, *_sums(m)] for c, m in self.told.items()]
+            whole["named"] = sorted(self.named)
         return json.dumps(whole, separators=(",", ":"))
 
     @classmethod
@@ -145,10 +159,13 @@ class Evidence:
             whole = json.loads(text)
             rows = [(_condition(c), action, Moments(*map(float, sums))) for c, action, *sums in whole["rows"]]
             barred = {(_condition(c), str(action)): Moments(*map(float, sums)) for c, action, *sums in whole.get("barred", ())}
+            told = {_condition(c): Moments(*map(float, sums)) for c, *sums in whole.get("told", ())}
+            named = frozenset(map(str, whole.get("named", ())))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"evidence of an experience pool: {error}", "materialize experience anew") from error
         situations = {condition: sums for condition, action, sums in rows if action is None}
-        return cls(situations, {(c, str(action)): sums for c, action, sums in rows if action is not None}, barred)
+        actions = {(c, str(action)): sums for c, action, sums in rows if action is not None}
+        return cls(situations, actions, barred, told, named)
 
 
 def _condition(pairs: Sequence[Sequence[object]]) -> Condition:

@@ -87,7 +87,7 @@ def extract(
         edits = (*first.edits, *second.edits)
     after = Pool(second.pool.items, pool.version + bool(edits), second.pool.next_number)  # one extraction, one version
     statistics |= {name: float(count) for name, count in counted(edits).items()}
-    statistics["refused"] = float(len(first.refused) + len(second.refused))
+    statistics["refused"] = float(len(first.refused) + len(tidied.refused) + len(second.refused))
     statistics["items"] = float(len(after))
     return Extraction(after, edits, statistics, evidence)
 

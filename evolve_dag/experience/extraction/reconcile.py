@@ -98,6 +98,7 @@ def subsumed(pool: Pool, seen: Seen) -> list[Proposal]:
         for i in pool.items
         if i.granularity == "principle" and i.condition and not i.withdrawn and (action := action_of(i.text)) is not None
     ]
+    into: dict[str, str] = {}
     for item, condition, action in known:
         general = [
             other
@@ -106,9 +107,14 @@ def subsumed(pool: Pool, seen: Seen) -> list[Proposal]:
             and (set(wider) < set(condition) or _reaches_further(wider, condition, action, seen))
         ]  # fmt: skip
         if general:
-            into = min(general, key=lambda other: (len(other.condition), other.id))
+            into[item.id] = min(general, key=lambda other: (len(other.condition), other.id)).id
+    for item, _, _ in known:
+        target = into.get(item.id)
+        while target in into:  # that one goes as well; it ends, since each reaches further than the one before
+            target = into[target]
+        if target is not None:
             proposals.append(
-                Proposal("merge", item_id=item.id, into=into.id, reason=f"{into.id} gives the same advice more generally",
+                Proposal("merge", item_id=item.id, into=target, reason=f"{target} gives the same advice more generally",
                          trajectory_ids=item.trajectory_ids)
             )  # fmt: skip
     return proposals

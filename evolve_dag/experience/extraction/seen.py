@@ -23,16 +23,17 @@ class Seen:
     Args:
         taken: of each of them the steps where there was a choice.
         mixed: whether its group has mixed outcomes.
-        known: actions of nights before: who could not do them tonight is kept apart, also where nobody does them tonight.
     """
 
-    def __init__(self, taken: Sequence[Sequence[Choice]], mixed: Sequence[bool], known: Collection[str] = ()) -> None:
+    def __init__(self, taken: Sequence[Sequence[Choice]], mixed: Sequence[bool]) -> None:
         self.situations: dict[Condition, set[int]] = {}
         """Places of the trajectories of mixed groups that show a situation."""
         self.actions: dict[tuple[Condition, str], set[int]] = {}
         """Of those that show an action in it."""
         self.barred: dict[tuple[Condition, str], set[int]] = {}
         """Of those that never could do it in it."""
+        self.told: dict[Condition, set[int]] = {}
+        """Of those that were always told in it what could be done."""
         self.shown: dict[str, dict[Condition, set[int]]] = {}
         """Action -> state -> places of all trajectories that show it there."""
         self.able: dict[str, dict[Condition, set[int]]] = {}
@@ -41,13 +42,14 @@ class Seen:
         """Features that the environment gave."""
         self.states = {frozenset(choice.state.items()) for own in taken for choice in own}
         """Every state, with all features."""
-        told = {*known, *(action for own in taken for c in own for action in (c.action, *(c.possible or ())))}
-        self._told = sorted(action for action in told if action.startswith(f"{DID}:"))
+        named = {action for own in taken for choice in own for action in (choice.action, *(choice.possible or ()))}
+        self._named = sorted(action for action in named if action.startswith(f"{DID}:"))
         for place, own in enumerate(taken):
             self._read(place, own, mixed[place])
 
     def _read(self, place: int, taken: Sequence[Choice], mixed: bool) -> None:
         can: dict[Condition, set[str]] = {}
+        unsure: set[Condition] = set()
         for state, action, possible in dict.fromkeys((tuple(c.state.items()), c.action, c.possible) for c in taken):
             self.shown.setdefault(action, {}).setdefault(state, set()).add(place)
             for one in possible or ():
@@ -57,10 +59,13 @@ class Seen:
             for condition in situations_of(dict(state)):
                 self.situations.setdefault(condition, set()).add(place)
                 self.actions.setdefault((condition, action), set()).add(place)
-                can.setdefault(condition, set()).update((action,), self._told if possible is None else possible)
-        for condition, able in can.items():
-            for action in self._told:
-                if action not in able:
+                can.setdefault(condition, set()).update((action,), possible or ())
+                if possible is None:
+                    unsure.add(condition)
+        for condition in can.keys() - unsure:
+            self.told.setdefault(condition, set()).add(place)
+            for action in self._named:
+                if action not in can[condition]:
                     self.barred.setdefault((condition, action), set()).add(place)
 
     def said(self, condition: Condition, action: str, named: frozenset[str]) -> list[Condition]:
@@ -95,7 +100,13 @@ class Seen:
 
     def evidence(self, centred: np.ndarray, scaled: np.ndarray) -> Evidence:
         """The sums. ``centred`` and ``scaled``: rewards of the trajectories, see :class:`Moments`."""
-        return Evidence(*(_moments(rows, centred, scaled) for rows in (self.situations, self.actions, self.barred)))
+        return Evidence(
+            _moments(self.situations, centred, scaled),
+            _moments(self.actions, centred, scaled),
+            _moments(self.barred, centred, scaled),
+            _moments(self.told, centred, scaled),
+            frozenset(self._named),
+        )
 
 
 def _moments(rows: Mapping[Key, set[int]], centred: np.ndarray, scaled: np.ndarray) -> dict[Key, Moments]:

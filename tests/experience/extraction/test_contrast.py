@@ -433,11 +433,22 @@ def test_who_could_not_act_so_is_kept_apart_over_the_nights() -> None:
     alone, both = mine(later).evidence, mine(later, before=first).evidence
     assert alone.barred[condition, "did:take it"].count > 0
     assert both.barred[condition, "did:take it"] == barred + alone.barred[condition, "did:take it"]
-    # Nor could anybody: such a night says nothing of it.
+    # Nor could anybody: such a night says nothing of it, whether it comes before or after.
     never = {"did": "go on", "can": "go on", "prize": "far", "floor": "dry"}
     nowhere = [replace(t, steps=tuple(replace(step, features=never) for step in t.steps)) for t in later]
-    assert mine(nowhere).evidence.barred == {}
-    assert mine(nowhere, before=first).evidence.free(condition, "did:take it") == free
+    unheard = mine(nowhere).evidence
+    assert unheard.barred == {}
+    assert (unheard + first).free(condition, "did:take it") == free
+    assert (first + unheard).free(condition, "did:take it") == free
+    stored = Evidence.from_json(unheard.to_json()).faded(0.5)
+    assert (stored + first).free(condition, "did:take it").squares == pytest.approx(free.squares)
+    # Where nobody is told what could be done, whoever did not do it could have.
+    silent = [replace(t, steps=tuple(replace(s, features={"did": "go on", "floor": "dry"}) for s in t.steps)) for t in later]
+    free_too = (mine(silent).evidence + first).free(condition, "did:take it")
+    assert free_too.count == free.count + mine(silent).evidence.situations[condition].count
+    # Everybody could, and nobody did: that is known as well.
+    idle = [replace(t, steps=tuple(replace(s, features={**never, "can": "go on; take it"}) for s in t.steps)) for t in later]
+    assert (mine(idle).evidence + first).free(condition, "did:take it").count == free.count + len(later)
 
 
 def test_advice_does_not_reach_where_nobody_tried_it() -> None:
@@ -503,6 +514,10 @@ def test_contrary_advice_for_states_that_never_meet_stands_together() -> None:
     )
     assert not mined.meet(way_open, here)
     assert mined.meet(way_open, far)
+    # Of what was seen in a night before the sums are left: tonight nobody is far from the prize.
+    near = [replace(t, steps=tuple(replace(s, features={**s.features, "prize": "here"}) for s in t.steps)) for t in data]
+    assert not mine(near).meet(way_open, far)
+    assert mine(near, before=mined.evidence.faded(0.5)).meet(way_open, far)
 
 
 def go_on(seed: int, **features: Callable[[random.Random], str]) -> list[Trajectory]:
@@ -543,6 +558,25 @@ def test_advice_that_reaches_further_takes_the_place_of_the_same_in_other_words(
     assert subsumed(Pool((*strong.items, *after.items)), mine(data).seen) == [], "clearly better where it holds: stays"
     elsewhere = go_on_when(light="off")  # never met this night: nothing is known of its moments
     assert run(data, elsewhere, 2)[1] == [("add", "p0002")]
+
+
+@pytest.mark.parametrize("order", ["lsd", "dls", "sdl", "dsl"])
+def test_a_chain_of_merges_ends_in_what_reaches_furthest(order: str) -> None:
+    draw, steps = random.Random(1), {"l": "light", "s": "sound", "d": "doors"}
+    reach = {"light": 0.5, "sound": 0.7, "doors": 1.0}
+    data = []
+    for rollout in range(60):
+        one = draw.random()
+        features = {name: "yes" if one < share else "no" for name, share in reach.items()}
+        data.append(trajectory("t", rollout, [room("go on", "go back; go on", **features)] * 2, float(rollout % 2)))
+    proposals = [
+        Proposal("add", text=render(condition, "did:go on"), condition=condition, evidence={"lift": 0.3, "low": 0.1})
+        for condition in ({"observation": "described", f"env:{steps[one]}": "yes"} for one in order)
+    ]
+    pool = Pool().apply(proposals, iteration=1, strict=True).pool
+    tidied = pool.apply(subsumed(pool, mine(data).seen), iteration=2)
+    assert tidied.refused == []
+    assert [item.text for item in tidied.pool.items] == ["Do: when the doors is yes, go on."]
 
 
 def test_partial_rewards_teach_and_equal_ones_do_not() -> None:
