@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evolve_dag.config.parts import identity
 from evolve_dag.errors import ConfigError, ModelError
 from evolve_dag.inference.folders import base_identity, model_folder
 from evolve_dag.store.artifacts import Store
@@ -54,7 +55,11 @@ def config(experiment: Experiment) -> dict[str, Any]:
         ModelError: the model to start from is missing.
     """
     values = experiment.slice("warmup", "environment", *READ)
-    return values | {"warmup": {**values["warmup"], "base": base_identity(start(experiment))}}
+    played = identity("environment", experiment.environment.kind, experiment.environment)
+    return values | {
+        "warmup": {**values["warmup"], "base": base_identity(start(experiment))},
+        "environment": {**values["environment"], "kind": played},
+    }
 
 
 def digest(experiment: Experiment) -> str:

@@ -31,6 +31,7 @@ from evolve_dag.protocols import StatefulEnvironment
 from evolve_dag.records import Step, Task, Trajectory
 from evolve_dag.seeds import stable_hash
 from evolve_dag.store.disk import write_atomic
+from evolve_dag.tasks.streams import of_iteration
 from evolve_dag.verification.exact import ExactVerifier
 from evolve_dag.warmup import folder
 from evolve_dag.warmup.script import Script, kinds
@@ -113,13 +114,19 @@ def warm_up(
 
 
 def _refuse_shared_worlds(experiment: Experiment) -> None:
-    worlds = {folder.section(experiment).world, folder.section(experiment).world + 1}
-    for name, split in experiment.tasks.splits.items():
-        if split.world in worlds:
-            what = (
-                f"tasks.{name}.world: {split.world} is a world of the warm-up: {min(worlds)} to learn, {max(worlds)} to measure"
-            )
-            raise ConfigError(what, "give the splits, or the warm-up, other worlds")
+    own = {folder.section(experiment).world, folder.section(experiment).world + 1}
+    made = experiment.tasks.train.world is not None
+    nights = [
+        of_iteration(experiment, night).tasks if made else experiment.tasks for night in range(1, experiment.iterations + 1)
+    ]
+    for name in experiment.tasks.splits:
+        for night, tasks in enumerate(nights, 1):
+            if (world := tasks.splits[name].world) in own:
+                when = f" in iteration {night}" if night > 1 else ""
+                what = (
+                    f"tasks.{name}.world: {world}{when} is a world of the warm-up: {min(own)} to learn, {max(own)} to measure"
+                )
+                raise ConfigError(what, "give the splits, or the warm-up, other worlds")
 
 
 def _publish(made: Path, out: Path, note: dict[str, Any]) -> None:

@@ -28,8 +28,10 @@ from evolve_dag.protocols import Guided
 from evolve_dag.records import Step, ToolCall
 from evolve_dag.steps.slices import decisive
 from evolve_dag.steps.trajectories import SPEC
+from evolve_dag.store.artifacts import Store
 from evolve_dag.verification.exact import ExactVerifier
 from evolve_dag.warmup.script import Script
+from evolve_dag.warmup.training import warm_up
 
 sys.path.append(str(Path(__file__).parents[1] / "agent"))
 from tiny_tokenizers import byte_level
@@ -56,6 +58,8 @@ def test_without_the_package_the_message_says_how_to_get_it(monkeypatch: pytest.
         ({"rollout": {"plain_answers": True}}, "a plain turn is a command"),
         ({"environment": {"kind": "textworld", "form": "call"}}, "writes plain commands"),
         ({"iterations": 91}, "games for 90 iterations"),
+        ({"warmup": {"episodes": 1001}}, "warmup.episodes: a world has no more than 1000 games"),
+        ({"warmup": {"development": 1001}}, "warmup.development: a world has no more than 1000 games"),
     ],
 )
 def test_mistakes_in_the_file(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
@@ -68,6 +72,13 @@ def test_mistakes_in_the_file(changes: dict[str, Any], told: str, tmp_path: Path
 def test_its_own_version_is_in_the_digests_of_what_plays_it() -> None:
     file = load_experiment(CONFIGS / "textworld_coin.yaml")
     assert decisive(SPEC, file)["environment"]["kind"] == f"textworld {VERSION}"
+
+
+def test_a_warm_up_shares_no_games_with_a_later_night(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump({"extends": str(CONFIGS / "textworld_coin.yaml"), "warmup": {"world": 10_100}}))
+    with pytest.raises(ConfigError, match=r"tasks.train.world: 10100 in iteration 2 is a world of the warm-up"):
+        warm_up(load_experiment(path), Store(tmp_path / "store"))
 
 
 def test_the_pools_that_ship_are_small_and_speak_of_no_game() -> None:

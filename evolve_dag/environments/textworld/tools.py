@@ -151,6 +151,9 @@ def _mistakes(settings: TextWorldEnvironment, experiment: Experiment) -> list[tu
     if experiment.rollout.max_steps <= settings.limit:
         what = f"the game ends after {settings.limit} commands: set it higher, so that no call is told to answer"
         found.append(("rollout.max_steps", what))
+    for key in ("episodes", "development") if experiment.warmup is not None else ():
+        if getattr(experiment.warmup, key) > GAMES:
+            found.append((f"warmup.{key}", f"a world has no more than {GAMES} games"))
     if experiment.warmup is not None and settings.form != "plain":
         found.append(("environment.form", "the script of the warm-up writes plain commands: set it to plain"))
     if experiment.rollout.plain_answers and settings.form == "plain":

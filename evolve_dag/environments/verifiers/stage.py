@@ -70,6 +70,8 @@ class Stage:
         try:
             return future.result(seconds + GRACE)
         except TimeoutError:
+            if future.done():  # an error of the work itself
+                raise
             future.cancel()
             give_up(self._thread)
             self.lost = not self._answers()
