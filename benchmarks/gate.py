@@ -7,8 +7,9 @@ difficulty (SD ``SPREAD`` logits), e_i what this policy is better or worse at (a
 night), and the level is set so that success over the whole population of tasks is what the scenario says. So a loss of 0 is
 none in the population, while the development tasks at hand may say otherwise. Common draws couple two policies the less, the
 more nights lie between them: on a share ``CLOSE`` ^ nights of the tasks the outcome hangs on one common number for both,
-elsewhere they are independent. The three numbers are fitted to stored runs of the pocket world, whose paired SD grows from
-0.25 between neighbours to 0.45 over six nights (docs/LOG.md); ``--fit`` prints what they come to.
+elsewhere they are independent (the candidate's number is the champion's, the champion's the best one's, each on its share).
+The three numbers are fitted to stored runs of the pocket world, whose paired SD grows from 0.25 between neighbours to 0.45 over
+six nights (docs/LOG.md); ``--fit`` prints what they come to.
 
 The candidate of a night comes from the champion: it loses (or gains) what the scenario says against *that*, so a decline or a
 restore stops the erosion, as in the loop. In scenarios with a gain the plateau lies at the success of the world.
@@ -83,14 +84,15 @@ def chances(policy: Policy, difficulty_T: Floats) -> Floats:
     return 1 / (1 + np.exp(-(np.interp(policy.success, means, levels) + difficulty_T + policy.wandered)))
 
 
-def played(candidate: Policy, best: Policy, difficulty_T: Floats, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """What the two solve in one night: 1 or 0 a task."""
-    tasks = len(difficulty_T)
-    common_T, own_T = rng.random(tasks), rng.random(tasks)
-    coupled_T = rng.random(tasks) < CLOSE ** (candidate.nights - best.nights)
-    of_candidate = np.where(coupled_T, common_T, own_T) < chances(candidate, difficulty_T)
-    of_best = common_T < chances(best, difficulty_T)
-    return of_candidate.astype(float), of_best.astype(float)
+def played(policies: Sequence[Policy], difficulty_T: Floats, rng: np.random.Generator) -> list[Floats]:
+    """What each of them, from the oldest on, solves in one night: 1 or 0 a task."""
+    tasks, found, number_T = len(difficulty_T), [], np.empty(0)
+    for at, policy in enumerate(policies):
+        own_T = rng.random(tasks)
+        apart = policy.nights - policies[at - 1].nights if at else 0
+        number_T = np.where(rng.random(tasks) < CLOSE**apart, number_T, own_T) if at else own_T
+        found.append((number_T < chances(policy, difficulty_T)).astype(float))
+    return found
 
 
 def lineage(success: float, losses: Sequence[float], tasks: int, settings: GateSettings, seed: int) -> Run:
@@ -103,7 +105,10 @@ def lineage(success: float, losses: Sequence[float], tasks: int, settings: GateS
     for night, loss in enumerate(losses, 1):
         wandered = champion.wandered + rng.normal(0, WANDER, tasks)
         candidate = Policy(float(np.clip(champion.success - loss, 0.005, 0.995)), champion.nights + 1, wandered)
-        seen = Night(tasks, *played(candidate, best, difficulty_T, rng), None, (0.0, 0.0), (4.0, 4.0))
+        between = [champion] if champion is not best else []
+        of_best, *of_champion, of_candidate = played([best, *between, candidate], difficulty_T, rng)
+        against = (of_candidate, of_champion[0]) if of_champion else None
+        seen = Night(tasks, of_candidate, of_best, None, (0.0, 0.0), (4.0, 4.0), against)
         decided = decide_on(seen, settings, 0, iteration=night, standing=standing)
         champion = {"promote": candidate, "keep": champion, "restore": best}[decided.decision]
         best = candidate if decided.standing.best == night else best
@@ -127,6 +132,7 @@ def scenarios() -> Iterator[tuple[str, list[float]]]:
         yield f"loses {loss:g} a night", [loss / 100] * 30
     yield "gains 8, 5, 3, 2, 1, then stays", [-0.08, -0.05, -0.03, -0.02, -0.01] + [0.0] * 25
     yield "gains 8, 5, 3, 2, 1, then loses 0.5", [-0.08, -0.05, -0.03, -0.02, -0.01] + [0.005] * 25
+    yield "gains 2 four times, loses 12 once, then stays", [-0.02] * 4 + [0.12] + [0.0] * 25
     yield "one night in twenty loses 20", []
 
 
@@ -169,7 +175,7 @@ def fit(start: float, nights: int, tasks: int = 20_000) -> str:
     best = Policy(start, 0, wandered)
     for night in range(1, nights + 1):
         wandered = wandered + rng.normal(0, WANDER, tasks)
-        of_candidate, of_best = played(Policy(start, night, wandered), best, difficulty_T, rng)
+        of_best, of_candidate = played([best, Policy(start, night, wandered)], difficulty_T, rng)
         sds.append(f"{(of_candidate - of_best).std():.3f}")
     return f"{start:.0%}: {' '.join(sds)}"
 

@@ -3,9 +3,11 @@
 The candidate is compared with the best champion so far, task by task, on the same development tasks under the same draws.
 Held-out scores never come here: a task that decides something can no longer report anything.
 
-Two questions are asked. *Tonight*: has the candidate lost something against the best? Then it is declined and the champion
-stays. *Over the nights*: have the candidates since the best lost something that no single night could show? What they lost adds
-up in :mod:`evolve_dag.evaluation.betting`, and when that is established the best comes back.
+Two questions are asked. *Tonight*: has the candidate lost something against the best, or against the champion that it comes
+from? Then it is declined and the champion stays. (The champion may be far above the best without being known to be: whoever
+falls from there to the best one's level has lost nothing against *that*.) *Over the nights*: have the candidates since the best
+lost something that no single night could show? What they lost adds up in :mod:`evolve_dag.evaluation.betting`, and when that is
+established the best comes back.
 
 A candidate takes the best one's place only when it is significantly better, not when it looks better: one that was chosen for
 its luck falls back without having lost anything, and the evidence would begin anew with every lucky night.
@@ -76,6 +78,9 @@ class Night:
     """Rate of premature answers of candidate and best, 0..1."""
     turns: tuple[float, float]
     """Mean turns of candidate and best."""
+    champion: tuple[Floats, Floats] | None = None
+    """Success of candidate and champion on the tasks that were judged for both; None where the champion is the best, or the
+    candidate is the champion unchanged."""
 
 
 def decide(
@@ -86,13 +91,14 @@ def decide(
     *,
     iteration: int = 1,
     standing: Standing = Standing(),
+    champion: Sequence[Score] = (),
 ) -> GateDecision:
     """Promote the candidate unless it lost something, or those since the best did.
 
     Declined is a candidate when too few tasks were judged on both sides, on a significant loss of success (the interval of the
-    paired difference lies wholly below ``-margin``, among the judged tasks or among all), and, where success is not
-    significantly better, on a rise of premature answers above ``max_premature_rise`` and on a ratio of mean turns above
-    ``max_turn_ratio``.
+    paired difference lies wholly below ``-margin``: against the best among the judged tasks or among all, or against the
+    champion), and, where success is not significantly better than the best's, on a rise of premature answers above
+    ``max_premature_rise`` and on a ratio of mean turns above ``max_turn_ratio``.
     All checks run, so ``reasons`` names every one that failed.
 
     Args:
@@ -102,14 +108,16 @@ def decide(
         seed: decides the resamples of the interval.
         iteration: the candidate's.
         standing: who holds, who is the best, and the evidence so far.
+        champion: scores of the champion, where it is neither the best nor what the candidate is.
 
     Raises:
         DataError: the two sides are not scores of the same tasks, or a side holds a rollout twice.
     """
-    for name, scores in (("candidate", candidate), ("best champion", best)):
+    for name, scores in (("candidate", candidate), ("best champion", best), ("champion", champion)):
         _refuse_duplicates(name, scores)
-    _refuse_mismatch({s.task_id for s in candidate}, {s.task_id for s in best})
-    return decide_on(_night(candidate, best), settings, seed, iteration=iteration, standing=standing)
+    for name, scores in (("best champion", best), *([("champion", champion)] if champion else [])):
+        _refuse_mismatch({s.task_id for s in candidate}, {s.task_id for s in scores}, name)
+    return decide_on(_night(candidate, best, champion), settings, seed, iteration=iteration, standing=standing)
 
 
 def decide_on(
@@ -152,18 +160,23 @@ def gate_from_json(content: Mapping[str, Any]) -> GateDecision:
     return from_values(GateDecision, content, "gate decision", remedy)
 
 
-def _night(candidate: Sequence[Score], best: Sequence[Score]) -> Night:
-    """What is compared of two sides' scores."""
+def _night(candidate: Sequence[Score], best: Sequence[Score], champion: Sequence[Score]) -> Night:
+    """What is compared of the sides' scores."""
     sides = candidate, best
-    tasks = [[s.task_id for s in side] for side in sides]
-    judged = [by_task(names, [s.reward for s in side]) for names, side in zip(tasks, sides, strict=True)]
-    every = [by_task(names, [s.reward or 0.0 for s in side]) for names, side in zip(tasks, sides, strict=True)]
-    candidate_T, best_T = paired(*judged)
+    every = [by_task([s.task_id for s in side], [s.reward or 0.0 for s in side]) for side in sides]
+    candidate_T, best_T = paired(*map(_judged, sides))
     premature, turns = (
         (_task_mean(candidate, field), _task_mean(best, field)) if candidate else (0.0, 0.0) for field in ("premature", "turns")
     )
     all_T = paired(*every) if any(s.reward is None for side in sides for s in side) else None
-    return Night(len(set(tasks[0])), candidate_T, best_T, all_T, premature, turns)
+    tasks = len({s.task_id for s in candidate})
+    against = paired(_judged(candidate), _judged(champion)) if champion else None
+    return Night(tasks, candidate_T, best_T, all_T, premature, turns, against)
+
+
+def _judged(scores: Sequence[Score]) -> dict[str, list[float]]:
+    """Task -> the rewards of its rollouts that were judged."""
+    return by_task([s.task_id for s in scores], [s.reward for s in scores])
 
 
 def _better(evidence: Mapping[str, float | None]) -> bool:
@@ -186,31 +199,42 @@ def _findings(night: Night, settings: GateSettings, seed: int) -> Iterator[_Find
         better = _better(success.evidence)
         yield success
     if night.everything is not None:
-        yield _success(*night.everything, settings, seed, of="all_")
+        what = "success of all, unjudged ones counted as wrong,"
+        yield _success(*night.everything, settings, seed, of="all_", what=what)
+    if night.champion is not None and len(night.champion[0]):
+        yield _success(*night.champion, settings, seed, of="champion_", whose=" of the champion")
     if night.tasks:
         yield _premature(night.premature, settings, better=better)
         yield _turns(night.turns, settings, better=better)
 
 
-def _success(candidate_T: Floats, best_T: Floats, settings: GateSettings, seed: int, of: str = "") -> _Finding:
-    """Has the candidate lost more than the margin?"""
-    differences_T = candidate_T - best_T
+def _success(
+    candidate_T: Floats,
+    other_T: Floats,
+    settings: GateSettings,
+    seed: int,
+    *,
+    of: str = "",
+    what: str = "success",
+    whose: str = "",
+) -> _Finding:
+    """Has the candidate lost more than the margin? ``of`` stands in the names of the evidence."""
+    differences_T = candidate_T - other_T
     low, high = difference_interval(differences_T, resamples=RESAMPLES, confidence=settings.confidence, seed=seed)
     means, difference, sd = (
-        [float(side.mean()) for side in (candidate_T, best_T)],
+        [float(side.mean()) for side in (candidate_T, other_T)],
         float(differences_T.mean()),
         spread(differences_T),
     )
     smallest = settings.margin + detectable(sd, len(differences_T), confidence=settings.confidence)
-    what = "success of all, unjudged ones counted as wrong," if of else "success"
     sentence = (
-        f"{what} {means[0]:.1%} against {means[1]:.1%}: {100 * difference:+.1f} points, "
+        f"{what} {means[0]:.1%} against {means[1]:.1%}{whose}: {100 * difference:+.1f} points, "
         f"{settings.confidence:.0%} interval {100 * low:+.1f} to {100 * high:+.1f} "
         f"(a loss of {100 * smallest:.1f} points would be seen with {POWER:.0%} power)"
     )
     bad = high < -settings.margin
-    numbers = {"candidate": means[0], "best": means[1], "difference": difference, "low": low, "high": high}
-    numbers |= {"sd": sd, "detectable": smallest}
+    numbers = {"difference": difference, "low": low, "high": high, "sd": sd, "detectable": smallest}
+    numbers |= {} if whose else {"candidate": means[0], "best": means[1]}
     evidence = {f"success_{of}{name}": value for name, value in numbers.items()}
     return _Finding(f"significant loss of {sentence}" if bad else sentence, bad, evidence)
 
@@ -285,12 +309,12 @@ def _refuse_duplicates(name: str, scores: Sequence[Score]) -> None:
         )
 
 
-def _refuse_mismatch(candidate: set[str], best: set[str]) -> None:
-    if candidate == best:
+def _refuse_mismatch(candidate: set[str], other: set[str], name: str) -> None:
+    if candidate == other:
         return
-    alone = sorted(candidate ^ best)
-    side = "candidate" if alone[0] in candidate else "best champion"
+    alone = sorted(candidate ^ other)
+    side = "candidate" if alone[0] in candidate else name
     raise DataError(
-        f"gate: candidate and best champion hold different tasks: {len(alone)} on one side only, first {alone[0]!r} ({side})",
+        f"gate: candidate and {name} hold different tasks: {len(alone)} on one side only, first {alone[0]!r} ({side})",
         "score both on the same development tasks",
     )

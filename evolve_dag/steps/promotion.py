@@ -24,16 +24,16 @@ from evolve_dag.store.layout import DECISION, SCORES
 
 
 def run(context: StepContext) -> None:
-    """Compare candidate and best champion on the development tasks and record what becomes of it."""
+    """Compare candidate, best champion and champion on the development tasks and record what becomes of it."""
     scored = context.inputs["scores"]
     scores = scores_from_frame(scored.frame(SCORES))
-    candidate, best = ([s for s in scores if s.condition == condition] for condition in DEVELOPMENT)
+    candidate, best, champion = ([s for s in scores if s.condition == condition] for condition in DEVELOPMENT)
     standing, gone = context.entering.standing, list[str]()
     if scored.summary[AGAINST] != standing.best:
         gone.append(f"{_gone(standing)}: the champion is the best from now on")
         standing = _champion_alone(context.entering)
     experiment, iteration = context.experiment, context.iteration
-    gate = decide(candidate, best, experiment.gate, experiment.seed, iteration=iteration, standing=standing)
+    gate = decide(candidate, best, experiment.gate, experiment.seed, iteration=iteration, standing=standing, champion=champion)
     if gate.decision == "restore" and (lost := _missing(context, gate.standing)):
         because = f"{_gone(gate.standing)} ({lost}), so the champion stays and is the best from now on"
         gate = replace(gate, decision="keep", reasons=(*gate.reasons, because), standing=_champion_alone(context.entering))
@@ -118,7 +118,7 @@ SPEC = StepSpec(
     "promotion",
     "The gate's decision with its reasons: `promote`, `keep` (the champion stays) or `restore` (the best champion so far comes "
     "back). Commits the policy of the next iteration.",
-    version="6",
+    version="7",
     config=("gate", "seed"),
     inputs=("policy", "experience", "contexts", "adapter", "scores"),
     standing=tuple(field.name for field in fields(Standing)),

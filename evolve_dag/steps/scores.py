@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from evolve_dag.experience.pool import Pool
     from evolve_dag.protocols import ExperienceSource
 
-DEVELOPMENT = OF_CANDIDATE, OF_BEST = "development_candidate", "development_best"
-"""Conditions that the gate compares: the candidate, and the best champion so far."""
+DEVELOPMENT = OF_CANDIDATE, OF_BEST, OF_CHAMPION = "development_candidate", "development_best", "development_champion"
+"""Conditions that the gate compares: the candidate, the best champion so far, and the champion where it is neither."""
 AGAINST = "against"
 """Entry of the summary: iteration of the champion that the candidate is compared with."""
 BASE_AT = "base_at_"
@@ -56,7 +56,7 @@ BASE_AT = "base_at_"
 
 
 def run(context: StepContext) -> None:
-    """Evaluate the candidate (adapter(k), E(k)), and on development tasks the best champion so far too."""
+    """Evaluate the candidate (adapter(k), E(k)), and on development tasks the best champion so far and the champion too."""
     experiment = context.experiment
     splits = {name: load_split(experiment, name, context.roles) for name in ("development", "held_out")}
     if context.twin is None:
@@ -138,6 +138,8 @@ def _asked(context: StepContext, pool: Pool, best: str | None) -> list[_Asked]:
     if settings.ceiling and teaches:
         found.append(_Asked("ceiling", entering, injects=True))
     found += [_Asked(OF_BEST, best), _Asked(OF_CANDIDATE, candidate), _Asked("without", candidate)]
+    if entering not in (best, candidate):
+        found.append(_Asked(OF_CHAMPION, entering))
     if settings.with_experience and teaches:
         found.append(_Asked("with", candidate, injects=True))
     if settings.greedy:
@@ -198,7 +200,7 @@ def _unread(experiment: Experiment) -> tuple[str, ...]:
 SPEC = StepSpec(
     "scores",
     "Held-out results of the candidate, without experience (internalized) and with it (in context), with intervals.",
-    version="10",
+    version="11",
     config=("evaluation", *INJECTION_KEYS, "tasks.development", "tasks.held_out", *TASK_KEYS),
     inputs=("policy", "experience", "contexts", "adapter"),
     iteration=True,

@@ -41,6 +41,28 @@ def test_a_significant_loss_keeps_the_champion() -> None:
     assert d.reasons[0].startswith("significant loss of success 30.0% against 60.0%: -30.0 points")
 
 
+def test_a_fall_from_a_champion_that_is_not_known_to_be_the_best_keeps_it() -> None:
+    """Best 33%, champion 45% (not significantly better), candidate 30%: against the best nothing is lost."""
+    best = [1.0] * 33 + [0.0] * 67
+    champion = [0.0] * 10 + [1.0] * 45 + [0.0] * 45
+    candidate = [0.0] * 10 + [1.0] * 30 + [0.0] * 60
+    assert decide(side(candidate), side(best), SETTINGS, 0).decision == "promote"
+    d = decide(side(candidate), side(best), SETTINGS, 0, champion=side(champion))
+    assert d.decision == "keep"
+    assert [reason.partition(": ")[0] for reason in d.reasons] == [
+        "significant loss of success 30.0% against 45.0% of the champion"
+    ]
+    assert d.evidence["success_champion_difference"] == pytest.approx(-0.15)
+    # Better than the best and than the champion: both are told.
+    good = decide(side([1.0] * 80 + [0.0] * 20), side(best), SETTINGS, 0, champion=side(champion))
+    assert good.decision == "promote"
+    assert "success 80.0% against 45.0% of the champion: +35.0 points" in " ".join(good.reasons)
+    # Of a champion that nobody could judge nothing is known.
+    assert decide(side(candidate), side(best), SETTINGS, 0, champion=side([None] * 100)).decision == "promote"
+    with pytest.raises(DataError, match="candidate and champion hold different tasks: 1 on one side only, first 't099'"):
+        decide(side(candidate), side(best), SETTINGS, 0, champion=side(champion[:99]))
+
+
 def test_a_loss_within_the_noise_is_no_reason() -> None:
     champion = [1.0, 0.0] * 50
     candidate = [0.0 if i < 8 else 1.0 if 9 <= i < 14 else v for i, v in enumerate(champion)]

@@ -23,7 +23,7 @@ from evolve_dag.steps import scores as scoring
 from evolve_dag.steps.base import STEP_ORDER, entering_policy, resolve, run_step
 from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import open_pool
-from evolve_dag.steps.scores import AGAINST, DEVELOPMENT
+from evolve_dag.steps.scores import AGAINST, OF_BEST, OF_CANDIDATE
 from evolve_dag.store.artifacts import Store
 from evolve_dag.store.frames import scores_to_frame
 
@@ -72,7 +72,7 @@ def write(name: str, context: StepContext, outcomes: tuple[tuple[int, int], ...]
         candidate = [0.0] * worse + best[worse : TASKS - better] + [1.0] * better
         rows = [
             Score(f"t{i:03d}", 0, condition, reward, False, "answered", 4, 20)
-            for condition, rewards in zip(DEVELOPMENT, (candidate, best), strict=True)
+            for condition, rewards in zip((OF_CANDIDATE, OF_BEST), (candidate, best), strict=True)
             for i, reward in enumerate(rewards)
         ]
         scores_to_frame(rows).write_parquet(context.build.path / "scores.parquet")

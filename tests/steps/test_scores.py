@@ -103,10 +103,11 @@ def test_a_champion_that_is_the_best_is_opened_once(tmp_path: Path, asked: Asked
     assert noted[scores.AGAINST] == 4
 
 
-def test_a_champion_that_is_not_the_best_is_not_asked(tmp_path: Path, asked: Asked) -> None:
+def test_a_champion_that_is_not_the_best_is_compared_with_as_well(tmp_path: Path, asked: Asked) -> None:
     noted, _ = run(tmp_path)
-    assert asked.opened == ["best", "candidate"]
+    assert asked.opened == ["best", "candidate", "champion"]
     assert asked.of("best") == {"development best"}
+    assert asked.of("champion") == {"development champion"}
     assert noted[scores.AGAINST] == 2
 
 
@@ -118,7 +119,7 @@ def test_in_place_of_a_best_that_is_gone_the_champion_is_scored(tmp_path: Path, 
 
 def test_both_sides_of_a_night_share_their_draws_and_no_night_repeats_them(tmp_path: Path, asked: Asked) -> None:
     run(tmp_path, iteration=5)
-    night = {asked.seeds["best", "development best"], asked.seeds["candidate", "development candidate"]}
+    night = {asked.seeds[one, f"development {one}"] for one in ("best", "candidate", "champion")}
     held_out = asked.seeds["candidate", "without"]
     run(tmp_path, iteration=6)
     assert len(night) == 1
@@ -137,5 +138,5 @@ def test_a_candidate_that_was_not_trained_is_the_policy_that_entered(
 
     sides = [s for s in scores_from_frame(pl.read_parquet(folder / SCORES)) if s.condition in scores.DEVELOPMENT]
     assert sorted((s.condition, s.task_id) for s in sides) == [
-        (condition, task.id) for condition in sorted(scores.DEVELOPMENT) for task in TASKS["development"]
-    ]
+        (condition, task.id) for condition in (scores.OF_BEST, scores.OF_CANDIDATE) for task in TASKS["development"]
+    ], "it is the champion: there is nothing to compare it with"
