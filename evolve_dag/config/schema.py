@@ -374,11 +374,11 @@ class GateSettings(Section):
     paired."""
 
     confidence: float = Field(0.95, gt=0.5, lt=1.0)
-    """A loss of success counts when the interval of the paired difference to the best champion lies below minus ``margin``; a
-    drift over the nights when the chance that such evidence ever comes up by luck is at most 1 - ``confidence``, until one is
-    established and again after each."""
+    """A loss of success counts when the interval of the paired difference to the best champion, or to the champion, lies below
+    minus ``margin``; a drift over the nights when the chance that such evidence ever comes up by luck is at most
+    1 - ``confidence``, until one is established and again after each."""
     margin: float = Field(0.0025, ge=0.0, lt=0.25)
-    """Non-inferiority: loss of success against the best champion that is let pass; 0.01 is one point."""
+    """Non-inferiority: loss of success against the best champion, or the champion, that is let pass; 0.01 is one point."""
     max_premature_rise: float = Field(0.10, ge=0.0, le=1.0)
     """Largest rise of the premature-answer rate, unless success is significantly better."""
     max_turn_ratio: float = Field(2.0, gt=1.0)
