@@ -95,8 +95,8 @@ def warm_up(
         ModelError: the model to start from is missing, or cannot be trained.
         StoreError: it cannot be written; nothing half-written stays visible.
     """
-    out, digest = folder.target(experiment), folder.digest(experiment)
     _refuse_shared_worlds(experiment)
+    out, digest = folder.target(experiment), folder.digest(experiment)
     if out.exists() and not (out / folder.NOTE).is_file():
         raise ConfigError(f"{out}: is there, and no warm-up made it", "name another folder under models.policy.path")
     if folder.outdated(experiment) is None:

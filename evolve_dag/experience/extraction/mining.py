@@ -77,17 +77,17 @@ def extract(
         tidied = first.pool.apply(reconcile.subsumed(first.pool, mined.seen), iteration=iteration)
         leaving = graduations(tidied.pool, trajectories, settings.graduation)
         second = tidied.pool.apply(leaving, iteration=iteration, cap=settings.cap)
-        edits = (*first.edits, *tidied.edits, *second.edits)
+        edits, refused = (*first.edits, *tidied.edits, *second.edits), (*first.refused, *tidied.refused, *second.refused)
     else:
         evidence = None
         cases = instance.cases(trajectories, seed=key, path=case_path)
         statistics = dict(cases.statistics)
         first = pool.apply(instance.reconcile(cases, pool, cap=settings.cap), iteration=iteration)
         second = first.pool.apply((), iteration=iteration, cap=settings.cap)
-        edits = (*first.edits, *second.edits)
+        edits, refused = (*first.edits, *second.edits), (*first.refused, *second.refused)
     after = Pool(second.pool.items, pool.version + bool(edits), second.pool.next_number)  # one extraction, one version
     statistics |= {name: float(count) for name, count in counted(edits).items()}
-    statistics["refused"] = float(len(first.refused) + len(tidied.refused) + len(second.refused))
+    statistics["refused"] = float(len(refused))
     statistics["items"] = float(len(after))
     return Extraction(after, edits, statistics, evidence)
 
