@@ -31,7 +31,7 @@ def drills(trajectories: Sequence[Trajectory], share: float, seed: int) -> dict[
     """
     if share <= 0:
         return {}
-    walked = {t.id: [(next(situations_of(state), None), action) for state, action in walk(t)] for t in trajectories}
+    walked = {t.id: [(next(situations_of(state), ()), action) for state, action in walk(t)] for t in trajectories}
     done = _done(walked.values())
     texts: dict[Place, str] = {}
     for trajectory in trajectories:
@@ -40,14 +40,14 @@ def drills(trajectories: Sequence[Trajectory], share: float, seed: int) -> dict[
         for step, (condition, _) in zip(trajectory.steps, walked[trajectory.id], strict=False):
             draw = random.Random(f"drill:{seed}:{trajectory.id}:{step.index}")
             advised = done.get(condition, ())
-            if condition is not None and draw.random() < share and len(advised) > 1:
+            if condition and draw.random() < share and len(advised) > 1:
                 texts[trajectory.id, step.index] = render(dict(condition), draw.choice(advised))
     return texts
 
 
-def _done(walked: Iterable[Sequence[tuple[Condition | None, str]]]) -> dict[Condition | None, tuple[str, ...]]:
+def _done(walked: Iterable[Sequence[tuple[Condition, str]]]) -> dict[Condition, tuple[str, ...]]:
     """Situation -> the actions that were done there and can be advised, in a fixed order."""
-    found: dict[Condition | None, set[str]] = {}
+    found: dict[Condition, set[str]] = {}
     for steps in walked:
         for condition, action in steps:
             if strategy(action) is not None:

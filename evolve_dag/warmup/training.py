@@ -116,17 +116,15 @@ def warm_up(
 def _refuse_shared_worlds(experiment: Experiment) -> None:
     own = {folder.section(experiment).world, folder.section(experiment).world + 1}
     made = experiment.tasks.train.world is not None
-    nights = [
-        of_iteration(experiment, night).tasks if made else experiment.tasks for night in range(1, experiment.iterations + 1)
-    ]
-    for name in experiment.tasks.splits:
-        for night, tasks in enumerate(nights, 1):
-            if (world := tasks.splits[name].world) in own:
+    for night in range(1, experiment.iterations + 1):
+        tasks = of_iteration(experiment, night).tasks if made else experiment.tasks
+        for name, split in tasks.splits.items():
+            if split.world in own:
                 when = f" in iteration {night}" if night > 1 else ""
-                what = (
-                    f"tasks.{name}.world: {world}{when} is a world of the warm-up: {min(own)} to learn, {max(own)} to measure"
+                what = f"tasks.{name}.world: {split.world}{when} is a world of the warm-up"
+                raise ConfigError(
+                    f"{what}: {min(own)} to learn, {max(own)} to measure", "give the splits, or the warm-up, other worlds"
                 )
-                raise ConfigError(what, "give the splits, or the warm-up, other worlds")
 
 
 def _publish(made: Path, out: Path, note: dict[str, Any]) -> None:

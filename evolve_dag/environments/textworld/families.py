@@ -45,16 +45,17 @@ class Family:
 
 
 def _coin_features(play: Play, done: tuple[str, ...]) -> dict[str, str]:
-    exits = [way for way in WAYS if f"go {way}" in play.commands]
+    exits, unseen = [way for way in WAYS if f"go {way}" in play.commands], play.unseen
     return {
         "coin": "here" if "take coin" in play.commands else "not here",
         "number of exits": NUMBERS[len(exits)],
-        "onward": " or ".join(way for way in exits if way in play.unseen) or "nowhere new",
+        "onward": " or ".join(way for way in exits if way in unseen) or "nowhere new",
     }
 
 
 def _cooking_features(play: Play, done: tuple[str, ...]) -> dict[str, str]:
-    traits = [play.traits(one) for one in play.held if play.name(one) in _wanted(play)]
+    wanted = _wanted(play)
+    traits = [play.traits(one) for one in play.held if play.name(one) in wanted]
     food = "cooked" if any(one & COOKED for one in traits) else "in hand" if traits else "not in hand"
     told = recipe(play) if "examine cookbook" in done else ""
     return {

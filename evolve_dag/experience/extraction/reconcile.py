@@ -34,11 +34,7 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
             gone.add(item.id)
             proposals.append(Proposal("delete", item_id=item.id, reason=reason, trajectory_ids=trajectory_ids))
 
-    known = [
-        (item, condition_of(item.condition), action)
-        for item in pool.items
-        if item.granularity == "principle" and item.condition and (action := action_of(item.text)) is not None
-    ]
+    known = _in_our_words(pool)
     withdrawn = {(condition, action) for item, condition, action in known if item.withdrawn}
     known = [entry for entry in known if not entry[0].withdrawn]
     # Every night asks every item again: without a level for all of them together, a good one would fall sooner or later.
@@ -93,11 +89,7 @@ def subsumed(pool: Pool, seen: Seen) -> list[Proposal]:
     """Merges of items into one with the same advice that is more general, or holds at all their moments of this night and at
     more, and is not clearly weaker."""
     proposals = []
-    known = [
-        (i, condition_of(i.condition), action)
-        for i in pool.items
-        if i.granularity == "principle" and i.condition and not i.withdrawn and (action := action_of(i.text)) is not None
-    ]
+    known = [entry for entry in _in_our_words(pool) if not entry[0].withdrawn]
     into: dict[str, str] = {}
     for item, condition, action in known:
         general = [
@@ -118,6 +110,15 @@ def subsumed(pool: Pool, seen: Seen) -> list[Proposal]:
                          trajectory_ids=item.trajectory_ids)
             )  # fmt: skip
     return proposals
+
+
+def _in_our_words(pool: Pool) -> list[tuple[ExperienceItem, Condition, str]]:
+    """Principles whose situation and advice the miner can read, with both."""
+    return [
+        (item, condition_of(item.condition), action)
+        for item in pool.items
+        if item.granularity == "principle" and item.condition and (action := action_of(item.text)) is not None
+    ]
 
 
 def _reaches_further(wider: Condition, condition: Condition, action: str, seen: Seen) -> bool:

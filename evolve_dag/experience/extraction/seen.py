@@ -62,10 +62,12 @@ class Seen:
                 can.setdefault(condition, set()).update((action,), possible or ())
                 if possible is None:
                     unsure.add(condition)
-        for condition in can.keys() - unsure:
+        for condition, able in can.items():
+            if condition in unsure:
+                continue
             self.told.setdefault(condition, set()).add(place)
             for action in self._named:
-                if action not in can[condition]:
+                if action not in able:
                     self.barred.setdefault((condition, action), set()).add(place)
 
     def said(self, condition: Condition, action: str, named: frozenset[str]) -> list[Condition]:
