@@ -66,16 +66,24 @@ def ours(student: torch.nn.Module, teacher: torch.nn.Module, aligned: Sequence[A
     return [point.loss for point in result.curve]
 
 
-def theirs(student: torch.nn.Module, teacher: torch.nn.Module, aligned: Sequence[Aligned]) -> list[float]:
+def theirs(
+    student: torch.nn.Module,
+    teacher: torch.nn.Module,
+    aligned: Sequence[Aligned],
+    settings: DistillationSettings = SETTINGS,
+    **more: Any,
+) -> list[float]:
+    """Losses of TRL; ``more`` are its own settings."""
+    options = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False} | more
     from datasets import Dataset
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     rows = make_rows(aligned, None)
-    order = batches(rows, SETTINGS.tokens_per_batch, 0, 0)
-    wrapped = attach(student, rank=SETTINGS.rank, alpha=SETTINGS.alpha, seed=0)
+    order = batches(rows, settings.tokens_per_batch, 0, 0)
+    wrapped = attach(student, rank=settings.rank, alpha=settings.alpha, seed=0)
     learned = [one for one in wrapped.parameters() if one.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=SETTINGS.learning_rate, betas=BETAS, weight_decay=SETTINGS.weight_decay)
-    rate = partial(_share, len(order))
+    optimizer = torch.optim.AdamW(learned, lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay)
+    rate = partial(_share, settings, len(order))
     with tempfile.TemporaryDirectory() as folder:
         config = GKDConfig(
             output_dir=folder,
@@ -83,15 +91,13 @@ def theirs(student: torch.nn.Module, teacher: torch.nn.Module, aligned: Sequence
             beta=0.0,
             per_device_train_batch_size=1,
             num_train_epochs=1,
-            max_grad_norm=SETTINGS.gradient_clip,
+            max_grad_norm=settings.gradient_clip,
             logging_steps=1,
             save_strategy="no",
             report_to=[],
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
             disable_tqdm=True,
             train_sampling_strategy="sequential",
+            **options,
         )
         trainer = GKDTrainer(
             model=wrapped,
@@ -107,8 +113,8 @@ def theirs(student: torch.nn.Module, teacher: torch.nn.Module, aligned: Sequence
     return [record["loss"] for record in trainer.state.log_history if "loss" in record]
 
 
-def _share(total: int, step: int) -> float:
-    return learning_rate(SETTINGS, min(step, total - 1), total) / SETTINGS.learning_rate
+def _share(settings: DistillationSettings, total: int, step: int) -> float:
+    return learning_rate(settings, min(step, total - 1), total) / settings.learning_rate
 
 
 def padded(rows: Sequence[DistillationRow]) -> dict[str, torch.Tensor]:

@@ -48,20 +48,22 @@ def synthetic(
     injection: str,
     steps: tuple[int, int] = (2, 9),
     action_tokens: tuple[int, int] = ACTION,
+    observation: tuple[int, int] = OBSERVATION,
+    hints: tuple[int, int] = HINT,
 ) -> Aligned:
-    """A trajectory of random ids with the token counts of the pocket world; rollouts of one ``seed`` share their question."""
+    """A trajectory of random ids, by default as long as in the pocket world; rollouts of one ``seed`` share their question."""
     shared, order = random.Random(f"task {seed}"), random.Random(f"{seed} {name}")
 
     def some(bounds: tuple[int, int], order: random.Random = order) -> list[int]:
         return [order.randrange(8, vocabulary) for _ in range(order.randint(*bounds))]
 
     header = [1, 2, 3]
-    system, clean = some(SYSTEM, random.Random("system")), some(OBSERVATION, shared)
-    notes = some(HINT, random.Random("pool")) if injection == "global" else []
+    system, clean = some(SYSTEM, random.Random("system")), some(observation, shared)
+    notes = some(hints, random.Random("pool")) if injection == "global" else []
     spans: list[tuple[int, int]] = []
     views: list[TeacherView] = []
     for step in range(order.randint(*steps)):
-        hint = some(HINT) if injection == "step_wise" else []
+        hint = some(hints) if injection == "step_wise" else []
         action = some(action_tokens)
         context = [*system, *notes, *clean, *hint, *header]
         views.append(TeacherView(name, step, (*context, *action), len(context), injected="item" if hint or notes else ""))
@@ -69,7 +71,7 @@ def synthetic(
         spans.append((start, start + len(action)))
         clean += [*header, *action]
         row = (*system, *clean)
-        clean += some(OBSERVATION)
+        clean += some(observation)
     return Aligned(StudentRow(name, row, tuple(range(len(spans))), tuple(spans)), tuple(views))
 
 
@@ -100,22 +102,24 @@ def plain_loop(
     return losses
 
 
-def view_by_view(model: torch.nn.Module, aligned: Sequence[Aligned], top_k: int = 64) -> list[TeacherTargets]:
+def view_by_view(
+    model: torch.nn.Module, aligned: Sequence[Aligned], top_k: int = 64, tokens: int = 4096
+) -> list[TeacherTargets]:
     """One prefill per step, in batches of like length and of the same budget; logits on action tokens only here too."""
     views = [(owner, view) for owner, one in enumerate(aligned) for view in one.views]
     order = sorted(range(len(views)), key=lambda index: -len(views[index][1].ids))
     parts: list[tuple[np.ndarray, ...]] = [()] * len(views)
     with torch.inference_mode():
         while order:
-            rows = max(1, 4096 // len(views[order[0]][1].ids))
+            rows = max(1, tokens // len(views[order[0]][1].ids))
             chosen, order = order[:rows], order[rows:]
             ids = [torch.tensor(views[index][1].ids) for index in chosen]
-            padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+            padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(model.device)
             states = model.model(input_ids=padded, use_cache=False).last_hidden_state
             for row, index in enumerate(chosen):
                 view = views[index][1]
                 logits = model.lm_head(states[row, view.start - 1 : len(view.ids) - 1])
-                parts[index] = tuple(one.numpy() for one in distribution(logits, top_k))
+                parts[index] = tuple(one.cpu().numpy() for one in distribution(logits, top_k))
     found: list[list[tuple[np.ndarray, ...]]] = [[] for _ in aligned]
     for (owner, _), part in zip(views, parts, strict=True):
         found[owner].append(part)

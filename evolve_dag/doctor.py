@@ -146,6 +146,7 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
         activation_checkpointing=runtime.activation_checkpointing,
         shards=shards,
         quantize=policy.quantize,
+        device=runtime.device,
     )
     rows = "1 trajectory" if together == 1 else f"{together} trajectories"
     text = f"passes of {rows} of {longest} tokens" + ", activations computed twice" * runtime.activation_checkpointing

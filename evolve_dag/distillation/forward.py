@@ -24,6 +24,7 @@ class Forward:
         share: pack sequences that begin alike (the default). Models whose attention cannot take a packed row (sliding
             windows, an attention of their own) get one padded row per sequence whatever this says.
         recompute: keep only what enters each layer, and compute the layer again on the way back (activation checkpointing).
+        fused: norms and activations by :mod:`evolve_dag.distillation.kernels`; None: on a CUDA device.
 
     Raises:
         ModelError: the model rescales its logits behind the output layer, or is not a causal model.
@@ -32,13 +33,14 @@ class Forward:
     collective = False
     """Whether a pass waits for the other processes, which must run as many."""
 
-    def __init__(self, model: nn.Module, *, share: bool = True, recompute: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, share: bool = True, recompute: bool = False, fused: bool | None = None) -> None:
         from evolve_dag.inference.attention import takes_chains
 
         self.model: Any = model
         self.decoder, self.head = decoder_and_head(model)
         self.share = share and takes_chains(model)
         self.recompute = recompute
+        self.fused = self.device.type == "cuda" if fused is None else fused
 
     @property
     def vocabulary(self) -> int:
@@ -51,11 +53,17 @@ class Forward:
     @contextmanager
     def ready(self) -> Iterator[None]:
         """The model takes packed rows meanwhile, and keeps less where that is asked."""
+        from evolve_dag.distillation.lora import narrowed
         from evolve_dag.inference.attention import our_attention
 
         with ExitStack() as meanwhile:
             if self.share:
                 meanwhile.enter_context(our_attention(self.model))
+            meanwhile.enter_context(narrowed(self.model))
+            if self.fused:
+                from evolve_dag.distillation.kernels import fused_layers
+
+                meanwhile.enter_context(fused_layers(self.decoder))
             if self.recompute:
                 meanwhile.enter_context(_recomputed(self.decoder))
             yield

@@ -6,6 +6,8 @@ product is computed in the number format of the base.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -21,28 +23,44 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, state: Any, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        state: Any,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        narrow_matrices: tuple[Tensor, Tensor],
     ) -> Tensor:
         full = dense(weight, state)
         x = x.to(full.dtype)
-        narrow = x @ a.to(x.dtype).t()
+        low_a, low_b = narrow_matrices
+        narrow = x @ low_a.t()
         y = F.linear(x, full, bias)
-        y.view(-1, y.shape[-1]).addmm_(narrow.reshape(-1, narrow.shape[-1]), b.to(x.dtype).t(), alpha=scale)
-        ctx.save_for_backward(x, narrow, weight, a, b)  # not `full`: in 4 bit it is read once more on the way back
-        ctx.state, ctx.scale = state, scale
+        y.view(-1, y.shape[-1]).addmm_(narrow.reshape(-1, narrow.shape[-1]), low_b.t(), alpha=scale)
+        ctx.save_for_backward(x, narrow, weight, low_a, low_b)  # not `full`: in 4 bit it is read once more on the way back
+        ctx.state, ctx.scale, ctx.kept = state, scale, a.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, narrow, weight, a, b = ctx.saved_tensors
+        x, narrow, weight, low_a, low_b = ctx.saved_tensors
         flat_y, flat_x = d_y.reshape(-1, d_y.shape[-1]), x.reshape(-1, x.shape[-1])
-        d_narrow = flat_y @ b.to(d_y.dtype)
+        d_narrow = flat_y @ low_b
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = (flat_y @ dense(weight, ctx.state)).addmm_(d_narrow, a.to(d_y.dtype), alpha=ctx.scale).view(x.shape)
-        d_a = (d_narrow.t() @ flat_x).to(a.dtype).mul_(ctx.scale)
-        d_b = (flat_y.t() @ narrow.reshape(-1, narrow.shape[-1])).to(b.dtype).mul_(ctx.scale)
-        return d_x, None, None, None, d_a, d_b, None
+            d_x = (flat_y @ dense(weight, ctx.state)).addmm_(d_narrow, low_a, alpha=ctx.scale).view(x.shape)
+        d_a = _wide_product(d_narrow.t(), flat_x, ctx.kept).mul_(ctx.scale)
+        d_b = _wide_product(flat_y.t(), narrow.reshape(-1, narrow.shape[-1]), ctx.kept).mul_(ctx.scale)
+        return d_x, None, None, None, d_a, d_b, None, None
+
+
+def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a @ b`` in a number format that is at least as wide as theirs."""
+    if a.is_cuda and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)  # the sums are float32 anyway: not rounded in between
+    return (a @ b).to(dtype)
 
 
 def fuse(wrapped: Any) -> None:
@@ -61,7 +79,36 @@ def fuse(wrapped: Any) -> None:
 
 
 def _forward(self: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
-    (adapter,) = self.lora_A
-    base, a, b = self.base_layer, self.lora_A[adapter], self.lora_B[adapter]
-    state = state_of(base.weight)
-    return _LoraLinear.apply(x, base.weight, state, base.bias, a.weight, b.weight, self.scaling[adapter])
+    base, (a, b) = self.base_layer, _matrices(self)
+    narrow = getattr(self, NARROWED, None) or tuple(one.to(_computed_in(self)) for one in (a, b))
+    return _LoraLinear.apply(x, base.weight, state_of(base.weight), base.bias, a, b, *self.scaling.values(), narrow)
+
+
+@contextmanager
+def narrowed(model: Any) -> Iterator[None]:
+    """The matrices of all fused layers of ``model`` in the number format of the base, made once for the passes meanwhile, in
+    which they must not change."""
+    layers = [one for one in model.modules() if hasattr(one, "lora_A") and isinstance(vars(one).get("forward"), MethodType)]
+    with torch.no_grad():
+        for layer in layers:
+            setattr(layer, NARROWED, tuple(one.detach().to(_computed_in(layer)) for one in _matrices(layer)))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            delattr(layer, NARROWED)
+
+
+NARROWED = "evolve_narrowed"
+
+
+def _matrices(layer: Any) -> tuple[Tensor, Tensor]:
+    (a,), (b,) = layer.lora_A.values(), layer.lora_B.values()
+    return a.weight, b.weight
+
+
+def _computed_in(layer: Any) -> torch.dtype:
+    weight = layer.base_layer.weight
+    state = state_of(weight)
+    found: torch.dtype = weight.dtype if state is None else state.dtype
+    return found

@@ -57,6 +57,7 @@ def training_memory(
     activation_checkpointing: bool = False,
     shards: int = 1,
     quantize: str = "none",
+    device: str = "cpu",
 ) -> Memory:
     """Memory of a training step with one pass, in one process.
 
@@ -68,12 +69,14 @@ def training_memory(
             at contexts of many thousand tokens, plan for more.)
         shards: processes that keep a part of the base's weights each (``runtime.shard``).
         quantize: how the base is kept (``models.policy.quantize``); other than none it needs bitsandbytes.
+        device: where it will run; a GPU, which need not be there, keeps less of each layer.
 
     Raises:
         ModelError: the architecture cannot be trained here.
     """
+    fused = device.startswith("cuda")
     shapes = (_with_layers(config, layers) for layers in (FEW, MORE))
-    few, more = (_run(one, dtype, quantize, settings, rows, activation_checkpointing) for one in shapes)
+    few, more = (_run(one, dtype, quantize, settings, rows, activation_checkpointing, fused) for one in shapes)
     further = config.get_text_config().num_hidden_layers - FEW
     weights, adapter, saved, peak = (a + further * (b - a) for a, b in zip(few, more, strict=True))
     if shards == 1:
@@ -98,7 +101,13 @@ def cache_memory(config: Any, dtype: str, tokens: int) -> int:
 
 
 def _run(
-    config: Any, dtype: str, quantize: str, settings: DistillationSettings, rows: Sequence[int], activation_checkpointing: bool
+    config: Any,
+    dtype: str,
+    quantize: str,
+    settings: DistillationSettings,
+    rows: Sequence[int],
+    activation_checkpointing: bool,
+    fused: bool,
 ) -> tuple[int, int, int, int]:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
@@ -115,7 +124,7 @@ def _run(
         adapter = sum(one.nbytes for one in learned)
         weights = live.bytes - adapter
         optimizer = torch.optim.AdamW(learned)
-        forward = Forward(model, recompute=activation_checkpointing)
+        forward = Forward(model, recompute=activation_checkpointing, fused=fused)
         with forward.ready():
             loss = _loss(forward, settings, rows)
             saved = live.bytes - weights - adapter

@@ -6,9 +6,10 @@ Two things that the stock function does not: key/value heads are never copied pe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,9 @@ ATTENTION = "evolve_grouped"
 
 QUERIES = 512
 """Most queries of one product under a mask on a CPU."""
+
+LONG = 1024
+"""Tokens of a chain from which on a GPU's kernel for one sequence, twice as fast, is worth a call of its own."""
 
 
 def attention(
@@ -68,6 +72,20 @@ class Chains:
         self.widths = [chain.depth + length for chain, length in zip(chains, self.lengths, strict=True)]
         self.ranges: list[Range] = [one for chain in chains for one in (*chain.prefix, (chain.start, chain.end))]
         self._mask: Tensor | None = None
+        self._there: dict[str, Tensor] = {}
+
+    def rows(self, device: Any) -> Tensor:
+        """Packed index of every token of :attr:`ranges`, one behind the other; made once for all layers."""
+        return self._once("rows", lambda: np.concatenate([np.arange(start, end) for start, end in self.ranges]), device)
+
+    def bounds(self, which: str, device: Any) -> Tensor:
+        """int32 ``(chains + 1,)``: where each chain begins among all ``lengths`` or ``widths``."""
+        return self._once(which, lambda: np.cumsum([0, *getattr(self, which)], dtype=np.int32), device)
+
+    def _once(self, name: str, make: Callable[[], np.ndarray], device: Any) -> Tensor:
+        if name not in self._there:
+            self._there[name] = torch.from_numpy(make()).to(device)
+        return self._there[name]
 
     def mask(self, like: Tensor, queries: int, keys: int) -> Tensor:
         """What is added to the scores of the last ``queries`` of ``keys`` tokens, ``[queries, keys]``: a part of one mask.
@@ -83,8 +101,14 @@ class Chains:
 
 def _tree_attention(query: Tensor, key: Tensor, value: Tensor, chains: Chains, scaling: float | None) -> Tensor:
     """One product per chain, so nothing is computed that a mask would forbid; ``[1, T, heads, D]``."""
-    keys = _Gather.apply(key, chains.ranges).split(chains.widths, dim=2)
-    values = _Gather.apply(value, chains.ranges).split(chains.widths, dim=2)
+    if chains.widths != chains.lengths:
+        key, value = _Gather.apply(key, chains), _Gather.apply(value, chains)
+    if query.is_cuda and query.dtype == torch.float32:  # else the kernel that keeps T x T is taken: the others want equal heads
+        groups = query.shape[1] // key.shape[1]
+        key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
+    elif _one_kernel(query, chains):
+        return _varlen_attention(query, key, value, chains, scaling)
+    keys, values = key.split(chains.widths, dim=2), value.split(chains.widths, dim=2)
     out = [
         part
         for q, k, v in zip(query.split(chains.lengths, dim=2), keys, values, strict=True)
@@ -111,6 +135,34 @@ def _chain_attention(q: Tensor, k: Tensor, v: Tensor, chains: Chains, scaling: f
     return found
 
 
+def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, chains: Chains, scaling: float | None) -> Tensor:
+    """All chains by one kernel, which lays the last query of a chain on its last key."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (one[0].transpose(0, 1) for one in (query, key, value))
+    lengths, widths = (chains.bounds(which, query.device) for which in ("lengths", "widths"))
+    more: Any = {"scale": scaling, "window_size": (-1, 0)} | (_grouped() or {})
+    out: Any = varlen_attn(q, k, v, lengths, widths, max(chains.lengths), max(chains.widths), **more)
+    found: Tensor = out[None]
+    return found
+
+
+def _one_kernel(query: Tensor, chains: Chains) -> bool:
+    """Whether to take the kernel of several sequences at once: on a GPU, with torch 2.10 or newer, for short chains."""
+    short = query.shape[2] < LONG * len(chains.lengths)
+    return short and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _grouped() is not None
+
+
+@cache
+def _grouped() -> dict[str, bool] | None:
+    """How torch's kernel of several sequences is told that heads share keys (its first versions see it); None: it has none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
 def _needs_mask(q: Tensor) -> bool:
     """Elsewhere kernels know by themselves which keys the last queries see."""
     return q.device.type == "cpu"
@@ -120,9 +172,11 @@ class _Gather(torch.autograd.Function):
     """The ranges of ``[1, heads, T, D]`` behind each other. Indexing would write a gradient of full size per range."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, ranges: Sequence[Range]) -> Tensor:
-        ctx.ranges, ctx.shape = ranges, source.shape
-        return torch.cat([source[:, :, start:end] for start, end in ranges], dim=2)
+    def forward(ctx: Any, source: Tensor, chains: Chains) -> Tensor:
+        ctx.ranges, ctx.shape = chains.ranges, source.shape
+        if source.is_cuda:  # hundreds of pieces are a kernel each there
+            return source.transpose(1, 2).index_select(1, chains.rows(source.device)).transpose(1, 2)
+        return torch.cat([source[:, :, start:end] for start, end in chains.ranges], dim=2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -1,0 +1,194 @@
+"""Normalisation, rotary embedding and gated activation of a transformer layer, each as one function that keeps what it needs.
+
+transformers computes each in six to eight passes over memory, and keeps what every pass made. Where Liger is installed its
+kernels compute; the bodies here say what, and stand in where they are not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb, rotate_half
+
+
+class _RmsNorm(torch.autograd.Function):
+    """y = w x / sqrt(mean(x²) + eps), for frozen w; the root in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, root = (_liger().norm if _on_gpu(x) else norm)(x, weight, eps)
+        ctx.save_for_backward(x, weight, root)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, root = ctx.saved_tensors
+        return (_liger().norm_backward if _on_gpu(x) else norm_backward)(d_y, x, weight, root), None, None
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The values, and what each row was multiplied with, float32."""
+    wide = x.float()
+    root = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * (wide * root).to(x.dtype), root
+
+
+def norm_backward(d_y: Tensor, x: Tensor, weight: Tensor, root: Tensor) -> Tensor:
+    scaled, wide = (d_y * weight).float(), x.float()
+    along = (scaled * wide).mean(-1, keepdim=True) * root.square()
+    return (root * (scaled - wide * along)).to(x.dtype)
+
+
+class _Gated(torch.autograd.Function):
+    """y = silu(gate) x up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return (_liger().gated if _on_gpu(gate) else gated)(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return (_liger().gated_backward if _on_gpu(gate) else gated_backward)(d_y, gate, up)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def gated_backward(d_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten.silu_backward(d_y * up, gate), d_y * F.silu(gate)
+
+
+class _Rotated(torch.autograd.Function):
+    """Queries and keys ``[B, heads, T, D]``, turned by the angle of their position; ``cos`` and ``sin`` ``[B or 1, T, D]``."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return (_liger().rotated if _on_gpu(q) else rotated)(q, k, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, d_q: Tensor, d_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        if _on_gpu(d_q):
+            return *_liger().rotated_back(d_q, d_k, cos, sin), None, None
+        return *rotated(d_q, d_k, cos, -sin), None, None
+
+
+def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = cos[:, None], sin[:, None]
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+class _Liger:
+    """The functions by Liger's kernels."""
+
+    def __init__(self) -> None:
+        from liger_kernel.ops import rms_norm, rope, swiglu
+
+        self._norms, self._gates, self._rope = rms_norm, swiglu, rope
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, _, root, *_ = self._norms.rms_norm_forward(x.contiguous(), weight, eps, 0.0, "llama", None)
+        return y, root
+
+    def norm_backward(self, d_y: Tensor, x: Tensor, weight: Tensor, root: Tensor) -> Tensor:
+        block, warps = self._norms.calculate_settings(x.shape[-1])
+        rows = x.contiguous().view(-1, x.shape[-1])
+        llama = self._norms._CASTING_MODE_LLAMA.value
+        found = self._norms.rms_norm_backward(
+            d_y.contiguous(), rows, weight, root, 0.0, llama, block, warps, False, None, needs_dw=False
+        )
+        return found[0]
+
+    def rotated(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        # It writes over what it is given, there and back; nothing else reads the two.
+        return self._rope.rope_forward(q, k, cos, sin)[:2]
+
+    def rotated_back(self, d_q: Tensor, d_k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return self._rope.rope_backward(d_q, d_k, cos, sin)[:2]
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self._gates.swiglu_forward(gate.contiguous(), up.contiguous())[2]
+
+    def gated_backward(self, d_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        # It writes over what it is given; nothing else reads the two.
+        return self._gates.swiglu_backward(gate.contiguous(), up.contiguous(), d_y.contiguous())
+
+
+@cache
+def _liger() -> _Liger:
+    return _Liger()
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda and _installed()
+
+
+@contextmanager
+def fused_layers(decoder: nn.Module) -> Iterator[None]:
+    """The layers of ``decoder`` compute so meanwhile, where they do what Llama's do."""
+    replaced = {module: forward for module in decoder.modules() if (forward := _replacement(module)) is not None}
+    for module, forward in replaced.items():
+        module.forward = MethodType(forward, module)
+    home = sys.modules[type(decoder).__module__]  # its attention looks the function up by name at every call
+    rotate = getattr(home, "apply_rotary_pos_emb", None)
+    if rotate is not None and _same_code(rotate, apply_rotary_pos_emb):
+        vars(home)["apply_rotary_pos_emb"] = _rotate
+    try:
+        yield
+    finally:
+        for module in replaced:
+            del module.forward
+        if rotate is not None:
+            vars(home)["apply_rotary_pos_emb"] = rotate
+
+
+def _replacement(module: nn.Module) -> Callable[..., Tensor] | None:
+    if _computes_as(module, LlamaRMSNorm):
+        return _norm_forward
+    if _computes_as(module, LlamaMLP) and isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
+        return _gated_forward
+    return None
+
+
+def _computes_as(module: nn.Module, known: type[nn.Module]) -> bool:
+    """Whether the class of ``module``, of whatever architecture, has the forward of ``known``, instruction by instruction."""
+    return _same_code(type(module).forward, known.forward)
+
+
+def _same_code(one: Any, other: Any) -> bool:
+    own, known = (getattr(function, "__code__", None) for function in (one, other))
+    return own is not None and all(getattr(own, name) == getattr(known, name) for name in ("co_code", "co_names", "co_consts"))
+
+
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = _Rotated.apply(q, k, cos, sin)
+    return found
+
+
+def _norm_forward(self: Any, x: Tensor) -> Tensor:
+    y: Tensor = _RmsNorm.apply(x, self.weight, self.variance_epsilon)
+    return y
+
+
+def _gated_forward(self: Any, x: Tensor) -> Tensor:
+    y: Tensor = self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x)))
+    return y
