@@ -123,7 +123,7 @@ bench: install  ## the distillation engine's ratios in one run (half an hour on 
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[bench]'
 	TRL_EXPERIMENTAL_SILENCE=1 $(BIN)/python benchmarks/engine.py --plot docs/images/engine-growth.svg
 
-bench-gpu: install  ## the same on a GPU, at Qwen3-4B's shape, beside TRL (5 minutes; installs TRL and Liger's kernels)
+bench-gpu: install  ## the same on a GPU, at Qwen3-4B's shape, beside TRL (some minutes; installs TRL and Liger's kernels)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[bench,gpu]'
 	TRL_EXPERIMENTAL_SILENCE=1 $(BIN)/python benchmarks/gpu.py
 

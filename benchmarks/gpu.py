@@ -1,6 +1,6 @@
 """The distillation engine on a GPU, at the shape of Qwen3-4B: tokens a second, share of the card's matmul peak, memory, TRL.
 
-    make bench-gpu                             # five minutes on an H200; installs TRL and Liger
+    make bench-gpu                             # some minutes; installs TRL and Liger
     python benchmarks/gpu.py --only peak training --hidden 1024 --layers 8
 
 Weights are random, in bfloat16; trajectories have ten steps, 8K tokens and 15% action tokens. Seconds are of the wall clock,
@@ -224,7 +224,7 @@ def training(config: Qwen3Config) -> Iterator[str]:
 
 
 def profile(config: Qwen3Config) -> Iterator[str]:
-    """Where two steps go, by kernel."""
+    """Where four steps go, by kernel."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -238,31 +238,30 @@ def profile(config: Qwen3Config) -> Iterator[str]:
 
 def trl(config: Qwen3Config) -> Iterator[str]:
     """The same trajectories through TRL's GKDTrainer, teacher and student of the same shape, bfloat16."""
-    import against_trl
-
-    teacher, student = random_model(config, 1), random_model(config, 0)
+    teacher = random_model(config, 1)
     names = [(index, f"t{index}#0") for index in range(8)]
     aligned = [synthetic(task, name, config.vocab_size, "none", (10, 10), ACTION, OBSERVATION) for task, name in names]
     tokens = sum(len(one.row.ids) for one in aligned)
-    arms: dict[str, Callable[[], Any]] = {"evolve-dag, top 64": partial(_ours, student, teacher, aligned, 64)}
+    arms: dict[str, Callable[[Any], Any]] = {"evolve-dag, top 64": partial(_ours, teacher, aligned, 64)}
+    arms["evolve-dag, whole vocabulary"] = partial(_ours, teacher, aligned, 0)
     for name, more in {
         "TRL": {},
         "TRL, Liger": {"use_liger_kernel": True},
         "TRL, gradient checkpointing": RECOMPUTE,
         "TRL, Liger, gradient checkpointing": {"use_liger_kernel": True} | RECOMPUTE,
     }.items():
-        arms[name] = partial(against_trl.theirs, student, teacher, aligned, settings=SETTINGS, use_cpu=False, bf16=True, **more)
-    arms["evolve-dag, whole vocabulary"] = partial(_ours, student, teacher, aligned, 0)
+        arms[name] = partial(_theirs, teacher, aligned, more)
     for name, arm in arms.items():
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        student = random_model(config, 0)  # a new one: Liger's patches stay, and so does an adapter after an error
         try:
             taken, losses = float("inf"), []
             for _ in range(2):
                 torch.cuda.synchronize()
                 started = time.perf_counter()
-                losses = arm()
+                losses = arm(student)
                 torch.cuda.synchronize()
                 taken = min(taken, time.perf_counter() - started)
             most = torch.cuda.max_memory_allocated() / 2**30
@@ -270,10 +269,15 @@ def trl(config: Qwen3Config) -> Iterator[str]:
         except Exception as problem:
             traceback.print_exc()
             yield f"{name:36} {type(problem).__name__}: {str(problem).splitlines()[0][:150]}"
-            student = random_model(config, 0)
 
 
-def _ours(student: Any, teacher: Any, aligned: list[Aligned], top_k: int) -> list[float]:
+def _theirs(teacher: Any, aligned: list[Aligned], more: dict[str, Any], student: Any) -> list[float]:
+    from against_trl import theirs
+
+    return theirs(student, teacher, aligned, settings=SETTINGS, use_cpu=False, bf16=True, **more)
+
+
+def _ours(teacher: Any, aligned: list[Aligned], top_k: int, student: Any) -> list[float]:
     views = [one.views for one in aligned]
     rows = make_rows(aligned, TeacherScorer(teacher, top_k=top_k, tokens_per_pass=16_384).score(views))
     with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from evolve_dag.config.schema import DistillationSettings, Regime, RuntimeSettings
-from evolve_dag.distillation import kernels
+from evolve_dag.distillation import checkpoint, kernels
 from evolve_dag.distillation.alignment import replay_injection
 from evolve_dag.distillation.launch import Request, train
 from evolve_dag.distillation.memory import training_memory
@@ -40,14 +40,16 @@ def sequences() -> list[list[int]]:
     return [*found, deeper, list(found[2]), [7], [order.randrange(300, 400) for _ in range(129)]]
 
 
+@pytest.mark.parametrize("long", [1, 1024], ids=["one by one", "at once"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_packed_attention_is_that_of_a_mask(dtype: torch.dtype) -> None:
+def test_packed_attention_is_that_of_a_mask(dtype: torch.dtype, long: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "LONG", long)
     tree = prefix_tree(sequences())
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(1, heads, tree.tokens, 64) for heads in (8, 2, 2)]
     q, k, v = (torch.randn(shape, generator=generator, device="cuda").to(dtype).requires_grad_() for shape in shapes)
     chains = attention.Chains(tree.chains)
-    assert attention._one_kernel(q, chains) == (dtype != torch.float32 and attention._grouped() is not None)
+    assert attention._one_kernel(q, chains) == (dtype != torch.float32 and long > 1 and attention._grouped() is not None)
     weight = torch.randn(1, tree.tokens, 8, 64, generator=generator, device="cuda")
     packed = attention._tree_attention(q, k, v, chains, None)
     gradients = torch.autograd.grad((packed.float() * weight).sum(), (q, k, v))
@@ -107,9 +109,11 @@ def test_scores_are_those_of_the_cpu() -> None:
         assert max(float(np.abs(a.logprobs - b.logprobs).max()) for a, b in zip(expected, found, strict=True)) < close
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
 @pytest.mark.parametrize("less", [False, True], ids=["all kept", "computed again"])
-def test_training_is_that_of_the_cpu(less: bool, tmp_path: Path) -> None:
-    model = tiny_model()
+def test_training_is_that_of_the_cpu(less: bool, kind: str, tmp_path: Path) -> None:
+    """Llama's queries are turned as they come from a linear layer, Qwen3's after a norm."""
+    model = tiny_model(kind=kind)
     rows = make_scored_rows(model, range(12), replay_injection("step_wise"))
 
     def curve(device: str) -> list[CurvePoint]:
@@ -140,12 +144,16 @@ def test_half_precision_learns_as_well(tmp_path: Path) -> None:
     assert last[1] == pytest.approx(last[0], rel=0.15)
 
 
-def test_a_training_that_was_killed_goes_on(tmp_path: Path) -> None:
+def test_a_training_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     model = tiny_model()
     rows = make_scored_rows(model, range(12), replay_injection("step_wise"))
     whole = distill(model, rows, settings=SETTINGS, regime=Regime(), out=tmp_path / "whole", device="cuda:0")
 
+    before: list[CurvePoint] = []
+
     def kill(point: CurvePoint, _: int) -> None:
+        before.append(point)
         if point.step == 3:
             raise KeyboardInterrupt
 
@@ -153,6 +161,7 @@ def test_a_training_that_was_killed_goes_on(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         distill(model, rows, out=tmp_path / "again", on_step=kill, **kept)
     again = distill(model, rows, out=tmp_path / "again", **kept)
+    assert again.curve[: len(before)] == tuple(before)  # with the seconds that they took
     assert [point.loss for point in again.curve] == pytest.approx([point.loss for point in whole.curve], rel=1e-4)
 
 

@@ -24,7 +24,8 @@ class Forward:
         share: pack sequences that begin alike (the default). Models whose attention cannot take a packed row (sliding
             windows, an attention of their own) get one padded row per sequence whatever this says.
         recompute: keep only what enters each layer, and compute the layer again on the way back (activation checkpointing).
-        fused: norms and activations by :mod:`evolve_dag.distillation.kernels`; None: on a CUDA device.
+        fused: norms, rotary embedding and activations by :mod:`evolve_dag.distillation.kernels`; None: where the model lies on
+            a CUDA device.
 
     Raises:
         ModelError: the model rescales its logits behind the output layer, or is not a causal model.

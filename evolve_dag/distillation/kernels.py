@@ -10,7 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from types import MethodType
 from typing import Any
 
@@ -115,10 +115,12 @@ class _Liger:
 
     def rotated(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         # It writes over what it is given, there and back; nothing else reads the two.
-        return self._rope.rope_forward(q, k, cos, sin)[:2]
+        with torch.cuda.device(q.device):  # the others see to it themselves
+            return self._rope.rope_forward(q, k, cos, sin)[:2]
 
     def rotated_back(self, d_q: Tensor, d_k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        return self._rope.rope_backward(d_q, d_k, cos, sin)[:2]
+        with torch.cuda.device(d_q.device):
+            return self._rope.rope_backward(d_q, d_k, cos, sin)[:2]
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         return self._gates.swiglu_forward(gate.contiguous(), up.contiguous())[2]
@@ -146,23 +148,39 @@ def _on_gpu(x: Tensor) -> bool:
 def fused_layers(decoder: nn.Module) -> Iterator[None]:
     """The layers of ``decoder`` compute so meanwhile, where they do what Llama's do."""
     replaced = {module: forward for module in decoder.modules() if (forward := _replacement(module)) is not None}
-    for module, forward in replaced.items():
-        module.forward = MethodType(forward, module)
-    home = sys.modules[type(decoder).__module__]  # its attention looks the function up by name at every call
-    rotate = getattr(home, "apply_rotary_pos_emb", None)
-    if rotate is not None and _same_code(rotate, apply_rotary_pos_emb):
-        vars(home)["apply_rotary_pos_emb"] = _rotate
+    names = _rotating(decoder)
+    rotate = names.get(ROTATE)
     try:
+        for module, forward in replaced.items():
+            module.forward = MethodType(forward, module)
+        if rotate is not None:
+            names[ROTATE] = _rotate
         yield
     finally:
         for module in replaced:
-            del module.forward
+            vars(module).pop("forward", None)
         if rotate is not None:
-            vars(home)["apply_rotary_pos_emb"] = rotate
+            names[ROTATE] = rotate
+
+
+ROTATE = apply_rotary_pos_emb.__name__
+
+
+def _rotating(decoder: nn.Module) -> dict[str, Any]:
+    """The names of the file of ``decoder``, whose attention looks the rotary function up there at every call; empty where that
+    is another function than Llama's, or replaced already."""
+    for kind in type(decoder).__mro__:  # sharding puts a class of its own before it
+        names = vars(sys.modules[kind.__module__])
+        if ROTATE in names:
+            halves = _same_code(names.get("rotate_half"), rotate_half)
+            return names if halves and _same_code(names[ROTATE], apply_rotary_pos_emb) else {}
+    return {}
 
 
 def _replacement(module: nn.Module) -> Callable[..., Tensor] | None:
-    if _computes_as(module, LlamaRMSNorm):
+    if "forward" in vars(module):
+        return None
+    if _computes_as(module, LlamaRMSNorm) and not module.weight.requires_grad:
         return _norm_forward
     if _computes_as(module, LlamaMLP) and isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
         return _gated_forward
@@ -179,8 +197,9 @@ def _same_code(one: Any, other: Any) -> bool:
     return own is not None and all(getattr(own, name) == getattr(known, name) for name in ("co_code", "co_names", "co_consts"))
 
 
-def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = _Rotated.apply(q, k, cos, sin)
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    rotate: Any = _Rotated.apply if unsqueeze_dim == 1 else partial(apply_rotary_pos_emb, unsqueeze_dim=unsqueeze_dim)
+    found: tuple[Tensor, Tensor] = rotate(q, k, cos, sin)
     return found
 
 

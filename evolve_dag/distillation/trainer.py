@@ -384,9 +384,7 @@ class _Run:
         for name, one in self.parameters.items():
             moments = {key: state.tensors.get(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
             if moments["step"] is not None:
-                self.optimizer.state[one] = {
-                    key: value if key == "step" else value.to(one.device) for key, value in moments.items() if value is not None
-                }
+                self.optimizer.state[one] = {key: value.to(one.device) for key, value in moments.items() if value is not None}
         for name in COUNTERS:
             setattr(self, name, state.facts[name])
         self.curve = [CurvePoint(**point) for point in state.facts["curve"]]

@@ -29,7 +29,7 @@ QUERIES = 512
 """Most queries of one product under a mask on a CPU."""
 
 LONG = 1024
-"""Tokens of a chain from which on a GPU's kernel for one sequence, twice as fast, is worth a call of its own."""
+"""Mean tokens of the chains of a row from which on each goes to the GPU's kernel for one sequence, which is twice as fast."""
 
 
 def attention(
@@ -148,9 +148,15 @@ def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, chains: Chains,
 
 
 def _one_kernel(query: Tensor, chains: Chains) -> bool:
-    """Whether to take the kernel of several sequences at once: on a GPU, with torch 2.10 or newer, for short chains."""
-    short = query.shape[2] < LONG * len(chains.lengths)
-    return short and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _grouped() is not None
+    """Whether to take the kernel of several sequences at once: for short chains, on a GPU that runs it, from torch 2.11 on."""
+    short, half = query.shape[2] < LONG * len(chains.lengths), query.dtype in (torch.bfloat16, torch.float16)
+    return short and half and query.is_cuda and _ampere(query.device) and _grouped() is not None
+
+
+@cache
+def _ampere(device: torch.device) -> bool:
+    """Whether the device is of a kind on which flash kernels run."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache
@@ -160,7 +166,10 @@ def _grouped() -> dict[str, bool] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    known = inspect.signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= known.keys():
+        return None
+    return {"enable_gqa": True} if "enable_gqa" in known else {}
 
 
 def _needs_mask(q: Tensor) -> bool:

@@ -86,6 +86,35 @@ def test_modules_come_back_as_they_were_after_an_error() -> None:
     assert "forward" not in vars(module)
 
 
+def test_a_norm_that_learns_keeps_its_gradient() -> None:
+    module = norm(LlamaRMSNorm)
+    with fused_layers(module):
+        module(torch.randn(2, 24)).sum().backward()
+    assert module.weight.grad is not None
+
+
+def test_a_model_that_turns_otherwise_keeps_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some have Llama's rotary function over another ``rotate_half``."""
+    model: Any = tiny_model()
+    home: Any = sys.modules[type(model.model).__module__]
+    monkeypatch.setattr(home, "rotate_half", lambda x: torch.cat((x[..., 4:], -x[..., :4]), dim=-1))
+    before = home.apply_rotary_pos_emb
+    with fused_layers(model.model):
+        assert home.apply_rotary_pos_emb is before
+
+
+def test_within_one_another_the_outer_one_stays() -> None:
+    model: Any = tiny_model().requires_grad_(False)
+    home: Any = sys.modules[type(model.model).__module__]
+    before = home.apply_rotary_pos_emb
+    with fused_layers(model.model):
+        with fused_layers(model.model):
+            pass
+        assert home.apply_rotary_pos_emb is not before
+        assert "forward" in vars(model.model.norm)
+    assert home.apply_rotary_pos_emb is before
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
 def test_a_model_learns_the_same(kind: str) -> None:
     """Rotary embedding included."""
