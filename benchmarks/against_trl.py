@@ -58,11 +58,21 @@ def trajectories(count: int, vocabulary: int) -> list[Aligned]:
     return [synthetic(task, name, vocabulary, "none", (8, 12), ACTIONS) for task, name in names]
 
 
-def ours(student: torch.nn.Module, teacher: torch.nn.Module, aligned: Sequence[Aligned], top_k: int) -> list[float]:
-    rows = make_rows(aligned, TeacherScorer(teacher, top_k=top_k).score([one.views for one in aligned]))
+def ours(
+    student: torch.nn.Module,
+    teacher: torch.nn.Module,
+    aligned: Sequence[Aligned],
+    top_k: int,
+    settings: DistillationSettings = SETTINGS,
+    scored: int = 4096,
+    **more: Any,
+) -> list[float]:
+    """Losses of ours; ``scored`` are the tokens of a pass of the teacher, ``more`` goes to :func:`distill`."""
+    scorer = TeacherScorer(teacher, top_k=top_k, tokens_per_pass=scored)
+    rows = make_rows(aligned, scorer.score([one.views for one in aligned]))
     with tempfile.TemporaryDirectory() as folder:
-        settings = SETTINGS.model_copy(update={"top_k": top_k})
-        result = distill(student, rows, settings=settings, regime=Regime(), out=Path(folder))
+        settings = settings.model_copy(update={"top_k": top_k})
+        result = distill(student, rows, settings=settings, regime=Regime(), out=Path(folder), **more)
     return [point.loss for point in result.curve]
 
 
@@ -74,10 +84,10 @@ def theirs(
     **more: Any,
 ) -> list[float]:
     """Losses of TRL; ``more`` are its own settings."""
-    options = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False} | more
     from datasets import Dataset
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
+    options = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False} | more
     rows = make_rows(aligned, None)
     order = batches(rows, settings.tokens_per_batch, 0, 0)
     wrapped = attach(student, rank=settings.rank, alpha=settings.alpha, seed=0)

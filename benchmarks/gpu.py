@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from distillation import synthetic, view_by_view
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from evolve_dag.config.schema import DistillationSettings, Regime
 from evolve_dag.distillation import kernels
@@ -47,6 +47,8 @@ ACTION, OBSERVATION, HINT = (115, 130), (670, 710), (150, 300)
 RANK = 32
 PASS = 8400
 """Tokens that hold one trajectory."""
+SCORED = 16_384
+"""Tokens of a pass of the teacher."""
 RECOMPUTE: dict[str, Any] = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 SETTINGS = DistillationSettings(epochs=1, rank=RANK, alpha=64.0, tokens_per_batch=PASS, warmup_steps=0)
 
@@ -68,18 +70,13 @@ def shape(hidden: int, layers: int) -> Qwen3Config:
 
 def random_model(config: Qwen3Config, seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(DEVICE):
-            return Qwen3ForCausalLM(config).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device(DEVICE):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
 
 
-def trajectories(count: int, vocabulary: int, injection: str) -> list[Aligned]:
-    """Groups of four."""
-    names = [(index // 4, f"t{index // 4}#{index % 4}") for index in range(count)]
+def trajectories(count: int, vocabulary: int, injection: str = "none", group: int = 1) -> list[Aligned]:
+    """In groups that share their question."""
+    names = [(index // group, f"t{index // group}#{index % group}") for index in range(count)]
     return [synthetic(task, name, vocabulary, injection, (10, 10), ACTION, OBSERVATION, HINT) for task, name in names]
 
 
@@ -141,7 +138,7 @@ def scoring(config: Qwen3Config) -> Iterator[str]:
     """Ten steps, groups of four, against one prefill a step."""
     model = random_model(config)
     for injection in ("step_wise", "global"):
-        aligned = trajectories(4, config.vocab_size, injection)
+        aligned = trajectories(4, config.vocab_size, injection, group=4)
         views = [one.views for one in aligned]
         tokens = sum(len(one.row.ids) for one in aligned)
         scorer = TeacherScorer(model, tokens_per_pass=32_768)
@@ -157,10 +154,8 @@ def scoring(config: Qwen3Config) -> Iterator[str]:
 
 def rows_of(model: Any, count: int) -> list[DistillationRow]:
     """Of different tasks, so nothing is shared."""
-    names = [(index, f"t{index}#0") for index in range(count)]
-    vocabulary = model.config.vocab_size
-    aligned = [synthetic(task, name, vocabulary, "none", (10, 10), ACTION, OBSERVATION, HINT) for task, name in names]
-    return make_rows(aligned, TeacherScorer(model, tokens_per_pass=16_384).score([one.views for one in aligned]))
+    aligned = trajectories(count, model.config.vocab_size)
+    return make_rows(aligned, TeacherScorer(model, tokens_per_pass=SCORED).score([one.views for one in aligned]))
 
 
 def train(model: Any, rows: list[DistillationRow], together: int = 1, **more: Any) -> tuple[float, float]:
@@ -184,7 +179,7 @@ def train(model: Any, rows: list[DistillationRow], together: int = 1, **more: An
 
 VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "transformers' own layers": (patch.object(kernels, "fused_layers", lambda _: contextlib.nullcontext()), {}),
-    "plain bodies in place of Liger": (patch.object(kernels, "_on_gpu", lambda _: False), {}),
+    "plain bodies in place of Liger": (patch.object(kernels, "_bodies", lambda _: kernels.PLAIN), {}),
     "Liger": (contextlib.nullcontext(), {}),
     "Liger, two trajectories a pass": (contextlib.nullcontext(), {"together": 2}),
     "Liger, four, activations computed twice": (contextlib.nullcontext(), {"together": 4, "activation_checkpointing": True}),
@@ -238,19 +233,24 @@ def profile(config: Qwen3Config) -> Iterator[str]:
 
 def trl(config: Qwen3Config) -> Iterator[str]:
     """The same trajectories through TRL's GKDTrainer, teacher and student of the same shape, bfloat16."""
+    from against_trl import ours, theirs
+
     teacher = random_model(config, 1)
-    names = [(index, f"t{index}#0") for index in range(8)]
-    aligned = [synthetic(task, name, config.vocab_size, "none", (10, 10), ACTION, OBSERVATION) for task, name in names]
+    aligned = trajectories(8, config.vocab_size)
     tokens = sum(len(one.row.ids) for one in aligned)
-    arms: dict[str, Callable[[Any], Any]] = {"evolve-dag, top 64": partial(_ours, teacher, aligned, 64)}
-    arms["evolve-dag, whole vocabulary"] = partial(_ours, teacher, aligned, 0)
+    here = {"settings": SETTINGS, "scored": SCORED, "device": DEVICE, "tokens_per_pass": PASS}
+    arms: dict[str, Callable[[Any], Any]] = {
+        f"evolve-dag, {name}": lambda student, top_k=top_k: ours(student, teacher, aligned, top_k, **here)
+        for name, top_k in (("top 64", 64), ("whole vocabulary", 0))
+    }
     for name, more in {
         "TRL": {},
         "TRL, Liger": {"use_liger_kernel": True},
         "TRL, gradient checkpointing": RECOMPUTE,
         "TRL, Liger, gradient checkpointing": {"use_liger_kernel": True} | RECOMPUTE,
     }.items():
-        arms[name] = partial(_theirs, teacher, aligned, more)
+        there = {"settings": SETTINGS, "use_cpu": False, "bf16": True} | more
+        arms[name] = lambda student, there=there: theirs(student, teacher, aligned, **there)
     for name, arm in arms.items():
         gc.collect()
         torch.cuda.empty_cache()
@@ -269,28 +269,6 @@ def trl(config: Qwen3Config) -> Iterator[str]:
         except Exception as problem:
             traceback.print_exc()
             yield f"{name:36} {type(problem).__name__}: {str(problem).splitlines()[0][:150]}"
-
-
-def _theirs(teacher: Any, aligned: list[Aligned], more: dict[str, Any], student: Any) -> list[float]:
-    from against_trl import theirs
-
-    return theirs(student, teacher, aligned, settings=SETTINGS, use_cpu=False, bf16=True, **more)
-
-
-def _ours(teacher: Any, aligned: list[Aligned], top_k: int, student: Any) -> list[float]:
-    views = [one.views for one in aligned]
-    rows = make_rows(aligned, TeacherScorer(teacher, top_k=top_k, tokens_per_pass=16_384).score(views))
-    with tempfile.TemporaryDirectory() as folder:
-        found = distill(
-            student,
-            rows,
-            settings=SETTINGS.model_copy(update={"top_k": top_k}),
-            regime=Regime(),
-            out=Path(folder),
-            device=DEVICE,
-            tokens_per_pass=PASS,
-        )
-    return [point.loss for point in found.curve]
 
 
 PARTS: dict[str, Callable[[Qwen3Config], Iterator[str]]] = {

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from distillation import synthetic, view_by_view
 from distillation_fakes import make_scored_rows, tiny_model
 from memory import random_row
+from rollouts import random_model
 from safetensors.torch import load_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from evolve_dag.config.schema import DistillationSettings, Regime, RuntimeSettings
 from evolve_dag.distillation import checkpoint, kernels
@@ -73,15 +74,15 @@ def test_packed_attention_is_that_of_a_mask(dtype: torch.dtype, long: int, monke
 def test_liger_computes_what_the_plain_bodies_do(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     pytest.importorskip("liger_kernel")
     x, up, d_y = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
-    weight, liger = torch.rand(shape[-1], device="cuda", dtype=dtype) + 0.5, kernels._Liger()
+    weight, liger = torch.rand(shape[-1], device="cuda", dtype=dtype) + 0.5, kernels.Liger()
     close: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
-    (y, root), (y_plain, root_plain) = liger.norm(x, weight, 1e-6), kernels.norm(x, weight, 1e-6)
+    (y, root), (y_plain, root_plain) = liger.norm(x, weight, 1e-6), kernels.PLAIN.norm(x, weight, 1e-6)
     torch.testing.assert_close(y, y_plain, **close)
     torch.testing.assert_close(
-        liger.norm_backward(d_y, x, weight, root), kernels.norm_backward(d_y, x, weight, root_plain), **close
+        liger.norm_backward(d_y, x, weight, root), kernels.PLAIN.norm_backward(d_y, x, weight, root_plain), **close
     )
-    torch.testing.assert_close(liger.gated(x, up), kernels.gated(x, up), **close)
-    plain = kernels.gated_backward(d_y, x, up)
+    torch.testing.assert_close(liger.gated(x, up), kernels.PLAIN.gated(x, up), **close)
+    plain = kernels.PLAIN.gated_backward(d_y, x, up)
     torch.testing.assert_close(liger.gated_backward(d_y, x.clone(), up.clone()), plain, **close)
 
 
@@ -91,11 +92,11 @@ def test_liger_turns_queries_and_keys_alike(dtype: torch.dtype) -> None:
     shapes = [(1, 77, 6, 64), (1, 77, 2, 64)]
     q, k = (torch.randn(shape, device="cuda", dtype=dtype).transpose(1, 2) for shape in shapes)
     angles = torch.rand(1, 77, 32, device="cuda").repeat(1, 1, 2) * 6
-    cos, sin, liger = angles.cos().to(dtype), angles.sin().to(dtype), kernels._Liger()
+    cos, sin, liger = angles.cos().to(dtype), angles.sin().to(dtype), kernels.Liger()
     close: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 3e-2, "rtol": 2e-2}
-    for back in (False, True):
-        expected = kernels.rotated(q, k, cos, -sin if back else sin)
-        found = (liger.rotated_back if back else liger.rotated)(q.clone(), k.clone(), cos, sin)
+    for name in ("rotated", "rotated_back"):
+        expected = getattr(kernels.PLAIN, name)(q, k, cos, sin)
+        found = getattr(liger, name)(q.clone(), k.clone(), cos, sin)
         torch.testing.assert_close(tuple(found), expected, **close)
 
 
@@ -175,11 +176,7 @@ def test_memory_is_what_is_calculated(less: bool, tmp_path: Path) -> None:
     told = training_memory(
         config, dtype="bfloat16", settings=settings, rows=[8192], activation_checkpointing=less, device="cuda:0"
     )
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = Qwen3ForCausalLM(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     rows = [random_row(8192, 32_000, settings.top_k)]
     distill(tiny_model(), [random_row(64, 100, 8)], settings=settings, regime=Regime(), out=tmp_path / "a", device="cuda:0")
     torch.cuda.empty_cache()
@@ -201,17 +198,7 @@ def test_memory_is_what_is_calculated(less: bool, tmp_path: Path) -> None:
 
 
 def test_memory_that_runs_out_halves_the_passes_once(tmp_path: Path) -> None:
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=8192,
-            hidden_size=512,
-            intermediate_size=1536,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=64,
-        )
-    ).eval()
+    model = random_model(8192, hidden=512)
     rows = [random_row(4096, 8192, 64, seed) for seed in range(4)]
     settings = DistillationSettings(epochs=1, tokens_per_batch=16_384)
     told = [

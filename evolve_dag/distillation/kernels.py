@@ -26,27 +26,13 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, root = (_liger().norm if _on_gpu(x) else norm)(x, weight, eps)
+        y, root = _bodies(x).norm(x, weight, eps)
         ctx.save_for_backward(x, weight, root)
         return y
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, None, None]:
-        x, weight, root = ctx.saved_tensors
-        return (_liger().norm_backward if _on_gpu(x) else norm_backward)(d_y, x, weight, root), None, None
-
-
-def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The values, and what each row was multiplied with, float32."""
-    wide = x.float()
-    root = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * (wide * root).to(x.dtype), root
-
-
-def norm_backward(d_y: Tensor, x: Tensor, weight: Tensor, root: Tensor) -> Tensor:
-    scaled, wide = (d_y * weight).float(), x.float()
-    along = (scaled * wide).mean(-1, keepdim=True) * root.square()
-    return (root * (scaled - wide * along)).to(x.dtype)
+        return _bodies(d_y).norm_backward(d_y, *ctx.saved_tensors), None, None
 
 
 class _Gated(torch.autograd.Function):
@@ -55,20 +41,11 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return (_liger().gated if _on_gpu(gate) else gated)(gate, up)
+        return _bodies(gate).gated(gate, up)
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return (_liger().gated_backward if _on_gpu(gate) else gated_backward)(d_y, gate, up)
-
-
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
-
-
-def gated_backward(d_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten.silu_backward(d_y * up, gate), d_y * F.silu(gate)
+        return _bodies(d_y).gated_backward(d_y, *ctx.saved_tensors)
 
 
 class _Rotated(torch.autograd.Function):
@@ -77,23 +54,43 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return (_liger().rotated if _on_gpu(q) else rotated)(q, k, cos, sin)
+        return _bodies(q).rotated(q, k, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, d_q: Tensor, d_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        if _on_gpu(d_q):
-            return *_liger().rotated_back(d_q, d_k, cos, sin), None, None
-        return *rotated(d_q, d_k, cos, -sin), None, None
+        return *_bodies(d_q).rotated_back(d_q, d_k, *ctx.saved_tensors), None, None
 
 
-def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = cos[:, None], sin[:, None]
-    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+class Plain:
+    """What is computed, in torch's operations."""
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The values, and what each row was multiplied with, float32."""
+        wide = x.float()
+        root = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return weight * (wide * root).to(x.dtype), root
+
+    def norm_backward(self, d_y: Tensor, x: Tensor, weight: Tensor, root: Tensor) -> Tensor:
+        scaled, wide = (d_y * weight).float(), x.float()
+        along = (scaled * wide).mean(-1, keepdim=True) * root.square()
+        return (root * (scaled - wide * along)).to(x.dtype)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
+    def gated_backward(self, d_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.aten.silu_backward(d_y * up, gate), d_y * F.silu(gate)
+
+    def rotated(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = cos[:, None], sin[:, None]
+        return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+    def rotated_back(self, d_q: Tensor, d_k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rotated(d_q, d_k, cos, -sin)
 
 
-class _Liger:
-    """The functions by Liger's kernels."""
+class Liger:
+    """The same by Liger's kernels."""
 
     def __init__(self) -> None:
         from liger_kernel.ops import rms_norm, rope, swiglu
@@ -130,18 +127,18 @@ class _Liger:
         return self._gates.swiglu_backward(gate.contiguous(), up.contiguous(), d_y.contiguous())
 
 
-@cache
-def _liger() -> _Liger:
-    return _Liger()
+PLAIN = Plain()
+
+
+def _bodies(x: Tensor) -> Plain | Liger:
+    """What computes on tensors that lie where ``x`` does."""
+    return (_liger() if x.is_cuda else None) or PLAIN
 
 
 @cache
-def _installed() -> bool:
-    return importlib.util.find_spec("liger_kernel") is not None
-
-
-def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda and _installed()
+def _liger() -> Liger | None:
+    """None where it is not installed."""
+    return Liger() if importlib.util.find_spec("liger_kernel") is not None else None
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def fuse(wrapped: Any) -> None:
 
 def _forward(self: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
     base, (a, b) = self.base_layer, _matrices(self)
-    narrow = getattr(self, NARROWED, None) or tuple(one.to(_computed_in(self)) for one in (a, b))
+    narrow = getattr(self, NARROWED, None) or _narrow(self)
     return _LoraLinear.apply(x, base.weight, state_of(base.weight), base.bias, a, b, *self.scaling.values(), narrow)
 
 
@@ -89,9 +89,8 @@ def narrowed(model: Any) -> Iterator[None]:
     """The matrices of all fused layers of ``model`` in the number format of the base, made once for the passes meanwhile, in
     which they must not change."""
     layers = [one for one in model.modules() if hasattr(one, "lora_A") and isinstance(vars(one).get("forward"), MethodType)]
-    with torch.no_grad():
-        for layer in layers:
-            setattr(layer, NARROWED, tuple(one.detach().to(_computed_in(layer)) for one in _matrices(layer)))
+    for layer in layers:
+        setattr(layer, NARROWED, _narrow(layer))
     try:
         yield
     finally:
@@ -107,8 +106,7 @@ def _matrices(layer: Any) -> tuple[Tensor, Tensor]:
     return a.weight, b.weight
 
 
-def _computed_in(layer: Any) -> torch.dtype:
+def _narrow(layer: Any) -> tuple[Tensor, ...]:
     weight = layer.base_layer.weight
-    state = state_of(weight)
-    found: torch.dtype = weight.dtype if state is None else state.dtype
-    return found
+    dtype = getattr(state_of(weight), "dtype", weight.dtype)
+    return tuple(one.detach().to(dtype) for one in _matrices(layer))

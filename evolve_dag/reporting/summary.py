@@ -335,9 +335,8 @@ def standing_note(summary: LineageSummary) -> str:
         told += f" Champion against best: {100 * distance.difference:+.1f} points ({low} to {high})."
     standing, evidence = gate.standing, {name: gate.evidence.get(f"drift_{name}") for name in ("evidence", "needed")}
     if standing.nights and None not in evidence.values():
-        gained = round(-100 * standing.lost, 1) + 0.0  # never -0.0
         told += (
-            f" Candidates since the best: {gained:+.1f} points on average over {standing.nights} nights; "
+            f" Candidates since the best: {-100 * standing.lost:+z.1f} points on average over {standing.nights} nights; "
             f"evidence of a drift {evidence['evidence']:.2g}, established from {evidence['needed']:.3g}."
         )
     return told

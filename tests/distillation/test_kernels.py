@@ -1,4 +1,4 @@
-"""Norms and activations in one function each: the values and gradients of transformers' own modules."""
+"""Norms, rotary embedding and activations in one function each: the values and gradients of transformers' own modules."""
 
 from __future__ import annotations
 
@@ -35,10 +35,7 @@ def both(module: torch.nn.Module, x: torch.Tensor) -> list[tuple[torch.Tensor, t
     found = []
     for replaced in (False, True):
         own = x.clone().requires_grad_()
-        if replaced:
-            with fused_layers(module):
-                y = module(own)
-        else:
+        with fused_layers(module) if replaced else nullcontext():
             y = module(own)
         y.backward(torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype))
         assert own.grad is not None
