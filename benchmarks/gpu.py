@@ -19,7 +19,7 @@ import random
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,14 @@ def trajectories(count: int, vocabulary: int, injection: str = "none", group: in
     """In groups that share their question."""
     names = [(index // group, f"t{index // group}#{index % group}") for index in range(count)]
     return [synthetic(task, name, vocabulary, injection, (10, 10), ACTION, OBSERVATION, HINT) for task, name in names]
+
+
+ARMS: list[str] = []
+"""Names of arms that the command line asks for; none: all."""
+
+
+def asked(arms: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: arm for name, arm in arms.items() if not ARMS or name in ARMS}
 
 
 def seconds(arm: Callable[[], Any], repeats: int = 3) -> float:
@@ -192,7 +200,7 @@ def training(config: Qwen3Config) -> Iterator[str]:
     model = random_model(config)
     rows = rows_of(model, 8)
     tokens = sum(row.tokens for row in rows)
-    for name, (changed, more) in VARIANTS.items():
+    for name, (changed, more) in asked(VARIANTS).items():
         with changed:
             gc.collect()
             torch.cuda.empty_cache()
@@ -225,10 +233,12 @@ def profile(config: Qwen3Config) -> Iterator[str]:
 
     model = random_model(config)
     rows = rows_of(model, 4)
-    train(model, rows[:2])
-    with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        train(model, rows[:2])
-    yield found.key_averages().table(sort_by="self_cuda_time_total", row_limit=32, max_name_column_width=70)
+    for together in (1, 2):
+        train(model, rows, together)
+        with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+            train(model, rows, together)
+        yield f"{together} a pass"
+        yield found.key_averages().table(sort_by="self_cuda_time_total", row_limit=32, max_name_column_width=70)
 
 
 def trl(config: Qwen3Config) -> Iterator[str]:
@@ -251,7 +261,7 @@ def trl(config: Qwen3Config) -> Iterator[str]:
     }.items():
         there = {"settings": SETTINGS, "use_cpu": False, "bf16": True} | more
         arms[name] = lambda student, there=there: theirs(student, teacher, aligned, **there)
-    for name, arm in arms.items():
+    for name, arm in asked(arms).items():
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -284,9 +294,11 @@ PARTS: dict[str, Callable[[Qwen3Config], Iterator[str]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=[name for name in PARTS if name != "profile"])
+    parser.add_argument("--arms", nargs="+", default=[], metavar="NAME", help="of training and trl, as they are printed")
     parser.add_argument("--hidden", type=int, default=2560)
     parser.add_argument("--layers", type=int, default=36)
     given = parser.parse_args()
+    ARMS[:] = given.arms
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     if not torch.cuda.is_available():
         parser.exit(1, "there is no GPU here\n")

@@ -57,6 +57,10 @@ class ClosedError(ModelError):
     """A model was closed while it was asked, since the work is being stopped: this says nothing about an episode."""
 
 
+class ExhaustedError(ClosedError):
+    """Memory ran out however little was asked for at once: the work stops, and no episode has failed."""
+
+
 class ContextOverflowError(ModelError):
     """A conversation is longer than the model takes: an acting policy brought that upon itself, no machinery failed."""
 
@@ -67,6 +71,13 @@ class SessionError(EvolveError, RuntimeError):
 
 class AlignmentError(EvolveError, ValueError):
     """Student and teacher views do not share the same action ids, or history holds experience."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, or a device's, which has an error of torch's, or words only."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and any(one in str(error) for one in words))
 
 
 _slice_errors: ContextVar[list[SliceError] | None] = ContextVar("slice_errors", default=None)

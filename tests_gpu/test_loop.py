@@ -39,8 +39,6 @@ def test_what_is_sampled_is_what_the_cpu_samples(temperature: float) -> None:
 
 
 def test_an_iteration(tmp_path: Path) -> None:
-    pytest.importorskip("polars")
-    pytest.importorskip("duckdb")
     from small_lineage import SMALL, STEP_ORDER, iterate, small
 
     from evolve_dag.store.artifacts import Store

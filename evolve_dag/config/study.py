@@ -17,7 +17,8 @@ def _listed(value: Any) -> Any:
 
 
 class Worlds(Section):
-    """Pocket worlds by seed. In other environments all seeds share their tasks."""
+    """Pocket worlds by seed. In other environments with worlds seed S takes the S-th after the one that the arm's file names;
+    tasks that are read from files are the same for all seeds."""
 
     train: int = Field(1000, ge=0, le=MOST)
     """World of the training tasks at seed 0; seed S takes the S-th after it."""
@@ -65,7 +66,7 @@ class StudySettings(Section):
     description: str = ""
     """One line, above the report."""
     seeds: Seeds = Field(min_length=1)
-    """Each is a replicate of every arm: other sampling, and in the pocket world other worlds."""
+    """Each is a replicate of every arm: other sampling, and other worlds where the environment has worlds."""
     iterations: int = Field(ge=1, le=99)
     """K of every arm that does not say otherwise."""
     held_out: int | None = Field(None, ge=1, le=MOST)

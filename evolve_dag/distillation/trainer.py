@@ -26,7 +26,7 @@ from evolve_dag.distillation.dataset import DistillationRow, batches
 from evolve_dag.distillation.forward import Forward
 from evolve_dag.distillation.parallel import Processes
 from evolve_dag.distillation.sharding import Sharded
-from evolve_dag.errors import ConfigError, ModelError
+from evolve_dag.errors import ConfigError, ModelError, out_of_memory
 from evolve_dag.inference.quantization import is_quantized
 
 if TYPE_CHECKING:
@@ -435,7 +435,7 @@ class _Run:
             try:
                 return self._accumulate(rows, weight)
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 told = str(error).splitlines()[0]
             self._halve(rows, step, told)  # out of the handler: the traceback held every tensor of the pass
@@ -497,14 +497,6 @@ def _stepping(device: str) -> dict[str, bool]:
     """How Adam goes over its matrices: on a CPU several at once, the same bytes as one after the other in half the time; on a
     GPU all in one kernel."""
     return {"fused": True} if device == "cuda" else {"foreach": True}
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """Devices raise ``torch.OutOfMemoryError``; the CPU's allocator, and some devices, have words only."""
-    import torch
-
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(one in str(error) for one in words)
 
 
 @dataclass(slots=True)

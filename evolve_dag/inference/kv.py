@@ -65,6 +65,11 @@ class SlotPool:
         """How many sequences of ``length`` tokens one round may hold."""
         return max(1, self.budget // self._columns_for(length))
 
+    def shrink(self, rows: int, length: int) -> None:
+        """Hold no more than ``rows`` sequences of ``length`` tokens from now on; what was held is dropped."""
+        self.forget()
+        self.budget = min(self.budget, rows * self._columns_for(length))
+
     def release(self, session: str) -> None:
         if session in self.owners:
             self.owners[self.owners.index(session)] = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, PreTrainedModel
 
-from evolve_dag.errors import ClosedError, ContextOverflowError, ModelError
+from evolve_dag.errors import ClosedError, ContextOverflowError, ExhaustedError, ModelError, out_of_memory
 from evolve_dag.inference.attention import ATTENTION, bare
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.freed import give_back
@@ -38,6 +39,8 @@ from evolve_dag.inference.recording import Recording, distribution
 from evolve_dag.protocols import Completion, Request
 from evolve_dag.records import Message
 from evolve_dag.store.layout import ADAPTER_CONFIG
+
+log = logging.getLogger(__name__)
 
 _SHARED_PREFIX = 16
 """Least tokens that new sessions must share before the shared part is computed once and copied."""
@@ -105,6 +108,8 @@ class TransformersModel:
         self._device = model.device
         self._threads = threads
         self._max_batch = max_batch
+        self._most = max_batch
+        """Calls that go through the model at once: fewer than ``max_batch`` once memory ran out."""
         self._pool = SlotPool(_cache_budget(config, model.dtype, model.device, cache_bytes), self.max_context)
         self._guides = Guides(chat)
         self._stops = torch.tensor(sorted(chat.stop_ids), device=model.device)
@@ -339,15 +344,27 @@ class TransformersModel:
         results: list[Completion | ModelError] = []
         rest = list(firsts.values())
         while rest:
-            part = rest[: self._pool.rows_allowed(max(len(call.ids) + call.limit for call in rest))]
-            rest = rest[len(part) :]
+            longest = max(len(call.ids) + call.limit for call in rest)
+            part = rest[: min(self._most, self._pool.rows_allowed(longest))]
+            spent = ""
             try:
                 results.extend(self._compute(model, part))
             except Exception as problem:
+                slots = self._pool.slots
                 self._pool.forget()
-                error = ModelError(f"the model failed: {type(problem).__name__}: {problem}", _remedy(problem))
-                error.__cause__ = problem
-                results.extend([error] * len(part))
+                if not out_of_memory(problem):
+                    error = ModelError(f"the model failed: {type(problem).__name__}: {problem}")
+                    error.__cause__ = problem
+                    results.extend([error] * len(part))
+                else:
+                    spent = str(problem).splitlines()[0]
+                    if len(part) == slots == 1:
+                        what = f"memory ran out over one call of {longest} tokens: {spent}"
+                        raise ExhaustedError(what, "free memory of the device, or lower rollout.max_tokens") from problem
+            if spent:  # out of the handler: the traceback held every tensor of the round
+                self._halve(part, longest, spent)
+                continue
+            rest = rest[len(part) :]
             for call in part:
                 if not call.request.session:
                     self._pool.release(call.session)
@@ -355,6 +372,16 @@ class TransformersModel:
         self._last_round = time.perf_counter() - begun
         found = dict(zip(firsts, results, strict=True))
         return [found[call.decided_by] for call in calls]
+
+    def _halve(self, calls: list[_Call], longest: int, told: str) -> None:
+        """Half as many calls at once from now on, of ``longest`` tokens, and no more slots than that."""
+        self._most = max(1, len(calls) // 2)
+        self._pool.shrink(self._most, longest)
+        give_back()
+        log.warning("memory ran out over %d calls at once: %d from now on: %s", len(calls), self._most, told)
+        for call in calls:
+            if call.request.answer_schema is not None:  # what was sampled has moved its guide
+                call.guide = self._guides.start(call.request.answer_schema)
 
     def _compute(self, model: PreTrainedModel, calls: list[_Call]) -> list[Completion | ModelError]:
         begun = time.perf_counter()
@@ -713,10 +740,7 @@ def _reading(what: str, remedy: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except Exception as problem:  # transformers, peft and safetensors share no base class
+        if out_of_memory(problem):
+            told = str(problem).splitlines()[0]
+            raise ExhaustedError(f"{what}: there is no memory for it: {told}", "free memory of the device") from problem
         raise ModelError(f"{what}: cannot be read: {type(problem).__name__}: {problem}", remedy) from problem
-
-
-def _remedy(problem: Exception) -> str:
-    if isinstance(problem, MemoryError) or "memory" in str(problem).lower():
-        return "lower runtime.concurrency, or load the model with a smaller cache_bytes or max_batch"
-    return ""

@@ -111,6 +111,7 @@ def load_study(path: Path | str, choice: Choice | None = None) -> Study:
         found, wrong = _cells(path, settings, name, arm)
         cells += found
         mistakes += [f"{path}: arms.{name}: {line}" for line in wrong]
+    mistakes += dict.fromkeys(_asked_otherwise(path, cells))
     if mistakes:
         raise _refused(path, mistakes)
     order = {seed: place for place, seed in enumerate(dict.fromkeys(cell.seed for cell in cells))}
@@ -122,6 +123,23 @@ def _refused(path: Path, mistakes: Sequence[str]) -> ConfigError:
     return ConfigError(
         f"{path}: {numbered(mistakes)}", "mend the keys above; docs/configuration.md lists those of experiments and of studies"
     )
+
+
+def _asked_otherwise(path: Path, cells: Sequence[Cell]) -> Iterator[str]:
+    """Arms whose held-out tasks are others than the first arm's, not fewer or more: differences are paired by task."""
+    first = {cell.seed: cell for cell in reversed(cells)}
+    for cell in cells:
+        asked, expected = (
+            {
+                "environment": one.experiment.environment,
+                "tasks.held_out": one.experiment.tasks.held_out.model_copy(update={"count": None}),
+            }
+            for one in (cell, first[cell.seed])
+        )
+        for key in asked:
+            if asked[key] != expected[key]:
+                what = f"{key}: is another one than in arm {first[cell.seed].arm}, and arms are compared on the same tasks"
+                yield f"{path}: arms.{cell.arm}: {what}: give it a study of its own"
 
 
 def _twice(values: Sequence[int]) -> list[int]:
@@ -214,9 +232,10 @@ def _experiment(
     values["runtime"]["threads"] = settings.threads
     if settings.held_out is not None:
         values["tasks"]["held_out"]["count"] = settings.held_out
-    if stated.environment.kind == "pocket":
-        for split in SPLITS:
-            values["tasks"][split]["world"] = getattr(settings.worlds, split) + seed
+    for split, own in stated.tasks.splits.items():
+        first = getattr(settings.worlds, split) if stated.environment.kind == "pocket" else own.world
+        if first is not None:
+            values["tasks"][split]["world"] = first + seed
     try:
         experiment = Experiment.model_validate(values)
     except ValidationError as error:

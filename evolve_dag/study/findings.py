@@ -135,7 +135,7 @@ def _points(results: Results, arm: str) -> Iterator[Point]:
 
 
 def _contrasts(results: Results, arm: str) -> Iterator[Contrast]:
-    references, base = results.study.references(arm), results.base_columns()
+    references, base = results.study.references(arm), results.base_columns(arm)
     iterations = results.iterations(arm)
     columns = {k: results.column(arm, k) for k in (0, *iterations)}
     for k in iterations:

@@ -85,14 +85,20 @@ class Results:
         """Rewards of one policy of an arm under one condition; seeds where it was not measured are left out."""
         return {row.seed: row.rewards[condition] for row in self.of(arm, iteration) if condition in row.rewards}
 
-    def base_columns(self) -> dict[str, Column]:
-        """The base policy by temperature, as the arms measured it: it is one policy for all of them."""
+    def base_columns(self, arm: str) -> dict[str, Column]:
+        """An arm's base policy by temperature, as the arm measured it; what it did not measure, as arms did that begin with the
+        same policy and roll it out alike."""
         found: dict[str, dict[int, Mapping[str, float]]] = {}
-        for row in self.rows:
-            for condition, rewards in row.rewards.items() if row.iteration == 0 else ():
+        bare = sorted((row for row in self.rows if row.iteration == 0), key=lambda row: row.arm != arm)
+        for row in bare:
+            for condition, rewards in row.rewards.items() if self._same_base(arm, row.arm) else ():
                 if condition not in HELD:
                     found.setdefault(condition, {}).setdefault(row.seed, rewards)
         return dict(found)
+
+    def _same_base(self, arm: str, other: str) -> bool:
+        a, b = (self.study.of_arm(name)[0].experiment for name in (arm, other))
+        return (a.models.policy, a.rollout) == (b.models.policy, b.rollout)
 
 
 def read(study: Study, store: Store) -> Results:

@@ -109,10 +109,11 @@ def print_findings(findings: Findings, console: Console) -> None:
         title_justify="left",
     )
     table.add_column("arm", no_wrap=True)
-    for heading in ("seeds", "base", *map(str, range(1, last + 1)), "last, over tasks"):
-        table.add_column(heading, justify="right")
+    shown = _that_fit(last, console.width - max(map(len, study.arms)))
+    for heading in ("seeds", *(str(k) if k else "base" for k in shown), "last, over tasks"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for arm in study.arms:
-        points = [findings.point(arm, k) for k in range(last + 1)]
+        points = [findings.point(arm, k) for k in shown]
         end = findings.point(arm, findings.last(arm))
         cells = ["–" if point is None else f"{100 * point.success.value:.1f}" for point in points]
         around = "–" if end is None else percent_interval(end.success.tasks)
@@ -120,6 +121,14 @@ def print_findings(findings: Findings, console: Console) -> None:
     console.print(table)
     if missing := findings.results.missing:
         console.print(Text(f"not there yet: {sum(missing.values())} iterations ({_listed(missing)})", style="yellow"))
+
+
+def _that_fit(last: int, width: int) -> list[int]:
+    """Iterations of a table of ``width`` columns beside the arms' names: the base policy, the last, and between them every one,
+    every second, ... ."""
+    most = max(2, (width - 31) // 7)  # beside "seeds" and an interval; a figure takes seven with its margins
+    every = next(n for n in range(1, last + 2) if -(-last // n) + 1 <= most or n > last)
+    return [0, *sorted(range(last, 0, -every))]
 
 
 # -- Markdown

@@ -13,6 +13,8 @@ from evolve_dag.environments.pocket.tools import STREAM_WORLDS
 from evolve_dag.errors import ConfigError
 from evolve_dag.study.definition import Choice, load_study
 
+WORLDS = (("development", 200), ("held_out", 300))
+
 
 def mistakes(path: Path, choice: Choice | None = None) -> str:
     with pytest.raises(ConfigError) as caught:
@@ -36,6 +38,26 @@ def test_a_cell_is_an_experiment_with_the_worlds_of_its_seed(tmp_path: Path) -> 
 def test_worlds_of_a_stream_lie_below_the_next_ones(tmp_path: Path) -> None:
     study(tmp_path, seeds=[STREAM_WORLDS - 3001])
     assert "number the worlds of all splits below" in mistakes(write(tmp_path, seeds=[STREAM_WORLDS - 3000]))
+
+
+def test_worlds_of_another_environment_go_on_from_its_file(tmp_path: Path) -> None:
+    """Files of tasks are the same for every seed."""
+    split = {"count": 4, "world": 100, "stream": True}
+    games = {
+        "environment": {"kind": "textworld"},
+        "tasks": {"train": split, **{n: {"count": 4, "world": w} for n, w in WORLDS}},
+    }
+    (tmp_path / "games.yaml").write_text(yaml.safe_dump(games))
+    for seed, cell in zip((4, 5), study(tmp_path, arms={"a": "games.yaml"}).cells, strict=True):
+        tasks = cell.experiment.tasks
+        assert [one.world for one in tasks.splits.values()] == [100 + seed, 200 + seed, 300 + seed]
+
+
+def test_arms_are_asked_the_same_tasks(tmp_path: Path) -> None:
+    arms = {"a": "arm.yaml", "b": "arm.yaml", "c": {"config": "arm.yaml", "set": {"environment": {"results": 2}}}}
+    told = mistakes(write(tmp_path, arms=arms))
+    assert told.count("arms.c: environment: is another one than in arm a") == 1, "once, not for every seed"
+    assert "arms.b" not in told
 
 
 def test_arms_may_have_seeds_and_iterations_of_their_own(tmp_path: Path) -> None:

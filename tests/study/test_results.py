@@ -111,7 +111,9 @@ def test_every_iteration_of_every_cell_is_read(made: tuple[Study, Store]) -> Non
     assert "h19" not in first.rewards["without"], "not judged is not wrong"
     assert (first.items, first.decision, first.sampled, first.trained) == (3, "promote", 157, 900)
     assert found.column("plain", 2, "with").keys() == {4, 5}
-    assert set(found.base_columns()) == {"without", "base_at_0"}
+    assert set(found.base_columns("plain")) == {"without", "base_at_0"}
+    other = [row for row in found.rows if (row.arm, row.seed, row.iteration) == ("greedy", 4, 0)]
+    assert found.base_columns("greedy")["without"][4] is other[0].rewards["without"], "its own, at its own temperature"
 
 
 def right(found: Results, condition: str) -> list[float | None]:
