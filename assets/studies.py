@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import cycle, takewhile
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from pathlib import Path
@@ -27,7 +27,7 @@ from evolve_dag.store.artifacts import Store
 from evolve_dag.store.faults import explained
 from evolve_dag.store.locks import locked
 from evolve_dag.store.mirror import open_store
-from evolve_dag.study import files
+from evolve_dag.study import devices, files
 from evolve_dag.study.agenda import Agenda, Unit
 from evolve_dag.study.definition import Study
 
@@ -144,15 +144,16 @@ def _ready(busy: "dict[Worker, Unit]") -> "list[Worker]":
 class Worker:
     """A process that does one job after another; when it dies, a new one takes its place."""
 
-    def __init__(self, work: Callable[[Job], Done]) -> None:
+    def __init__(self, work: Callable[[Job], Done], gpus: str | None = None) -> None:
         self._work = work
+        self._gpus = gpus
         self._busy = False
         self._start()
 
     def _start(self) -> None:
         context: SpawnContext = mp.get_context(START)  # type: ignore[assignment]
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, self._work), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, self._work, self._gpus), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -189,7 +190,8 @@ def _crew(count: int, study: Study, work: Callable[[Job], Done]) -> Iterator[lis
     # Read when the libraries are loaded, so before: more threads than asked for only wait for each other.
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"):
         os.environ[name] = str(study.settings.threads)
-    crew = [Worker(work) for _ in range(count)]
+    gpus = cycle(devices.shares(study) or (None,))
+    crew = [Worker(work, own) for own, _ in zip(gpus, range(count), strict=False)]
     try:
         yield crew
     finally:
@@ -197,8 +199,10 @@ def _crew(count: int, study: Study, work: Callable[[Job], Done]) -> Iterator[lis
             worker.end()
 
 
-def _serve(connection: Connection, work: Callable[[Job], Done]) -> None:
+def _serve(connection: Connection, work: Callable[[Job], Done], gpus: str | None) -> None:
     """Body of a worker's process; it ends with its parent, however that went."""
+    if gpus is not None:
+        os.environ[devices.VISIBLE] = gpus
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:

@@ -80,7 +80,8 @@ class StudySettings(Section):
     """Arm that the others are contrasted with, where they name none of their own; unset: the first."""
     paper: PublishedArms = PublishedArms()
     processes: int = Field(2, ge=1, le=1024)
-    """Cells worked on at a time, each in a process of its own."""
+    """Cells worked on at a time, each in a process of its own. With ``runtime.device: cuda`` the GPUs of the machine are dealt
+    out among them."""
     threads: int = Field(1, ge=1, le=1024)
     """CPU threads of each."""
 

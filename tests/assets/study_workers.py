@@ -48,6 +48,13 @@ def two_of_three(job: studies.Job) -> studies.Done:
     return _with(job, adapter=_fail)
 
 
+def seeing(job: studies.Job) -> studies.Done:
+    """Says which GPUs it sees."""
+    with Path("seen").open("a") as file:
+        file.write(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
+    return studies.Done({})
+
+
 def _fail(context: StepContext) -> None:
     if ".greedy-" in context.experiment.experiment:
         raise DataError("no room for [this] arm", "make some")

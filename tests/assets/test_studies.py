@@ -99,6 +99,17 @@ def test_a_cell_that_fails_or_takes_its_process_down_costs_itself_only(place: Pa
 
 
 @pytest.mark.usefixtures("light")
+def test_the_gpus_of_a_machine_are_dealt_out(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = yaml.safe_load(study.file.read_text())
+    on_gpus = _write(study.file, content | {"set": {"runtime": {"device": "cuda"}}})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    finished, printed = run(load_study(on_gpus), study_workers.seeing)
+    assert (finished.failed, printed.count("steps were there")) == ({}, 6)
+    seen = dict(line.split() for line in Path("seen").read_text().splitlines())
+    assert sorted(seen.values()) == ["3", "5"], "a process keeps its own"
+
+
+@pytest.mark.usefixtures("light")
 def test_killed_at_any_moment_the_same_command_goes_on(study: Study) -> None:
     store = Store(ROOT)
     for least in (2, 9):
