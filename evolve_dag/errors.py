@@ -57,12 +57,13 @@ class ClosedError(ModelError):
     """A model was closed while it was asked, since the work is being stopped: this says nothing about an episode."""
 
 
-class ExhaustedError(ClosedError):
-    """Memory ran out however little was asked for at once: the work stops, and no episode has failed."""
-
-
 class ContextOverflowError(ModelError):
     """A conversation is longer than the model takes: an acting policy brought that upon itself, no machinery failed."""
+
+
+class ExhaustedError(EvolveError, MemoryError):
+    """Memory ran out however little was asked for at once: the work stops. It says nothing about an episode, an answer or a
+    verdict, so it is no :class:`ModelError`, which they take."""
 
 
 class SessionError(EvolveError, RuntimeError):
@@ -75,9 +76,19 @@ class AlignmentError(EvolveError, ValueError):
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: Python's, or a device's, which has an error of torch's, or words only."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
+    words = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED", "bad_alloc")
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or (isinstance(error, RuntimeError) and any(one in str(error) for one in words))
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its type's name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def exhausted(what: str, error: BaseException) -> ExhaustedError:
+    """That there is no memory for ``what``."""
+    return ExhaustedError(f"{what}: there is no memory for it: {first_line(error)}", "free memory of the device")
 
 
 _slice_errors: ContextVar[list[SliceError] | None] = ContextVar("slice_errors", default=None)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from evolve_dag.agent.actions import ParsedAction, explain, parse_action, validate_call
 from evolve_dag.agent.sessions import Calls, calls_of, checked_reward
-from evolve_dag.errors import ClosedError, ContextOverflowError
+from evolve_dag.errors import ClosedError, ContextOverflowError, ExhaustedError
 from evolve_dag.inference.outgoing import tokens_of
 from evolve_dag.plain import LAST_STEP, plain
 from evolve_dag.protocols import (
@@ -89,6 +89,8 @@ async def run_episode(
 async def _judged(trajectory: Trajectory, task: Task, verifier: Verifier) -> Trajectory:
     try:
         return replace(trajectory, reward=checked_reward(await verifier.verify(task, trajectory.answer)))
+    except ExhaustedError:
+        raise
     except Exception as problem:
         return replace(trajectory, error=f"not judged: {describe_error(problem)}")
 
@@ -141,7 +143,7 @@ class _Episode:
             await self.act()
             reward = await self.calls.reward(self.trajectory.answer)
             self.trajectory = replace(self.trajectory, reward=reward)
-        except ClosedError:  # the work is being stopped; the episode has not failed, and is played when it goes on
+        except (ClosedError, ExhaustedError):  # the work stops; the episode has not failed, and is played when it goes on
             raise
         except Exception as problem:
             self.trajectory = replace(self.trajectory, status="failed", answer=None, error=describe_error(problem))

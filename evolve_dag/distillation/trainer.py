@@ -26,7 +26,7 @@ from evolve_dag.distillation.dataset import DistillationRow, batches
 from evolve_dag.distillation.forward import Forward
 from evolve_dag.distillation.parallel import Processes
 from evolve_dag.distillation.sharding import Sharded
-from evolve_dag.errors import ConfigError, ModelError, out_of_memory
+from evolve_dag.errors import ConfigError, ModelError, exhausted, first_line, out_of_memory
 from evolve_dag.inference.quantization import is_quantized
 
 if TYPE_CHECKING:
@@ -260,6 +260,8 @@ def load_model(path: Path | str, dtype: str = "float32", quantize: str = "none",
         model: nn.Module = pretrained(path, dtype=dtype, quantize=quantize, device=device)
         return model
     except Exception as error:  # whatever transformers, safetensors or the config parser raise: it is not loadable
+        if out_of_memory(error):
+            raise exhausted(str(path), error) from error
         raise ModelError(f"{path}: not a model that transformers can load: {error}", "check models.policy.path") from error
 
 
@@ -437,7 +439,7 @@ class _Run:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                told = str(error).splitlines()[0]
+                told = first_line(error)
             self._halve(rows, step, told)  # out of the handler: the traceback held every tensor of the pass
 
     def _halve(self, rows: Sequence[DistillationRow], step: int, told: str) -> None:

@@ -17,7 +17,7 @@ from evolve_dag.config.schema import (
     TransformersModelSettings,
     VllmModelSettings,
 )
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import ModelError, exhausted, out_of_memory
 from evolve_dag.inference.folders import base_identity, model_folder
 from evolve_dag.inference.ledger import Ledger, metered
 from evolve_dag.inference.outgoing import tokens_of
@@ -132,6 +132,8 @@ def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device)
     except Exception as error:  # every kind of device has errors of its own
+        if out_of_memory(error):
+            raise exhausted(f"runtime.device: {device}", error) from None
         raise ModelError(
             f"runtime.device: {device} cannot be used here: {error}",
             "correct runtime.device, or install the torch build of this machine (README, Installing)",

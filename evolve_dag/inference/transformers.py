@@ -27,7 +27,15 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, PreTrainedModel
 
-from evolve_dag.errors import ClosedError, ContextOverflowError, ExhaustedError, ModelError, out_of_memory
+from evolve_dag.errors import (
+    ClosedError,
+    ContextOverflowError,
+    ExhaustedError,
+    ModelError,
+    exhausted,
+    first_line,
+    out_of_memory,
+)
 from evolve_dag.inference.attention import ATTENTION, bare
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.freed import give_back
@@ -283,7 +291,9 @@ class TransformersModel:
             self._waiting = []
             raise
         except Exception as problem:
-            error = problem if isinstance(problem, ModelError) else ModelError(f"the model failed: {problem!r}")
+            error = (
+                problem if isinstance(problem, (ModelError, ExhaustedError)) else ModelError(f"the model failed: {problem!r}")
+            )
             for call in (*batch, *self._waiting):
                 if not call.future.done():
                     call.future.set_exception(error)
@@ -342,13 +352,14 @@ class TransformersModel:
         for call in calls:
             firsts.setdefault(call.decided_by, call)
         results: list[Completion | ModelError] = []
-        rest = list(firsts.values())
+        rest, alone = list(firsts.values()), False
         while rest:
             longest = max(len(call.ids) + call.limit for call in rest)
             part = rest[: min(self._most, self._pool.rows_allowed(longest))]
-            spent = ""
+            spent: str | None = None
             try:
                 results.extend(self._compute(model, part))
+                alone = False
             except Exception as problem:
                 slots = self._pool.slots
                 self._pool.forget()
@@ -357,12 +368,13 @@ class TransformersModel:
                     error.__cause__ = problem
                     results.extend([error] * len(part))
                 else:
-                    spent = str(problem).splitlines()[0]
-                    if len(part) == slots == 1:
+                    spent = first_line(problem)
+                    if alone:  # once more, after what was kept was handed back
                         what = f"memory ran out over one call of {longest} tokens: {spent}"
                         raise ExhaustedError(what, "free memory of the device, or lower rollout.max_tokens") from problem
-            if spent:  # out of the handler: the traceback held every tensor of the round
-                self._halve(part, longest, spent)
+            if spent is not None:  # out of the handler: the traceback held every tensor of the round
+                alone = len(part) == 1 and slots <= 1
+                self._halve(part, max(len(part), slots), longest, spent)
                 continue
             rest = rest[len(part) :]
             for call in part:
@@ -373,12 +385,12 @@ class TransformersModel:
         found = dict(zip(firsts, results, strict=True))
         return [found[call.decided_by] for call in calls]
 
-    def _halve(self, calls: list[_Call], longest: int, told: str) -> None:
-        """Half as many calls at once from now on, of ``longest`` tokens, and no more slots than that."""
-        self._most = max(1, len(calls) // 2)
+    def _halve(self, calls: list[_Call], slots: int, longest: int, told: str) -> None:
+        """Half as many slots from now on, of ``longest`` tokens, and no more calls at once than that."""
+        self._most = max(1, min(self._most, slots // 2))
         self._pool.shrink(self._most, longest)
         give_back()
-        log.warning("memory ran out over %d calls at once: %d from now on: %s", len(calls), self._most, told)
+        log.warning("memory ran out over %d calls and %d slots: %d from now on: %s", len(calls), slots, self._most, told)
         for call in calls:
             if call.request.answer_schema is not None:  # what was sampled has moved its guide
                 call.guide = self._guides.start(call.request.answer_schema)
@@ -741,6 +753,5 @@ def _reading(what: str, remedy: str, read: Callable[[], Any]) -> Any:
         return read()
     except Exception as problem:  # transformers, peft and safetensors share no base class
         if out_of_memory(problem):
-            told = str(problem).splitlines()[0]
-            raise ExhaustedError(f"{what}: there is no memory for it: {told}", "free memory of the device") from problem
+            raise exhausted(what, problem) from problem
         raise ModelError(f"{what}: cannot be read: {type(problem).__name__}: {problem}", remedy) from problem

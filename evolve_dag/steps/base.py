@@ -317,7 +317,17 @@ def make_here(due: Due) -> None:
         with Roles(shown, ledger=ledger, memory=memory) as roles, prompts.only(names), no_slice_error():
             _body(name)(
                 StepContext(
-                    shown, expected.iteration, store, inputs, build, due.progress, due.entering, roles, twin, due.workers
+                    shown,
+                    expected.iteration,
+                    store,
+                    inputs,
+                    build,
+                    due.progress,
+                    due.entering,
+                    roles,
+                    twin,
+                    due.workers,
+                    json.loads(json.dumps(dict(expected.config))),
                 )
             )
         if changed := altered():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from evolve_dag.agent.rollouts import PlayEpisode
 from evolve_dag.config.schema import Experiment
@@ -77,6 +77,8 @@ class StepContext:
     """An artifact of this step that differs in the spec's ``derived`` keys alone: what it sampled stands."""
     workers: RolloutWorkers | None = None
     """Where episodes are played; None: here."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What decides the artifact, as its manifest will have it."""
 
 
 Body = Callable[[StepContext], None]

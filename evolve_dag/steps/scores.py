@@ -11,7 +11,8 @@ every iteration draws anew, so that its evidence is new.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ from evolve_dag.steps.policies import (
     without_choice,
 )
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
-from evolve_dag.store.artifacts import Artifact
+from evolve_dag.store.artifacts import Artifact, Store
 from evolve_dag.store.frames import load_trajectories, save_trajectories, scores_to_frame
 from evolve_dag.store.layout import SCORES, SUMMARY
 from evolve_dag.tasks.suites import Split, check_disjoint, left_out, load_split
@@ -49,6 +50,10 @@ if TYPE_CHECKING:
 
 DEVELOPMENT = OF_CANDIDATE, OF_BEST, OF_CHAMPION = "development_candidate", "development_best", "development_champion"
 """Conditions that the gate compares: the candidate, the best champion so far, and the champion where it is neither."""
+OF = "of"
+"""Entry of the summary: condition on held-out tasks, without experience -> adapter of whom it scores; None: the bare base."""
+TAKEN = "taken_over"
+"""Entry of the summary: condition -> earlier artifact of this lineage that its episodes are from."""
 AGAINST = "against"
 """Entry of the summary: iteration of the champion that the candidate is compared with."""
 BASE_AT = "base_at_"
@@ -113,10 +118,14 @@ def _evaluate(context: StepContext, splits: Mapping[str, Split]) -> tuple[Episod
     pool = checked_pool(context)
     against, best = _reference(context)
     asked = _asked(context, pool, best)
-    episodes: Episodes = {}
-    statistics: dict[str, Any] = {}
-    for adapter in dict.fromkeys(one.adapter for one in asked):
-        own = {one.condition: one for one in asked if one.adapter == adapter}
+    episodes, taken = _taken_over(context, asked)
+    statistics: dict[str, Any] = {
+        OF: {one.condition: one.adapter for one in asked if one.condition in (*AS_EVER, "base")},
+        **taken,
+    }
+    left = [one for one in asked if one.condition not in episodes]
+    for adapter in dict.fromkeys(one.adapter for one in left):
+        own = {one.condition: one for one in left if one.adapter == adapter}
         with open_policy(context.store, adapter, context.roles) as model:
             sources = {name: experience_source(context.experiment, pool, context.roles) for name in own if own[name].injects}
             wanted = [_rollouts(context, splits, one, sources.get(name)) for name, one in own.items()]
@@ -128,7 +137,8 @@ def _evaluate(context: StepContext, splits: Mapping[str, Split]) -> tuple[Episod
 def _asked(context: StepContext, pool: Pool, best: str | None) -> list[_Asked]:
     """Every condition, of whom. An adapter that training left as it was is the one that entered: the same weights."""
     experiment, settings = context.experiment, context.experiment.evaluation
-    entering, made = context.entering.adapter, context.inputs["adapter"]
+    entering, best = (_weights(context.store, one) for one in (context.entering.adapter, best))
+    made = context.inputs["adapter"]
     candidate = entering if made.summary.get("unchanged") else made.digest
     teaches = injects(experiment, pool)
     found = []
@@ -145,6 +155,63 @@ def _asked(context: StepContext, pool: Pool, best: str | None) -> list[_Asked]:
     if settings.greedy:
         found.append(_Asked("greedy", candidate, temperature=0.0))
     return found
+
+
+AS_EVER = {"without": ("without", "base"), "greedy": ("greedy",)}
+"""Condition on held-out tasks, of which every night draws the same -> those of other nights that ask for the same episodes."""
+
+
+def _taken_over(context: StepContext, asked: Sequence[_Asked]) -> tuple[Episodes, dict[str, Any]]:
+    """Episodes that an earlier night of this lineage has played already, as where nothing was trained; and for the summary,
+    where they are from."""
+    episodes: Episodes = {}
+    origin: dict[str, str] = {}
+    wanted = {one.condition: one.adapter for one in asked if one.condition in AS_EVER}
+    for night in range(context.iteration - 1, 0, -1) if context.inputs["adapter"].summary.get("unchanged") else ():
+        with suppress(StoreError):  # damaged or gone: it is played again
+            ref = context.store.ref(context.experiment.experiment, night, "scores")
+            if ref is None or not _scored_alike(context, earlier := context.store.open("scores", ref.digest)):
+                continue
+            whose = earlier.summary.get(OF, {})
+            found = {
+                condition: name
+                for condition, adapter in wanted.items()
+                for name in AS_EVER[condition]
+                if name in whose and whose[name] == adapter
+            }
+            if found:
+                known, _ = _evaluated(earlier)
+                episodes |= {condition: known[name] for condition, name in found.items()}
+                origin |= dict.fromkeys(found, ref.digest)
+                break
+    return episodes, {TAKEN: origin} if origin else {}
+
+
+def _scored_alike(context: StepContext, earlier: Artifact) -> bool:
+    """Whether an earlier night's scores are of the same base policy, asked in the same way: all but the nightly is equal."""
+    manifest = earlier.manifest
+    bases = (context.inputs["policy"], context.store.read("policy", manifest.inputs["policy"]))
+    base, earlier_base = (one.manifest.config["models.policy"] for one in bases)
+    keys = {*context.config, *manifest.config} - set(NIGHTLY)
+    asked_alike = all(context.config.get(key) == manifest.config.get(key) for key in keys)
+    return asked_alike and base == earlier_base and manifest.code_version == SPEC.version
+
+
+NIGHTLY = ("iteration", "standing")
+"""Of a slice what is another every night."""
+
+
+def _weights(store: Store, adapter: str | None) -> str | None:
+    """The first adapter with the weights of ``adapter``: one that training left as it was is the one that entered."""
+    while adapter is not None:
+        try:
+            found = store.read("adapter", adapter)
+            if not found.summary.get("unchanged"):
+                break
+            adapter = store.read("policy", found.manifest.inputs["policy"]).summary["adapter"]
+        except StoreError:  # whoever opens it says so
+            break
+    return adapter
 
 
 def _rollouts(context: StepContext, splits: Mapping[str, Split], asked: _Asked, source: ExperienceSource | None) -> Rollouts:
@@ -177,7 +244,7 @@ def _evaluated(twin: Artifact) -> tuple[Episodes, dict[str, Any]]:
     for trajectory in load_trajectories(twin):
         condition, _, own = trajectory.id.partition("/")
         episodes.setdefault(condition, []).append(replace(trajectory, id=own))
-    return episodes, {key: value for key, value in twin.summary.items() if key in ("selector", AGAINST)}
+    return episodes, {key: value for key, value in twin.summary.items() if key in ("selector", AGAINST, OF, TAKEN)}
 
 
 def _distinct(trajectories: list[Trajectory], scores: list[Score]) -> list[Trajectory]:

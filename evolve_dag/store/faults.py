@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from evolve_dag import errors
-from evolve_dag.errors import EvolveError, StoreError, out_of_memory
+from evolve_dag.errors import EvolveError, StoreError, first_line, out_of_memory
 from evolve_dag.secrecy import masker
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -157,7 +157,7 @@ def alembic_revision(path: Path, patience: float = 5.0) -> str | None:
 def _unexpected(behind: list[BaseException]) -> UnexpectedError:
     culprit = next((one for one in behind if getattr(one, "user_exception", None) is None), behind[0])
     if spent := [one for one in behind if out_of_memory(one)]:
-        told = "" if isinstance(spent[0], MemoryError) else f": {str(spent[0]).splitlines()[0]}"
+        told = "" if isinstance(spent[0], MemoryError) else f": {first_line(spent[0])}"
         return UnexpectedError(
             f"out of memory{_place(culprit)}{told}",
             "set runtime.concurrency or distillation.tokens_per_batch lower, then run the same command: it goes on from there",

@@ -15,9 +15,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from evolve_dag.config.loading import described, numbered, read_experiment, stated_keys
+from evolve_dag.config.parts import part_of
 from evolve_dag.config.schema import Experiment, contradictions
 from evolve_dag.config.study import ArmSettings, StudySettings
 from evolve_dag.config.yamlfile import read_mapping
+from evolve_dag.environments.base import EnvironmentPart
 from evolve_dag.errors import ConfigError
 
 SPLITS = ("train", "development", "held_out")
@@ -129,16 +131,11 @@ def _asked_otherwise(path: Path, cells: Sequence[Cell]) -> Iterator[str]:
     """Arms whose held-out tasks are others than the first arm's, not fewer or more: differences are paired by task."""
     first = {cell.seed: cell for cell in reversed(cells)}
     for cell in cells:
-        asked, expected = (
-            {
-                "environment": one.experiment.environment,
-                "tasks.held_out": one.experiment.tasks.held_out.model_copy(update={"count": None}),
-            }
-            for one in (cell, first[cell.seed])
-        )
+        asked, expected = (one.experiment.slice("environment", "tasks.held_out") for one in (cell, first[cell.seed]))
+        expected["tasks.held_out"]["count"] = asked["tasks.held_out"]["count"]
         for key in asked:
             if asked[key] != expected[key]:
-                what = f"{key}: is another one than in arm {first[cell.seed].arm}, and arms are compared on the same tasks"
+                what = f"{key}: asks otherwise than in arm {first[cell.seed].arm}, and arms are compared on the same tasks"
                 yield f"{path}: arms.{cell.arm}: {what}: give it a study of its own"
 
 
@@ -232,10 +229,11 @@ def _experiment(
     values["runtime"]["threads"] = settings.threads
     if settings.held_out is not None:
         values["tasks"]["held_out"]["count"] = settings.held_out
-    for split, own in stated.tasks.splits.items():
+    environment: EnvironmentPart[Any] = part_of("environment", stated.environment)
+    of_worlds = environment.tasks is not None and not environment.one_world
+    for split, own in stated.tasks.splits.items() if of_worlds else ():
         first = getattr(settings.worlds, split) if stated.environment.kind == "pocket" else own.world
-        if first is not None:
-            values["tasks"][split]["world"] = first + seed
+        values["tasks"][split]["world"] = (first or 0) + seed
     try:
         experiment = Experiment.model_validate(values)
     except ValidationError as error:

@@ -92,13 +92,15 @@ class Results:
         bare = sorted((row for row in self.rows if row.iteration == 0), key=lambda row: row.arm != arm)
         for row in bare:
             for condition, rewards in row.rewards.items() if self._same_base(arm, row.arm) else ():
-                if condition not in HELD:
+                if condition not in HELD and (row.arm == arm or temperature_of(condition)):
                     found.setdefault(condition, {}).setdefault(row.seed, rewards)
         return dict(found)
 
     def _same_base(self, arm: str, other: str) -> bool:
+        """Whether both begin with the same policy, and roll it out alike but for the temperature."""
         a, b = (self.study.of_arm(name)[0].experiment for name in (arm, other))
-        return (a.models.policy, a.rollout) == (b.models.policy, b.rollout)
+        mine, theirs = (one.rollout.model_dump(exclude={"group_size", "temperature"}) for one in (a, b))
+        return a.models.policy == b.models.policy and mine == theirs
 
 
 def read(study: Study, store: Store) -> Results:

@@ -126,7 +126,7 @@ def print_findings(findings: Findings, console: Console) -> None:
 def _that_fit(last: int, width: int) -> list[int]:
     """Iterations of a table of ``width`` columns beside the arms' names: the base policy, the last, and between them every one,
     every second, ... ."""
-    most = max(2, (width - 31) // 7)  # beside "seeds" and an interval; a figure takes seven with its margins
+    most = max(2, (width - 37) // 8)  # beside "seeds" and an interval; a figure takes eight with its margins
     every = next(n for n in range(1, last + 2) if -(-last // n) + 1 <= most or n > last)
     return [0, *sorted(range(last, 0, -every))]
 

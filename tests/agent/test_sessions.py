@@ -276,9 +276,9 @@ def test_one_broken_episode_leaves_the_others_alone_and_a_journal_holds_all() ->
     model = ScriptedModel([add(5), add(5)])
     first = asyncio.run(gather_rollouts(tasks, 2, model=model, environment=OneBreaks(), **arguments))
     assert [t.status for t in first] == ["ended", "ended", "failed", "failed", "ended", "ended"]
-    # Killed before the last row was written: only that one begins again, from its set-up and with its seed.
+    # Killed before a row was written: only that one begins again, from its set-up and with its seed.
     world = OneBreaks()
-    lost = journal.records()[:-1]
+    lost = [record for record in journal.records() if record["id"] != "t2#1"]
     arguments["journal"] = ListJournal(lost)
     again = asyncio.run(gather_rollouts(tasks, 2, model=ScriptedModel([add(5), add(5)]), environment=world, **arguments))
     written = {record["id"] for record in lost}

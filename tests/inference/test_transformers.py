@@ -404,7 +404,10 @@ def test_failure_in_the_model_reaches_every_caller_and_the_next_call_works(
         check(qwen3, chat, request, completion)
 
 
-def short_of_memory(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[int]:
+SPENT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nGPU 0 has a total of")
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, rows: int, error: Exception = SPENT) -> list[int]:
     """Sampling after the first token of more than ``rows`` rows runs out of memory; the rows of every forward pass, as they
     come."""
     whole = TransformersModel._forward
@@ -413,7 +416,7 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, rows: int) -> list[int]:
     def forward(self: TransformersModel, model: Any, tokens: torch.Tensor, *args: Any) -> torch.Tensor:
         seen.append(len(tokens))
         if tokens.shape[1] == 1 and len(tokens) > rows:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nGPU 0 has a total of")
+            raise error
         return whole(self, model, tokens, *args)
 
     monkeypatch.setattr(TransformersModel, "_forward", forward)
@@ -436,6 +439,7 @@ def test_memory_that_runs_out_halves_the_calls_at_once(
         check(qwen3, chat, request, completion)
     told = [record.getMessage() for record in caplog.records]
     assert [line.split(": ")[1] for line in told] == ["4 from now on", "2 from now on"]
+    assert "9 calls" in told[0]
     assert all("\n" not in line for line in told)
     seen.clear()
     ask(model, requests)
@@ -455,14 +459,51 @@ def test_an_answer_that_is_held_to_a_schema_begins_anew(
     assert [one.token_ids for one in again] == [one.token_ids for one in expected]
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(SPENT, "CUDA out of memory"), (MemoryError(), "MemoryError"), (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), "CUBLAS")],
+)
 def test_memory_that_is_too_small_for_one_call_ends_the_work(
-    qwen3: PreTrainedModel, chat: ChatFormat, monkeypatch: pytest.MonkeyPatch
+    qwen3: PreTrainedModel, chat: ChatFormat, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
 ) -> None:
     """It says nothing about the episodes, so none of them has failed."""
     model = load(qwen3, chat)
-    short_of_memory(monkeypatch, 0)
-    with pytest.raises(ExhaustedError, match=r"over one call of .* tokens: CUDA out of memory"):
+    short_of_memory(monkeypatch, 0, error)
+    with pytest.raises(ExhaustedError, match=rf"over one call of .* tokens: {told}"):
         ask(model, [question(number) for number in range(3)])
+
+
+def test_memory_that_is_short_for_a_moment_costs_a_straggler_nothing_but_another_try(
+    qwen3: PreTrainedModel, chat: ChatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One call is left, many slots are held: it is these that are halved."""
+    model = load(qwen3, chat)
+    ask(model, [question(number) for number in range(8)])
+    whole, passes = TransformersModel._forward, 0
+
+    def short_once(self: TransformersModel, *args: Any) -> torch.Tensor:
+        nonlocal passes
+        passes += 1
+        if passes == 2:
+            raise SPENT
+        return whole(self, *args)
+
+    monkeypatch.setattr(TransformersModel, "_forward", short_once)
+    [completion] = ask(model, [question(3)])
+    check(qwen3, chat, question(3), completion)
+    assert model._most == 4
+
+
+def test_without_room_for_a_first_slot_it_ends_too(
+    qwen3: PreTrainedModel, chat: ChatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise MemoryError
+
+    model = load(qwen3, chat)
+    monkeypatch.setattr("evolve_dag.inference.kv.SlotPool._resize", full)
+    with pytest.raises(ExhaustedError):
+        ask(model, [question(0), question(1)])
 
 
 def test_cancelled_caller_harms_nobody(qwen3: PreTrainedModel, chat: ChatFormat) -> None:

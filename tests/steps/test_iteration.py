@@ -224,6 +224,25 @@ def test_without_any_experience_nothing_is_sampled_for_it_and_nothing_trained(co
     assert "with" not in scores
 
 
+def test_a_night_that_changed_nothing_takes_its_held_out_episodes_over(copied: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same policy under the same draws: the scores are those that playing again would give."""
+    silent = small(extraction={"min_support": 10_000})
+    for iteration in (1, 2):
+        made = {step: run_step(step, silent, iteration, copied).artifact for step in STEP_ORDER}
+    first = copied.ref("small", 1, "scores")
+    assert first is not None
+    assert made["promotion"].json("decision.json")["policy"]["adapter"] is not None, "by name it is another adapter"
+    assert made["scores"].summary["of"] == {"without": None, "greedy": None}
+    assert made["scores"].summary["taken_over"] == {"without": first.digest, "greedy": first.digest}
+    told = ("scores.parquet", "summary.json")
+    taken = [(made["scores"].path / name).read_bytes() for name in told]
+    shutil.rmtree(made["scores"].path)
+    monkeypatch.setattr(Store, "ref", lambda *args: None)
+    again = run_step("scores", silent, 2, copied).artifact
+    assert "taken_over" not in again.summary
+    assert [(again.path / name).read_bytes() for name in told] == taken
+
+
 def test_a_placebo_pool_is_injected_and_mining_goes_on_from_the_mined_one(copied: Store, tmp_path: Path) -> None:
     disguised = small(extraction=SMALL["extraction"] | {"placebo": True})
     for step in STEP_ORDER[:3]:

@@ -56,7 +56,7 @@ def test_worlds_of_another_environment_go_on_from_its_file(tmp_path: Path) -> No
 def test_arms_are_asked_the_same_tasks(tmp_path: Path) -> None:
     arms = {"a": "arm.yaml", "b": "arm.yaml", "c": {"config": "arm.yaml", "set": {"environment": {"results": 2}}}}
     told = mistakes(write(tmp_path, arms=arms))
-    assert told.count("arms.c: environment: is another one than in arm a") == 1, "once, not for every seed"
+    assert told.count("arms.c: environment: asks otherwise than in arm a") == 1, "once, not for every seed"
     assert "arms.b" not in told
 
 

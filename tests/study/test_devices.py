@@ -21,6 +21,8 @@ def test_one_each_or_as_many_as_a_training_takes(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
     assert dealt(tmp_path, {"device": "cuda"}) == ("0", "1", "2", "3", "4")
     assert dealt(tmp_path, {"device": "cuda", "processes": 2}, {"device": "cuda"}) == ("0,1", "2,3")
+    engine = {"models": {"policy": {"backend": "vllm", "path": "/m", "tensor_parallel": 2}}, "runtime": {"device": "cuda"}}
+    assert shares(study(tmp_path, seeds=[4], arms={"a": {"config": "arm.yaml", "set": engine}})) == ("0,1", "2,3")
     assert dealt(tmp_path, {"device": "cuda", "processes": 6}) == (), "not even one: the training says so itself"
 
 

@@ -214,10 +214,10 @@ def test_the_terminal_shows_a_line_per_arm(found: Findings, width: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "shown"), [(80, "base 4 8 12"), (110, "base 2 4 6 8 10 12"), (160, "base 1 2 3 4 5 6 7 8 9 10 11 12")]
+    ("width", "shown"), [(80, "base 6 12"), (100, "base 3 6 9 12"), (180, "base 1 2 3 4 5 6 7 8 9 10 11 12")]
 )
 def test_a_narrow_terminal_shows_fewer_iterations_and_every_figure_whole(tmp_path: Path, width: int, shown: str) -> None:
-    curve = tuple(0.1 + 0.05 * k for k in range(13))
+    curve = tuple(min(1.0, 0.1 + 0.1 * k) for k in range(13))
     stream = io.StringIO()
     tables.print_findings(find(results(tmp_path, {"principle-step-wise": curve})), Console(file=stream, width=width))
     heading = next(line for line in stream.getvalue().splitlines() if "seeds" in line)

@@ -14,6 +14,7 @@ from evolve_dag import prompts
 from evolve_dag.environments.web.fetch import Fetched, RefusedError, fetch
 from evolve_dag.environments.web.guard import Guard
 from evolve_dag.environments.web.services import Service
+from evolve_dag.errors import ExhaustedError
 from evolve_dag.plain import head, one_line, plain
 from evolve_dag.protocols import Request, Sampling, ToolError
 from evolve_dag.records import Message
@@ -182,6 +183,8 @@ class Summarizer:
             completion = await self.model().generate(
                 Request((Message("user", prompt),), Sampling(temperature=0.0, max_tokens=SUMMARY_TOKENS))
             )
+        except ExhaustedError:
+            raise
         except Exception:  # whatever the model's failure is: the page is there, and the policy can read it itself
             return None
         # A model that thinks aloud ends its thoughts with this tag.

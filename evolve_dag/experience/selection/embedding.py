@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from evolve_dag.config.parts import SelectionSettings
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import ModelError, exhausted, out_of_memory
 from evolve_dag.experience.features import answer_demanded
 from evolve_dag.experience.llm_text import shorten
 from evolve_dag.experience.pool import Pool
@@ -67,7 +67,7 @@ class Embedder:
             missing = sorted(wanted - self._vectors.keys(), key=lambda text: (len(text), text))  # little padding
             for start in range(0, len(missing), _BATCH):
                 part = missing[start : start + _BATCH]
-                self._vectors.update(zip(part, self._forward(part), strict=True))
+                self._vectors.update(zip(part, self._in_memory(part), strict=True))
             found = np.stack([self._vectors[text] for text in texts])
             while len(self._vectors) > _MEMO:
                 self._vectors.popitem(last=False)
@@ -88,6 +88,18 @@ class Embedder:
                 ) from error
             self._loaded = tokenizer, model.to(self._device).eval()
         return self._loaded
+
+    def _in_memory(self, texts: Sequence[str]) -> np.ndarray:
+        """By halves where memory runs out, or ExhaustedError."""
+        try:
+            return self._forward(texts)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            if len(texts) == 1:
+                raise exhausted("a text that is embedded", error) from error
+        half = len(texts) // 2
+        return np.concatenate([self._in_memory(texts[:half]), self._in_memory(texts[half:])])
 
     def _forward(self, texts: Sequence[str]) -> np.ndarray:
         import torch
