@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import ModelError
@@ -193,6 +194,23 @@ class ChatFormat:
             ids = [index for letter in text for index in self._content.encode(letter, add_special_tokens=False).ids]
             ids = [index for index in ids if index not in closed.ids]
         return tuple(ids)
+
+
+def read_chat(folder: str | Path) -> ChatFormat:
+    """The format over the tokenizer in a model's folder.
+
+    Raises:
+        ModelError: it cannot be read, or is none that :class:`ChatFormat` can use.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as problem:  # transformers and tokenizers share no base class
+        raise ModelError(
+            f"tokenizer of {folder}: cannot be read: {type(problem).__name__}: {problem}", "the folder must hold tokenizer.json"
+        ) from problem
+    return ChatFormat.from_tokenizer(tokenizer)
 
 
 class _Closed:

@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from evolve_dag.errors import (
     ClosedError,
@@ -37,7 +37,7 @@ from evolve_dag.errors import (
     out_of_memory,
 )
 from evolve_dag.inference.attention import ATTENTION, bare
-from evolve_dag.inference.chat import ChatFormat
+from evolve_dag.inference.chat import ChatFormat, read_chat
 from evolve_dag.inference.freed import give_back
 from evolve_dag.inference.guided import Guide, Guides
 from evolve_dag.inference.kv import RoundCache, SlotPool, bytes_per_token
@@ -722,12 +722,10 @@ def _read_model(path_or_model: str | Path | torch.nn.Module, name: str, dtype: s
     )
 
 
-def _read_tokenizer(path_or_model: str | Path | torch.nn.Module, name: str) -> Any:
+def _read_tokenizer(path_or_model: str | Path | torch.nn.Module, name: str) -> ChatFormat:
     if isinstance(path_or_model, torch.nn.Module):
         raise ModelError(f"{name}: a model in memory comes without tokenizer", "pass tokenizer=")
-    return _reading(
-        f"tokenizer of {name}", "the folder must hold tokenizer.json", lambda: AutoTokenizer.from_pretrained(path_or_model)
-    )
+    return read_chat(path_or_model)
 
 
 def _add_adapter(model: Any, adapter_dir: Path, name: str, *, in_memory: bool) -> Any:

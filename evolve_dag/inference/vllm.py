@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from evolve_dag.errors import ContextOverflowError, ModelError
 from evolve_dag.inference.folders import model_folder
@@ -33,12 +33,12 @@ def open_vllm(settings: VllmModelSettings, *, runtime: RuntimeSettings, adapter:
     Raises:
         ModelError: no engine, no server, no adapter; or what is served is not what was asked for.
     """
-    from evolve_dag.inference.chat import ChatFormat
+    from evolve_dag.inference.chat import read_chat
     from evolve_dag.inference.vllm_probe import Probe, make_probe
 
     folder = model_folder(settings)
     served = Adapter.read(adapter) if adapter is not None else None
-    chat = ChatFormat.from_tokenizer(_tokenizer(folder))
+    chat = read_chat(folder)
     probe: Probe | None = make_probe(folder, served, chat, dtype=settings.dtype, device=runtime.device) if check else None
     source: Source
     if settings.servers:
@@ -137,17 +137,6 @@ class VllmModel:
     async def close(self) -> None:
         """End the engine, or the connections. Safe to call twice."""
         await asyncio.to_thread(self._source.close)
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as problem:  # transformers and tokenizers share no base class
-        raise ModelError(
-            f"tokenizer of {folder}: cannot be read: {problem}", "the folder must hold tokenizer.json"
-        ) from problem
 
 
 def _vocabulary(folder: Path) -> int:

@@ -189,11 +189,9 @@ class _Warmup:
 
     def _rows(self) -> list[DistillationRow]:
         """The scripted episodes, as rows that are learned from."""
-        from transformers import AutoTokenizer
+        from evolve_dag.inference.chat import read_chat
 
-        from evolve_dag.inference.chat import ChatFormat
-
-        chat = ChatFormat.from_tokenizer(AutoTokenizer.from_pretrained(model_folder(self.start)))
+        chat = read_chat(model_folder(self.start))
         world, count = self.settings.world, self.settings.episodes
         script = self._script(world, self.settings, chat)
         tasks = self._tasks(world, count)
