@@ -57,6 +57,11 @@ class ClosedError(ModelError):
     """A model was closed while it was asked, since the work is being stopped: this says nothing about an episode."""
 
 
+class UnreachableError(ModelError):
+    """A model cannot be asked at all: its endpoint or engine is down, or takes neither key nor account. It says nothing about
+    whoever would have been asked."""
+
+
 class ContextOverflowError(ModelError):
     """A conversation is longer than the model takes: an acting policy brought that upon itself, no machinery failed."""
 
@@ -68,6 +73,10 @@ class ExhaustedError(EvolveError, MemoryError):
 
 class SessionError(EvolveError, RuntimeError):
     """An environment broke one episode: it hangs, floods, or gives what an episode cannot hold."""
+
+
+class UnjudgedError(EvolveError, RuntimeError):
+    """Most episodes of a step have no verdict, for reasons that lie outside of the policy: nothing is made of them."""
 
 
 class AlignmentError(EvolveError, ValueError):

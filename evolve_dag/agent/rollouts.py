@@ -66,7 +66,7 @@ class Condition:
     seed: int
     journal: Journal | None = None
     """Every finished trajectory is appended before it counts as done; what the journal already holds for the same task,
-    rollout and seed is not run again. Failed rollouts count as done."""
+    rollout and seed is not run again, but for what has no verdict: whatever was in its way may be gone."""
     on_done: Callable[[Trajectory], None] | None = None
     """Called once per trajectory, for those from the journal as well."""
 
@@ -160,7 +160,7 @@ def _from_journal(journal: Journal | None) -> dict[tuple[str, int, int], Traject
     from evolve_dag.store.frames import trajectory_from_dict
 
     trajectories = (trajectory_from_dict(record) for record in journal.records())
-    return {(t.task_id, t.rollout, t.seed): t for t in trajectories}
+    return {(t.task_id, t.rollout, t.seed): t for t in trajectories if t.reward is not None}
 
 
 def _to_journal(journal: Journal | None, trajectory: Trajectory) -> None:

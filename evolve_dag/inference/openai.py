@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import openai
 
 from evolve_dag.config.schema import OpenAIModelSettings
-from evolve_dag.errors import ClosedError, ModelError
+from evolve_dag.errors import ClosedError, ModelError, UnreachableError
 from evolve_dag.inference.addresses import host_of, is_local, public_name
 from evolve_dag.inference.ledger import Ledger, current_purpose
 from evolve_dag.inference.outgoing import chat_messages, estimate, fit
@@ -96,8 +96,8 @@ class OpenAIModel:
             request was cut to fit; the text that was sent says so too, at the place.
 
         Raises:
-            ModelError: the endpoint refused (key, model, fields), or every attempt failed. Such a call is in the ledger
-                with outcome ``error``.
+            UnreachableError: every attempt failed, or it refused (key, account, model).
+            ModelError: it does not take this request. Such a call is in the ledger with outcome ``error``, as is one before.
         """
         if self._closed:
             raise ClosedError(f"the {self._role} model {self.settings.model} was closed", "open a new one")
@@ -147,7 +147,7 @@ class OpenAIModel:
             except _TransientError as problem:
                 failures += 1
                 if failures >= self.settings.attempts:
-                    raise self._refusal(
+                    raise self._unreachable(
                         f"{failures} of {failures} attempts failed, the last one: {problem}",
                         "see that the endpoint is up; `attempts`, `timeout_seconds` and `concurrency` of the model "
                         "say how patient and how demanding we are",
@@ -188,7 +188,7 @@ class OpenAIModel:
         """When the endpoint may be asked again, by anyone."""
         if problem.retry_after is not None:
             if problem.retry_after > self._longest_wait:
-                raise self._refusal(f"{problem}; it asks to wait {problem.retry_after:.0f} s", "try again later")
+                raise self._unreachable(f"{problem}; it asks to wait {problem.retry_after:.0f} s", "try again later")
             endpoint.hold(problem.retry_after)
         elif endpoint.siblings and endpoint.failures > 1:
             # A dead endpoint is always the least busy one: without this it would get, and fail, most calls.
@@ -247,11 +247,11 @@ class OpenAIModel:
         key = self.settings.key
         if status in (401, 403):
             state = "holds a key that it does not take" if self._key else "is not set"
-            raise self._refusal(problem, f"the environment variable {key} {state}: put the key of {endpoint.name} there")
+            raise self._unreachable(problem, f"the environment variable {key} {state}: put the key of {endpoint.name} there")
         if status == 402 or _NO_MONEY.search(f"{said} {_code(error)}"):
-            raise self._refusal(problem, f"the account behind {key} has no credit left: top it up")
+            raise self._unreachable(problem, f"the account behind {key} has no credit left: top it up")
         if status in (404, 405):
-            raise self._refusal(
+            raise self._unreachable(
                 problem, f"see models.{self._role}.model ({self.settings.model}) and .endpoints: an address mostly ends in /v1"
             )
         if status not in _TRY_AGAIN and status < 500:
@@ -306,8 +306,12 @@ class OpenAIModel:
             )
         )
 
-    def _refusal(self, what: str, remedy: str) -> ModelError:
-        return ModelError(excerpt(f"{self._role} model {self.settings.model}: {what}", _TOLD), remedy)
+    def _refusal(self, what: str, remedy: str, kind: type[ModelError] = ModelError) -> ModelError:
+        return kind(excerpt(f"{self._role} model {self.settings.model}: {what}", _TOLD), remedy)
+
+    def _unreachable(self, what: str, remedy: str) -> ModelError:
+        """Where no other request would fare better."""
+        return self._refusal(what, remedy, UnreachableError)
 
     def _check(self) -> None:
         settings = self.settings

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evolve_dag.errors import ContextOverflowError, ModelError
+from evolve_dag.errors import ContextOverflowError, ModelError, UnreachableError
 from evolve_dag.inference.folders import model_folder
 from evolve_dag.inference.vllm_source import Adapter, Ask, Source
 from evolve_dag.protocols import Completion, Request
@@ -107,7 +107,7 @@ class VllmModel:
             async with asyncio.timeout(limit_seconds):
                 sampled = await asyncio.wrap_future(self._source.submit(ask))
         except TimeoutError:
-            raise ModelError(
+            raise UnreachableError(
                 f"vLLM gave no answer within {limit_seconds:g} s",
                 "raise models.policy.timeout_seconds, or lower runtime.concurrency",
             ) from None

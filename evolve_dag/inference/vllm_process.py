@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag.errors import ClosedError, ModelError
+from evolve_dag.errors import ClosedError, ModelError, UnreachableError
 from evolve_dag.inference.folders import longest_context
 from evolve_dag.inference.vllm_source import RANKS, Adapter, Ask, Check, Sampled
 from evolve_dag.secrecy import describe_error, excerpt
@@ -245,7 +245,7 @@ class EngineProcess:
         with self._lock:
             if self._closed:
                 return
-            error = ModelError(f"vLLM's engine ended with status {code}{self._last_lines()}", _REMEDY)
+            error = UnreachableError(f"vLLM's engine ended with status {code}{self._last_lines()}", _REMEDY)
             never_ready = not self._ready.done()
             if never_ready:
                 self._ready.set_exception(error)

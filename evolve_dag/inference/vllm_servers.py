@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from evolve_dag.errors import ClosedError, ModelError
+from evolve_dag.errors import ClosedError, ModelError, UnreachableError
 from evolve_dag.inference.addresses import host_of, public_name
 from evolve_dag.inference.patience import retry_after
 from evolve_dag.inference.vllm_source import Adapter, Ask, Check, Sampled
@@ -159,7 +159,7 @@ class Servers:
                 return answer
             finally:
                 server.busy -= 1
-        raise ModelError(
+        raise UnreachableError(
             f"no answer after {ATTEMPTS} attempts, {len(self._servers)} servers; the last: {problem}",
             "look at the servers' logs; raise models.policy.timeout_seconds if they are only slow",
         )
@@ -334,9 +334,8 @@ class _Server:
             note = _note(response)
             if path == "completions" and response.status_code == 404 and body is not None and body["model"] != self.base:
                 raise _AdapterGoneError(f"{self.address}: {note}")
-            raise ModelError(
-                f"{self.address}/{path}: HTTP {response.status_code}: {note}", _explain(path, response.status_code)
-            )
+            kind = UnreachableError if response.status_code in (401, 403) else ModelError
+            raise kind(f"{self.address}/{path}: HTTP {response.status_code}: {note}", _explain(path, response.status_code))
         if path == "load_lora_adapter":
             return None  # plain text
         try:
@@ -352,7 +351,7 @@ async def _persist(work: Any, address: str) -> Any:
             return await work()
         except _PassingError as passing:
             if attempt == ATTEMPTS:
-                raise ModelError(
+                raise UnreachableError(
                     f"{passing} ({ATTEMPTS} attempts)", f"start the server, or take {address} out of models.policy.servers"
                 ) from passing
             pause = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 from evolve_dag.agent.rollouts import Condition, gather_conditions, played_here
 from evolve_dag.agent.together import each
 from evolve_dag.config.parts import part_of
-from evolve_dag.errors import PartError
+from evolve_dag.errors import PartError, UnjudgedError, UnreachableError
 from evolve_dag.evaluation.gate import LEAST_JUDGED
 from evolve_dag.inference.backends import identity, open_backend, open_transformers
 from evolve_dag.inference.ledger import metered
@@ -169,7 +170,7 @@ def roll_out(
     journal: str | None = None,
 ) -> list[Trajectory]:
     """Rollouts of all tasks of ``split``, resumed from the step's journal ``label``."""
-    rollouts = Rollouts(label, split, seed, group_size, experience, temperature, journal)
+    rollouts = Rollouts(label, split, seed, group_size, experience, temperature, journal, on_trial=experience is not None)
     (trajectories,) = roll_out_together(context, [rollouts], model)
     return trajectories
 
@@ -188,17 +189,48 @@ class Rollouts:
     """In place of the experiment's; 0 is argmax."""
     journal: str | None = None
     """Name of the journal; None: that of the label."""
+    on_trial: bool = False
+    """Whether episodes that fail may be the fault of whoever plays, which the gate or the check of the teacher judges."""
 
 
 def roll_out_together(context: StepContext, wanted: Sequence[Rollouts], model: Any) -> list[list[Trajectory]]:
-    """Rollouts of several conditions by one policy, side by side, each resumed from its own journal."""
+    """Rollouts of several conditions by one policy, side by side, each resumed from its own journal.
+
+    Raises:
+        UnjudgedError: most of one condition have no verdict.
+    """
     runtime = context.experiment.runtime
     context.progress.start(", ".join(one.label for one in wanted), sum(len(one.split.tasks) * one.group_size for one in wanted))
     try:
         conditions = [_condition(context, one, model) for one in wanted]
-        return context.roles.run(gather_conditions(conditions, runtime.concurrency))
+        found = context.roles.run(gather_conditions(conditions, runtime.concurrency))
     finally:
         context.progress.finish()
+    for one, trajectories in zip(wanted, found, strict=True):
+        require_judged(one.label, trajectories, one.on_trial)
+    return found
+
+
+def require_judged(label: str, trajectories: Sequence[Trajectory], on_trial: bool = False) -> None:
+    """That at least half of the episodes have a verdict: a night that an outage spoilt would stand for good.
+
+    Args:
+        on_trial: count only what could not be asked for a verdict, or for an action.
+
+    Raises:
+        UnjudgedError: most have none; says what they failed for.
+    """
+    lost = [t.error or "no verdict" for t in trajectories if t.reward is None]
+    if on_trial:
+        lost = [error for error in lost if UnreachableError.__name__ in error]
+    if len(trajectories) - len(lost) >= LEAST_JUDGED * len(trajectories):
+        return
+    (often, times), *_ = Counter(lost).most_common(1)
+    what = f"{label}: {len(lost)} of {len(trajectories)} episodes have no verdict (at least {LEAST_JUDGED:.0%} must have one)"
+    raise UnjudgedError(
+        f"{what}; {times} of them: {often}",
+        "mend that and give the same command: what has a verdict is kept, the others are played again",
+    )
 
 
 def _condition(context: StepContext, wanted: Rollouts, model: LanguageModel) -> Condition:
@@ -261,9 +293,10 @@ def fan_out(
         with workers.open(playing, context.roles.ledger) as (play, concurrency):
             condition = Condition(tasks, group_size, play, seed, _journal(context, label), lambda _: context.progress.advance())
             (trajectories,) = context.roles.run(gather_conditions([condition], concurrency))
-            return trajectories
     finally:
         context.progress.finish()
+    require_judged(label, trajectories)
+    return trajectories
 
 
 def by_id(tasks: Sequence[Task]) -> dict[str, Task]:

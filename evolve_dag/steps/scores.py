@@ -50,6 +50,12 @@ if TYPE_CHECKING:
 
 DEVELOPMENT = OF_CANDIDATE, OF_BEST, OF_CHAMPION = "development_candidate", "development_best", "development_champion"
 """Conditions that the gate compares: the candidate, the best champion so far, and the champion where it is neither."""
+OF_CANDIDATES = (OF_CANDIDATE, "without", "with", "greedy")
+"""Conditions of the policy that the gate decides about."""
+AS_EVER = {"without": ("without", "base"), "greedy": ("greedy",)}
+"""Condition on held-out tasks, of which every night draws the same -> those of other nights that ask for the same episodes."""
+NIGHTLY = ("iteration", "standing")
+"""Of a slice what is another every night."""
 OF = "of"
 """Entry of the summary: condition on held-out tasks, without experience -> adapter of whom it scores; None: the bare base."""
 TAKEN = "taken_over"
@@ -157,10 +163,6 @@ def _asked(context: StepContext, pool: Pool, best: str | None) -> list[_Asked]:
     return found
 
 
-AS_EVER = {"without": ("without", "base"), "greedy": ("greedy",)}
-"""Condition on held-out tasks, of which every night draws the same -> those of other nights that ask for the same episodes."""
-
-
 def _taken_over(context: StepContext, asked: Sequence[_Asked]) -> tuple[Episodes, dict[str, Any]]:
     """Episodes that an earlier night of this lineage has played already, as where nothing was trained; and for the summary,
     where they are from."""
@@ -197,10 +199,6 @@ def _scored_alike(context: StepContext, earlier: Artifact) -> bool:
     return asked_alike and base == earlier_base and manifest.code_version == SPEC.version
 
 
-NIGHTLY = ("iteration", "standing")
-"""Of a slice what is another every night."""
-
-
 def _weights(store: Store, adapter: str | None) -> str | None:
     """The first adapter with the weights of ``adapter``: one that training left as it was is the one that entered."""
     while adapter is not None:
@@ -225,6 +223,7 @@ def _rollouts(context: StepContext, splits: Mapping[str, Split], asked: _Asked, 
         group_size=1 if asked.temperature == 0 else settings.rollouts,  # argmax says the same each time
         experience=source,
         temperature=asked.temperature,
+        on_trial=asked.condition in OF_CANDIDATES,
     )
 
 

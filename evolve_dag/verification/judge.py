@@ -15,7 +15,7 @@ from typing import Literal
 from evolve_dag import prompts
 from evolve_dag.config.parts import VerificationSettings
 from evolve_dag.config.schema import Experiment
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import ModelError, UnreachableError
 from evolve_dag.inference.ledger import purpose
 from evolve_dag.inference.roles import Roles
 from evolve_dag.inference.structured import ask_json
@@ -95,7 +95,11 @@ class JudgeVerifier:
         return 1.0 if verdict == "correct" else 0.0
 
     async def _ask(self, text: str) -> str | None:
-        """``correct``, ``incorrect``, or None; never raises for what the judge says or for being down."""
+        """``correct``, ``incorrect``, or None.
+
+        Raises:
+            UnreachableError: there is no judge to be asked.
+        """
         messages = (Message("user", text),)
         try:
             with purpose("verdict"):
@@ -104,6 +108,8 @@ class JudgeVerifier:
                     answer = await ask_json(self._model(), messages, SCHEMA, sampling, guide=GUIDE)
                     return ("correct" if answer.value["correct"] == "yes" else "incorrect") if answer.ok else None
                 completion = await self._model().generate(Request(messages, Sampling(temperature=0.0, max_tokens=16)))
+        except UnreachableError:
+            raise  # whoever plays the episode writes down why it has no verdict
         except ModelError as error:
             log.warning("not judged: %s", describe_error(error))
             return None

@@ -112,7 +112,7 @@ def test_journal_of_another_seed_is_not_taken() -> None:
     assert len(model.requests) == 10
 
 
-def test_failed_rollouts_are_rows_and_count_as_done() -> None:
+def test_what_has_no_verdict_is_a_row_and_is_played_again_by_whoever_goes_on() -> None:
     def broken(messages: Sequence[Message]) -> Any:
         return RuntimeError("gone") if messages[1].content == "question 2?" else two_steps(messages)
 
@@ -120,9 +120,14 @@ def test_failed_rollouts_are_rows_and_count_as_done() -> None:
     trajectories = asyncio.run(gather_rollouts(TASKS, 2, **arguments(ScriptedModel(broken)), journal=journal))
     assert [t.status for t in trajectories] == ["answered"] * 4 + ["failed"] * 2 + ["answered"] * 4
     assert [t.reward for t in trajectories][4:6] == [None, None]
-    model = ScriptedModel(two_steps)
-    assert strip(asyncio.run(gather_rollouts(TASKS, 2, **arguments(model), journal=journal))) == strip(trajectories)
-    assert model.requests == []
+
+    mended = ScriptedModel(two_steps)
+    whole = asyncio.run(gather_rollouts(TASKS, 2, **arguments(ScriptedModel(two_steps))))
+    assert strip(asyncio.run(gather_rollouts(TASKS, 2, **arguments(mended), journal=journal))) == strip(whole)
+    assert len(mended.requests) == 2 * 2, "of the others none"
+    idle = ScriptedModel(two_steps)
+    assert strip(asyncio.run(gather_rollouts(TASKS, 2, **arguments(idle), journal=journal))) == strip(whole)
+    assert idle.requests == []
 
 
 def test_full_disk_stops_everything_and_what_was_written_resumes() -> None:
