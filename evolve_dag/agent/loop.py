@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from evolve_dag.protocols import Verifier
 
 _session_numbers = itertools.count()
+NOT_JUDGED = "not judged: "
+"""Begins what is told of an episode that was played and for which the verifier failed."""
 
 
 def call_seed(seed: int, step: int) -> int:
@@ -82,17 +84,18 @@ async def run_episode(
     if left is not None and trajectory.error is None:
         trajectory = replace(trajectory, error=f"not torn down: {left}")
     if trajectory.status != "failed" and trajectory.reward is None:
-        trajectory = await _judged(trajectory, task, verifier)
+        trajectory = await judged(trajectory, task, verifier)
     return replace(trajectory, seconds=time.monotonic() - started)
 
 
-async def _judged(trajectory: Trajectory, task: Task, verifier: Verifier) -> Trajectory:
+async def judged(trajectory: Trajectory, task: Task, verifier: Verifier) -> Trajectory:
+    """An episode that was played and has no verdict, with that of ``verifier``, or with why there is none."""
     try:
         return replace(trajectory, reward=checked_reward(await verifier.verify(task, trajectory.answer)))
     except ExhaustedError:
         raise
     except Exception as problem:
-        return replace(trajectory, error=f"not judged: {describe_error(problem)}")
+        return replace(trajectory, error=f"{NOT_JUDGED}{describe_error(problem)}")
 
 
 class _Episode:

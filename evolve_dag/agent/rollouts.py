@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeGuard
 
-from evolve_dag.agent.loop import run_episode
+from evolve_dag.agent.loop import NOT_JUDGED, judged, run_episode
 from evolve_dag.agent.together import together
 from evolve_dag.errors import DataError
 from evolve_dag.protocols import Environment, ExperienceSource, LanguageModel, StatefulEnvironment
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 PlayEpisode = Callable[[Task, int, int], Awaitable[Trajectory]]
 """(task, number of the rollout, seed of the episode) -> its trajectory."""
+JudgeEpisode = Callable[[Task, Trajectory], Awaitable[Trajectory]]
+"""(task, an episode of it that was played to its end) -> the same with a verdict, if there is one now."""
 
 
 def episode_seed(seed: int, task_id: str, rollout: int) -> int:
@@ -54,6 +56,16 @@ def played_here(
     return play
 
 
+def judged_here(verifier: Verifier) -> JudgeEpisode:
+    """Verdicts of ``verifier`` for episodes that have none, since it could not be asked."""
+
+    async def judge(task: Task, trajectory: Trajectory) -> Trajectory:
+        told = (trajectory.error or "").startswith(NOT_JUDGED)
+        return await judged(replace(trajectory, error=None) if told else trajectory, task, verifier)
+
+    return judge
+
+
 @dataclass(frozen=True, slots=True)
 class Condition:
     """Rollouts of some tasks that are played in the same way from the same seed."""
@@ -69,6 +81,8 @@ class Condition:
     rollout and seed is not run again, but for what has no verdict: whatever was in its way may be gone."""
     on_done: Callable[[Trajectory], None] | None = None
     """Called once per trajectory, for those from the journal as well."""
+    judge: JudgeEpisode | None = None
+    """Gives a verdict to what the journal holds without one; None: such an episode is played again."""
 
     def jobs(self) -> list[tuple[Task, int]]:
         """Every rollout to be made, group by group.
@@ -86,9 +100,16 @@ class Condition:
         done = _from_journal(self.journal)
         return [done.get((task.id, rollout, episode_seed(self.seed, task.id, rollout))) for task, rollout in jobs]
 
-    async def run(self, task: Task, rollout: int) -> Trajectory:
-        """One episode, in the journal when it returns."""
-        trajectory = await self.play(task, rollout, episode_seed(self.seed, task.id, rollout))
+    async def run(self, task: Task, rollout: int, played: Trajectory | None = None) -> Trajectory:
+        """One episode, in the journal when it returns.
+
+        Args:
+            played: the same, before this, without a verdict.
+        """
+        if played is not None and played.status != "failed" and self.judge is not None:
+            trajectory = await self.judge(task, played)
+        else:
+            trajectory = await self.play(task, rollout, episode_seed(self.seed, task.id, rollout))
         _to_journal(self.journal, trajectory)
         return trajectory
 
@@ -138,14 +159,14 @@ async def gather_conditions(conditions: Sequence[Condition], concurrency: int) -
     results = [condition.earlier(own) for condition, own in zip(conditions, jobs, strict=True)]
     for condition, own in zip(conditions, results, strict=True):
         for trajectory in own:
-            if trajectory is not None:
+            if _settled(trajectory):
                 condition.tell(trajectory)
-    missing = [(at, number) for number, own in enumerate(results) for at, result in enumerate(own) if result is None]
+    missing = [(at, number) for number, own in enumerate(results) for at, result in enumerate(own) if not _settled(result)]
     waiting = iter(sorted(missing, key=lambda job: job[0] / conditions[job[1]].group_size))
 
     async def work() -> None:
         for at, number in waiting:  # shared by all workers: each takes the next free position
-            trajectory = await conditions[number].run(*jobs[number][at])
+            trajectory = await conditions[number].run(*jobs[number][at], results[number][at])
             results[number][at] = trajectory
             conditions[number].tell(trajectory)
 
@@ -154,13 +175,18 @@ async def gather_conditions(conditions: Sequence[Condition], concurrency: int) -
     return [[result for result in own if result is not None] for own in results]
 
 
+def _settled(trajectory: Trajectory | None) -> TypeGuard[Trajectory]:
+    """Whether there is an episode, and a verdict of it."""
+    return trajectory is not None and trajectory.reward is not None
+
+
 def _from_journal(journal: Journal | None) -> dict[tuple[str, int, int], Trajectory]:
     if journal is None:
         return {}
     from evolve_dag.store.frames import trajectory_from_dict
 
     trajectories = (trajectory_from_dict(record) for record in journal.records())
-    return {(t.task_id, t.rollout, t.seed): t for t in trajectories if t.reward is not None}
+    return {(t.task_id, t.rollout, t.seed): t for t in trajectories}
 
 
 def _to_journal(journal: Journal | None, trajectory: Trajectory) -> None:

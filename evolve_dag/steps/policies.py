@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-from evolve_dag.agent.rollouts import Condition, gather_conditions, played_here
+from evolve_dag.agent.rollouts import Condition, gather_conditions, judged_here, played_here
 from evolve_dag.agent.together import each
 from evolve_dag.config.parts import part_of
 from evolve_dag.errors import PartError, UnjudgedError, UnreachableError
@@ -197,13 +197,12 @@ def roll_out_together(context: StepContext, wanted: Sequence[Rollouts], model: A
     """Rollouts of several conditions by one policy, side by side, each resumed from its own journal.
 
     Raises:
-        UnjudgedError: most of one condition have no verdict.
+        UnjudgedError: too many have no verdict.
     """
-    runtime = context.experiment.runtime
     context.progress.start(", ".join(one.label for one in wanted), sum(len(one.split.tasks) * one.group_size for one in wanted))
     try:
         conditions = [_condition(context, one, model) for one in wanted]
-        found = context.roles.run(gather_conditions(conditions, runtime.concurrency))
+        found = _played(context, conditions, context.experiment.runtime.concurrency)
     finally:
         context.progress.finish()
     for one, trajectories in zip(wanted, found, strict=True):
@@ -211,24 +210,45 @@ def roll_out_together(context: StepContext, wanted: Sequence[Rollouts], model: A
     return found
 
 
+def _played(context: StepContext, conditions: Sequence[Condition], concurrency: int) -> list[list[Trajectory]]:
+    """All episodes; those for which a model could not be asked once more, since it may be back after a moment."""
+    found = context.roles.run(gather_conditions(conditions, concurrency))
+    if any(map(unreachable, found)):
+        again = [replace(one, on_done=None) for one in conditions]
+        found = context.roles.run(gather_conditions(again, concurrency))
+    return found
+
+
+MOST_UNREACHABLE = 0.1
+"""Share of the episodes of a condition for which a model could not be asked, and which a step may be made without: some
+requests break an endpoint every time."""
+
+
+def unreachable(trajectories: Sequence[Trajectory]) -> list[str]:
+    """What is told of the episodes that say nothing, since a model could not be asked."""
+    told = [t.error for t in trajectories if t.reward is None and t.error is not None]
+    return [error for error in told if UnreachableError.__name__ in error]
+
+
 def require_judged(label: str, trajectories: Sequence[Trajectory], on_trial: bool = False) -> None:
-    """That at least half of the episodes have a verdict: a night that an outage spoilt would stand for good.
+    """That a night is not made of what an outage left of it: it would stand for good.
 
     Args:
-        on_trial: count only what could not be asked for a verdict, or for an action.
+        on_trial: where no verdict may be the doing of whoever plays; then the gate looks at how many there are.
 
     Raises:
-        UnjudgedError: most have none; says what they failed for.
+        UnjudgedError: fewer than half of the episodes have a verdict, or a model could not be asked for more than
+            :data:`MOST_UNREACHABLE` of them.
     """
-    lost = [t.error or "no verdict" for t in trajectories if t.reward is None]
-    if on_trial:
-        lost = [error for error in lost if UnreachableError.__name__ in error]
-    if len(trajectories) - len(lost) >= LEAST_JUDGED * len(trajectories):
-        return
-    (often, times), *_ = Counter(lost).most_common(1)
-    what = f"{label}: {len(lost)} of {len(trajectories)} episodes have no verdict (at least {LEAST_JUDGED:.0%} must have one)"
+    lost = [t.error or "the verifier gave none" for t in trajectories if t.reward is None]
+    few = not on_trial and len(trajectories) - len(lost) < LEAST_JUDGED * len(trajectories)
+    if not few:
+        lost = unreachable(trajectories)
+        if len(lost) <= MOST_UNREACHABLE * len(trajectories):
+            return
+    often, times = Counter(lost).most_common(1)[0]
     raise UnjudgedError(
-        f"{what}; {times} of them: {often}",
+        f"{label}: {len(lost)} of {len(trajectories)} episodes have no verdict; {times} of them: {often}",
         "mend that and give the same command: what has a verdict is kept, the others are played again",
     )
 
@@ -246,6 +266,7 @@ def _condition(context: StepContext, wanted: Rollouts, model: LanguageModel) -> 
         wanted.seed,
         _journal(context, wanted.journal or wanted.label),
         lambda _: context.progress.advance(),
+        judged_here(split.verifier),
     )
 
 
@@ -292,7 +313,7 @@ def fan_out(
     try:
         with workers.open(playing, context.roles.ledger) as (play, concurrency):
             condition = Condition(tasks, group_size, play, seed, _journal(context, label), lambda _: context.progress.advance())
-            (trajectories,) = context.roles.run(gather_conditions([condition], concurrency))
+            (trajectories,) = _played(context, [condition], concurrency)
     finally:
         context.progress.finish()
     require_judged(label, trajectories)

@@ -19,9 +19,11 @@ import pytest
 from misbehaving import Endpoint, Fault, at_random
 
 from evolve_dag import secrecy
+from evolve_dag.agent import rollouts
 from evolve_dag.config.schema import Experiment
+from evolve_dag.errors import UnjudgedError
 from evolve_dag.inference.openai import OpenAIModel
-from evolve_dag.steps.base import STEP_ORDER, run_step
+from evolve_dag.steps.base import STEP_ORDER, resolve, run_step
 from evolve_dag.store.artifacts import Artifact, Store
 from evolve_dag.store.layout import CALLS
 from evolve_dag.store.query import run_sql
@@ -143,6 +145,29 @@ def test_a_fifth_of_the_answers_failing_changes_nothing(tmp_path: Path, quick: N
     assert roles == {"extractor", "selector", "judge"}
 
 
+def test_a_night_without_its_judge_is_not_stored_and_only_the_verdicts_are_made_up_for(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The account is empty, or the key was withdrawn: what was played is paid for, and stands."""
+    store = Store(tmp_path)
+    with Endpoint(helper, script=lambda body, seen: Fault("401")) as shut:
+        run_step("policy", experiment(shut.url), 1, store)
+        told = r"rollouts: \d+ of 32 episodes have no verdict.*judge model helper.*401"
+        with pytest.raises(UnjudgedError, match=told) as stopped:
+            run_step("trajectories", experiment(shut.url), 1, store)
+    assert "the same command" in stopped.value.remedy
+    assert not resolve("trajectories", experiment(shut.url), 1, store).exists
+
+    async def played(*_: Any, **__: Any) -> None:
+        raise AssertionError("played again")
+
+    monkeypatch.setattr(rollouts, "run_episode", played)
+    with Endpoint(helper) as back:
+        made = run_step("trajectories", experiment(back.url), 1, store).artifact
+    assert made.summary["judged"] == made.summary["trajectories"] == 32
+    assert set(made.frame("trajectories.parquet")["error"]) == {None}
+
+
 KEY = "Zq9vK2xWb7LmT4YpRg6N"
 
 
@@ -181,7 +206,7 @@ def test_an_endpoint_that_says_the_key_back_leaves_no_piece_of_it(
     def cut_key(body: dict[str, Any], seen: int) -> Fault | None:
         number = int(hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest(), 16)
         always = (
-            "Correct or Incorrect" in str(body) and number % 6 == 0
+            "Correct or Incorrect" in str(body) and number % 11 == 0
         )  # some verdicts never come: those calls end in an error
         return Fault("500", message="." * (number % 320) + KEY) if seen == 0 or always else None
 

@@ -15,7 +15,7 @@ from evolve_dag.config.fence import Fence
 from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.schema import Experiment, RolloutSettings
 from evolve_dag.environments.fenced import FencedEnvironment
-from evolve_dag.errors import ConfigError, ModelError, PartError
+from evolve_dag.errors import ConfigError, ModelError, PartError, UnjudgedError
 from evolve_dag.experience.pool import Pool
 from evolve_dag.experience.selection.base import FencedSelector, Selection
 from evolve_dag.inference.backends import FencedModel
@@ -23,7 +23,7 @@ from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.protocols import Injected, Request, Sampling
 from evolve_dag.records import Message, Step, Task, ToolCall, Trajectory
 from evolve_dag.steps import base
-from evolve_dag.steps.policies import with_teacher_views
+from evolve_dag.steps.policies import require_judged, with_teacher_views
 from evolve_dag.store.artifacts import Store
 from evolve_dag.tasks.suites import load_split
 from evolve_dag.verification.base import FencedVerifier
@@ -74,6 +74,35 @@ def test_an_episode_whose_verifier_gives_nonsense_is_not_judged() -> None:
     assert (wrong.status, wrong.reward) == ("answered", None)
     assert "part odd (file): a reward is a number from 0 to 1, or None, not nan" in str(wrong.error)
     assert episode(1).reward == 1.0
+
+
+DOWN = "not judged: UnreachableError: judge model m: 5 of 5 attempts failed"
+BROKEN = "SessionError: the world broke"
+
+
+@pytest.mark.parametrize(
+    ("errors", "on_trial", "told"),
+    [
+        ([None] * 100, False, None),
+        ([BROKEN] * 50 + [None] * 50, False, None),
+        ([BROKEN] * 51 + [None] * 49, False, "51 of 100 episodes have no verdict; 51 of them: SessionError"),
+        ([BROKEN] * 100, True, None),  # who plays may have broken it: the gate sees how many there are
+        ([DOWN] * 10 + [None] * 90, False, None),
+        ([DOWN] * 11 + [None] * 89, False, "11 of 100 episodes have no verdict; 11 of them: not judged: UnreachableError"),
+        ([DOWN] * 11 + [BROKEN] * 80 + [None] * 9, True, "11 of 100 episodes have no verdict"),
+        ([], False, None),
+    ],
+)
+def test_a_night_is_not_made_of_what_an_outage_left_of_it(errors: list[str | None], on_trial: bool, told: str | None) -> None:
+    episodes = [
+        Trajectory(f"t{i}#0", f"t{i}", 0, 0, "", "", (), "answered", "x", None if error else 0.0, error)
+        for i, error in enumerate(errors)
+    ]
+    if told is None:
+        require_judged("rollouts", episodes, on_trial)
+    else:
+        with pytest.raises(UnjudgedError, match=told):
+            require_judged("rollouts", episodes, on_trial)
 
 
 def test_a_trajectory_whose_selector_fails_is_failed_and_the_others_stand() -> None:
