@@ -6,7 +6,7 @@ experiment files after it, ``... mine.md a.yaml b.yaml``, add the parts that the
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
@@ -156,9 +156,19 @@ def _bounds(metadata: list[Any]) -> str:
 
 def main() -> None:
     """Write the page."""
-    file, *experiments = sys.argv[1:] or ["docs/configuration.md"]
-    page = reference(outside=bool(sys.argv[1:]), experiments=map(load_experiment, experiments))
-    Path(file).write_text(page, encoding="utf-8")
+    parser = argparse.ArgumentParser(
+        prog="python -m evolve_dag.config.reference", description="Writes the reference of the configuration."
+    )
+    parser.add_argument(
+        "file",
+        nargs="?",
+        type=Path,
+        help="with the parts of installed distributions; without it docs/configuration.md, without them",
+    )
+    parser.add_argument("experiments", nargs="*", type=Path, help="experiment files whose parts beside them are added")
+    asked = parser.parse_args()
+    page = reference(outside=asked.file is not None, experiments=map(load_experiment, asked.experiments))
+    (asked.file or Path("docs/configuration.md")).write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
