@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from small_lineage import copy_of, small
 from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.outside import group
 from evolve_dag.config.parts import CHOICES, part_of
-from evolve_dag.config.reference import reference
+from evolve_dag.config.reference import main, reference
 from evolve_dag.config.schema import Experiment
 from evolve_dag.experience.pool import Pool
 from evolve_dag.inference.roles import Roles
@@ -27,6 +28,17 @@ ROOT = Path(__file__).parent.parent
 
 def test_configuration_page_is_current() -> None:
     assert (ROOT / "docs/configuration.md").read_text() == reference(), "run: python -m evolve_dag.config.reference"
+
+
+@pytest.mark.parametrize(("given", "written"), [(["--help"], []), (["mine.md"], ["mine.md"])])
+def test_the_page_is_written_where_it_is_asked(
+    given: list[str], written: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["reference", *given])
+    with suppress(SystemExit):
+        main()
+    assert [path.name for path in tmp_path.iterdir()] == written
 
 
 def test_every_key_is_explained() -> None:
