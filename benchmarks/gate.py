@@ -42,6 +42,8 @@ RESAMPLES = 1000
 """Of the interval of a night, where the gate takes 4,000: most of the time goes there."""
 STARTS = (0.85, 0.45, 0.25)
 """Success of the first policy."""
+CLIMB = (-0.03, -0.11, -0.20, -0.17, -0.13, -0.13, -0.05, -0.03)
+"""What the pocket world gains night by night; for a plateau at 95%."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Run:
     """What became of one lineage."""
 
     restored: int | None
-    """First night on which the best came back."""
+    """First night on which the best came back; "by 10" counts from the end of the gains that a scenario begins with."""
     keeps: int
     success: tuple[float, ...]
     """Of who holds, after each night, in the population."""
@@ -132,6 +134,8 @@ def scenarios() -> Iterator[tuple[str, list[float]]]:
         yield f"loses {loss:g} a night", [loss / 100] * 30
     yield "gains 8, 5, 3, 2, 1, then stays", [-0.08, -0.05, -0.03, -0.02, -0.01] + [0.0] * 25
     yield "gains 8, 5, 3, 2, 1, then loses 0.5", [-0.08, -0.05, -0.03, -0.02, -0.01] + [0.005] * 25
+    yield "climbs by 85 in eight, then stays", [*CLIMB, *[0.0] * 30]
+    yield "climbs by 85 in eight, then loses 0.5", [*CLIMB, *[0.005] * 30]
     yield "gains 2 four times, loses 12 once, then stays", [-0.02] * 4 + [0.12] + [0.0] * 25
     yield "one night in twenty loses 20", []
 
@@ -150,7 +154,8 @@ def many(arguments: tuple[float, str, int, float, int, int]) -> dict[str, Any]:
     settings = GateSettings(margin=margin)
     losses = dict(scenarios())[name]
     found = [lineage(start, nights_of(name, losses, seed + n), tasks, settings, seed + n) for n in range(runs)]
-    ten = [run for run in found if run.restored is not None and run.restored <= 10]
+    climbing = next((at for at, loss in enumerate(losses) if loss >= 0), 0)
+    ten = [run for run in found if run.restored is not None and run.restored - climbing <= 10]
     return {
         "start": start,
         "scenario": name,
@@ -161,7 +166,7 @@ def many(arguments: tuple[float, str, int, float, int, int]) -> dict[str, Any]:
         "sd": float(np.mean([run.sd for run in found])),
         "restored_10": len(ten) / runs,
         "restored_30": sum(run.restored is not None for run in found) / runs,
-        "kept": float(np.mean([run.keeps for run in found])) / 30,
+        "kept": float(np.mean([run.keeps / len(run.success) for run in found])),
         "success_10": float(np.mean([run.success[9] for run in found])),
         "success_30": float(np.mean([run.success[-1] for run in found])),
         "below_peak": float(np.mean([run.below_peak for run in found])),

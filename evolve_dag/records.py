@@ -237,6 +237,8 @@ class Standing:
     """Digest of the best one's experience pool; None for an empty one."""
     capital: tuple[float, ...] = ()
     """What bettors on a loss have made since then, see :mod:`evolve_dag.evaluation.betting`; () at the start."""
+    began: float = 1.0
+    """What those bets began with; less than 1 where an earlier best was lost on."""
     nights: int = 0
     """Candidates since the best that were compared with it."""
     lost: float = 0.0

@@ -30,6 +30,9 @@ from evolve_dag.evaluation.intervals import POWER
 STAKES = (0.05, 0.1, 0.2, 0.4, 0.8)
 """Each twice the one before. The best stake is about the loss over its variance: 0.05 for one point among coin flips, 0.8 for
 two points where one task in forty differs."""
+LEAST = 1 / 16
+"""What bets about something new begin with at least. A climb costs the bettors all they have, and who begins with nothing sees
+no erosion after it; every such beginning adds at most this share to the chance of a false finding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +64,9 @@ class Capital:
         return Capital(tuple(log - excess for log in self.logs))
 
     def restarted(self) -> Capital:
-        """Divided evenly anew, for bets about something else; earlier winnings stay behind, earlier losses count."""
-        return Capital((min(0.0, math.log(self.total)),) * len(STAKES))
+        """Divided evenly anew, for bets about something else: earlier winnings stay behind, and so do losses down to
+        :data:`LEAST`."""
+        return Capital((math.log(min(1.0, max(LEAST, self.total))),) * len(STAKES))
 
 
 def detectable(sd: float, plays: int, *, level: float, power: float = POWER) -> float:

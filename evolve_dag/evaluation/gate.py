@@ -130,7 +130,7 @@ def decide_on(
     evidence: dict[str, float | None] = {"confidence": settings.confidence, "margin": settings.margin}
     for finding in (*findings, drift):
         evidence |= finding.evidence
-    back = replace(after, champion=standing.best, capital=(), nights=0, lost=0.0)
+    back = replace(after, champion=standing.best, capital=(), began=1.0, nights=0, lost=0.0)
     if drift.bad and standing.champion != standing.best:
         return GateDecision("restore", (drift.sentence, *bad), evidence, back)
     if drift.bad:  # nothing to go back to: the champion is the best
@@ -140,8 +140,9 @@ def decide_on(
     good = [finding.sentence for finding in findings if finding.sentence]
     good += [drift.sentence] if after.nights > 1 else []
     if _better(evidence):
-        restarted = Capital(after.capital).restarted().logs
-        return GateDecision("promote", tuple(good), evidence, Standing(iteration, iteration, capital=restarted))
+        anew = Capital(after.capital).restarted()
+        new_best = Standing(iteration, iteration, capital=anew.logs, began=anew.total)
+        return GateDecision("promote", tuple(good), evidence, new_best)
     return GateDecision("promote", tuple(good), evidence, replace(after, champion=iteration))
 
 
@@ -277,7 +278,8 @@ def _drift(night: Night, settings: GateSettings, standing: Standing, *, declined
         capital = capital.at_most(max(before.total, 1 / needed) * MOST_OF_A_DECLINED)
     nights = standing.nights + 1
     lost = (standing.lost * standing.nights + float(losses_T.mean())) / nights if len(losses_T) else standing.lost
-    smallest = settings.margin + betting.detectable(spread(losses_T), max(1, len(losses_T)) * nights, level=1 / needed)
+    plays, level = max(1, len(losses_T)) * nights, standing.began / needed
+    smallest = settings.margin + betting.detectable(spread(losses_T), plays, level=level)
     bad = capital.total >= needed
     since = f"iteration {standing.best}" if standing.best else "the base policy"
     sentence = (

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from evolve_dag.config.schema import GateSettings
 from evolve_dag.errors import DataError
+from evolve_dag.evaluation.betting import LEAST
 from evolve_dag.evaluation.gate import decide, gate_from_json, gate_to_json
 from evolve_dag.records import Score, Standing
 
@@ -315,6 +316,18 @@ def test_only_a_significantly_better_candidate_becomes_the_best() -> None:
     assert (better.standing.champion, better.standing.best) == (2, 2)
     assert better.standing.nights == 0
     assert sum(better.standing.capital) <= 0, "what was won on the one before is not carried over"
+
+
+def test_a_slow_loss_is_seen_after_a_climb_too() -> None:
+    """Two new bests, forty and thirty points above the ones before; then two points a night against the last."""
+    climbed = through([(5, 45), (5, 35)])[-1].standing
+    assert (climbed.best, climbed.began) == (2, LEAST)
+    after = through([(7, 3)] * 20, climbed, first=3)
+    at = [d.decision for d in after].index("restore")
+    flat = [d.decision for d in through([(7, 3)] * 20)].index("restore")
+    assert flat <= at <= 2 * flat + 1, "it begins with a sixteenth, so it asks for more evidence, and no more than that"
+    told = after[0].evidence["drift_detectable"], through([(7, 3)])[0].evidence["drift_detectable"]
+    assert told[0] > told[1] * 1.1, "and what it can see says so"
 
 
 night = st.tuples(st.integers(0, 60), st.integers(0, 60))
