@@ -103,10 +103,10 @@ def _up_to_date(study: Study, root: Path, store: Store) -> Iterator[tuple[str, i
 
 
 def _remember(agenda: Agenda, study: Study, store: Store) -> None:
-    """How long the artifacts of the study took that are there already."""
+    """How long the artifacts of the study took that are on this machine already."""
     for cell in study.cells:
         for ref in store.refs(cell.name):
-            if store.exists(ref.kind, ref.digest):
+            if store.folder(ref.kind, ref.digest).is_dir():
                 manifest = store.read(ref.kind, ref.digest).manifest
                 if not manifest.resumed:
                     agenda.pace.observe(cell.arm, ref.kind, manifest.seconds)

@@ -41,6 +41,10 @@ class StoreError(EvolveError, OSError):
     """An artifact is missing, corrupt or cannot be written."""
 
 
+class AwayError(StoreError):
+    """An artifact is not here, and where else it may be cannot be looked at now: it is not known to be gone."""
+
+
 class ConcurrencyError(EvolveError, RuntimeError):
     """Another run holds what this run needs."""
 

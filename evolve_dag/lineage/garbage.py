@@ -286,10 +286,11 @@ def _expected(store: Store, notes: list[str]) -> tuple[set[str], set[str]]:
             notes.append(f"experiment {entry.name}: kept by its references alone: {error.what}")
             continue
         for step in planned.steps:
-            if step.digest is not None:
-                wanted.add(step.digest)
-                if step.action == "recompute":
-                    to_make.add(step.digest)
+            digest, action = (step.digest or step.digest_if_same), (step.if_same or step.action)
+            if digest is not None:
+                wanted.add(digest)
+                if action == "recompute":
+                    to_make.add(digest)
     return wanted, to_make
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from evolve_dag.config.loading import check_iterations
@@ -75,6 +75,8 @@ class PlannedStep:
     """What the artifact in use took, as a guess of what a recomputation takes; None when there is none."""
     if_same: Action | None = None
     """For ``follows``: what becomes of it if the promotion, about the same candidate, decides as before. None: another one."""
+    digest_if_same: str | None = None
+    """The digest that it should have then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +159,10 @@ def plan(experiment: Experiment, store: Store, iterations: int | None = None) ->
                 again = [name for name, one in same.items() if one.action != "reuse"]
                 text += f"; if that decides as before: {f'{_and(again)} recomputed' if again else 'all reused'}"
             for name in base.STEP_ORDER:
-                if_same = same[name].action if same else None
-                steps.append(PlannedStep(name, k, "follows", None, (Reason("follows", text),), if_same=if_same))
+                follows = PlannedStep(name, k, "follows", None, (Reason("follows", text),))
+                if name in same:
+                    follows = replace(follows, if_same=same[name].action, digest_if_same=same[name].digest)
+                steps.append(follows)
             continue
         # The digests that a run itself would ask for; from the policy that is known here, so that K iterations cost K.
         resolved = base.resolve_all(experiment, k, store, entering)

@@ -21,6 +21,7 @@ from evolve_dag.errors import DataError
 from evolve_dag.steps.base import STEP_ORDER
 from evolve_dag.store.artifacts import Artifact, Store
 from evolve_dag.store.graph import reach
+from evolve_dag.store.mirror import configured
 from evolve_dag.store.query import connect
 
 if TYPE_CHECKING:
@@ -268,7 +269,8 @@ class _Walk:
         if near:
             return DataError(f"{id!r}: nothing in the store has this id", f"near: {', '.join(list(dict.fromkeys(near))[:6])}")
         if not self.artifacts:
-            return DataError(f"{id!r}: the store is empty", "run an experiment first, or name its store with --store")
+            pull = "bring here what the mirror holds (`evolve mirror pull`), " if configured() else ""
+            return DataError(f"{id!r}: the store is empty", f"{pull}run an experiment first, or name its store with --store")
         return DataError(
             f"{id!r}: nothing in the store has this id",
             "give a digest (`evolve status` shows them), an item id or <task id>#<rollout>; "

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 
 from evolve_dag.config.schema import Experiment
-from evolve_dag.errors import StoreError
+from evolve_dag.errors import AwayError, StoreError
 from evolve_dag.evaluation.gate import GateDecision, decide, gate_from_json, gate_to_json
 from evolve_dag.experience.pool import Proposal
 from evolve_dag.records import Finding, PolicyRef, Standing
@@ -91,12 +91,18 @@ def _champion_alone(entering: PolicyRef) -> Standing:
 
 
 def _missing(context: StepContext, best: Standing) -> str:
-    """What the store lacks of the best champion, named without its path; empty where it has everything."""
+    """What the store lacks of the best champion, named without its path; empty where it has everything.
+
+    Raises:
+        AwayError: whether it lacks something cannot be told now.
+    """
     for kind, digest in (("adapter", best.adapter), ("experience", best.experience)):
         if digest is None:
             continue
         try:
             context.store.open(kind, digest).verify()
+        except AwayError:
+            raise
         except StoreError:
             return f"{kind} {digest[:8]}"
     return ""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.config.schema import Experiment
-from evolve_dag.errors import StoreError
+from evolve_dag.errors import AwayError, StoreError
 from evolve_dag.evaluation.gate import LEAST_JUDGED
 from evolve_dag.evaluation.metrics import counts, evaluate_summary, score_trajectories
 from evolve_dag.records import Score, Trajectory
@@ -223,15 +223,22 @@ def _rollouts(context: StepContext, splits: Mapping[str, Split], asked: _Asked, 
         group_size=1 if asked.temperature == 0 else settings.rollouts,  # argmax says the same each time
         experience=source,
         temperature=asked.temperature,
+        journal=f"{asked.condition}-{(asked.adapter or 'base')[:12]}",  # the best may be another when a killed step goes on
         on_trial=asked.condition in OF_CANDIDATES,
     )
 
 
 def _reference(context: StepContext) -> tuple[int, str | None]:
-    """Iteration and adapter of the best champion so far; of the champion, where that one is gone from the store."""
+    """Iteration and adapter of the best champion so far; of the champion, where that one is gone from the store.
+
+    Raises:
+        AwayError: whether it is gone cannot be told now.
+    """
     standing = context.entering.standing
     try:
         adapter_folder(context.store, standing.adapter)
+    except AwayError:
+        raise
     except StoreError:
         return standing.champion, context.entering.adapter
     return standing.best, standing.adapter

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WAIT_SECONDS = 3600.0
+WAIT_SECONDS = math.inf
 """How long a builder waits for another process that makes the same artifact."""
 
 KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")

@@ -44,7 +44,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from evolve_dag.errors import ConfigError, EvolveError, StoreError
+from evolve_dag.errors import AwayError, ConfigError, EvolveError, StoreError
 from evolve_dag.secrecy import describe_error
 from evolve_dag.store.artifacts import DIGEST, EXPERIMENT, KIND, WAIT_SECONDS, Artifact, Build, FileFact, Ref, Store
 from evolve_dag.store.disk import fsync_folder, pretty, write_atomic
@@ -194,7 +194,8 @@ class Mirror:
         """Bring an artifact into the local store; False when the mirror does not have it.
 
         Raises:
-            StoreError: the mirror cannot be read, or what it holds is damaged; nothing of it is visible then.
+            AwayError: the mirror cannot be read.
+            StoreError: what it holds is damaged; nothing of it is visible then.
             ConfigError: the protocol is unknown or its package is not installed.
         """
         target = store.folder(kind, digest)
@@ -210,7 +211,7 @@ class Mirror:
         except Exception as error:  # fsspec, botocore, aiohttp and the sockets below share no base class
             if is_disk_error(error):
                 raise disk_error(error, store.root) from error
-            raise StoreError(
+            raise AwayError(
                 f"{kind} {digest[:12]} is not in {store.root}, and the mirror {self.url} cannot be read: "
                 f"{describe_error(error)}",
                 "mend the connection or the credentials and give the same command again; "
@@ -694,6 +695,16 @@ class MirroredStore(Store):
         if not super().exists(kind, digest):
             self.mirror.fetch(self.here, kind, digest)
         return super().open(kind, digest, verify=verify)
+
+    def read(self, kind: str, digest: str) -> Artifact:
+        """The artifact by its manifest alone; one that only the mirror has is fetched first.
+
+        Raises:
+            StoreError: missing, corrupt, or it cannot be fetched.
+        """
+        if not super().exists(kind, digest):
+            self.mirror.fetch(self.here, kind, digest)
+        return super().read(kind, digest)
 
     @contextlib.contextmanager
     def build(

@@ -183,8 +183,9 @@ def _cell(cell: Cell, store: Store, facts: dict[str, Mapping[str, str]]) -> Iter
 
 
 def _sampled(artifact: Artifact) -> int:
+    """Tokens of the policy, which the step counts itself wherever it runs, and of every other model that was asked."""
     calls = artifact.summary.get("calls") or {}
-    others = sum(int(sums.get("completion_tokens") or 0) for sums in calls.values())
+    others = sum(int(sums.get("completion_tokens") or 0) for role, sums in calls.items() if role != "policy")
     return int(artifact.summary.get("tokens") or 0) + others
 
 

@@ -247,6 +247,24 @@ def test_work_that_nobody_would_resume_goes_after_an_hour(store: Store, tmp_path
     assert run(e, store) == {(1, "scores")}
 
 
+def test_work_that_is_resumed_if_the_gate_decides_as_before_stays(store: Store, tmp_path: Path) -> None:
+    """A key of the gate was changed while a night was stopped half-way: its digests follow a promotion that is not made yet."""
+    path = tmp_path / "quick.yaml"
+    path.write_text(json.dumps({"iterations": 2, "tasks": WORLDS}))
+    e = registry.register(store.root, path)
+    run(e, store)
+    stopped = resolve("trajectories", e, 2, store).digest
+    assert stopped is not None
+    shutil.rmtree(store.root / "objects" / "trajectories" / stopped)
+    journals = store.root / "work" / "trajectories" / stopped / "journals"
+    journals.mkdir(parents=True)
+    (journals / "rollouts.jsonl").write_text('{"hours": "of work"}\n')
+    age(journals.parent, 7200)
+    assert digests(garbage.find(store), "work") == set()
+    path.write_text(json.dumps({"iterations": 2, "tasks": WORLDS, "gate": {"margin": 0.01}}))
+    assert digests(garbage.find(store), "work") == set()
+
+
 def test_measurements_of_what_is_gone_go_too(store: Store) -> None:
     run(experiment(), store)
     contexts, adapter = (store.ref("quick", 1, kind).digest for kind in ("contexts", "adapter"))

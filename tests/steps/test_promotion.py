@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from evolve_dag.config.schema import Experiment
+from evolve_dag.errors import AwayError
 from evolve_dag.evaluation.betting import Capital
 from evolve_dag.experience.pool import Pool
 from evolve_dag.lineage import garbage
@@ -26,6 +27,7 @@ from evolve_dag.steps.policies import open_pool
 from evolve_dag.steps.scores import AGAINST, OF_BEST, OF_CANDIDATE
 from evolve_dag.store.artifacts import Store
 from evolve_dag.store.frames import scores_to_frame
+from evolve_dag.store.mirror import Mirror, MirroredStore
 
 TASKS = 200
 WORLDS = {
@@ -249,6 +251,27 @@ def test_a_best_champion_that_vanishes_before_it_is_restored_leaves_the_champion
     assert f"(adapter {digest(store, 1, 'adapter')[:8]})" in made["reasons"][-1]
     assert made["policy"]["adapter"] == digest(store, k - 1, "adapter")
     assert (made["standing"]["champion"], made["standing"]["best"]) == (k - 1, k - 1)
+
+
+def test_a_best_champion_that_cannot_be_looked_at_now_is_not_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine has it: a lost connection must not make the champion the best."""
+    url = f"file://{tmp_path}/bucket"
+    there = MirroredStore(tmp_path / "there", Mirror(url))
+    config = {"n": 1}
+    best = Store.digest_of("adapter", "1", config, {})
+    with there.build("adapter", best, code_version="1", config=config, inputs={}) as build:
+        (build.path / "weights").write_text("best")
+    context = SimpleNamespace(store=MirroredStore(tmp_path / "here", Mirror(url)))
+    standing = Standing(champion=2, best=1, adapter=best)
+
+    def lost(*_: object) -> None:
+        raise ConnectionError("connection reset by peer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Mirror, "_read", lost)
+        with pytest.raises(AwayError, match="cannot be read"):
+            promotion._missing(context, standing)  # type: ignore[arg-type]
+    assert promotion._missing(context, standing) == ""  # type: ignore[arg-type]
 
 
 def test_the_best_champion_is_no_garbage(store: Store, nights: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:

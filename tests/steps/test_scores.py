@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from evolve_dag.config.schema import Experiment
-from evolve_dag.errors import StoreError
+from evolve_dag.errors import AwayError, StoreError
 from evolve_dag.experience.pool import Pool
 from evolve_dag.records import PolicyRef, Standing, Task, Trajectory
 from evolve_dag.steps import scores
@@ -30,6 +30,7 @@ class Asked:
 
     seeds: dict[tuple[str | None, str], int] = field(default_factory=dict)
     opened: list[str | None] = field(default_factory=list)
+    journals: dict[str, set[str | None]] = field(default_factory=dict)
 
     def of(self, adapter: str | None) -> set[str]:
         return {label for policy, label in self.seeds if policy == adapter}
@@ -46,6 +47,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 
     def roll_out_together(context: Any, wanted: list[Rollouts], model: str | None) -> list[list[Trajectory]]:
         found.seeds.update({(model, one.label): one.seed for one in wanted})
+        for one in wanted:
+            found.journals.setdefault(one.label, set()).add(one.journal)
         return [
             [Trajectory(f"{t.id}#0", t.id, 0, one.seed, "s", t.question, (), "answered", model, 1.0) for t in one.split.tasks]
             for one in wanted
@@ -54,6 +57,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     def adapter_folder(store: Store, digest: str | None) -> Path | None:
         if digest == "gone":
             raise StoreError("gone", "none")
+        if digest == "away":
+            raise AwayError("the mirror cannot be read", "mend the connection")
         return None
 
     monkeypatch.setattr(scores, "open_policy", open_policy)
@@ -115,6 +120,19 @@ def test_in_place_of_a_best_that_is_gone_the_champion_is_scored(tmp_path: Path, 
     noted, _ = run(tmp_path, best="gone")
     assert asked.of("champion") == {"development best"}
     assert noted[scores.AGAINST] == 4
+
+
+def test_a_best_that_cannot_be_looked_at_now_is_not_gone(tmp_path: Path, asked: Asked) -> None:
+    with pytest.raises(AwayError):
+        run(tmp_path, best="away")
+    assert asked.opened == []
+
+
+def test_a_journal_says_whose_episodes_it_holds(tmp_path: Path, asked: Asked) -> None:
+    """A step that was killed may go on when another policy is the best."""
+    run(tmp_path)
+    run(tmp_path, best="gone")
+    assert len(asked.journals["development best"]) == 2
 
 
 def test_both_sides_of_a_night_share_their_draws_and_no_night_repeats_them(tmp_path: Path, asked: Asked) -> None:

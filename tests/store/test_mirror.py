@@ -486,3 +486,15 @@ def test_command_line_moves_a_store_to_another_machine(
     (tmp_path / "remote" / f"objects/scores/{made.digest}.json").unlink()
     monkeypatch.setattr(mirrors, "configured", lambda: Mirror(folder))  # another process, so to speak
     assert evolve("push", "--store", str(store.root)).startswith("1 ")
+
+
+def test_a_manifest_that_only_the_mirror_has_is_read(folder: str, tmp_path: Path) -> None:
+    config = {"n": 1}
+    digest = Store.digest_of("adapter", "1", config, {})
+    there = MirroredStore(tmp_path / "there", Mirror(folder))
+    with there.build("adapter", digest, code_version="1", config=config, inputs={}) as build:
+        (build.path / "weights").write_text("w")
+    here = MirroredStore(tmp_path / "here", Mirror(folder))
+    assert here.read("adapter", digest).manifest.config == config
+    with pytest.raises(StoreError, match="missing"):
+        here.read("adapter", "0" * 32)
