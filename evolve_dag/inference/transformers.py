@@ -32,6 +32,7 @@ from evolve_dag.errors import (
     ContextOverflowError,
     ExhaustedError,
     ModelError,
+    UnreachableError,
     exhausted,
     first_line,
     out_of_memory,
@@ -211,7 +212,8 @@ class TransformersModel:
 
         Raises:
             ContextOverflowError: the context is longer than the model takes.
-            ModelError: no answer fits the schema, the model was closed, or it fails.
+            UnreachableError: it fails, as where a card does; no other call would fare better.
+            ModelError: no answer fits the schema, its probabilities are no numbers, or it was closed.
         """
         _ = self.model  # closed?
         ids = np.array(self.chat.encode(request.messages), dtype=np.int64)
@@ -291,9 +293,8 @@ class TransformersModel:
             self._waiting = []
             raise
         except Exception as problem:
-            error = (
-                problem if isinstance(problem, (ModelError, ExhaustedError)) else ModelError(f"the model failed: {problem!r}")
-            )
+            known = isinstance(problem, (ModelError, ExhaustedError))
+            error = problem if known else UnreachableError(f"the model failed: {problem!r}")
             for call in (*batch, *self._waiting):
                 if not call.future.done():
                     call.future.set_exception(error)
@@ -364,7 +365,7 @@ class TransformersModel:
                 slots = self._pool.slots
                 self._pool.forget()
                 if not out_of_memory(problem):
-                    error = ModelError(f"the model failed: {type(problem).__name__}: {problem}")
+                    error = UnreachableError(f"the model failed: {type(problem).__name__}: {problem}")
                     error.__cause__ = problem
                     results.extend([error] * len(part))
                 else:
