@@ -29,7 +29,7 @@ from evolve_dag.protocols import (
     ToolError,
     ToolResult,
     ToolSpec,
-    is_reward,
+    as_reward,
 )
 from evolve_dag.records import Task, ToolCall
 from evolve_dag.secrecy import describe_error
@@ -277,9 +277,10 @@ def checked_reward(given: object) -> float | None:
     """
     if given is None:
         return None
-    if not is_reward(given):
+    reward = as_reward(given)
+    if reward is None:
         raise SessionError(f"the reward is {given!r:.60}", "give a number from 0 to 1, or None where nothing can be said")
-    return float(given)
+    return reward
 
 
 def _refused(problem: ToolError) -> ToolResult:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 from evolve_dag.config.fence import Fence
 from evolve_dag.config.parts import Part, VerificationSettings
-from evolve_dag.protocols import Verifier, is_reward
+from evolve_dag.protocols import Verifier, as_reward
 from evolve_dag.records import Task
 
 if TYPE_CHECKING:
@@ -41,9 +41,8 @@ class FencedVerifier:
     fence: Fence
 
     async def verify(self, task: Task, answer: str | None) -> float | None:
-        reward = await self.fence.call(self.verifier.verify, task, answer)
-        if reward is None:
-            return None
-        if is_reward(reward):
-            return float(reward)
-        raise self.fence.nonsense(f"a reward is a number from 0 to 1, or None, not {reward!r:.80}")
+        given = await self.fence.call(self.verifier.verify, task, answer)
+        reward = as_reward(given)
+        if reward is None and given is not None:
+            raise self.fence.nonsense(f"a reward is a number from 0 to 1, or None, not {given!r:.80}")
+        return reward

@@ -20,7 +20,7 @@ from evolve_dag.errors import SessionError
 from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.plain import LAST_STEP
 from evolve_dag.protocols import ToolResult
-from evolve_dag.records import Task, Trajectory
+from evolve_dag.records import Task, Trajectory, solved
 
 FAIL = '<tool_call>{"name": "fail", "arguments": {}}</tool_call>'
 
@@ -201,6 +201,16 @@ def test_a_reward_of_a_library_is_a_number() -> None:
     import numpy as np
 
     assert [checked_reward(value) for value in (np.float32(0.5), np.int64(1), True, 0, None)] == [0.5, 1.0, 1.0, 0.0, None]
+
+
+@pytest.mark.parametrize("total", [0.7 + 0.2 + 0.1, 0.8 + 0.05 + 0.05 + 0.1])
+def test_parts_of_a_reward_that_add_up_to_all_but_rounding_are_the_whole_of_it(total: float) -> None:
+    assert total != 1
+    trajectory = run([add(1), ANSWER], Counters({"reward": lambda: total}))
+    assert (trajectory.reward, trajectory.error) == (1.0, None)
+    assert solved(trajectory.reward)
+    assert checked_reward(1 - total) == 0.0
+    assert checked_reward(1 - 1e-6) == 1 - 1e-6, "a part of a reward stays one"
 
 
 @pytest.mark.parametrize("broken", [raising(OSError("gone")), raising(SystemExit())])

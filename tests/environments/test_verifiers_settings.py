@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import reduce
 from importlib import metadata
+from operator import add
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +15,9 @@ import pytest
 from evolve_dag.config.loading import check_iterations, load_experiment
 from evolve_dag.config.parts import identity, part_of
 from evolve_dag.environments.verifiers import tasksets
+from evolve_dag.environments.verifiers.conversation import Talk
 from evolve_dag.environments.verifiers.environment import VerifiersEnvironment
-from evolve_dag.errors import ConfigError, PartError
+from evolve_dag.errors import ConfigError, PartError, SessionError
 from evolve_dag.steps.preflight import preflight
 from evolve_dag.tasks.streams import of_iteration
 
@@ -97,3 +100,21 @@ def test_what_is_for_files_is_refused(places: dict[str, Any], tmp_path: Path) ->
 
 def test_the_row_names_its_extra(places: dict[str, Any]) -> None:
     assert part_of("environment", VerifiersEnvironment(id="x")).libraries == {"verifiers": "verifiers"}
+
+
+class Judged(Talk):
+    """A conversation that has ended, with every part of its rubric full."""
+
+    def __init__(self, *weights: float) -> None:
+        self._part = ""
+        parts = {f"part {number}": SimpleNamespace(score=1.0, weight=weight) for number, weight in enumerate(weights)}
+        self._trace = SimpleNamespace(rewards=parts, reward=reduce(add, weights))
+
+    def _judged(self) -> Any:
+        return self._trace
+
+
+def test_a_full_rubric_is_the_whole_reward_whatever_its_weights_add_up_to() -> None:
+    assert [Judged(0.7, 0.2, 0.1).reward(None), Judged(0.8, 0.05, 0.05, 0.1).reward(None)] == [1.0, 1.0]
+    with pytest.raises(SessionError, match=r"gave 1.1, which is not from 0 to 1 \(part 0 1 x 0.6, part 1 1 x 0.5\)"):
+        Judged(0.6, 0.5).reward(None)

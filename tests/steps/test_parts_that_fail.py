@@ -74,6 +74,7 @@ def test_an_episode_whose_verifier_gives_nonsense_is_not_judged() -> None:
     assert (wrong.status, wrong.reward) == ("answered", None)
     assert "part odd (file): a reward is a number from 0 to 1, or None, not nan" in str(wrong.error)
     assert episode(1).reward == 1.0
+    assert episode(0.8 + 0.05 + 0.05 + 0.1).reward == 1.0, "rounding is no nonsense"
 
 
 DOWN = "not judged: UnreachableError: judge model m: 5 of 5 attempts failed"

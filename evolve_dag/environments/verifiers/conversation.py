@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from evolve_dag.environments.base import tools_section
 from evolve_dag.errors import SessionError
 from evolve_dag.plain import one_line
-from evolve_dag.protocols import TALK, Completion, Session, ToolResult, ToolSpec, is_reward
+from evolve_dag.protocols import TALK, Completion, Session, ToolResult, ToolSpec, as_reward
 from evolve_dag.records import ToolCall
 
 if TYPE_CHECKING:
@@ -99,11 +99,12 @@ class Talk(Session):
         if not parts:
             return None
         given = float(parts[self._part].score if self._part else trace.reward)
-        if not is_reward(given):
-            told = ", ".join(f"{name} {reward.score:g} x {reward.weight:g}" for name, reward in parts.items())
+        reward = as_reward(given)
+        if reward is None:
+            told = ", ".join(f"{name} {one.score:g} x {one.weight:g}" for name, one in parts.items())
             remedy = "name the part that counts alone in environment.reward, or mend the rubric"
             raise SessionError(f"the rubric gave {given:g}, which is not from 0 to 1 ({one_line(told)})", remedy)
-        return given
+        return reward
 
     def _judged(self) -> Any:
         """The trace of an episode that ended well, which must be ours."""
