@@ -159,7 +159,7 @@ class EngineProcess:
                     process.stdin.close()
         self._listener.join(_CLOSE_SECONDS)
         if self._listener.is_alive():
-            os.killpg(process.pid, signal.SIGKILL)  # not reaped yet: that is the listener's work
+            self._kill(process)
             self._listener.join()
         self._fail(ClosedError("vLLM's engine was closed", "open the policy again"))
         self._log.close()
@@ -216,7 +216,11 @@ class EngineProcess:
         """Take the answers of one engine until it ends."""
         assert process.stdout is not None
         for line in process.stdout:
-            message = json.loads(line)
+            try:
+                message = json.loads(line)
+            except ValueError:  # torn: the engine was killed while it wrote
+                self._kill(process)
+                break
             if "ready" in message:
                 if not self._ready.done():
                     self._ready.set_result(message["ready"])
@@ -237,12 +241,11 @@ class EngineProcess:
     def _ended(self, process: subprocess.Popen[bytes]) -> None:
         """The engine is gone: start it again, unless that is as it should be or of no use."""
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # what a tensor-parallel engine may have left
-        code = process.wait()
+        self._kill(process)  # what a tensor-parallel engine may have left
         assert process.stdout is not None
         process.stdout.close()
         with self._lock:
+            code = process.wait()
             if self._closed:
                 return
             error = UnreachableError(f"vLLM's engine ended with status {code}{self._last_lines()}", _REMEDY)
@@ -267,6 +270,12 @@ class EngineProcess:
             self._fail(error)
         else:
             _fail_all(suspects, error)
+
+    def _kill(self, process: subprocess.Popen[bytes]) -> None:
+        """End an engine and all that it started, unless it was reaped: then another may have its number."""
+        with self._lock, contextlib.suppress(ProcessLookupError, PermissionError):
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
     def _fail(self, error: ModelError) -> None:
         with self._lock:

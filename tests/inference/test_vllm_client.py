@@ -557,6 +557,10 @@ for line in sys.stdin:
             sys.exit("a step failed")
         if seed == 668:
             time.sleep(60)
+        if seed == 671 and not os.path.exists(first["mark"]):  # killed in the middle of a line
+            open(first["mark"], "w").close()
+            os.write(1, b'{"id": 0, "ids": [5, 5,')
+            os.kill(os.getpid(), 9)
         if seed == 669:
             continue
         if message["adapter"] and message["adapter"] not in adapters:
@@ -615,6 +619,12 @@ def test_an_engine_that_dies_is_started_again_with_its_adapter(engine: EnginePro
     old = engine.pid
     futures = [engine.submit(plain(seed, adapter)) for seed in (667, 1, 2)]
     assert [future.result(20).ids[0] for future in futures] == [76, 10, 11]
+    assert engine.pid != old
+
+
+def test_an_engine_that_is_killed_while_it_writes_is_started_again(engine: EngineProcess) -> None:
+    old = engine.pid
+    assert [engine.submit(plain(seed)).result(20).ids[0] for seed in (671, 1)] == [80, 10]
     assert engine.pid != old
 
 
