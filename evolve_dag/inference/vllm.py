@@ -107,6 +107,8 @@ class VllmModel:
             async with asyncio.timeout(limit_seconds):
                 sampled = await asyncio.wrap_future(self._source.submit(ask))
         except TimeoutError:
+            assert limit_seconds is not None
+            self._source.late(limit_seconds)
             raise UnreachableError(
                 f"vLLM gave no answer within {limit_seconds:g} s",
                 "raise models.policy.timeout_seconds, or lower runtime.concurrency",

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -51,7 +52,7 @@ class _Pending:
 class EngineProcess:
     """Implements :class:`~evolve_dag.inference.vllm_source.Source` with one engine of our own.
 
-    An engine that dies is started again, with its adapters, and asked again what it had not answered.
+    An engine that dies is started again, with its adapters, and asked again what it had not answered. One that hangs is ended.
 
     Args:
         python: interpreter of an environment that holds vLLM; '' takes this one.
@@ -80,6 +81,7 @@ class EngineProcess:
         self._numbers = itertools.count()
         self._adapters: dict[str, Adapter] = {}
         self._restarts = 0
+        self._heard = 0.0  # when the engine last gave anything, monotonic clock
         self._closed = False
         self._over: ModelError | None = None  # why there is no engine any more
         self._ready: Future[dict[str, Any]] = Future()
@@ -145,6 +147,12 @@ class EngineProcess:
             _sampled,
         )
 
+    def late(self, seconds: float) -> None:
+        """End an engine that gave nothing for so long: it hangs."""
+        with self._lock:
+            if time.monotonic() - self._heard >= seconds:
+                self._kill(self._process)
+
     def release(self, session: str) -> None:
         """Nothing to do: the engine finds shared prefixes by itself."""
 
@@ -183,6 +191,7 @@ class EngineProcess:
         except OSError as problem:
             raise ModelError(f"{self._python}: cannot be started: {problem.strerror}", _REMEDY) from problem
         self._process = process
+        self._heard = time.monotonic() + START_SECONDS  # until then it may load its model in silence
         self._write(json.dumps({"op": "start", "arguments": self._arguments}))
         self._listener = threading.Thread(target=self._listen, args=(process,), name="evolve-vllm", daemon=True)
         self._listener.start()
@@ -221,6 +230,7 @@ class EngineProcess:
             except ValueError:  # torn: the engine was killed while it wrote
                 self._kill(process)
                 break
+            self._heard = time.monotonic()
             if "ready" in message:
                 if not self._ready.done():
                     self._ready.set_result(message["ready"])

@@ -97,6 +97,9 @@ class Servers:
             raise ClosedError("the connection to the vLLM servers was closed", "open the policy again")
         return asyncio.run_coroutine_threadsafe(self._sample(ask), self._loop)
 
+    def late(self, seconds: float) -> None:
+        """Nothing to do: a request that takes too long is asked again elsewhere."""
+
     def release(self, session: str) -> None:
         self._homes.pop(session, None)
 

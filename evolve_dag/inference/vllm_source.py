@@ -152,6 +152,10 @@ class Source(Protocol):
         """Start a call; cancelling the future ends it. It fails with :class:`ModelError`."""
         ...
 
+    def late(self, seconds: float) -> None:
+        """A call has waited for ``seconds`` and was given up. Where nothing else came meanwhile either, whoever samples hangs."""
+        ...
+
     def release(self, session: str) -> None: ...
 
     def close(self) -> None:

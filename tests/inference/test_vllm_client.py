@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import tiny_tokenizers
 
-from evolve_dag.errors import ContextOverflowError, ModelError
+from evolve_dag.errors import ContextOverflowError, ModelError, UnreachableError
 from evolve_dag.inference import vllm_probe, vllm_process, vllm_servers
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.vllm import VllmModel
@@ -561,6 +561,9 @@ for line in sys.stdin:
             open(first["mark"], "w").close()
             os.write(1, b'{"id": 0, "ids": [5, 5,')
             os.kill(os.getpid(), 9)
+        if seed == 672 and not os.path.exists(first["mark"]):
+            open(first["mark"], "w").close()
+            time.sleep(60)
         if seed == 669:
             continue
         if message["adapter"] and message["adapter"] not in adapters:
@@ -654,6 +657,40 @@ def test_a_slow_answer_is_an_error(engine: EngineProcess, chat: ChatFormat) -> N
     assert isinstance(error, ModelError)
     assert "no answer within 0.3 s" in error.what
     assert not engine._pending
+
+
+def test_an_engine_that_hangs_is_started_again(engine: EngineProcess, chat: ChatFormat, adapter: Adapter) -> None:
+    engine.load(adapter, None)
+    old, engine.timeout_seconds = engine.pid, 0.5
+    model = VllmModel(engine, chat, adapter, vocabulary=512)
+    others = [engine.submit(plain(seed, adapter)) for seed in (672, 1)]
+
+    async def scene() -> None:
+        with pytest.raises(UnreachableError, match="no answer within 0.5 s"):
+            await model.generate(request(2))
+
+    asyncio.run(scene())
+    assert [future.result(20).ids[0] for future in others] == [81, 10], "they are asked anew"
+    assert engine.pid != old
+    engine.timeout_seconds = 20.0
+    assert isinstance(ask(engine, chat, [request(2)], adapter)[0], Completion)
+    assert engine._restarts == 1
+
+
+def test_an_engine_that_is_only_slow_with_one_call_goes_on(engine: EngineProcess, chat: ChatFormat) -> None:
+    old, engine.timeout_seconds = engine.pid, 1.0
+    model = VllmModel(engine, chat, vocabulary=512)
+
+    async def scene() -> None:
+        slow = asyncio.create_task(model.generate(request(669)))
+        await asyncio.sleep(0.3)
+        await model.generate(request(1))
+        with pytest.raises(UnreachableError, match="no answer within 1 s"):
+            await slow
+
+    asyncio.run(scene())
+    assert engine.submit(plain(1)).result(20).ids == (10, 1)
+    assert engine.pid == old
 
 
 def test_an_engine_that_hangs_is_killed_on_close(engine: EngineProcess, monkeypatch: pytest.MonkeyPatch) -> None:
