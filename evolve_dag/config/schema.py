@@ -121,7 +121,7 @@ class VllmModelSettings(PolicySettings):
     tensor_parallel: int = Field(1, ge=1, le=MOST, json_schema_extra=RUNTIME)
     """GPUs that share one engine."""
     timeout_seconds: float = Field(600.0, gt=0, json_schema_extra=RUNTIME)
-    """Longest wait for one answer."""
+    """Longest wait for one answer; also how long a call that servers failed is tried again."""
 
 
 class OpenAIModelSettings(ModelSettings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import secrets
 import threading
@@ -19,8 +20,8 @@ from evolve_dag.inference.patience import retry_after
 from evolve_dag.inference.vllm_source import Adapter, Ask, Check, Sampled
 from evolve_dag.secrecy import describe_error, excerpt, read_key
 
-ATTEMPTS = 6
-"""Most tries of one call, all servers together."""
+_OPENING_ATTEMPTS = 6
+"""Most tries of what a server is asked before it is sampled from: about half a minute."""
 _CONNECT_SECONDS = 10.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _SLACK = 4
@@ -56,7 +57,8 @@ class Servers:
         addresses: of the servers, ending in ``/v1``.
         model: name of the base model there; '' takes the first that is listed.
         key: bearer token, or ''.
-        timeout_seconds: longest wait for one attempt.
+        timeout_seconds: longest wait for one attempt, and how long a call that failed is tried again: as long as a server
+            takes to start anew.
 
     Raises:
         ModelError: a server cannot be reached, or does not serve the model.
@@ -76,6 +78,7 @@ class Servers:
         for address in addresses:
             host_of(address, "models.policy.servers")
         self.timeout_seconds: float | None = None  # each attempt has its own limit
+        self._patience = timeout_seconds
         self._closed = False
         self._homes: dict[str, _Server] = {}
         self._loop = asyncio.new_event_loop()
@@ -142,30 +145,32 @@ class Servers:
             raise
 
     async def _sample_somewhere(self, ask: Ask) -> Sampled:
-        problem: _PassingError | None = None
-        for _ in range(ATTEMPTS):
+        attempts, deadline = 0, math.inf
+        while True:
+            attempts += 1
             server = self._choose(ask.session)
             server.busy += 1  # at once: the next call must see it when it chooses
             try:
                 if (rest := server.resting_until - time.monotonic()) > 0:
                     await asyncio.sleep(rest)
                 answer = await server.sample(ask)
-            except _AdapterGoneError as gone:
-                problem = gone
-                await server.load_again(ask.adapter)
             except _PassingError as passing:
-                problem = passing
+                deadline = min(deadline, time.monotonic() + self._patience)
+                if time.monotonic() >= deadline:
+                    raise UnreachableError(
+                        f"no answer after {attempts} attempts, {len(self._servers)} servers; the last: {passing}",
+                        "look at the servers' logs; raise models.policy.timeout_seconds if they take longer to come back",
+                    ) from None
                 server.rest(passing.pause)
-                self._homes.pop(ask.session, None)
+                if isinstance(passing, _AdapterGoneError):
+                    await server.load_again(ask.adapter)
+                else:
+                    self._homes.pop(ask.session, None)
             else:
                 server.failures = 0
                 return answer
             finally:
                 server.busy -= 1
-        raise UnreachableError(
-            f"no answer after {ATTEMPTS} attempts, {len(self._servers)} servers; the last: {problem}",
-            "look at the servers' logs; raise models.policy.timeout_seconds if they are only slow",
-        )
 
     def _choose(self, session: str) -> _Server:
         """The session's server, or the least busy one; of those that rest, the one that wakes first."""
@@ -314,8 +319,7 @@ class _Server:
         if pause is None and time.monotonic() < self.resting_until:
             return  # calls that fail together count once
         self.failures += 1
-        wait = pause if pause is not None else _FIRST_PAUSE * 2 ** (self.failures - 1) * random.uniform(0.75, 1.25)
-        self.resting_until = max(self.resting_until, time.monotonic() + min(wait, _LONGEST_PAUSE))
+        self.resting_until = max(self.resting_until, time.monotonic() + _wait(pause, self.failures))
 
     async def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """One request.
@@ -349,19 +353,22 @@ class _Server:
 
 async def _persist(work: Any, address: str) -> Any:
     """Do ``work`` again while its server passes."""
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, _OPENING_ATTEMPTS + 1):
         try:
             return await work()
         except _PassingError as passing:
-            if attempt == ATTEMPTS:
+            if attempt == _OPENING_ATTEMPTS:
                 raise UnreachableError(
-                    f"{passing} ({ATTEMPTS} attempts)", f"start the server, or take {address} out of models.policy.servers"
+                    f"{passing} ({attempt} attempts)", f"start the server, or take {address} out of models.policy.servers"
                 ) from passing
-            pause = (
-                passing.pause if passing.pause is not None else _FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
-            )
-            await asyncio.sleep(min(pause, _LONGEST_PAUSE))
+            await asyncio.sleep(_wait(passing.pause, attempt))
     raise AssertionError
+
+
+def _wait(asked: float | None, failures: int) -> float:
+    """Seconds to leave a server alone after so many failures in a row: what it asked for, or longer each time."""
+    wait = _FIRST_PAUSE * 2 ** min(failures - 1, 16) * random.uniform(0.75, 1.25) if asked is None else max(asked, _FIRST_PAUSE)
+    return min(wait, _LONGEST_PAUSE)
 
 
 def _explain(path: str, status: int) -> str:
