@@ -70,6 +70,21 @@ class SlotPool:
         self.forget()
         self.budget = min(self.budget, rows * self._columns_for(length))
 
+    def narrow(self, sessions: Collection[str], length: int) -> None:
+        """Give back columns that a longer sequence has left behind, where they stand in the way of rows.
+
+        That is where not all sessions fit, those that hold a slot and ``sessions``, which need ``length`` tokens, and half of
+        the columns would do for every one of them.
+        """
+        columns = _rounded(length)
+        owners = {owner for owner in self.owners if owner is not None}
+        if 2 * columns > self.columns or len(owners.union(sessions)) * self.columns <= self.budget:
+            return
+        owned = [i for i, owner in enumerate(self.owners) if owner is not None]
+        columns = max(columns, _rounded(int((self.ids[owned] >= 0).sum(axis=1).max(initial=0))))
+        if 2 * columns <= self.columns:
+            self._resize(list(range(self.slots)), self.slots, columns)
+
     def release(self, session: str) -> None:
         if session in self.owners:
             self.owners[self.owners.index(session)] = None
@@ -144,8 +159,7 @@ class SlotPool:
         return self.keys[layer], self.values[layer]
 
     def _columns_for(self, length: int) -> int:
-        rounded = -(-length // _COLUMN_STEP) * _COLUMN_STEP
-        return min(max(rounded, self.columns), self.max_columns)
+        return min(max(_rounded(length), self.columns), self.max_columns)
 
     def _roomy(self, columns: int, rows: int) -> int:
         """More than ``columns`` where the slab has to grow and ``rows``, and as many again, would still fit."""
@@ -173,6 +187,10 @@ class SlotPool:
         self.ids = ids
         self.owners = [self.owners[i] for i in kept] + [None] * (slots - len(kept))
         self._used = [self._used[i] for i in kept] + [0] * (slots - len(kept))
+
+
+def _rounded(length: int) -> int:
+    return -(-length // _COLUMN_STEP) * _COLUMN_STEP
 
 
 def _leading(equal: np.ndarray, full: int) -> np.ndarray:

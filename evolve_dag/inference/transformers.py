@@ -356,9 +356,11 @@ class TransformersModel:
         rest, alone = list(firsts.values()), False
         while rest:
             longest = max(len(call.ids) + call.limit for call in rest)
-            part = rest[: min(self._most, self._pool.rows_allowed(longest))]
+            part = rest[: self._most]
             spent: str | None = None
             try:
+                self._pool.narrow([call.session for call in rest], longest)
+                part = part[: self._pool.rows_allowed(longest)]
                 results.extend(self._compute(model, part))
                 alone = False
             except Exception as problem:

@@ -103,6 +103,24 @@ def test_longer_sequences_leave_room_for_fewer() -> None:
     check(pool)
 
 
+def test_a_long_sequence_that_is_over_leaves_its_room_to_others() -> None:
+    pool = SlotPool(16 * 128, 2048)
+    write(pool, ["long", "short"], [[1, 2, 3, *[5] * 900], [1, 2, 4]])
+    pool.narrow(["short", *"abc"], 100)
+    assert pool.columns == 1024, "the long one is not over"
+    pool.release("long")
+    pool.narrow(["short"], 100)
+    assert pool.columns == 1024, "nobody needs its room"
+    pool.narrow(["short", *"abc"], 600)
+    assert pool.columns == 1024, "half of it is too little"
+    pool.narrow(["short", *"abc"], 100)
+    assert (pool.columns, pool.rows_allowed(100)) == (128, 16)
+    check(pool)
+    again = [[1, 2, 4, 4], [1, 2, 3, 5], [7], [7, 7]]
+    assert write(pool, ["short", *"abc"], again)[:2] == [3, 3], "what fits is still there"
+    check(pool)
+
+
 def test_a_slab_grows_in_large_steps_where_there_is_room_for_as_many_rows_again() -> None:
     pool = SlotPool(2 * 3 * 512, 2048)
     pool.prepare("abc", 100)

@@ -255,6 +255,28 @@ def test_scarce_memory_evicts_and_stays_right(qwen3: PreTrainedModel, chat: Chat
     assert model._pool.slots * model._pool.columns <= 3 * 128 * 2  # a round of one longer session may exceed it
 
 
+def test_one_long_episode_takes_no_room_from_those_after_it(
+    qwen3: PreTrainedModel, chat: ChatFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: list[int] = []
+    whole = TransformersModel._compute
+    monkeypatch.setattr(
+        TransformersModel, "_compute", lambda self, model, calls: parts.append(len(calls)) or whole(self, model, calls)
+    )
+    model = load(qwen3, chat, cache_bytes=8 * 128 * bytes_per_token(qwen3.config, torch.float32))
+    stays = Request((SYSTEM, Message("user", "I stay.")), Sampling(max_tokens=6, seed=1), "stays")
+    long = Request((SYSTEM, Message("user", "x" * 400)), Sampling(max_tokens=8), "long")
+    ask(model, [stays, long])
+    model.release("long")
+    short = [question(number, max_tokens=6) for number in (0, 1, 2, 8, 9, 10)]
+    [said] = ask(model, [stays])
+    goes_on = replace(stays, messages=(*stays.messages, Message("assistant", said.text, said.token_ids), Message("tool", "on")))
+    parts.clear()
+    for request, completion in zip([goes_on, *short], ask(model, [goes_on, *short]), strict=True):
+        check(qwen3, chat, request, completion)
+    assert parts == [7]
+
+
 def test_memory_that_the_system_would_give_back_counts(qwen3: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=4_000_000, free=4))
     cpu = torch.device("cpu")
