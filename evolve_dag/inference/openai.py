@@ -47,6 +47,8 @@ _TOO_LONG = re.compile(
     re.I,
 )
 _NO_MONEY = re.compile(r"insufficient[_ ](?:quota|balance|funds)|exceeded your current quota", re.I)
+_MOST_TOKENS = 10**12
+"""No call has so many."""
 _TOLD = 500
 """Most characters of an error that the ledger keeps."""
 
@@ -241,7 +243,8 @@ class OpenAIModel:
         problem = f"{endpoint.name} answers {status}" + (f": {excerpt(said)}" if said else "")
         if status in (400, 413, 422) and (_TOO_LONG.search(said) or _code(error) == "context_length_exceeded"):
             raise _TooLongError(problem)
-        if status == 400 and "max_tokens" in body and _wants_other_limit(said):
+        ours = "max_tokens" in body and "max_tokens" not in self.settings.extra  # else it would be sent again for ever
+        if status == 400 and ours and _wants_other_limit(said):
             self._limit_field = "max_completion_tokens"
             raise _OtherFieldError(problem)
         key = self.settings.key
@@ -520,7 +523,9 @@ def _text(content: Any) -> str:
 
 
 def _number(value: Any) -> int:
-    return max(0, int(value)) if isinstance(value, (int, float)) and not isinstance(value, bool) else 0
+    """Tokens that an endpoint states; 0 where that can be no number of them (NaN, Infinity)."""
+    stated = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < _MOST_TOKENS
+    return int(value) if stated else 0
 
 
 def _without_bounds(schema: Any) -> Any:

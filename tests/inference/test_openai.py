@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from misbehaving import Endpoint, Fault, Served, at_random, echo, in_order
 from evolve_dag.config.schema import OpenAIModelSettings
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.ledger import Ledger, purpose
-from evolve_dag.inference.openai import CHARACTERS_PER_TOKEN, OpenAIModel, _is_strict
+from evolve_dag.inference.openai import CHARACTERS_PER_TOKEN, OpenAIModel, _is_strict, _Tally
 from evolve_dag.protocols import Completion, LanguageModel, Request, Sampling
 from evolve_dag.records import Call, Message
 
@@ -397,6 +398,15 @@ def test_an_endpoint_that_wants_the_newer_name_of_the_limit_gets_it() -> None:
     assert [arrival.body.get("max_completion_tokens") for arrival in server.arrivals] == [None, 64, 64, 64]
 
 
+def test_a_limit_of_the_experiment_that_the_endpoint_does_not_know_is_refused_at_once() -> None:
+    message = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    script = in_order(*[Fault("400", message=message)] * 3)
+    with Endpoint(script=script) as server, pytest.raises(ModelError, match="Use 'max_completion_tokens' instead") as caught:
+        ask(build(server.url, extra={"max_tokens": 4000}), REQUEST)
+    assert ".extra" in caught.value.remedy
+    assert len(server.arrivals) == 1
+
+
 def test_an_answer_far_over_the_limit_is_cut_and_counts_as_cut_off() -> None:
     with Endpoint(script=in_order(Fault("over_long"), Fault("length"))) as server:
         long, none = ask(build(server.url, concurrency=1), *numbered(2))
@@ -448,6 +458,16 @@ def test_cost_follows_from_prices_and_what_the_endpoint_states() -> None:
         assert ledger.calls()[1].cost == pytest.approx((9 * 2.0 + 2 * 10.0) / 1e6)
         ask(build(server.url, ledger=ledger, price_prompt=2.0), REQUEST)
     assert ledger.calls()[2].cost is None
+
+
+@pytest.mark.parametrize("odd", ["NaN", "Infinity", "-Infinity", "1" + "0" * 400, "-3", "true", '"many"', "null"])
+def test_a_number_of_tokens_that_is_none_counts_as_not_stated(odd: str) -> None:
+    usage = json.loads(
+        f'{{"prompt_tokens": 9, "completion_tokens": {odd}, "prompt_tokens_details": {{"cached_tokens": {odd}}}}}'
+    )
+    tally = _Tally()
+    assert tally.add(usage) == (9, 0)
+    assert tally.cost(settings("http://127.0.0.1/v1", price_prompt=2.0, price_completion=10.0)) == pytest.approx(9 * 2e-6)
 
 
 def test_a_call_is_recorded_with_what_it_is_for() -> None:
