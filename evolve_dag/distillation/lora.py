@@ -60,6 +60,8 @@ def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``a @ b`` in a number format that is at least as wide as theirs."""
     if a.is_cuda and a.dtype != dtype:
         return torch.mm(a, b, out_dtype=dtype)  # the sums are float32 anyway: not rounded in between
+    if a.dtype == torch.float16:  # which ends at 65,504; a sum over the tokens of a pass need not
+        a, b = a.to(dtype), b.to(dtype)
     return (a @ b).to(dtype)
 
 

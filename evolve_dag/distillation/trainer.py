@@ -476,6 +476,8 @@ class _Run:
         passes = self.forward.passes([row.row.ids for row in rows], self.tokens_per_pass)
         collective = self.forward.collective
         idle = self.processes.most(len(passes), self.forward.device) - len(passes) if collective else 0
+        # Through float16 gradients go back undivided: what one token among thousands adds would be 0 there.
+        raised = weight if self.forward.head.weight.dtype == torch.float16 else 1.0
         for chosen in passes:
             here = [rows[index] for index in chosen]
             found = row_losses(self.forward, here, self.regime.divergence, **self.options)
@@ -484,7 +486,7 @@ class _Run:
             retention_N = torch.tensor([row.retention for row in here]).repeat_interleave(counts).to(found.loss.device)
             loss_N = found.loss * weight_N / weight
             loss = loss_N.sum()
-            loss.backward()
+            loss.backward(torch.full_like(loss, raised))
             sums.loss += float(loss.detach())  # after the way back was asked for, since a GPU is waited for here
             sums.retention_loss += float(loss_N[retention_N].sum().detach())
             sums.divergence += float(found.divergence[~retention_N].sum())
@@ -492,6 +494,10 @@ class _Run:
                 break
         for _ in range(idle):
             self.forward.idle()
+        if raised != 1:
+            for one in self.parameters.values():
+                if one.grad is not None:
+                    one.grad /= raised
         return sums
 
 

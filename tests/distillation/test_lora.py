@@ -7,7 +7,7 @@ import torch
 from distillation_fakes import tiny_model
 
 from evolve_dag.distillation.adapter import attach
-from evolve_dag.distillation.lora import fuse
+from evolve_dag.distillation.lora import _wide_product, fuse
 
 
 def trained_adapter(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -64,3 +64,8 @@ def test_a_copy_has_its_own_weights() -> None:
     torch.testing.assert_close(without, tiny_model()(input_ids=torch.arange(8, 40).reshape(2, 16)).logits)
     assert not torch.allclose(before, without, atol=1e-3)
     assert torch.equal(step(wrapped)[0], before)
+
+
+def test_a_gradient_beyond_the_largest_number_of_float16_is_one() -> None:
+    token_N = torch.full((4096, 1), 10.0, dtype=torch.float16)
+    assert float(_wide_product(token_N.t(), token_N, torch.float32)) == 409_600

@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 import evolve_dag.distillation.losses as losses_module
 import evolve_dag.distillation.trainer as trainer_module
 from evolve_dag.config.schema import DistillationSettings, Regime
-from evolve_dag.distillation.adapter import load_adapter, merge
+from evolve_dag.distillation.adapter import attach, load_adapter, merge
 from evolve_dag.distillation.alignment import align, no_injection, replay_injection
 from evolve_dag.distillation.batch import joined_teacher, row_losses, step_divergences
 from evolve_dag.distillation.dataset import DistillationRow, make_rows
+from evolve_dag.distillation.forward import Forward
+from evolve_dag.distillation.lora import fuse
 from evolve_dag.distillation.trainer import CurvePoint, DistillationResult, distill, learning_rate
 from evolve_dag.errors import AlignmentError, ModelError, StoreError
 from evolve_dag.inference.prefix_tree import prefix_tree
@@ -371,6 +373,24 @@ def test_a_base_in_half_precision_has_lora_weights_in_single(
     assert next(half.parameters()).dtype == torch.bfloat16
     losses = [[point.loss for point in one.curve] for one in (result, full)]
     assert losses[0] == pytest.approx(losses[1], rel=0.05, abs=0.01)
+
+
+def test_a_token_among_very_many_counts_in_float16_as_well(trained: torch.nn.Module, rows: list[DistillationRow]) -> None:
+    """Divided by a batch's weight before the way back, its gradient would be below the smallest number there."""
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        model = tiny_model().to(dtype)
+        model.load_state_dict(trained.state_dict())
+        wrapped = attach(model, rank=8, alpha=16, seed=0).eval()
+        fuse(wrapped)
+        regime = Regime(divergence="forward_kl")
+        one = trainer_module._Run(wrapped, Forward(wrapped), rows[:4], SETTINGS, regime, 0, 1, 1, 8192)
+        with one.forward.ready():
+            sums = one._accumulate(rows[:4], weight=1e6)
+        found.append((sums.loss, torch.cat([p.grad.flatten() for p in one.parameters.values() if p.grad is not None])))
+    (full_loss, full), (half_loss, half) = found
+    assert half_loss == pytest.approx(full_loss, rel=0.01)
+    assert (half.dtype, float((half - full).norm() / full.norm())) == (torch.float32, pytest.approx(0, abs=0.02))
 
 
 def memory_for(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
