@@ -24,6 +24,9 @@ SMALL = 30
 INVENTED = (1.0, -1.0)
 """Differences of two tasks that are added before resampling, see :func:`paired_difference`."""
 
+SAME = 1e-9
+"""Difference of two means up to which they are equal: the same rewards, summed in another order, differ in the last digit."""
+
 POWER = 0.8
 """Chance with which a loss that is called detectable would be seen."""
 
@@ -169,7 +172,7 @@ def sign_interval(differences_T: Floats, *, resamples: int = 4000, confidence: f
     from scipy.special import bdtrc
 
     low, high = difference_interval(differences_T, share=False, resamples=resamples, confidence=confidence, seed=seed)
-    won, lost = int((differences_T > 0).sum()), int((differences_T < 0).sum())
+    won, lost = int((differences_T > SAME).sum()), int((differences_T < -SAME).sum())
     level = (1 - confidence) / 2
     if lost == 0 or bdtrc(lost - 1, won + lost, 0.5) > level:
         high = max(high, 0.0)

@@ -278,7 +278,7 @@ def _unread(experiment: Experiment) -> tuple[str, ...]:
 SPEC = StepSpec(
     "contexts",
     "Step-aligned contexts: the student's clean view, the teacher's view with experience, the shared action tokens.",
-    version="12",
+    version="13",
     config=(
         "seed",
         *INJECTION_KEYS,
