@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterable, Sequence
 
 from evolve_dag.experience.extraction.situations import Condition, situations_of
-from evolve_dag.experience.features import walk
+from evolve_dag.experience.features import choices
 from evolve_dag.experience.phrases import render, strategy
 from evolve_dag.records import Trajectory
 
@@ -31,25 +31,23 @@ def drills(trajectories: Sequence[Trajectory], share: float, seed: int) -> dict[
     """
     if share <= 0:
         return {}
-    walked = {t.id: [(next(situations_of(state), ()), action) for state, action in walk(t)] for t in trajectories}
+    # A call that is announced as the last is no choice, and one before which an environment said nothing of its state has no
+    # situation: there is nothing to advise.
+    walked = {(t.id, c.step): (next(situations_of(c.state), ()), c.action) for t in trajectories for c in choices(t)}
     done = _done(walked.values())
     texts: dict[Place, str] = {}
-    for trajectory in trajectories:
-        # A call that is announced as the last has no situation, nor has one before which an environment said nothing of its
-        # state: there is nothing to advise.
-        for step, (condition, _) in zip(trajectory.steps, walked[trajectory.id], strict=False):
-            draw = random.Random(f"drill:{seed}:{trajectory.id}:{step.index}")
-            advised = done.get(condition, ())
-            if condition and draw.random() < share and len(advised) > 1:
-                texts[trajectory.id, step.index] = render(dict(condition), draw.choice(advised))
+    for place, (condition, _) in walked.items():
+        draw = random.Random(f"drill:{seed}:{place[0]}:{place[1]}")
+        advised = done.get(condition, ())
+        if condition and draw.random() < share and len(advised) > 1:
+            texts[place] = render(dict(condition), draw.choice(advised))
     return texts
 
 
-def _done(walked: Iterable[Sequence[tuple[Condition, str]]]) -> dict[Condition, tuple[str, ...]]:
+def _done(walked: Iterable[tuple[Condition, str]]) -> dict[Condition, tuple[str, ...]]:
     """Situation -> the actions that were done there and can be advised, in a fixed order."""
     found: dict[Condition, set[str]] = {}
-    for steps in walked:
-        for condition, action in steps:
-            if strategy(action) is not None:
-                found.setdefault(condition, set()).add(action)
+    for condition, action in walked:
+        if strategy(action) is not None:
+            found.setdefault(condition, set()).add(action)
     return {condition: tuple(sorted(actions)) for condition, actions in found.items()}

@@ -42,6 +42,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from evolve_dag.plain import LAST_STEP
 from evolve_dag.protocols import CAN, OR
 from evolve_dag.records import Step, ToolCall, Trajectory
 
@@ -84,9 +85,6 @@ ACTIONS: Mapping[str, str] = {
 SHORT_QUERY_WORDS = 4
 """Most words of a short free-text call."""
 
-LAST_STEP = "last step:"
-"""How the line begins that the agent loop appends before the last allowed model call. It is no part of an observation."""
-
 STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -101,7 +99,6 @@ _RUNNERS = frozenset({"python", "code", "run", "execute", "shell", "bash", "calc
 
 _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 _MARKUP = re.compile(r"\*\*|[`\"“”«»]")
-_LAST_STEP_LINE = re.compile(rf"\n?^{re.escape(LAST_STEP)}[^\n]*+\s*+\Z", re.MULTILINE | re.IGNORECASE)
 _EMPTY = re.compile(r"(?:no|0|zero) (?:results?|matches|match|hits?)\b|nothing (?:was )?found\b", re.IGNORECASE)
 _MISSING = re.compile(
     r"no (?:such )?(?:page|file|document|article|entry|site|url)\b|no such\b|(?:\w+)?error\b|unknown\b"
@@ -126,14 +123,19 @@ _TITLE_END = re.compile(r":\s|\s[-–—|]\s|$|\]\(")
 
 
 def strip_last_step(text: str) -> str:
-    """``text`` without the loop's closing demand for an answer."""
-    return _LAST_STEP_LINE.sub("", text)
+    """``text`` without the loop's closing demand for an answer, which is no part of an observation."""
+    before, _, last = text.rpartition("\n")
+    return before if last == LAST_STEP else text
 
 
 def answer_demanded(question: str, steps: Sequence[Step]) -> bool:
-    """Whether the loop has told the policy that only an answer is possible now."""
+    """Whether the loop has told the policy that only an answer is possible now.
+
+    Its line is told by every letter: whatever a page or a question holds that looks like it has become a quotation
+    (:func:`evolve_dag.plain.plain`), and a recipe may end with 'Last step: let it cool'.
+    """
     text = (steps[-1].observation or "") if steps else question
-    return _LAST_STEP_LINE.search(text) is not None
+    return text.rpartition("\n")[2] == LAST_STEP
 
 
 def normalised(text: str) -> str:
@@ -505,6 +507,8 @@ def action(question: str, before: Sequence[Step], step: Step) -> str:
 class Choice:
     """A step where the policy had a choice."""
 
+    step: int
+    """Its index in the trajectory."""
     state: dict[str, str]
     """The situation before it."""
     action: str
@@ -528,7 +532,7 @@ def choices(trajectory: Trajectory) -> list[Choice]:
         if not answer_demanded(trajectory.question, trajectory.steps[:place]):
             before = trajectory.steps[place - 1].features if place else {}
             can = frozenset(f"{DID}:{one}" for one in before[CAN].split(OR)) if CAN in before else None
-            found.append(Choice(transcript.features(), transcript.action(step), can))
+            found.append(Choice(step.index, transcript.features(), transcript.action(step), can))
         transcript.append(step)
     return found
 

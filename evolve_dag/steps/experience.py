@@ -120,7 +120,7 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
 SPEC = StepSpec(
     "experience",
     "The experience pool E(k), every pool edit, and which trajectories taught what.",
-    version="11",
+    version="12",
     config=("seed", "granularity", "extraction"),
     inputs=("policy", "trajectories"),
     run=run,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from evolve_dag.experience.drills import drills
 from evolve_dag.experience.phrases import action_of, split
 from evolve_dag.records import Step, ToolCall, Trajectory
@@ -53,6 +55,18 @@ def test_the_call_that_is_announced_as_the_last_has_no_drill():
         "forced",
     )  # fmt: skip
     assert ("d#0", 1) not in drills([told, last, *EPISODES], 1.0, 1)
+
+
+def test_a_step_without_a_choice_moves_no_drill_to_another_step():
+    steps = [
+        Step(0, "", (1,), (), SHORT, observation="no results\nlast step: answer now"),
+        Step(1, "", (1,), (), SHORT, observation="page: a\nmayor: person X"),
+    ]
+    ends = [Step(2, "", (1,), (), answer="X"), replace(steps[1], index=2)]
+    told = [replace(EPISODES[0], id=f"{n}#0", steps=(*steps, end)) for n, end in enumerate(ends)]
+    texts = drills([*told, *EPISODES], 1.0, 1)
+    assert ("0#0", 1) not in texts
+    assert split(texts["0#0", 2])[1] == "the page shows the asked value"
 
 
 def test_a_step_after_which_an_environment_says_nothing_of_its_state_is_left_out():

@@ -22,6 +22,7 @@ from evolve_dag.experience.features import (
     strip_last_step,
     walk,
 )
+from evolve_dag.plain import plain
 from evolve_dag.records import Step, ToolCall
 
 ONE = "1 result\n1. person Bado Keli: home: city Zano Pile"
@@ -244,6 +245,18 @@ def test_walk_leaves_out_the_step_without_a_choice() -> None:
     assert answer_demanded(f"{QUESTION}\nlast step: answer now", [])
     assert strip_last_step(f"{QUESTION}\nlast step: answer now") == QUESTION
     assert strip_last_step("the last step: was hard\nmore") == "the last step: was hard\nmore"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["Last step: let it cool for an hour.", "last step: answer nowhere", "Last step: answer now", "> last step: answer now"],
+)
+def test_a_page_that_speaks_of_a_last_step_demands_no_answer(line: str) -> None:
+    page = visit("pie", plain(f"page: pie\nmayor: Rato Miku\n{line}"))
+    assert not answer_demanded(QUESTION, [page])
+    assert not answer_demanded(f"{QUESTION}\n{plain(line)}", [])
+    assert strip_last_step(page.observation or "") == page.observation
+    assert [choice.step for choice in choices(trajectory("t", 0, [page, replace(answer("Rato Miku"), index=1)], 1.0))] == [0, 1]
 
 
 TEXT = st.text(alphabet=st.sampled_from("ab AB:.\n1-*[]() noresult page see"), max_size=60)
