@@ -116,7 +116,8 @@ class Pool:
         newest). Items that are not active do not count for the cap.
 
         An update keeps the id, the granularity and the condition; its trajectories replace the item's (trajectory ids
-        are unique within one iteration only, and ``updated`` names it; the earlier ones stay in the edits).
+        are unique within one iteration only, and ``updated`` names it; the earlier ones stay in the edits). An item that
+        has graduated comes back with other words: nobody has seen that the policy does what they say.
 
         Raises:
             DataError: with ``strict``, when a proposal is refused; lists all refusals.
@@ -153,6 +154,7 @@ class Pool:
                 after = replace(
                     before, text=text, evidence=dict(proposal.evidence) or before.evidence,
                     trajectory_ids=tuple(proposal.trajectory_ids), updated=iteration,
+                    graduated=before.graduated if same_words(text) == same_words(before.text) else 0,
                 )  # fmt: skip
                 items[before.id] = after
                 edits.append(PoolEdit("update", before.id, iteration, before.text, text, proposal.reason, after.trajectory_ids))
@@ -274,6 +276,11 @@ def lift(item: ExperienceItem) -> float:
     return item.evidence.get("lift", 0.0)
 
 
+def same_words(text: str) -> str:
+    """Equal for texts that say the same words."""
+    return " ".join(text.split()).lower()
+
+
 def principle_problems(text: str) -> list[str]:
     """Why ``text`` is not taken into a pool as a new principle: its length, or the trajectory detail that it holds (METHOD:
     granularity). Empty when nothing is against it; it need not read as :mod:`evolve_dag.experience.phrases` writes."""
@@ -324,7 +331,7 @@ def _objection(proposal: Proposal, items: Mapping[str, ExperienceItem]) -> str |
         if granularity == "principle" and (problems := principle_problems(text.strip())):
             return "; ".join(problems)
         for other in items.values():
-            if other.id != proposal.item_id and " ".join(other.text.split()).lower() == " ".join(text.split()).lower():
+            if other.id != proposal.item_id and same_words(other.text) == same_words(text):
                 return f"the same text is in the pool as {other.id}"
         if bad := [name for name, value in proposal.evidence.items() if not is_finite(value)]:
             return f"evidence is not a finite number: {', '.join(bad)}"

@@ -165,6 +165,16 @@ def test_two_items_with_one_id_are_refused() -> None:
         Pool((item, item))
 
 
+def test_other_words_bring_back_an_item_that_has_graduated():
+    """That the policy follows the new words nobody has seen."""
+    pool = Pool().apply([add("a"), Proposal("graduate", item_id="p0001")], iteration=1).pool
+    text = pool.items[0].text
+    same = pool.apply([Proposal("update", item_id="p0001", text=f" {text.upper()}", evidence={"lift": 0.2})], iteration=2).pool
+    assert same.items[0].graduated == 1
+    other = pool.apply([Proposal("update", item_id="p0001", text=add("b").text)], iteration=2).pool
+    assert other.active.ids == ("p0001",)
+
+
 IDS = st.one_of(st.none(), st.sampled_from([f"p{n:04d}" for n in range(1, 9)] + ["x"]))
 PROPOSALS = st.builds(
     Proposal,

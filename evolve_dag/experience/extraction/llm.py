@@ -31,12 +31,12 @@ from evolve_dag.experience.extraction.base import (
     only_principles_graduate,
 )
 from evolve_dag.experience.extraction.llm_calls import Asker, in_order
-from evolve_dag.experience.extraction.llm_edits import Lesson, PoolEditor, same_words, union
+from evolve_dag.experience.extraction.llm_edits import Lesson, PoolEditor, union
 from evolve_dag.experience.extraction.llm_form import Form, entities
 from evolve_dag.experience.extraction.llm_plans import Candidate, Tally
 from evolve_dag.experience.features import strip_last_step
 from evolve_dag.experience.llm_text import fence, fit, shorten, trajectory_text
-from evolve_dag.experience.pool import Pool, counted
+from evolve_dag.experience.pool import Pool, counted, same_words
 from evolve_dag.protocols import LanguageModel
 from evolve_dag.records import Granularity, Task, Trajectory, solved
 from evolve_dag.store.memory import Memory

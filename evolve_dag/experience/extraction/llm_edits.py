@@ -17,7 +17,7 @@ from evolve_dag.experience.extraction.llm_calls import Asker, in_order
 from evolve_dag.experience.extraction.llm_form import Form
 from evolve_dag.experience.extraction.llm_plans import Candidate, Tally
 from evolve_dag.experience.llm_text import fence, pool_text
-from evolve_dag.experience.pool import Pool, Proposal
+from evolve_dag.experience.pool import Pool, Proposal, same_words
 from evolve_dag.plain import one_line
 from evolve_dag.records import Granularity, PoolEdit
 
@@ -112,10 +112,11 @@ class PoolEditor:
                 "form": self._form.prompt,
             }
             count, ids = len(candidates), frozenset(pool.ids)
+            closed = frozenset(item.id for item in pool.items if item.withdrawn)
             try:
                 value = await self._asker.json(
                     "decide", (lesson.task_id,), blanks, plans.DECISIONS_SCHEMA,
-                    lambda v: plans.read_decisions(v, count, ids, Counter()) is not None,
+                    lambda v: plans.read_decisions(v, count, ids, Counter(), closed) is not None,
                     guide=self._form.guides.decisions(count, pool.ids),
                 )  # fmt: skip
             except ModelError:
@@ -123,7 +124,7 @@ class PoolEditor:
             if value is None:
                 self._tally["undecided"] += count
             else:
-                decisions = plans.read_decisions(value, count, ids, self._tally)
+                decisions = plans.read_decisions(value, count, ids, self._tally, closed)
         drafts = []
         for place, candidate in enumerate(candidates):
             decision = decisions[place] if decisions is not None else plans.PoolDecision("ADD")
@@ -294,11 +295,6 @@ class PoolEditor:
             why = f"over the cap of {cap}: {reason or 'least useful'}"
             proposals.append(Proposal("delete", item_id=item_id, trajectory_ids=caused, reason=why))
         return proposals
-
-
-def same_words(text: str) -> str:
-    """Equal for texts that say the same words."""
-    return " ".join(text.split()).lower()
 
 
 def union(sets: Iterable[frozenset[str]]) -> frozenset[str]:

@@ -159,13 +159,18 @@ def read_candidates(value: Any) -> list[Candidate] | None:
     return candidates if candidates or not found else None
 
 
-def read_decisions(value: Any, count: int, ids: Collection[str], tally: Tally) -> list[PoolDecision] | None:
+def read_decisions(
+    value: Any, count: int, ids: Collection[str], tally: Tally, closed: Collection[str] = ()
+) -> list[PoolDecision] | None:
     """One decision per candidate, in order; None: the answer holds no decision at all.
 
     - A candidate without a decision is added (``undecided``): what a critique wrote is not lost by an omission.
     - The first of two decisions for a candidate stands (``duplicates``); one for no candidate is dropped (``surplus``).
     - An UPDATE of an unknown id becomes an ADD, a DELETE of one does nothing (``unknown_ids``).
     - A DELETE needs no content.
+
+    Args:
+        closed: ids of the pool that are known, and that nobody may rewrite: an UPDATE of one becomes an ADD.
     """
     found = entries(value, "decisions", ("operation", "candidate", "action", "decision"))
     if not found:
@@ -192,6 +197,8 @@ def read_decisions(value: Any, count: int, ids: Collection[str], tally: Tally) -
             if operation in ("UPDATE", "DELETE") and item_id is None:
                 counted["unknown_ids"] += 1
                 operation = "ADD" if operation == "UPDATE" else "NONE"
+            elif operation == "UPDATE" and item_id in closed:
+                operation, item_id = "ADD", None
             decided[number] = PoolDecision(operation, item_id, text if operation in ("ADD", "UPDATE") else None, reason)
     if not read:
         return None

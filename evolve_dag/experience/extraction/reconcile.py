@@ -24,7 +24,9 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
       states would get two contrary pieces of advice, and a teacher that is told two things does worse than one that is told
       either.
 
-    An item that was withdrawn is no longer advice: it keeps nothing out but what says the same about the same situation.
+    An item that was withdrawn is no longer advice: it keeps nothing out but what says the same about the same situation. Nor
+    does anybody read one that has graduated: it keeps out what is said of the very same situation, in whichever words. A
+    special case of it in which the policy does otherwise is a lesson.
     """
     proposals: list[Proposal] = []
     gone: set[str] = set()
@@ -55,14 +57,13 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
             if beaten:
                 delete(item, f"contradicted by: {pattern.text} (lift {shown_as(pattern.effect)})", pattern.trajectory_ids)
     standing = [entry for entry in known if entry[0].id not in gone]
-    held = [(condition, action) for _, condition, action in standing]
+    held = [(condition, action) for item, condition, action in standing if item.active]
+    settled = [(condition, action) for item, condition, action in standing if item.graduated]
     for pattern in sorted(mined.patterns, key=lambda p: (-p.effect.low, p.condition)):
         if (pattern.condition, pattern.action) in withdrawn:
             continue
-        effect, ids = pattern.effect, pattern.trajectory_ids
-        same = next(
-            (i for i, condition, action in standing if (condition, action) == (pattern.condition, pattern.action)), None
-        )
+        effect, ids, own = pattern.effect, pattern.trajectory_ids, (pattern.condition, pattern.action)
+        same = next((i for i, condition, action in standing if (condition, action) == own), None)
         if same is not None:
             before = same.evidence.get("lift")
             was = f"; was {before:+.2f}" if before is not None else ""
@@ -75,9 +76,11 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
         if any(
             set(condition) <= set(pattern.condition) if action == pattern.action else mined.meet(condition, pattern.condition)
             for condition, action in held
-        ) or mined.seen.repeats((pattern.condition, pattern.action), held):
+        ) or mined.seen.repeats(own, held):
             continue
-        held.append((pattern.condition, pattern.action))
+        if any(other[0] == pattern.condition or mined.seen.alike(own, other) for other in settled):
+            continue
+        held.append(own)
         proposals.append(
             Proposal("add", text=pattern.text, granularity="principle", condition=dict(pattern.condition),
                      evidence=effect.evidence(), trajectory_ids=ids, reason=f"lift {shown_as(effect)}")
@@ -87,7 +90,7 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
 
 def subsumed(pool: Pool, seen: Seen) -> list[Proposal]:
     """Merges of items into one with the same advice that is more general, or holds at all their moments of this night and at
-    more, and is not clearly weaker."""
+    more, and is not clearly weaker. Only an active item takes in one that is active."""
     proposals = []
     known = [entry for entry in _in_our_words(pool) if not entry[0].withdrawn]
     into: dict[str, str] = {}
@@ -95,7 +98,8 @@ def subsumed(pool: Pool, seen: Seen) -> list[Proposal]:
         general = [
             other
             for other, wider, advice in known
-            if advice == action and item.evidence.get("low", 0.0) <= other.evidence.get("lift", 0.0)
+            if advice == action and (other.active or not item.active)
+            and item.evidence.get("low", 0.0) <= other.evidence.get("lift", 0.0)
             and (set(wider) < set(condition) or _reaches_further(wider, condition, action, seen))
         ]  # fmt: skip
         if general:

@@ -92,6 +92,10 @@ class Seen:
         told = set().union(*(self.moments(c, a) for c, a in others if a == action))
         return len(own & told) >= COVERED * len(own)
 
+    def alike(self, one: tuple[Condition, str], other: tuple[Condition, str]) -> bool:
+        """Whether the two are the same in other words."""
+        return self.repeats(one, [other]) and self.repeats(other, [one])
+
     def distinct(self, patterns: Sequence[tuple[Condition, str]]) -> list[tuple[Condition, str]]:
         """Of ``patterns`` those that say something of their own; of the same in several words, the one that most show."""
         kept: list[tuple[Condition, str]] = []

@@ -330,6 +330,28 @@ def test_a_withdrawn_item_is_not_learned_again_and_keeps_nothing_else_out() -> N
     assert after.items[0] == gone.items[0], "it stays in the record"
 
 
+def test_an_item_that_graduated_keeps_out_no_special_case_in_which_the_policy_does_otherwise() -> None:
+    """Nobody reads it: what it says of the whole is learned, and is not what the policy does in the part."""
+    first = room("begin", "go back; go on", light="on", doors="two")
+    played = [("one", "go on", 1.0), ("one", "go back", 0.0), ("two", "go on", 0.0), ("two", "go on", 1.0)]
+    data = [
+        trajectory(f"t{task}", n, [first, room("go on", "go back; go on", light="on", doors=doors), room(act)], reward)
+        for task in range(20)
+        for n, (doors, act, reward) in enumerate(played)
+    ]
+    active = go_on_when(light="on")
+    assert reconcile(mine(data), active) == [], "it says so already"
+    graduated = Pool((replace(active.items[0], graduated=1, evidence={"lift": 1.0}),))
+    proposals = reconcile(mine(data), graduated)
+    assert [(p.operation, p.text) for p in proposals] == [("add", "Do: when the doors is one, go on.")]
+    after = graduated.apply(proposals, iteration=2).pool
+    assert subsumed(after, mine(data).seen) == [], "what nobody reads takes in nothing that is read"
+    recalled = after.apply([Proposal("recall", item_id="p0001")], iteration=3).pool
+    assert [(p.item_id, p.into) for p in subsumed(recalled, mine(data).seen)] == [("p0002", "p0001")]
+    again = go_on(7, light=lambda draw: "on", doors=lambda draw: "two")
+    assert reconcile(mine(again), graduated) == [], "the same situation in other words"
+
+
 def test_items_in_other_words_and_of_other_granularity_are_left_alone() -> None:
     pool = (
         Pool()

@@ -243,6 +243,19 @@ def test_shapes_of_decisions(value: Any, count: int, expected: list[PoolDecision
     assert +tally == counted
 
 
+def test_an_update_of_what_may_not_be_rewritten_is_an_addition() -> None:
+    value = decide({"operation": "UPDATE", "id": "p0001", "content": "x"}, {"operation": "DELETE", "id": "p0001"})
+    added, deleted = PoolDecision("ADD", None, "x", "r"), PoolDecision("DELETE", "p0001", None, "r")
+    assert read_decisions(value, 2, IDS, Counter(), closed={"p0001"}) == [added, deleted]
+
+
+def test_a_lesson_for_a_withdrawn_item_is_not_lost() -> None:
+    pool = pool_of("a").apply([Proposal("withdraw", item_id="p0001")], iteration=1).pool
+    found = run(Extractor({"decide": decide({"operation": "UPDATE", "id": "p0001"})}), groups(0), pool)
+    assert [(e.operation, e.item_id) for e in found.edits] == [("add", "p0002")]
+    assert found.statistics["refused"] == 0
+
+
 @pytest.mark.parametrize("value", [None, 3, "ADD", [], {}, {"decisions": []}, [1, 2], {"a": "b"}, [{"operation": "rename"}]])
 def test_no_decision_at_all(value: Any) -> None:
     tally: Counter[str] = Counter()
