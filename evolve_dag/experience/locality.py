@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from evolve_dag.experience.phrases import without_tool
 from evolve_dag.records import ExperienceItem, Task
 
 _URL = re.compile(r"https?://|www\.\w|(?<![\w-])-*+\w[\w-]*+\.(?:com|org|net|edu|gov|io|ai|cn|de|uk|info)\b", re.IGNORECASE)
@@ -83,7 +84,9 @@ class Locality:
 
 
 def trajectory_detail(text: str) -> list[str]:
-    """What makes an item instance-level, in words; empty for a principle."""
+    """What makes an item instance-level, in words; empty for a principle. The name of a tool (``base64_decode``, ``Search``) is
+    none: the environment offers it in every episode."""
+    text = without_tool(text)
     found = (
         ("a URL or domain", url_in(text)),
         ("a number", number_in(text)),

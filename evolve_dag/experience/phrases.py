@@ -75,6 +75,7 @@ STRATEGIES: Mapping[str, tuple[str, str]] = {
 
 TOOL_NAME = "Source"
 DO_NAME = "Do"
+_CALL = "use:"
 _USE = re.compile(r"call ([A-Za-z0-9_-]+)")
 MARKED = "its value is marked "
 """Opens the situation where words stand with the asked value; they follow."""
@@ -82,8 +83,8 @@ MARKED = "its value is marked "
 
 def strategy(action: str) -> tuple[str, str] | None:
     """(name, strategy) of an action; None when it is never advice."""
-    if action.startswith("use:"):
-        return TOOL_NAME, f"call {action.removeprefix('use:')}"
+    if action.startswith(_CALL):
+        return TOOL_NAME, f"call {action.removeprefix(_CALL)}"
     if action.startswith(f"{DID}:"):
         return DO_NAME, action.removeprefix(f"{DID}:")
     return STRATEGIES.get(action)
@@ -151,7 +152,13 @@ def action_of(text: str) -> str | None:
     if parts[0] == DO_NAME:
         return f"{DID}:{parts[2]}"
     tool = _USE.fullmatch(parts[2])
-    return f"use:{tool[1]}" if tool and parts[0] == TOOL_NAME else _ACTION_OF.get((parts[0], parts[2]))
+    return f"{_CALL}{tool[1]}" if tool and parts[0] == TOOL_NAME else _ACTION_OF.get((parts[0], parts[2]))
+
+
+def without_tool(text: str) -> str:
+    """A principle that advises a call, without the name of the tool that it ends with; any other text as it is."""
+    action = action_of(text) or ""
+    return text.removesuffix(f"{action.removeprefix(_CALL)}.") + "it." if action.startswith(_CALL) else text
 
 
 def all_phrases() -> tuple[str, ...]:

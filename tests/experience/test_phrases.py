@@ -18,6 +18,8 @@ from evolve_dag.experience.phrases import (
 )
 from evolve_dag.experience.pool import principle_problems
 
+TOOLS = ["use:archive", "use:web_lookup-b", "use:base64_decode", "use:Search", "use:lookup_v2"]
+
 
 def test_every_action_that_can_be_advised_has_one_strategy() -> None:
     assert set(STRATEGIES) == set(ACTIONS) - {"malformed", "use:<tool>", "did:<words>"}
@@ -31,7 +33,7 @@ def test_every_rendering_is_in_principle_form_and_can_be_read_back() -> None:
     conditions += [{"observation": "listing", "shared_name": "yes", "evidence": "part", "repeat": "yes"}]
     conditions += [{"observation": "page", "evidence": "asked", "mark": "old"}]
     conditions += [{"observation": "described", "env:result": "an error", "env:cursor": "at its end", "repeat": "yes"}]
-    for condition, action in product(conditions, [*STRATEGIES, "use:archive", "use:web_lookup-b", "did:go back"]):
+    for condition, action in product(conditions, [*STRATEGIES, *TOOLS, "did:go back"]):
         text = render(condition, action)
         assert principle_problems(text) == []
         assert action_of(text) == action
@@ -62,6 +64,14 @@ def test_every_rendering_is_in_principle_form_and_can_be_read_back() -> None:
 )  # fmt: skip
 def test_agreed_phrases(condition: dict[str, str], expected: str) -> None:
     assert situation_text(condition) == expected
+
+
+def test_a_tools_name_is_no_detail_and_what_stands_beside_it_is() -> None:
+    assert principle_problems("Source: when a table is shown, call base64_decode.") == []
+    assert principle_problems("Source: when table 7 is shown, call base64_decode.") == ["holds a number (7)"]
+    assert principle_problems("Source: when Bado Keli is shown, call Search.") == ["holds an entity name (Bado Keli)"]
+    assert principle_problems("Source: when a table is shown, call Search for Rato Miku.") != []
+    assert principle_problems("Decode: when a table is shown, ask base64_decode.") != [], "other words name no tool"
 
 
 def test_what_has_no_phrase_is_an_error() -> None:

@@ -43,6 +43,14 @@ def test_items_that_left_the_context_do_not_count_for_the_cap(
     assert found["within_cap"].passed is passed
 
 
+def test_a_tools_name_is_no_trajectory_detail(tmp_path: Path) -> None:
+    texts = {"p0001": "Source: when a page is shown, call lookup_v2.", "p0002": "Source: when page 7 is shown, call lookup."}
+    items = [replace(ITEM, id=item_id, text=text) for item_id, text in texts.items()]
+    artifact = stored(Store(tmp_path), "experience", lambda folder: items_to_frame(items).write_parquet(folder / ITEMS))
+    found = {v.check: v for v in experience.examine(artifact, Experiment(experiment="x"))}
+    assert found["detail"].evidence["wrong"].keys() == {"p0002"}
+
+
 def test_what_the_check_of_the_teacher_found_is_entered_first(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     entering = stored(store, "experience", lambda folder: (folder / "pool.json").write_text(Pool((ITEM, OTHER)).to_json()))
