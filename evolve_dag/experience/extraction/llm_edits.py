@@ -260,41 +260,54 @@ class PoolEditor:
             return []
         merges, deletes = read(value, self._tally) or ([], [])
         proposals: list[Proposal] = []
-        size = len(pool)
+        left, needed = self.pool, set[str]()
         for merge in merges:
             text = (
                 await self._form.written(merge.text, names, ("consolidate", *merge.members))
-                if size > cap and merge.text
+                if len(left.active) > cap and merge.text
                 else None
             )
             if text is None:
                 continue
-            members = [pool.get(item_id) for item_id in merge.members]
-            kept = max(members, key=lambda item: item.evidence.get("support", 0.0))  # of equals the first named
-            reason = merge.reason or "says the same"
-            # A trajectory's id means something within its iteration only; what earlier ones taught stays in the edits.
-            taught = dict.fromkeys(id_ for i in members if i.updated == self._iteration for id_ in i.trajectory_ids)
-            for item in members:
-                if item.id != kept.id:
-                    proposals.append(
-                        Proposal("merge", item_id=item.id, into=kept.id, trajectory_ids=caused, reason=reason)
-                    )  # fmt: skip
-            proposals.append(
-                Proposal(
-                    "update",
-                    item_id=kept.id,
-                    text=text,
-                    evidence={"support": sum(item.evidence.get("support", 0.0) for item in members)},
-                    trajectory_ids=tuple(taught) or caused,
-                    reason=f"joins {', '.join(item.id for item in members)}: {reason}",
-                )
-            )
-            size -= len(members) - 1
+            joined = self._joined(left, merge, text, caused)
+            applied = left.apply(joined, iteration=self._iteration)
+            if applied.refused:  # nothing goes into a text that is not taken
+                self._tally["refused"] += len(applied.refused)
+                continue
+            proposals += joined
+            left = applied.pool
+            needed.update(proposal.item_id for proposal in joined if proposal.item_id)
+        deletes = [(item_id, reason) for item_id, reason in deletes if item_id not in needed]
         # A model that is asked for two deletions gives ten: more than the cap asks would be lost for nothing.
-        for item_id, reason in deletes[: max(0, size - cap)]:
+        for item_id, reason in deletes[: max(0, len(left.active) - cap)]:
             why = f"over the cap of {cap}: {reason or 'least useful'}"
             proposals.append(Proposal("delete", item_id=item_id, trajectory_ids=caused, reason=why))
         return proposals
+
+    def _joined(self, pool: Pool, merge: plans.Merge, text: str, caused: tuple[str, ...]) -> list[Proposal]:
+        """The members into the best supported of them, which gets the text; or into the item that has the text already."""
+        members = [pool.get(item_id) for item_id in merge.members]
+        twin = next((i for i in pool.active.items if i not in members and same_words(i.text) == same_words(text)), None)
+        kept = twin or max(members, key=lambda item: item.evidence.get("support", 0.0))  # of equals the first named
+        joined = [*members, twin] if twin else members
+        reason = merge.reason or "says the same"
+        # A trajectory's id means something within its iteration only; what earlier ones taught stays in the edits.
+        taught = dict.fromkeys(id_ for i in joined if i.updated == self._iteration for id_ in i.trajectory_ids)
+        return [
+            *(
+                Proposal("merge", item_id=item.id, into=kept.id, trajectory_ids=caused, reason=reason)
+                for item in members
+                if item is not kept
+            ),
+            Proposal(
+                "update",
+                item_id=kept.id,
+                text=text,
+                evidence={"support": sum(item.evidence.get("support", 0.0) for item in joined)},
+                trajectory_ids=tuple(taught) or caused,
+                reason=f"joins {', '.join(item.id for item in joined)}: {reason}",
+            ),
+        ]
 
 
 def union(sets: Iterable[frozenset[str]]) -> frozenset[str]:

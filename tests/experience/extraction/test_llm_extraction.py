@@ -430,6 +430,40 @@ def test_a_consolidation_merges_and_deletes_as_the_model_says() -> None:
     assert (found.statistics["merged"], found.statistics["over_cap"], found.statistics["refused"]) == (1, 0, 0)
 
 
+def test_what_merges_goes_into_the_item_that_has_the_words_already() -> None:
+    said = pool_of("a", "b", "c")
+    plan = {
+        "merges": [{"ids": ["p0001", "p0002"], "content": said.get("p0003").text.upper(), "reason": "alike"}],
+        "deletes": [{"id": "p0003", "reason": "said by the merged one"}],
+    }
+    found = run(Extractor({"consolidate": plan}), groups(0), said, cap=2)
+    assert [(e.operation, e.item_id, e.into) for e in found.edits[1:]] == [
+        ("merge", "p0001", "p0003"), ("merge", "p0002", "p0003"), ("update", "p0003", None),
+    ]  # fmt: skip
+    assert found.pool.ids == ("p0003", "p0004")
+    assert found.pool.get("p0003").evidence["support"] == 3.0
+    assert found.statistics["refused"] == 0
+
+
+@pytest.mark.parametrize("left", ["graduate", "withdraw"])
+def test_nothing_is_merged_into_words_that_stand_in_no_context(left: str) -> None:
+    said = pool_of("a", "b", "c").apply([Proposal(left, item_id="p0003")], iteration=1).pool  # type: ignore[arg-type]
+    plan = {"merges": [{"ids": ["p0001", "p0002"], "content": said.get("p0003").text, "reason": "alike"}], "deletes": []}
+    found = run(Extractor({"consolidate": plan}), groups(0), said, cap=2)
+    assert found.pool.ids == ("p0002", "p0003", "p0004"), "one goes by the rule, none by the plan"
+    assert [e.operation for e in found.edits] == ["add", "delete"]
+    assert found.statistics["over_cap"] == 1
+
+
+def test_two_merges_into_the_same_words_are_one() -> None:
+    both = principle("either")
+    plan = {"merges": [{"ids": ["p0001", "p0002"], "content": both}, {"ids": ["p0003", "p0004"], "content": both}]}
+    found = run(Extractor({"consolidate": plan}), groups(0), pool_of("a", "b", "c", "d"), cap=2)
+    assert found.pool.ids == ("p0001", "p0005")
+    assert found.pool.get("p0001").evidence["support"] == 4.0
+    assert found.statistics["refused"] == 0
+
+
 def test_items_that_left_the_context_do_not_count_for_the_cap_and_the_model_reads_what_became_of_them() -> None:
     left = [Proposal("graduate", item_id="p0001"), Proposal("withdraw", item_id="p0002")]
     pool = pool_of("a", "b", "c").apply(left, iteration=1).pool
