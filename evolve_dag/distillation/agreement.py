@@ -28,8 +28,8 @@ def overlaps(
     *,
     pattern: Literal["global", "step_wise"],
     top_k: int,
-) -> dict[str, list[float]]:
-    """Item -> min(1, p(a) / q(a)) at each of its steps, 0..1. Several items of one step share it.
+) -> dict[str, list[tuple[str, float]]]:
+    """Item -> (task, min(1, p(a) / q(a)) in 0..1) at each of its steps. Several items of one step share it.
 
     Args:
         trajectories: sampled without experience at temperature 1; ``selected`` and ``injected`` of a step say what would have
@@ -41,21 +41,21 @@ def overlaps(
     Raises:
         AlignmentError: the two views do not share their action ids.
     """
-    steps = {(t.id, step.index): step for t in trajectories for step in t.steps}
+    steps = {(t.id, step.index): (t.task_id, step) for t in trajectories for step in t.steps}
 
     def asked(trajectory: Trajectory, step: Step) -> bool:
         return len(step.logprobs) == len(step.token_ids) > 0 and not set(items).isdisjoint(step.selected)
 
     aligned = align_all(trajectories, model.chat, replay_injection(pattern), asked)
     scored = TeacherScorer(model.model, top_k=top_k).score([one.views for one in aligned])
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[str, float]]] = {}
     for one, targets in zip(aligned, scored, strict=True):
         start = 0
         for view in one.views:
-            step, end = steps[view.trajectory_id, view.step], start + len(view.action_ids)
+            (task, step), end = steps[view.trajectory_id, view.step], start + len(view.action_ids)
             ratio = float(_logprobs(targets[start:end], np.array(view.action_ids)).sum()) - sum(step.logprobs)
             for item in set(items).intersection(view.selected):
-                found.setdefault(item, []).append(exp(min(0.0, ratio)))
+                found.setdefault(item, []).append((task, exp(min(0.0, ratio))))
             start = end
     return found
 

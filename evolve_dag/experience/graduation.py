@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from evolve_dag.evaluation.intervals import Interval, wilson
+from evolve_dag.evaluation.intervals import Interval, share_interval
 from evolve_dag.experience.features import choices
 from evolve_dag.experience.phrases import action_of
 from evolve_dag.experience.pool import Pool, Proposal
@@ -27,15 +27,29 @@ LEAST_STEPS = 20
 class Habit:
     """How often the policy, without the item in its context, does what the item says."""
 
-    steps: int
-    """In the item's situation."""
-    followed: float
-    """Of these; a step may count in part."""
+    tasks: tuple[str, ...]
+    """Of each step in the item's situation."""
+    done: tuple[float, ...]
+    """Whether it was done there, 0..1: a step may count in part."""
+
+    @property
+    def steps(self) -> int:
+        return len(self.done)
+
+    @property
+    def followed(self) -> float:
+        return sum(self.done)
 
     @property
     def interval(self) -> Interval:
-        """95% interval of the share (Wilson's); (0, 1) without steps."""
-        return wilson(self.followed / max(1, self.steps), self.steps) or (0.0, 1.0)
+        """95% interval of the share, over tasks: the steps and rollouts of one task are no independent witnesses. (0, 1)
+        without steps."""
+        return share_interval(self.tasks, self.done) or (0.0, 1.0)
+
+
+def habit(steps: Sequence[tuple[str, float]]) -> Habit:
+    """Of (task, whether it was done) at every step in the situation."""
+    return Habit(tuple(task for task, _ in steps), tuple(done for _, done in steps))
 
 
 def habits(items: Sequence[ExperienceItem], trajectories: Sequence[Trajectory]) -> dict[str, Habit]:
@@ -47,14 +61,13 @@ def habits(items: Sequence[ExperienceItem], trajectories: Sequence[Trajectory]) 
     known = {
         i.id: (set(i.condition.items()), action) for i in items if i.condition and (action := action_of(i.text)) is not None
     }
-    steps, followed = dict.fromkeys(known, 0), dict.fromkeys(known, 0)
+    found: dict[str, list[tuple[str, float]]] = {item_id: [] for item_id in known}
     for trajectory in trajectories:
         for choice in choices(trajectory):
             for item_id, (condition, action) in known.items():
                 if condition <= choice.state.items() and choice.allows(action):
-                    steps[item_id] += 1
-                    followed[item_id] += choice.action == action
-    return {item_id: Habit(steps[item_id], followed[item_id]) for item_id in known}
+                    found[item_id].append((trajectory.task_id, float(choice.action == action)))
+    return {item_id: habit(steps) for item_id, steps in found.items()}
 
 
 def in_our_words(item: ExperienceItem) -> bool:
@@ -76,7 +89,8 @@ def decided(pool: Pool, found: Mapping[str, Habit], share: float, told: str) -> 
     """Who leaves the context and who comes back.
 
     An item graduates when the policy clearly does what it says in at least ``share`` of its steps (the interval lies above),
-    and comes back when it clearly does so in fewer (the interval lies below); between the two nothing changes.
+    and comes back when it clearly does so in fewer (the interval lies below); between the two nothing changes. Few tasks make
+    nothing clear, however many steps they have: of 34 in which it was always done, none may be the one in ten.
 
     Args:
         share: 0..1; 0: nobody graduates, and who has comes back.

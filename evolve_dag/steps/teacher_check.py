@@ -12,7 +12,7 @@ from typing import Any
 from evolve_dag.config.parts import part_of
 from evolve_dag.config.schema import Experiment
 from evolve_dag.distillation.agreement import overlaps
-from evolve_dag.experience.graduation import Habit, decided, in_our_words
+from evolve_dag.experience.graduation import decided, habit, in_our_words
 from evolve_dag.experience.pool import Pool
 from evolve_dag.experience.selection.base import SelectorPart
 from evolve_dag.experience.teacher_check import TeacherCheck, check_teacher, new_items
@@ -110,13 +110,14 @@ def settle(context: StepContext, pool: Pool, checked: Checked) -> list[Finding]:
     others = replace(pool, items=tuple(i for i in pool.without(gone).items if not i.withdrawn and not in_our_words(i)))
     share: float = getattr(experiment.extraction, "graduation", 0.0)
     found = _alike(context, others, checked.student) if share > 0 and others.items else {}
-    habits = {item: Habit(len(values), sum(values)) for item, values in found.items() if item not in checked.check.helpful}
+    habits = {item: habit(steps) for item, steps in found.items() if item not in checked.check.helpful}
     proposals = decided(others, habits, share, "acted the same without it")
     return [Finding(p.operation, p.item_id, p.reason) for p in proposals]  # type: ignore[arg-type]
 
 
-def _alike(context: StepContext, others: Pool, viewed: Sequence[Trajectory]) -> dict[str, list[float]]:
-    """How much alike the policy acts with and without the items; those that have graduated get views of their own."""
+def _alike(context: StepContext, others: Pool, viewed: Sequence[Trajectory]) -> dict[str, list[tuple[str, float]]]:
+    """How much alike the policy acts with and without the items, step by step; those that have graduated get views of their
+    own."""
     experiment, adapter = context.experiment, context.entering.adapter
     assert experiment.injection != "none"  # the caller looked
     left, again = replace(others, items=tuple(replace(i, graduated=0) for i in others.items if i.graduated)), list[Trajectory]()
@@ -127,7 +128,7 @@ def _alike(context: StepContext, others: Pool, viewed: Sequence[Trajectory]) -> 
             again = context.roles.run(
                 with_teacher_views(own, experience_source(experiment, left, context.roles), experiment.runtime.concurrency)
             )
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[str, float]]] = {}
     if viewed or again:
         with open_teacher(adapter_folder(context.store, adapter), context.roles, None) as teacher:
             for seen in (viewed, again):

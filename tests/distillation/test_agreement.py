@@ -49,7 +49,9 @@ def scored(monkeypatch: pytest.MonkeyPatch, with_item: float, *, other: bool = F
 def asked(*steps: Step, items: tuple[str, ...] = ("a", "b")) -> dict[str, list[float]]:
     trajectory = Trajectory("t#0", "t", 0, 0, "s", "q", steps, "answered")
     model: Any = SimpleNamespace(chat=CHAT, model=None)
-    return overlaps([trajectory], items, model, pattern="step_wise", top_k=2)
+    found = overlaps([trajectory], items, model, pattern="step_wise", top_k=2)
+    assert {task for steps in found.values() for task, _ in steps} == {"t"}
+    return {item: [value for _, value in steps] for item, steps in found.items()}
 
 
 @pytest.mark.parametrize("how", [{}, {"other": True}, {"full": True}], ids=str)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 from pool_replay import outline, replay
 
-from evolve_dag.experience.graduation import LEAST_STEPS, Habit, graduations, habits
+from evolve_dag.experience.graduation import LEAST_STEPS, graduations, habit, habits
 from evolve_dag.experience.pool import Pool, Proposal
 from evolve_dag.records import ExperienceItem, Step, ToolCall, Trajectory
 
@@ -41,11 +42,34 @@ def test_the_habit_counts_the_steps_of_the_situation():
     assert (found.steps, found.followed) == (8, 3)
 
 
-@pytest.mark.parametrize(
-    ("steps", "followed", "low", "high"), [(0, 0, 0.0, 1.0), (100, 90, 0.8256, 0.9448), (10, 10, 0.7225, 1.0)]
-)
-def test_the_interval_is_wilsons(steps, followed, low, high):
-    assert Habit(steps, followed).interval == pytest.approx((low, high), abs=1e-4)
+@pytest.mark.parametrize(("tasks", "each", "low"), [(0, 0, 0.0), (10, 1, 0.7225), (10, 40, 0.7225), (64, 6, 0.9434)])
+def test_the_interval_counts_tasks_and_not_their_steps(tasks, each, low):
+    steps = [(f"t{n}", 1.0) for n in range(tasks) for _ in range(each)]
+    assert habit(steps).interval == pytest.approx((low, 1.0), abs=1e-4)
+
+
+def graduates(share: float, *, alike: bool, tasks: int = 64, nights: int = 40) -> float:
+    """Share of the nights, of six rollouts a task, that a habit of ``share`` graduates in where 0.9 is asked; ``alike``: the
+    rollouts of a task all do the same."""
+    count = 0
+    for seed in range(nights):
+        draw = random.Random(seed)
+        own = [draw.random() < share for _ in range(tasks)]
+        steps = [(f"t{n}", float(own[n] if alike else draw.random() < share)) for n in range(tasks) for _ in range(6)]
+        count += habit(steps).interval[0] >= 0.9
+    return count / nights
+
+
+@pytest.mark.parametrize("tasks", [16, 64])
+def test_a_habit_below_the_share_seldom_graduates_however_alike_a_tasks_rollouts_are(tasks):
+    """With each step a witness of its own, alike rollouts did so in 0.15 of the nights with 16 tasks and 0.125 with 64."""
+    assert graduates(0.88, alike=True, tasks=tasks) <= 0.05
+    assert graduates(0.88, alike=False, tasks=tasks) <= 0.05
+
+
+def test_a_habit_above_the_share_graduates_in_most_nights():
+    assert graduates(0.95, alike=False) >= 0.9
+    assert graduates(0.99, alike=True) >= 0.9
 
 
 def test_an_item_that_the_policy_follows_by_itself_graduates_and_stays_in_the_pool():

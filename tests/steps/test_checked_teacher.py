@@ -151,8 +151,8 @@ def test_a_principle_in_other_words_graduates_and_comes_back(
     e = experiment(tmp_path, foreign, injection="global", extraction={"graduation": 0.9})
     store, alike = Store(tmp_path / "store"), {1: 0.99, 2: 0.5}
 
-    def told(seen: Sequence[Any], items: Sequence[str], *_: Any, **__: Any) -> dict[str, list[float]]:
-        return {item: [alike[k]] * 200 for item in items} if seen else {}
+    def told(seen: Sequence[Any], items: Sequence[str], *_: Any, **__: Any) -> dict[str, list[tuple[str, float]]]:
+        return {item: [(f"t{n}", alike[k]) for n in range(200)] for item in items} if seen else {}
 
     monkeypatch.setattr(teacher_check, "overlaps", told)
     for k, operation in ((1, "graduate"), (2, "recall")):
