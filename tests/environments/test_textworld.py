@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from evolve_dag.agent.loop import run_episode
 from evolve_dag.agent.rollouts import gather_rollouts
 from evolve_dag.agent.sessions import checked_result
 from evolve_dag.config.loading import load_experiment
@@ -204,6 +205,31 @@ def test_the_miner_finds_lessons_in_games_of_a_player_with_some_skill(textworld:
     pool = extract(played, Pool(), granularity="principle", settings=settings, iteration=1, seed=0).pool
     texts = [item.text for item in pool.items]
     assert any(text.startswith("Do: when ") and text.endswith(f", {lesson}.") for text in texts), texts
+
+
+@pytest.mark.parametrize("family", ["coin", "cooking"])
+def test_the_instance_arms_hold_the_games_that_were_won_in_mixed_groups(textworld: Any, family: str) -> None:
+    experiment = load_experiment(CONFIGS / f"textworld_{family}_instance.yaml")
+    environment = TextWorlds(experiment.environment)
+    tasks, played, ways = TEXTWORLD.tasks(experiment.environment, SPLIT, "train"), [], []
+    for task in tasks:
+        game, way = environment.open(task, 0), list[str]()
+        while game.expert:
+            way.append(game.expert)
+            game.call(ToolCall("act", {"command": game.expert}))
+        ways.append(f" path {', then '.join(way)}.")
+        for rollout, commands in enumerate((way, ["look"] * experiment.environment.limit)):
+            played.append(asyncio.run(run_episode(
+                task, rollout, model=ScriptedModel(commands), environment=environment, verifier=ExactVerifier(),
+                settings=experiment.rollout, seed=0,
+            )))  # fmt: skip
+    settings = experiment.extraction
+    pool = extract(played, Pool(), granularity="instance", settings=settings, iteration=1, seed=0).pool
+    assert {item.trajectory_ids for item in pool.items} == {(f"{task.id}#0",) for task in tasks}
+    assert all(item.text.startswith("Case: Play. You are in the ") for item in pool.items)
+    assert all(any(item.text.endswith(way) for item in pool.items) for way in ways)
+    chosen = asyncio.run(StateSelector(2).select("Play.", [], pool))
+    assert set(chosen.ids) == set(pool.ids), "it is read before the first command"
 
 
 def test_what_cannot_be_done_is_told_and_counts(textworld: Any) -> None:

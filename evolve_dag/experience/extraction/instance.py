@@ -1,7 +1,8 @@
 """Instance-level experience: keeps trajectory detail, 'for this question, that answer' (METHOD: granularity ``instance``).
 
-The form is ``Case: <question> answer <answer>.``, with the calls that led there when asked for. It exists to be
-compared with principles; the paper's instance-level items hold an entity string 94 times in 100.
+The form is ``Case: <question> answer <answer>.``, with the calls that led there when asked for. An episode without an answer (a
+game that was won) is told by what was done: ``Case: <question> <beginning> path <calls>.`` It exists to be compared with
+principles; the paper's instance-level items hold an entity string 94 times in 100.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 
 from evolve_dag.experience.features import strip_last_step
 from evolve_dag.experience.pool import Pool, Proposal, lift
-from evolve_dag.records import Trajectory, solved
+from evolve_dag.plain import one_line
+from evolve_dag.records import Step, Trajectory, solved
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,13 @@ class Case:
     steps: int
     group_mean: float
     """Mean reward of the judged trajectories of its task."""
+    answered: bool
+    """Whether it ended with an answer."""
+
+    def stands_as(self, text: str) -> bool:
+        """Whether an item of this text is about the same: the same question. Where there is no answer the question may be that
+        of every game, and the case is what was done."""
+        return text.startswith(case_text(self.question, "").removesuffix(".")) if self.answered else text == self.text
 
     def evidence(self) -> dict[str, float]:
         """``lift`` is what recalling the case would add: success minus the group's mean. So mixed groups count more than
@@ -41,16 +50,40 @@ class Cases:
 
 def case_text(question: str, answer: str, path: Sequence[str] = ()) -> str:
     """``Case: <question> answer <answer>.``, with ``path`` (calls as ``tool argument``) when given."""
-    plain = " ".join(strip_last_step(question).split())
-    steps = f" path {', then '.join(' '.join(call.split()) for call in path)}." if path else ""
-    return f"Case: {plain} answer {' '.join(answer.split())}.{steps}"
+    return f"Case: {_asked(question)} answer {' '.join(answer.split())}.{f' {_path(path)}' if path else ''}"
+
+
+def played_text(question: str, beginning: str, path: Sequence[str]) -> str:
+    """``Case: <question> <beginning> path <calls>.``, of an episode without an answer."""
+    return " ".join(part for part in (f"Case: {_asked(question)}", one_line(beginning), _path(path)) if part)
+
+
+def _asked(question: str) -> str:
+    return " ".join(strip_last_step(question).split())
+
+
+def _path(calls: Sequence[str]) -> str:
+    return f"path {', then '.join(' '.join(call.split()) for call in calls)}."
+
+
+def _calls(steps: Sequence[Step]) -> list[str]:
+    """The calls that were made, as ``tool argument``; a plain turn as it was written."""
+    found = []
+    for step in steps:
+        if step.call is not None and step.problem is None:
+            said = " ".join(step.call.texts.values())
+            found.append(said if step.text.strip() == said.strip() else f"{step.call.name} {said}")
+    return found
 
 
 def cases(trajectories: Sequence[Trajectory], *, seed: int, path: bool = False) -> Cases:
     """The shortest success of each task (ties: lowest rollout).
 
-    Trajectories without a verdict are left out.
+    Trajectories without a verdict are left out. What the beginning of an episode showed are the lines of its system message
+    that not every one of ``trajectories`` has.
     """
+    systems = [t.system.splitlines() for t in trajectories]
+    common = set(systems[0]).intersection(*systems) if systems else set[str]()
     groups: dict[str, list[Trajectory]] = {}
     for trajectory in sorted(trajectories, key=lambda t: (t.task_id, t.rollout, t.id)):
         if trajectory.reward is not None:
@@ -60,13 +93,17 @@ def cases(trajectories: Sequence[Trajectory], *, seed: int, path: bool = False) 
     for group in groups.values():
         rewards = [t.reward for t in group if t.reward is not None]
         mean = sum(rewards) / len(rewards)
-        successes = [t for t in group if solved(t.reward) and t.answer and t.answer.strip()]
+        successes = [t for t in group if solved(t.reward) and ((t.answer or "").strip() or _calls(t.steps))]
         if not successes:
             continue
         best = min(successes, key=lambda t: len(t.steps))
-        calls = [f"{s.call.name} {' '.join(s.call.texts.values())}" for s in best.steps if s.call is not None] if path else ()
-        text = case_text(best.question, best.answer or "", calls)
-        case = Case(strip_last_step(best.question), text, best.id, len(best.steps), mean)
+        answer, calls = (best.answer or "").strip(), _calls(best.steps)
+        if answer:
+            text = case_text(best.question, answer, calls if path else ())
+        else:
+            beginning = " ".join(line for line in best.system.splitlines() if line not in common)
+            text = played_text(best.question, beginning, calls)
+        case = Case(strip_last_step(best.question), text, best.id, len(best.steps), mean, bool(answer))
         (mixed if mean < 1 else others).append(case)
     for place, part in enumerate((mixed, others)):
         random.Random(f"{seed}:{place}").shuffle(part)
@@ -83,17 +120,16 @@ def cases(trajectories: Sequence[Trajectory], *, seed: int, path: bool = False) 
 
 
 def reconcile(found: Cases, pool: Pool, *, cap: int) -> list[Proposal]:
-    """Add the best cases: as many as there is room for, then those that beat the pool's weakest item. A question that
-    stands in the pool already gets the new evidence (and text: it may now have another accepted answer) instead of a
-    second item."""
+    """Add the best cases: as many as there is room for, then those that beat the pool's weakest item. A question (of an
+    episode without an answer: a path) that stands in the pool already gets the new evidence (and text: it may now have
+    another accepted answer) instead of a second item."""
     standing = [item for item in pool.items if item.granularity == "instance"]
     proposals: list[Proposal] = []
     added: set[str] = set()
     room = cap - len(pool.active)
     weakest = sorted((lift(item) for item in pool.active.items), reverse=True)
     for case in found.cases:
-        beginning = case_text(case.question, "").removesuffix(".")
-        item = next((i for i in standing if i.text.startswith(beginning)), None)
+        item = next((i for i in standing if case.stands_as(i.text)), None)
         evidence = case.evidence()
         reason = f"success in {case.steps} steps; the group's mean reward is {case.group_mean:.2f}"
         if item is None:

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
-from experience_builders import QUESTION, answer, search, trajectory, visit
+from experience_builders import QUESTION, answer, malformed, search, trajectory, visit
 
 from evolve_dag.experience.extraction.base import Extraction
 from evolve_dag.experience.extraction.instance import case_text, cases, reconcile
 from evolve_dag.experience.extraction.mining import ContrastExtraction, extract
 from evolve_dag.experience.pool import Pool
-from evolve_dag.records import Trajectory
+from evolve_dag.records import Step, ToolCall, Trajectory
 
 CAP4 = ContrastExtraction(cap=4)
 
@@ -92,6 +93,38 @@ def test_questions_that_hold_the_word_answer_do_not_collide() -> None:
     pool = run(data, Pool()).pool
     assert len(pool) == 2
     assert reconcile(cases(data, seed=0), pool, cap=4) == []
+
+
+def game(number: int, way: str, reward: float, rollout: int = 0) -> Trajectory:
+    """A plain turn is a command; the system message tells of the game's beginning."""
+    steps = [
+        Step(n, said, (), (), ToolCall("act", {"command": said}), observation="You are in a room.")
+        for n, said in enumerate([f"go {way}", "take coin"])
+    ]
+    won = trajectory(f"game-{number}", rollout, steps, reward, "Play.", final=None)
+    return replace(won, system=f"You play a game: find the coin.\nYou are in room {number}.", status="ended")
+
+
+def test_a_game_that_was_won_is_told_by_its_beginning_and_what_was_done() -> None:
+    data = [
+        game(n, way, reward, r) for n, way in ((1, "east"), (2, "east"), (3, "north")) for r, reward in enumerate((1.0, 0.0))
+    ]
+    first = run(data, Pool())
+    assert sorted(item.text for item in first.pool.items) == [
+        "Case: Play. You are in room 1. path go east, then take coin.",
+        "Case: Play. You are in room 2. path go east, then take coin.",
+        "Case: Play. You are in room 3. path go north, then take coin.",
+    ]
+    again = run([*data, game(1, "east", 0.0, 2)], first.pool, 2)
+    assert [e.operation for e in again.edits] == ["update"], "the same game has one item, the others are untouched"
+    other = run([game(4, "west", 1.0), game(5, "west", 0.0)], first.pool, 2)
+    assert [e.operation for e in other.edits] == ["add"]
+
+
+def test_of_a_call_that_is_no_plain_turn_the_tool_is_told_and_of_a_refused_one_nothing() -> None:
+    steps = [malformed(), replace(visit("x", "no"), problem="no such page"), search("Bado", "1 result"), visit("Alo", "won")]
+    data = [trajectory("t", 0, steps, 1.0, "Play.", final=None), trajectory("t", 1, [answer("x")], 0.0, "Play.")]
+    assert [case.text for case in cases(data, seed=0).cases] == ["Case: Play. path search Bado, then visit Alo."]
 
 
 def test_the_path_is_kept_on_demand() -> None:
