@@ -93,13 +93,13 @@ def share_interval(
     return mean_interval(tasks, values, resamples=resamples, confidence=confidence, seed=seed)
 
 
-def wilson(share: float, n: int, *, confidence: float = 0.95) -> Interval | None:
+def wilson(share: float, n: float, *, confidence: float = 0.95) -> Interval | None:
     """Wilson's score interval of a share.
 
     Args:
         share: observed share, 0..1. A mean of partial rewards may be given: 0/1 values have the largest variance
             of all values in 0..1 with that mean, so the interval is then at least wide enough.
-        n: independent observations.
+        n: independent observations; a fraction where dependent ones are worth so many.
         confidence: e.g. 0.95.
 
     Returns:

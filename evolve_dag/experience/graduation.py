@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from evolve_dag.evaluation.intervals import Interval, share_interval
+from evolve_dag.evaluation.intervals import Interval, wilson
 from evolve_dag.experience.features import choices
 from evolve_dag.experience.phrases import action_of
 from evolve_dag.experience.pool import Pool, Proposal
@@ -41,10 +41,23 @@ class Habit:
         return sum(self.done)
 
     @property
+    def witnesses(self) -> float:
+        """How many independent steps would say as much (Kish's effective sample size): as many as there are where the steps of
+        a task go their own ways, down to the number of tasks where they all do the same."""
+        if not self.steps:
+            return 0.0
+        share = self.followed / self.steps
+        apart: dict[str, float] = {}
+        for task, done in zip(self.tasks, self.done, strict=True):
+            apart[task] = apart.get(task, 0.0) + done - share
+        spread = sum(one * one for one in apart.values())
+        alone = self.steps * share * (1 - share)
+        return self.steps * min(1.0, alone / spread) if spread > 0 else float(self.steps)
+
+    @property
     def interval(self) -> Interval:
-        """95% interval of the share, over tasks: the steps and rollouts of one task are no independent witnesses. (0, 1)
-        without steps."""
-        return share_interval(self.tasks, self.done) or (0.0, 1.0)
+        """95% interval of the share, Wilson's over the :attr:`witnesses`; (0, 1) without steps."""
+        return wilson(self.followed / self.steps, self.witnesses) or (0.0, 1.0) if self.steps else (0.0, 1.0)
 
 
 def habit(steps: Sequence[tuple[str, float]]) -> Habit:
@@ -89,8 +102,7 @@ def decided(pool: Pool, found: Mapping[str, Habit], share: float, told: str) -> 
     """Who leaves the context and who comes back.
 
     An item graduates when the policy clearly does what it says in at least ``share`` of its steps (the interval lies above),
-    and comes back when it clearly does so in fewer (the interval lies below); between the two nothing changes. Few tasks make
-    nothing clear, however many steps they have: of 34 in which it was always done, none may be the one in ten.
+    and comes back when it clearly does so in fewer (the interval lies below); between the two nothing changes.
 
     Args:
         share: 0..1; 0: nobody graduates, and who has comes back.

@@ -42,10 +42,22 @@ def test_the_habit_counts_the_steps_of_the_situation():
     assert (found.steps, found.followed) == (8, 3)
 
 
-@pytest.mark.parametrize(("tasks", "each", "low"), [(0, 0, 0.0), (10, 1, 0.7225), (10, 40, 0.7225), (64, 6, 0.9434)])
-def test_the_interval_counts_tasks_and_not_their_steps(tasks, each, low):
+@pytest.mark.parametrize(("tasks", "each", "low"), [(0, 0, 0.0), (10, 1, 0.7225), (10, 40, 0.9905), (64, 6, 0.9901)])
+def test_where_nothing_differs_every_step_is_a_witness(tasks, each, low):
     steps = [(f"t{n}", 1.0) for n in range(tasks) for _ in range(each)]
     assert habit(steps).interval == pytest.approx((low, 1.0), abs=1e-4)
+
+
+@pytest.mark.parametrize("each", [1, 6])
+def test_steps_that_go_alike_within_a_task_are_one_witness(each):
+    steps = [(f"t{n}", float(n % 10 > 0)) for n in range(100) for _ in range(each)]
+    assert habit(steps).witnesses == pytest.approx(100)
+    assert habit(steps).interval == pytest.approx((0.8256, 0.9448), abs=1e-4), "Wilson's, of 90 of 100"
+
+
+def test_steps_that_go_their_own_ways_are_each_a_witness():
+    steps = [(f"t{n}", float(k > 0)) for n in range(100) for k in range(10)]  # more even than chance: no more than there are
+    assert habit(steps).witnesses == 1000
 
 
 def graduates(share: float, *, alike: bool, tasks: int = 64, nights: int = 40) -> float:
@@ -60,16 +72,16 @@ def graduates(share: float, *, alike: bool, tasks: int = 64, nights: int = 40) -
     return count / nights
 
 
-@pytest.mark.parametrize("tasks", [16, 64])
+@pytest.mark.parametrize("tasks", [30, 64])
 def test_a_habit_below_the_share_seldom_graduates_however_alike_a_tasks_rollouts_are(tasks):
-    """With each step a witness of its own, alike rollouts did so in 0.15 of the nights with 16 tasks and 0.125 with 64."""
+    """With each step a witness of its own, alike rollouts did so in an eighth of the nights with 64 tasks."""
     assert graduates(0.88, alike=True, tasks=tasks) <= 0.05
     assert graduates(0.88, alike=False, tasks=tasks) <= 0.05
 
 
 def test_a_habit_above_the_share_graduates_in_most_nights():
     assert graduates(0.95, alike=False) >= 0.9
-    assert graduates(0.99, alike=True) >= 0.9
+    assert graduates(0.99, alike=True) >= 0.6
 
 
 def test_an_item_that_the_policy_follows_by_itself_graduates_and_stays_in_the_pool():
