@@ -6,6 +6,7 @@ What launches runs is off until somebody switches it on. ``config_watch`` is on:
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import dagster as dg
 from dagster._core.definitions.run_request import InstigatorType
@@ -13,7 +14,7 @@ from dagster._core.scheduler.instigation import ScheduleInstigatorData
 from dagster._core.storage.tags import PARTITION_NAME_TAG
 from evolve_dag.assets import partitions, recovery
 from evolve_dag.assets.loop import loop_assets
-from evolve_dag.assets.resources import StoreResource
+from evolve_dag.assets.resources import PASSING, StoreResource
 from evolve_dag.assets.settings import CONFIGURED_STEPS, settings_assets, settings_key, settings_metadata
 
 from evolve_dag.config import registry, scheduling
@@ -168,8 +169,17 @@ def _last_run(instance: dg.DagsterInstance, name: str, iteration: int, switched_
     if not recovery.failed_by_a_step(run):
         return scheduling.LastRun(run.run_id, "lost")
     failures = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
-    step = next((entry.dagster_event.step_key for entry in failures if entry.dagster_event), None)
-    return scheduling.LastRun(run.run_id, "failed", step or "", acknowledged=ended < switched_on)
+    events = [entry.dagster_event for entry in failures if entry.dagster_event]
+    state: Literal["failed", "out of reach"] = "out of reach" if events and all(map(_passing, events)) else "failed"
+    step = events[0].step_key if events else None
+    return scheduling.LastRun(run.run_id, state, step or "", acknowledged=ended < switched_on)
+
+
+def _passing(event: dg.DagsterEvent) -> bool:
+    """Whether a step failed for what may be there again in another night."""
+    told = event.step_failure_data.user_failure_data
+    value = told.metadata.get(PASSING) if told is not None and told.metadata else None
+    return value is not None and value.value is True
 
 
 def nightly(

@@ -61,6 +61,10 @@ SessionParam = dg.ResourceParam[Session]
 """How an asset asks for the session."""
 
 
+PASSING = "passing"
+"""Metadata of a failure: whether the next night may try again by itself."""
+
+
 @contextmanager
 def failures() -> Iterator[None]:
     """Turns evolve-dag's own errors into a Dagster failure with the message and its remedy, never retried.
@@ -72,7 +76,7 @@ def failures() -> Iterator[None]:
         yield
     except EvolveError as error:
         origin = None if _tells_a_secret(error) else error
-        raise dg.Failure(description=masker()(str(error)), allow_retries=False) from origin
+        raise dg.Failure(masker()(str(error)), metadata={PASSING: error.passing}, allow_retries=False) from origin
     except Exception as error:
         if _tells_a_secret(error):
             raise RuntimeError(describe_error(error)) from None

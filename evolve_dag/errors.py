@@ -19,6 +19,9 @@ class EvolveError(Exception):
         remedy: what the reader should do next; shown after a line break.
     """
 
+    passing = False
+    """Whether the same may go well another night though nobody has mended anything here: something was out of reach."""
+
     def __init__(self, what: str, remedy: str = "") -> None:
         self.what = what
         self.remedy = remedy
@@ -44,6 +47,8 @@ class StoreError(EvolveError, OSError):
 class AwayError(StoreError):
     """An artifact is not here, and where else it may be cannot be looked at now: it is not known to be gone."""
 
+    passing = True
+
 
 class ConcurrencyError(EvolveError, RuntimeError):
     """Another run holds what this run needs."""
@@ -65,6 +70,8 @@ class UnreachableError(ModelError):
     """A model cannot be asked at all: its endpoint or engine is down, or takes neither key nor account. It says nothing about
     whoever would have been asked."""
 
+    passing = True
+
 
 class ContextOverflowError(ModelError):
     """A conversation is longer than the model takes: an acting policy brought that upon itself, no machinery failed."""
@@ -81,6 +88,8 @@ class SessionError(EvolveError, RuntimeError):
 
 class UnjudgedError(EvolveError, RuntimeError):
     """Most episodes of a step have no verdict, for reasons that lie outside of the policy: nothing is made of them."""
+
+    passing = True
 
 
 class AlignmentError(EvolveError, ValueError):

@@ -88,8 +88,9 @@ class LastRun:
     """The newest run of the iteration that is next, now over."""
 
     id: str
-    state: Literal["succeeded", "failed", "lost", "canceled"]
-    """``failed``: a step said why. ``lost``: the run never started, or its process died without a word."""
+    state: Literal["succeeded", "failed", "out of reach", "lost", "canceled"]
+    """``failed``: a step said why. ``out of reach``: it said that a model, a judge or the mirror could not be asked. ``lost``:
+    the run never started, or its process died without a word."""
     step: str = ""
     """The step that failed."""
     acknowledged: bool = False
@@ -130,8 +131,8 @@ class ScheduleDecision:
 def decide(at: Situation) -> ScheduleDecision:
     """The next iteration of an experiment, or why there is none now.
 
-    A failure that a step has explained waits for a person: the same night after night would give the same. What was lost or
-    canceled is tried again; the store resumes where it ended.
+    A failure that a step has explained waits for a person: the same night after night would give the same. What was lost,
+    canceled or out of reach is tried again; the store resumes where it ended.
     """
     name, following = at.experiment, at.following
     if following == 1:
@@ -157,4 +158,9 @@ def decide(at: Situation) -> ScheduleDecision:
             f"{name}: iteration {following} failed at {last.step or 'a step'} (run {last.id[:8]}): mend it, then run it by "
             f"hand or switch the schedule on again: evolve schedule on {name}",
         )
-    return ScheduleDecision(following, f"{name}: iteration {following} again: run {last.id[:8]} was {last.state}")
+    return ScheduleDecision(following, f"{name}: iteration {following} again: {_told(last)}")
+
+
+def _told(last: LastRun) -> str:
+    what = "came upon what was" if last.state == "out of reach" else "was"
+    return f"run {last.id[:8]} {what} {last.state}"

@@ -17,7 +17,7 @@ from evolve_dag.assets.settings import CONFIGURED_STEPS, settings_key
 from evolve_dag.config import registry, scheduling
 from evolve_dag.config.schema import Experiment
 from evolve_dag.definitions import defs
-from evolve_dag.errors import DataError
+from evolve_dag.errors import AwayError, DataError, EvolveError, UnjudgedError, UnreachableError
 
 NIGHT = datetime(2026, 6, 1, 2, 0)
 
@@ -195,6 +195,19 @@ def test_nightly_retries_what_was_lost_but_not_what_a_step_has_explained(
     del fake.fail["adapter"]
     iteration(memory, 2)
     assert "all 2 iterations are promoted" in decision(memory).reason
+
+
+@pytest.mark.parametrize("kind", [UnjudgedError, UnreachableError, AwayError])
+def test_nightly_tries_again_what_was_out_of_reach(
+    fake: FakeSteps, experiment: Experiment, memory: dg.DagsterInstance, kind: type[EvolveError]
+) -> None:
+    """A judge that is down ends a night, and not the ones after it."""
+    iteration(memory, 1)
+    fake.fail["adapter"] = kind("the judge is down", "wait for it")
+    failed = iteration(memory, 2, check=False)
+    said = decision(memory)
+    assert said.iteration == 2
+    assert f"run {failed.run_id[:8]} came upon what was out of reach" in said.reason
 
 
 def test_nightly_says_what_is_out_of_date_in_place_of_failing_at_night(
