@@ -208,7 +208,7 @@ def main() -> None:
         for start in given.starts
         for name in given.scenarios
     ]
-    print(f"{given.runs} runs of 30 nights each, seeds {given.seed} to {given.seed + given.runs - 1}")
+    print(f"{given.runs} runs of at least 30 nights each, seeds {given.seed} to {given.seed + given.runs - 1}")
     heads = "success", "tasks", "margin", "SD", "a night", "back by 10", "by 30", "kept", "held at 10", "at 30", "below peak"
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     results = []

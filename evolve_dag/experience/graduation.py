@@ -41,23 +41,25 @@ class Habit:
         return sum(self.done)
 
     @property
+    def share(self) -> float:
+        """Of the steps; 0 without any."""
+        return self.followed / max(1, self.steps)
+
+    @property
     def witnesses(self) -> float:
         """How many independent steps would say as much (Kish's effective sample size): as many as there are where the steps of
         a task go their own ways, down to the number of tasks where they all do the same."""
-        if not self.steps:
-            return 0.0
-        share = self.followed / self.steps
         apart: dict[str, float] = {}
         for task, done in zip(self.tasks, self.done, strict=True):
-            apart[task] = apart.get(task, 0.0) + done - share
+            apart[task] = apart.get(task, 0.0) + done - self.share
         spread = sum(one * one for one in apart.values())
-        alone = self.steps * share * (1 - share)
+        alone = self.steps * self.share * (1 - self.share)
         return self.steps * min(1.0, alone / spread) if spread > 0 else float(self.steps)
 
     @property
     def interval(self) -> Interval:
         """95% interval of the share, Wilson's over the :attr:`witnesses`; (0, 1) without steps."""
-        return wilson(self.followed / self.steps, self.witnesses) or (0.0, 1.0) if self.steps else (0.0, 1.0)
+        return wilson(self.share, self.witnesses) or (0.0, 1.0)
 
 
 def habit(steps: Sequence[tuple[str, float]]) -> Habit:

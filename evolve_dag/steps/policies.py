@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+from evolve_dag.agent.loop import NOT_JUDGED
 from evolve_dag.agent.rollouts import Condition, gather_conditions, judged_here, played_here
 from evolve_dag.agent.together import each
 from evolve_dag.config.parts import part_of
@@ -227,7 +228,8 @@ requests break an endpoint every time."""
 def unreachable(trajectories: Sequence[Trajectory]) -> list[str]:
     """What is told of the episodes that say nothing, since a model could not be asked."""
     told = [t.error for t in trajectories if t.reward is None and t.error is not None]
-    return [error for error in told if UnreachableError.__name__ in error]
+    # The type stands first; what follows may be anybody's words.
+    return [error for error in told if error.removeprefix(NOT_JUDGED).startswith(f"{UnreachableError.__name__}: ")]
 
 
 def require_judged(label: str, trajectories: Sequence[Trajectory], on_trial: bool = False) -> None:

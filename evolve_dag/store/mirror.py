@@ -692,8 +692,7 @@ class MirroredStore(Store):
         Raises:
             StoreError: missing, corrupt, or it cannot be fetched.
         """
-        if not super().exists(kind, digest):
-            self.mirror.fetch(self.here, kind, digest)
+        self._bring(kind, digest)
         return super().open(kind, digest, verify=verify)
 
     def read(self, kind: str, digest: str) -> Artifact:
@@ -702,9 +701,12 @@ class MirroredStore(Store):
         Raises:
             StoreError: missing, corrupt, or it cannot be fetched.
         """
+        self._bring(kind, digest)
+        return super().read(kind, digest)
+
+    def _bring(self, kind: str, digest: str) -> None:
         if not super().exists(kind, digest):
             self.mirror.fetch(self.here, kind, digest)
-        return super().read(kind, digest)
 
     @contextlib.contextmanager
     def build(
