@@ -62,6 +62,15 @@ assert not loaded, loaded
     assert done.stdout.count("Usage: evolve") == 3
 
 
+@pytest.mark.parametrize("own", [None, "active"])
+def test_threads_that_wait_give_way_unless_the_user_wants_it_otherwise(own: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": own} if own else {}
+    code = "import evolve_dag, os; print(os.environ['OMP_WAIT_POLICY'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == (own or "passive")
+
+
 def test_every_command_has_help() -> None:
     def walk(command: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         yield path

@@ -27,6 +27,7 @@ from evolve_dag.steps.policies import (
     experience_source,
     open_policy,
     open_teacher,
+    require_judged,
     with_teacher_views,
 )
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
@@ -177,6 +178,7 @@ class _Resample:
                     concurrency=runtime.concurrency,
                 )
             )
+        require_judged(f"trajectories sampled anew, round {number}", trajectories)
         self.journal.append({"round": number, "tokens": sum(len(step.token_ids) for t in trajectories for step in t.steps)})
         adapter = context.entering.adapter
         with ExitStack() as opened:

@@ -57,7 +57,7 @@ def helper(body: dict[str, Any]) -> str:
     return "Path: it searched and answered. Facts: none. Turning point: the first step."
 
 
-def experiment(url: str) -> Experiment:
+def experiment(url: str, **changes: Any) -> Experiment:
     model = {"backend": "openai", "model": "helper", "endpoints": (url,), "price_prompt": 1.0, "price_completion": 2.0}
     return Experiment.model_validate(
         {
@@ -79,6 +79,7 @@ def experiment(url: str) -> Experiment:
                 "concurrency": 1,
             },  # batches of one: what is sampled must not depend on who waits for whom
         }
+        | changes
     )
 
 
@@ -166,6 +167,24 @@ def test_a_night_without_its_judge_is_not_stored_and_only_the_verdicts_are_made_
         made = run_step("trajectories", experiment(back.url), 1, store).artifact
     assert made.summary["judged"] == made.summary["trajectories"] == 32
     assert set(made.frame("trajectories.parquet")["error"]) == {None}
+
+
+def test_an_outage_while_trajectories_are_sampled_anew_stops_the_training(tmp_path: Path, quick: None) -> None:
+    """On-policy with refresh: what is left of a round would be learned from, and stand."""
+    on_policy = {"regime": {"preset": "on_policy", "rejection": True}, "teacher_check": {"enabled": False}}
+    anew = on_policy | {"distillation": {"epochs": 1, "refresh": 2}}
+    store = Store(tmp_path)
+    with Endpoint(helper) as endpoint:
+        for step in STEP_ORDER[: STEP_ORDER.index("adapter")]:
+            run_step(step, experiment(endpoint.url, **anew), 1, store)
+    with Endpoint(helper, script=lambda body, seen: Fault("401")) as shut:
+        told = r"sampled anew, round 1: \d+ of \d+ episodes have no verdict.*401"
+        with pytest.raises(UnjudgedError, match=told):
+            run_step("adapter", experiment(shut.url, **anew), 1, store)
+    assert not resolve("adapter", experiment(shut.url, **anew), 1, store).exists
+    with Endpoint(helper) as back:
+        made = run_step("adapter", experiment(back.url, **anew), 1, store).artifact
+    assert made.summary["refreshes"] == 1
 
 
 KEY = "Zq9vK2xWb7LmT4YpRg6N"
