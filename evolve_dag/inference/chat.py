@@ -13,7 +13,7 @@ sampled is copied verbatim. Three properties follow, and the tests hold them:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,8 @@ _FOOTERS: dict[Role, str] = {
     "assistant": f"{TURN_END}\n",
     "tool": f"\n</tool_response>{TURN_END}\n",
 }
+NO_THOUGHT = "<think>\n\n</think>\n\n"
+"""What opens a turn of a model that thinks unless it is told not to, as Qwen3's template writes it."""
 _TRUSTED: frozenset[Role] = frozenset({"system", "assistant"})
 _MEMO = 16_384
 """Encodings of content kept: a turn is encoded once, though every later call of its episode holds it."""
@@ -72,6 +74,7 @@ class ChatFormat:
         *,
         end_of_text_id: int | None = None,
         named_ids: Iterable[int] = (),
+        opening: str = "",
         name: str = "tokenizer",
     ) -> None:
         from tokenizers import Tokenizer as FastTokenizer
@@ -108,6 +111,8 @@ class ChatFormat:
                 tags[index] = tag
         self._closed = {True: _Closed(control), False: _Closed(special | tags)}
         self._headers = {role: self._markup_ids(text) for role, text in _HEADERS.items()}
+        # In every turn, those of the history too: what was sampled after it must stand after it.
+        self._headers["assistant"] += self._markup_ids(opening)
         self._footers = {role: self._markup_ids(text) for role, text in _FOOTERS.items()}
         self._after_end = self._markup_ids("\n")
         self._encode_content = lru_cache(maxsize=_MEMO)(self._encode_content_anew)
@@ -127,7 +132,8 @@ class ChatFormat:
                 "load it with AutoTokenizer.from_pretrained(...); the folder must hold a tokenizer.json",
             )
         named = tokenizer.convert_tokens_to_ids(list(tokenizer.special_tokens_map.values()))
-        return cls(backend, end_of_text_id=tokenizer.eos_token_id, named_ids=named, name=name)
+        opening = NO_THOUGHT if switches_thought(getattr(tokenizer, "chat_template", None)) else ""
+        return cls(backend, end_of_text_id=tokenizer.eos_token_id, named_ids=named, opening=opening, name=name)
 
     def encode(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation.
@@ -194,6 +200,16 @@ class ChatFormat:
             ids = [index for letter in text for index in self._content.encode(letter, add_special_tokens=False).ids]
             ids = [index for index in ids if index not in closed.ids]
         return tuple(ids)
+
+
+def switches_thought(template: str | Mapping[str, str] | None) -> bool:
+    """Whether a model thinks before it acts unless its turn begins with :data:`NO_THOUGHT`.
+
+    Args:
+        template: its chat template, or several by name. They are read, and never run.
+    """
+    texts = template.values() if isinstance(template, Mapping) else [template or ""]
+    return any("enable_thinking" in text and NO_THOUGHT.replace("\n", "\\n") in text for text in texts)
 
 
 def read_chat(folder: str | Path) -> ChatFormat:

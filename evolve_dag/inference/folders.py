@@ -9,6 +9,7 @@ from pathlib import Path
 
 from evolve_dag.config.schema import PolicySettings, VllmModelSettings
 from evolve_dag.errors import ModelError
+from evolve_dag.inference.chat import switches_thought
 
 POCKET = Path(__file__).resolve().parent.parent / "environments" / "pocket" / "model"
 """The policy that ships with the package."""
@@ -62,6 +63,24 @@ def base_identity(settings: PolicySettings) -> str:
     """Identity of the base model: its weights, their number format and how they are kept, wherever the folder lies."""
     kept = "" if settings.quantize == "none" else f":{settings.quantize}"
     return f"sha256:{folder_digest(model_folder(settings))[:32]}:{settings.dtype}{kept}"
+
+
+def turns_of(settings: PolicySettings) -> str:
+    """How a model's turns begin where that is not the plain way; a part of what it says that its weights do not tell."""
+    folder = model_folder(settings)
+    return "no thought" if switches_thought(_chat_template(folder)) else ""
+
+
+def _chat_template(folder: Path) -> str | dict[str, str]:
+    """Of the tokenizer there, or several by name; '' where there is none."""
+    own, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    try:
+        if own.is_file():
+            return own.read_text(encoding="utf-8")
+        found = json.loads(settings.read_text(encoding="utf-8")).get("chat_template") or ""
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return found if isinstance(found, str) else {str(one["name"]): str(one["template"]) for one in found}
 
 
 def folder_digest(folder: Path) -> str:

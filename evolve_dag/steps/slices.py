@@ -18,7 +18,7 @@ from evolve_dag import prompts
 from evolve_dag.config.parts import CHOICES, identity, named_by, part_of
 from evolve_dag.config.schema import Experiment, PolicySettings, TaskSplit
 from evolve_dag.config.section import FOLDER, IDENTITY, PATH, RUNTIME, Section, marked, only
-from evolve_dag.inference.folders import base_identity
+from evolve_dag.inference.folders import base_identity, turns_of
 from evolve_dag.tasks.contents import file_digest, folder_digest, rows_digest
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _value(section: Section, name: str, key: str, part: Slice) -> Any:
 
 def _content(section: Section, field: FieldInfo, path: str, key: str) -> str:
     if isinstance(section, PolicySettings):
-        return base_identity(section)
+        return " ".join(filter(None, (base_identity(section), turns_of(section))))
     if isinstance(section, TaskSplit) and section.stream:
         return rows_digest(section, key)
     return folder_digest(path, key) if marked(field, FOLDER) else file_digest(path, key)

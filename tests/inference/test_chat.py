@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny_tokenizers
@@ -11,9 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from evolve_dag.config.schema import TransformersModelSettings
 from evolve_dag.environments.pocket.tokenizer import CONTROL, build_tokenizer
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.chat import GRAMMAR_TAGS, ChatFormat
+from evolve_dag.inference.folders import turns_of
 from evolve_dag.records import Message
 
 
@@ -52,6 +56,44 @@ def test_text_is_chatml(byte_chat: ChatFormat) -> None:
         "<|im_start|>assistant\n<answer>Rato Miku</answer><|im_end|>\n"
         "<|im_start|>assistant\n"
     )
+
+
+SWITCH = "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "off"),
+    [
+        (SWITCH, True),
+        ({"default": "{{ messages }}", "tool_use": SWITCH}, True),
+        (None, False),
+        ("{{ messages }}", False),
+        ("{{- '<think>\\n' + reasoning_content + '\\n</think>\\n\\n' }}", False),  # keeps thoughts, has no switch
+    ],
+)
+def test_a_model_with_a_switch_for_thinking_has_it_off_in_every_turn(template: str | dict[str, str] | None, off: bool) -> None:
+    """As Qwen3's template does for ``enable_thinking=False``, in the history as well: so that it stays a prefix."""
+    tokenizer = tiny_tokenizers.byte_level()
+    tokenizer.chat_template = template
+    chat = ChatFormat.from_tokenizer(tokenizer)
+    plain = ChatFormat.from_tokenizer(tiny_tokenizers.byte_level())
+    header = "<|im_start|>assistant\n"
+    wanted = plain.decode(plain.encode(CONVERSATION)).replace(header, header + ("<think>\n\n</think>\n\n" if off else ""))
+    assert chat.decode(chat.encode(CONVERSATION)) == wanted
+    history = chat.encode(CONVERSATION[:2])
+    assert chat.encode(CONVERSATION)[: len(history)] == history
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json", None])
+def test_how_turns_begin_is_a_part_of_what_a_model_is(file: str | None, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    if file is not None:
+        content = (
+            SWITCH if file.endswith(".jinja") else json.dumps({"chat_template": [{"name": "default", "template": SWITCH}]})
+        )
+        (tmp_path / file).write_text(content)
+    settings = TransformersModelSettings(path=str(tmp_path))
+    assert turns_of(settings) == ("no thought" if file else "")
 
 
 def test_tags_of_the_policy_are_tokens_and_tags_of_the_web_are_not(byte_chat: ChatFormat) -> None:
