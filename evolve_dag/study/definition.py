@@ -74,6 +74,12 @@ class Study:
         named = self.settings.arms[arm].reference or (self.reference,)
         return tuple(other for other in dict.fromkeys(named) if other in self.arms and other != arm)
 
+    @property
+    def same_tasks(self) -> bool:
+        """Whether several seeds are asked the same held-out tasks: those of a file, or of an environment that has one world."""
+        asked = [cell.experiment.tasks.held_out.model_copy(update={"count": None}) for cell in self.cells]
+        return len({cell.seed for cell in self.cells}) > 1 and all(one == asked[0] for one in asked)
+
     def of_arm(self, arm: str) -> tuple[Cell, ...]:
         return tuple(cell for cell in self.cells if cell.arm == arm)
 

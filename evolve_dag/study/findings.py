@@ -129,39 +129,42 @@ def _points(results: Results, arm: str) -> Iterator[Point]:
     for k in (0, *results.iterations(arm)):
         for condition in HELD_OUT:
             column = results.column(arm, k, condition)
-            success = mean(column)
+            success = mean(column, shared=results.shared)
             if success is not None:
                 yield Point(arm, k, condition, success, len(column))
 
 
 def _contrasts(results: Results, arm: str) -> Iterator[Contrast]:
     references, base = results.study.references(arm), results.base_columns(arm)
-    iterations = results.iterations(arm)
+    iterations, shared = results.iterations(arm), results.shared
     columns = {k: results.column(arm, k) for k in (0, *iterations)}
     for k in iterations:
         for reference in references:
             if k in results.iterations(reference):
-                yield from _contrast("arm", arm, k, reference, columns[k], results.column(reference, k))
-        yield from _contrast("night", arm, k, str(k - 1) if k > 1 else "base", columns[k], columns.get(k - 1, {}))
+                yield from _contrast("arm", arm, k, reference, columns[k], results.column(reference, k), shared)
+        yield from _contrast("night", arm, k, str(k - 1) if k > 1 else "base", columns[k], columns.get(k - 1, {}), shared)
         if k > 1:
-            yield from _contrast("first", arm, k, "1", columns[k], columns.get(1, {}))
-        yield from _to_best("base", arm, k, columns[k], {_called(name): column for name, column in base.items()})
+            yield from _contrast("first", arm, k, "1", columns[k], columns.get(1, {}), shared)
+        bases = {_called(name): column for name, column in base.items()}
+        yield from _to_best("base", arm, k, columns[k], bases, shared)
         informed, candidate = results.column(arm, k, "held_with"), results.column(arm, k, "without")
-        yield from _contrast("experience", arm, k, "without", informed, columns[k])
-        yield from _contrast("ceiling", arm, k, "ceiling", candidate, results.column(arm, k, "ceiling"))
+        yield from _contrast("experience", arm, k, "without", informed, columns[k], shared)
+        yield from _contrast("ceiling", arm, k, "ceiling", candidate, results.column(arm, k, "ceiling"), shared)
     if len(iterations) > 1:
         own = {str(k): columns[k] for k in iterations}
-        yield from _to_best("best", arm, iterations[-1], columns[iterations[-1]], own)
+        yield from _to_best("best", arm, iterations[-1], columns[iterations[-1]], own, shared)
 
 
-def _contrast(question: ContrastKind, arm: str, k: int, against: str, a: Column, b: Column) -> Iterator[Contrast]:
-    found = difference(a, b)
+def _contrast(question: ContrastKind, arm: str, k: int, against: str, a: Column, b: Column, shared: bool) -> Iterator[Contrast]:
+    found = difference(a, b, shared=shared)
     if found is not None:
         yield Contrast(question, arm, k, against, found)
 
 
-def _to_best(question: ContrastKind, arm: str, k: int, policy: Column, others: Mapping[str, Column]) -> Iterator[Contrast]:
-    found: AgainstBest | None = against_best(policy, others) if others else None
+def _to_best(
+    question: ContrastKind, arm: str, k: int, policy: Column, others: Mapping[str, Column], shared: bool
+) -> Iterator[Contrast]:
+    found: AgainstBest | None = against_best(policy, others, shared=shared) if others else None
     if found is not None:
         yield Contrast(question, arm, k, found.best, found.honest, found.naive)
 
@@ -195,6 +198,6 @@ def _parts(results: Results, arm: str) -> Iterator[Part]:
                     seed: {t: r for t, r in tasks.items() if results.facts.get(t, {}).get(fact) == value}
                     for seed, tasks in column.items()
                 }
-                success = mean(of_value)
+                success = mean(of_value, shared=results.shared)
                 if success is not None:
                     yield Part(arm, k, fact, value, success)

@@ -60,7 +60,8 @@ def _step_wise_or_global(findings: Findings) -> Iterator[str]:
         a, b = (findings.results.column(arm, 1) for arm in (arms.step_wise, arms.global_injection))
         if a and b:
             told = f"{_at(findings, arms.step_wise, 1)} and {_at(findings, arms.global_injection, 1)}"
-            yield f"{told} (base {_at(findings, arms.step_wise, 0)}): {points(difference(a, b))}"
+            found = difference(a, b, shared=findings.results.shared)
+            yield f"{told} (base {_at(findings, arms.step_wise, 0)}): {points(found)}"
 
 
 def _answers_before_tools(findings: Findings) -> Iterator[str]:
@@ -87,7 +88,8 @@ def _iterations(findings: Findings) -> Iterator[str]:
 def _instance(findings: Findings) -> Iterator[str]:
     arm = findings.results.study.settings.paper.instance
     if arm and (k := min(3, findings.last(arm))):
-        found = difference(findings.results.column(arm, k), findings.results.column(arm, 0))
+        results = findings.results
+        found = difference(results.column(arm, k), results.column(arm, 0), shared=results.shared)
         yield f"{_at(findings, arm, k)} at iteration {k}: {points(found)} against the base"
 
 

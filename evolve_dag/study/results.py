@@ -68,6 +68,11 @@ class Results:
     missing: Mapping[str, int] = field(default_factory=dict)
     """Lineage -> iterations that are not there (yet)."""
 
+    @property
+    def shared(self) -> bool:
+        """Whether every seed is asked the same held-out tasks."""
+        return self.study.same_tasks
+
     def of(self, arm: str, iteration: int) -> tuple[Result, ...]:
         """One iteration of an arm, by seed."""
         return tuple(row for row in self.rows if (row.arm, row.iteration) == (arm, iteration))

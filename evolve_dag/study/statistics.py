@@ -3,6 +3,9 @@
 ``tasks`` holds for the seeds that were run: tasks are resampled within each seed. ``seeds`` holds for another seed as well:
 Student's t over the seeds' own means (task noise is in them). A bootstrap over three to five seeds was tried and is too narrow
 (docs/adr/0018-studies.md). Every seed counts alike.
+
+Where every seed is asked the same tasks (``shared``: those of a file) they are no new ones with each seed: one draw of tasks
+serves all seeds, and over seeds its noise is added to theirs, since it is not in the differences between seeds.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import hypot
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +39,7 @@ class Estimate:
     """95%: other seeds and tasks; None with one seed."""
     by_seed: Mapping[int, float]
     n: int
-    """Tasks, of all seeds together."""
+    """Tasks, of all seeds together; one that several seeds share counts once."""
 
     @property
     def verdict(self) -> str:
@@ -56,20 +61,21 @@ class AgainstBest:
     """The best on all tasks."""
 
 
-def mean(column: Column) -> Estimate | None:
+def mean(column: Column, *, shared: bool = False) -> Estimate | None:
     """Mean reward, 0..1; None without a task. Below 30 tasks, or when all are equal, the first interval is Wilson's."""
-    values = {seed: np.array([tasks[t] for t in sorted(tasks)]) for seed, tasks in sorted(column.items()) if tasks}
+    values = {seed: _Values(sorted(tasks), np.array([tasks[t] for t in sorted(tasks)])) for seed, tasks in _known(column)}
     if not values:
         return None
-    flat = np.concatenate(list(values.values()))
-    if len(flat) < SMALL or flat.min() == flat.max():
-        found = _estimate(values, wilson(_mean(values), len(flat), confidence=CONFIDENCE))
+    draws = _Draws(values, shared)
+    flat = np.concatenate([own.rewards for own in values.values()])
+    if draws.tasks < SMALL or flat.min() == flat.max():
+        found = _estimate(values, wilson(_mean(values), draws.tasks, confidence=CONFIDENCE), draws)
     else:
-        found = _estimate(values, _percentiles(np.mean([_resampled(v, seed) for seed, v in values.items()], axis=0)))
+        found = _estimate(values, _percentiles(np.mean([draws.means(v, seed) for seed, v in values.items()], axis=0)), draws)
     return found if found.seeds is None else replace(found, seeds=(max(0.0, found.seeds[0]), min(1.0, found.seeds[1])))
 
 
-def difference(a: Column, b: Column) -> Estimate | None:
+def difference(a: Column, b: Column, *, shared: bool = False) -> Estimate | None:
     """Mean of ``a - b`` over the tasks that both know, paired by seed and task; None when there is none.
 
     As in :func:`evolve_dag.evaluation.intervals.paired_difference`, each seed gets two invented tasks, one won and one lost,
@@ -79,72 +85,106 @@ def difference(a: Column, b: Column) -> Estimate | None:
     for seed in sorted(a.keys() & b.keys()):
         common = sorted(a[seed].keys() & b[seed].keys())
         if common:
-            values[seed] = np.array([a[seed][t] - b[seed][t] for t in common])
+            values[seed] = _Values(common, np.array([a[seed][t] - b[seed][t] for t in common]))
     if not values:
         return None
-    drawn = np.mean([_resampled(np.append(v, [1.0, -1.0]), seed) for seed, v in values.items()], axis=0)
-    return _estimate(values, _percentiles(drawn))
+    invented = {seed: _Values([*v.tasks, *_INVENTED], np.append(v.rewards, [1.0, -1.0])) for seed, v in values.items()}
+    draws = _Draws(invented, shared)
+    drawn = np.mean([draws.means(v, seed) for seed, v in invented.items()], axis=0)
+    return _estimate(values, _percentiles(drawn), _Draws(values, shared))
 
 
-def against_best(policy: Column, others: Mapping[str, Column]) -> AgainstBest | None:
+def against_best(policy: Column, others: Mapping[str, Column], *, shared: bool = False) -> AgainstBest | None:
     """``policy`` against the best of ``others``, which may hold it too; None where they share no task.
 
     Tasks are split into two fixed halves. The choice is made anew in every resample, so its own uncertainty is in the interval.
     """
     stacked = _aligned(policy, others)
-    halves = {seed: _halved(matrix_C_T, tasks) for seed, (matrix_C_T, tasks) in stacked.items()}
-    if not halves or any(half.shape[1] == 0 for pair in halves.values() for half in pair):
+    halves = {seed: _halved(whole) for seed, whole in stacked.items()}
+    if not halves or any(len(half.tasks) == 0 for pair in halves.values() for half in pair):
         return None
     names = list(others)
-    means_S_H_C = np.array([[half.mean(axis=1) for half in pair] for pair in halves.values()])
-    drawn_H_R_C = np.mean([[_resampled_columns(half, seed) for half in pair] for seed, pair in halves.items()], axis=0)
+    draws_H = [_Draws({seed: pair[h] for seed, pair in halves.items()}, shared) for h in (0, 1)]
+    means_S_H_C = np.array([[half.rewards.mean(axis=1) for half in pair] for pair in halves.values()])
+    drawn_H_R_C = [np.mean([draws_H[h].columns(pair[h], seed) for seed, pair in halves.items()], axis=0) for h in (0, 1)]
     chosen = [int(means_S_H_C[:, 1 - h, 1:].mean(axis=0).argmax()) for h in (0, 1)]
     gaps_S = np.mean([means_S_H_C[:, h, 0] - means_S_H_C[:, h, 1 + chosen[h]] for h in (0, 1)], axis=0)
     drawn_R = np.mean([_gap(drawn_H_R_C[h], drawn_H_R_C[1 - h]) for h in (0, 1)], axis=0)
     by_seed = dict(zip(halves, map(float, gaps_S), strict=True))
-    count = sum(len(tasks) for _, tasks in stacked.values())
     around = _percentiles(drawn_R)
-    honest = Estimate(float(gaps_S.mean()), around, _student(by_seed, around), by_seed, count)
-    whole_C = np.mean([matrix.mean(axis=1) for matrix, _ in stacked.values()], axis=0)
+    whole = _Draws(stacked, shared)
+    honest = Estimate(float(gaps_S.mean()), around, _student(by_seed, around, shared=shared), by_seed, whole.tasks)
+    whole_C = np.mean([own.rewards.mean(axis=1) for own in stacked.values()], axis=0)
     best = names[int(whole_C[1:].argmax())]
-    naive = difference(policy, others[best])
+    naive = difference(policy, others[best], shared=shared)
     assert naive is not None  # they share tasks
     return AgainstBest((names[chosen[0]], names[chosen[1]]), honest, naive, best)
 
 
 # -- inside
 
+_INVENTED = ("\0won", "\0lost")
 
-def _estimate(values: Mapping[int, Floats], tasks: Interval | None) -> Estimate:
+
+class _Values(NamedTuple):
+    """What one seed has."""
+
+    tasks: list[str]
+    rewards: Floats
+    """(tasks,), or (columns, tasks)."""
+
+
+class _Draws:
+    """Resampled tasks: of every seed its own, or, where seeds share them, the same in all of them."""
+
+    def __init__(self, values: Mapping[int, _Values], shared: bool) -> None:
+        every = sorted({task for own in values.values() for task in own.tasks})
+        self.place = {task: i for i, task in enumerate(every)} if shared else None
+        self.shared = shared
+        self.tasks = len(every) if shared else sum(len(own.tasks) for own in values.values())
+        """Different ones."""
+
+    def means(self, own: _Values, seed: int) -> Floats:
+        """(RESAMPLES,) means of resampled tasks."""
+        return self.columns(_Values(own.tasks, own.rewards[None, :]), seed)[:, 0]
+
+    def columns(self, own: _Values, seed: int) -> Floats:
+        """(RESAMPLES, C) means of the same resampled tasks in every column. Draws follow from the seed and the number of tasks
+        alone; a draw that holds none of a seed's tasks counts as all of them."""
+        if self.place is None:
+            count = len(own.tasks)
+            return _weights(seed, count, RESAMPLES) @ own.rewards.T / count
+        weights_R_T = _weights(0, len(self.place), RESAMPLES)[:, [self.place[task] for task in own.tasks]]
+        weights_R_T = np.where(weights_R_T.any(axis=1, keepdims=True), weights_R_T, np.float32(1))
+        return weights_R_T @ own.rewards.T / weights_R_T.sum(axis=1, keepdims=True)
+
+
+def _known(column: Column) -> list[tuple[int, Mapping[str, float]]]:
+    return [(seed, tasks) for seed, tasks in sorted(column.items()) if tasks]
+
+
+def _estimate(values: Mapping[int, _Values], tasks: Interval | None, draws: _Draws) -> Estimate:
     assert tasks is not None  # there are values
-    by_seed = {seed: float(v.mean()) for seed, v in values.items()}
-    return Estimate(_mean(values), tasks, _student(by_seed, tasks), by_seed, sum(len(v) for v in values.values()))
+    by_seed = {seed: float(own.rewards.mean()) for seed, own in values.items()}
+    return Estimate(_mean(values), tasks, _student(by_seed, tasks, shared=draws.shared), by_seed, draws.tasks)
 
 
-def _mean(values: Mapping[int, Floats]) -> float:
-    return float(np.mean([v.mean() for v in values.values()]))
+def _mean(values: Mapping[int, _Values]) -> float:
+    return float(np.mean([own.rewards.mean() for own in values.values()]))
 
 
-def _student(by_seed: Mapping[int, float], tasks: Interval) -> Interval | None:
+def _student(by_seed: Mapping[int, float], tasks: Interval, *, shared: bool) -> Interval | None:
     """Student's t over the seeds, and never narrower than for these seeds alone: three of them can agree by luck."""
     if len(by_seed) < 2:
         return None
     from scipy.stats import t
 
     values = np.array(list(by_seed.values()))
+    middle = float(values.mean())
     half = float(t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)) * float(values.std(ddof=1)) / len(values) ** 0.5
-    return min(float(values.mean()) - half, tasks[0]), max(float(values.mean()) + half, tasks[1])
-
-
-def _resampled(values_T: Floats, seed: int) -> Floats:
-    """(RESAMPLES,) means of resampled tasks. Draws follow from the seed and the number of tasks alone."""
-    return _resampled_columns(values_T[None, :], seed)[:, 0]
-
-
-def _resampled_columns(matrix_C_T: Floats, seed: int) -> Floats:
-    """(RESAMPLES, C) means of the same resampled tasks in every column."""
-    count = matrix_C_T.shape[1]
-    return _weights(seed, count, RESAMPLES) @ matrix_C_T.T / count
+    if shared:
+        return middle - hypot(half, middle - tasks[0]), middle + hypot(half, tasks[1] - middle)
+    return min(middle - half, tasks[0]), max(middle + half, tasks[1])
 
 
 @lru_cache(maxsize=32)
@@ -159,21 +199,25 @@ def _percentiles(means_R: Floats) -> Interval:
     return float(low), float(high)
 
 
-def _aligned(policy: Column, others: Mapping[str, Column]) -> dict[int, tuple[Floats, list[str]]]:
+def _aligned(policy: Column, others: Mapping[str, Column]) -> dict[int, _Values]:
     """Seed -> rewards (1 + others, tasks) with ``policy`` first, on the tasks that all of them know."""
     columns = [policy, *others.values()]
     found = {}
     for seed in sorted(set.intersection(*(set(column) for column in columns))):
         tasks = sorted(set.intersection(*(set(column[seed]) for column in columns)))
         if tasks:
-            found[seed] = (np.array([[column[seed][t] for t in tasks] for column in columns]), tasks)
+            found[seed] = _Values(tasks, np.array([[column[seed][t] for t in tasks] for column in columns]))
     return found
 
 
-def _halved(matrix_C_T: Floats, tasks: list[str]) -> tuple[Floats, Floats]:
+def _halved(whole: _Values) -> tuple[_Values, _Values]:
     """The columns of either half of the tasks; which half a task is in follows from its name."""
-    half_T = np.array([stable_hash("half", task) % 2 == 1 for task in tasks])
-    return matrix_C_T[:, ~half_T], matrix_C_T[:, half_T]
+    half_T = np.array([stable_hash("half", task) % 2 == 1 for task in whole.tasks])
+    first, second = (
+        _Values([task for task, own in zip(whole.tasks, mask_T, strict=True) if own], whole.rewards[:, mask_T])
+        for mask_T in (~half_T, half_T)
+    )
+    return first, second
 
 
 def _gap(measured_R_C: Floats, choosing_R_C: Floats) -> Floats:

@@ -53,6 +53,13 @@ def test_worlds_of_another_environment_go_on_from_its_file(tmp_path: Path) -> No
         assert [one.world for one in tasks.splits.values()] == [100 + seed, 200 + seed, 300 + seed]
 
 
+def test_whether_seeds_are_asked_the_same_tasks(tmp_path: Path) -> None:
+    of_a_file = {"a": str(Path(__file__).parents[2] / "configs" / "own_corpus.yaml")}
+    assert study(tmp_path, arms=of_a_file).same_tasks
+    assert not study(tmp_path, arms=of_a_file, seeds=[4]).same_tasks, "one seed shares with nobody"
+    assert not study(tmp_path).same_tasks, "worlds by seed"
+
+
 def test_arms_are_asked_the_same_tasks(tmp_path: Path) -> None:
     arms = {"a": "arm.yaml", "b": "arm.yaml", "c": {"config": "arm.yaml", "set": {"environment": {"results": 2}}}}
     told = mistakes(write(tmp_path, arms=arms))

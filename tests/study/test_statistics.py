@@ -42,6 +42,48 @@ def test_the_interval_over_seeds_is_students() -> None:
     assert agreeing.seeds == agreeing.tasks, "three seeds that agree are no certainty about a fourth"
 
 
+def test_tasks_that_seeds_share_are_no_new_ones() -> None:
+    """Three seeds with the same results know no more of other tasks than one of them."""
+    rng = np.random.default_rng(3)
+    a, b = drawn(rng, 0.6), drawn(rng, 0.5)
+    many = [dict.fromkeys((1, 2, 3), one[1]) for one in (a, b)]
+    for alone, together, apart in (
+        (mean(a, shared=True), mean(many[0], shared=True), mean(many[0])),
+        (difference(a, b, shared=True), difference(*many, shared=True), difference(*many)),
+        (
+            against_best(a, {"b": b}, shared=True).honest,
+            against_best(many[0], {"b": many[1]}, shared=True).honest,
+            against_best(many[0], {"b": many[1]}).honest,
+        ),
+    ):
+        assert together.n == alone.n == 200
+        assert apart.n == 600
+        assert together.tasks == pytest.approx(alone.tasks)
+        assert together.seeds == pytest.approx(alone.tasks)
+        assert apart.tasks[1] - apart.tasks[0] < 0.7 * (together.tasks[1] - together.tasks[0])
+
+
+def test_intervals_over_shared_tasks_hold_the_truth() -> None:
+    """Tasks differ in how hard they are, whatever the seed: of 200 studies some ten may miss."""
+    rng = np.random.default_rng(4)
+    missed = {True: [0, 0], False: [0, 0]}
+    for _ in range(200):
+        chances = rng.beta(0.3, 0.3, 100)
+        rewards = column(*((rng.random(100) < chances).astype(float).tolist() for _ in range(5)))
+        for shared, count in missed.items():
+            found = mean(rewards, shared=shared)
+            for n, (low, high) in enumerate((found.tasks, found.seeds)):
+                count[n] += not low <= 0.5 <= high
+    assert max(missed[True]) <= 20
+    assert min(missed[False]) >= 30, "as if they were 500 tasks"
+
+
+def test_a_seed_that_knows_fewer_of_the_shared_tasks() -> None:
+    found = difference({1: {"x": 1.0, "y": 0.0}, 2: {"y": 1.0}}, {1: {"x": 0.0, "y": 0.0}, 2: {"y": 0.0}}, shared=True)
+    assert (found.value, found.n, dict(found.by_seed)) == (0.75, 2, {1: 0.5, 2: 1.0})
+    assert found.tasks[0] <= 0.75 <= found.tasks[1]
+
+
 def test_one_seed_is_the_paired_difference_of_the_gate() -> None:
     rng = np.random.default_rng(2)
     a, b = drawn(rng, 0.6), drawn(rng, 0.5)
