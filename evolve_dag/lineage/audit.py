@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import ConfigError, DataError, StoreError
+from evolve_dag.lineage.following import follows
 from evolve_dag.store.disk import write_atomic
 from evolve_dag.store.layout import DECISION, ITEMS
 
@@ -172,6 +173,8 @@ def read(store: Store, experiment: str) -> Audit:
         texts = _texts(store, one.contexts.inputs.get("experience"))
         rows = [_internalized(name, one.number, texts.get(name, ""), before, after, now) for name in before.by]
         items += sorted(rows, key=lambda row: (row.item != ALL, row.item == NONE, -row.before * row.tokens, row.item))
+    if not items and not notes:
+        notes.append("no iteration is trained yet: there is nothing to audit")
     return Audit(experiment, tuple(items), tuple(notes))
 
 
@@ -324,23 +327,21 @@ class _Worn:
 
 
 def _iterations(store: Store, experiment: str) -> Iterator[_Iteration]:
-    """Iterations that are trained, and whose artifacts were made of each other."""
+    """Iterations that are trained, as far as they follow from each other."""
     from evolve_dag.errors import OrderError
 
     by_iteration: dict[int, dict[str, Artifact]] = {}
     for ref in store.refs(experiment):
-        if ref.kind in ("policy", "contexts", "adapter", "promotion"):
-            by_iteration.setdefault(ref.iteration, {})[ref.kind] = store.open(ref.kind, ref.digest)
+        by_iteration.setdefault(ref.iteration, {})[ref.kind] = store.open(ref.kind, ref.digest)
     if not by_iteration:
         raise OrderError(
             f"experiment {experiment!r} has not been run in {store.root}", f"run it first: evolve run configs/{experiment}.yaml"
         )
     sound: list[tuple[int, dict[str, Artifact]]] = []
     for number, found in sorted(by_iteration.items()):
-        if not {"policy", "contexts", "adapter"} <= found.keys():
-            continue
-        entered = found["contexts"].inputs.get("policy") == found["policy"].digest
-        if entered and found["adapter"].inputs.get("contexts") == found["contexts"].digest:
+        if not follows(found, by_iteration.get(number - 1, {})):
+            break  # of what the experiment was before: neither its items nor its policy are this lineage's
+        if {"policy", "contexts", "adapter"} <= found.keys():
             sound.append((number, found))
     for number, found in sound:
         policy = found["policy"].manifest.config.get("policy")

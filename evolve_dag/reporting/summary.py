@@ -24,6 +24,7 @@ from evolve_dag.errors import DataError, OrderError
 from evolve_dag.evaluation.gate import GateDecision, gate_from_json, gate_to_json
 from evolve_dag.evaluation.intervals import Interval
 from evolve_dag.evaluation.metrics import Metrics, metrics_from_json, metrics_to_json
+from evolve_dag.lineage.following import follows
 from evolve_dag.records import ExperienceItem
 from evolve_dag.steps.base import STEP_ORDER
 from evolve_dag.steps.scores import BASE_AT
@@ -223,9 +224,9 @@ def summarize(
     settings: dict[str, Any] = {}
     outdated: list[int] = []
     for iteration, found in sorted(by_iteration.items()):
-        artifacts = {kind: artifact for kind, (_, artifact) in found.items()}
+        artifacts, before = _artifacts(found), _artifacts(by_iteration.get(iteration - 1, {}))
         # Under a changed config the first iterations may be new and the later ones old: one curve must not show both.
-        if outdated or not _follows(artifacts, by_iteration.get(iteration - 1, {})):
+        if outdated or not follows(artifacts, before):
             outdated.append(iteration)
             continue
         settings |= joined_config(artifacts.values())
@@ -245,6 +246,10 @@ def summarize(
     )
 
 
+def _artifacts(found: Mapping[str, tuple[Ref, Artifact]]) -> dict[str, Artifact]:
+    return {kind: artifact for kind, (_, artifact) in found.items()}
+
+
 def _base_row(scores: Mapping[str, Any], artifact: Artifact) -> IterationRow:
     """The policy that entered the first iteration, at every temperature that was tried."""
     named = {name: name.removeprefix(BASE_AT) for name in scores if name.startswith(BASE_AT)}
@@ -253,18 +258,6 @@ def _base_row(scores: Mapping[str, Any], artifact: Artifact) -> IterationRow:
     found = {own: _metrics(scores, "base", artifact), **others}
     known = {temperature: metrics for temperature, metrics in sorted(found.items()) if metrics is not None}
     return IterationRow(0, without=known.get(own), greedy=known.get(0.0), at_temperature=known)
-
-
-def _follows(artifacts: Mapping[str, Artifact], before: Mapping[str, tuple[Ref, Artifact]]) -> bool:
-    """Was every artifact made of those beside it, and the policy by the promotion before it?"""
-    for artifact in artifacts.values():
-        if any(kind in artifacts and artifacts[kind].digest != digest for kind, digest in artifact.inputs.items()):
-            return False
-    if "policy" in artifacts and "promotion" in before:
-        decided = before["promotion"][1].json(DECISION).get("policy") or {}
-        entered = artifacts["policy"].summary
-        return all(entered.get(key) == decided.get(key) for key in ("adapter", "experience"))
-    return True
 
 
 def _command(experiment: str, config: str | None, settings: Mapping[str, Any], iterations: int) -> str:

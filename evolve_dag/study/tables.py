@@ -27,9 +27,9 @@ METHOD = (
     "once the gate has decided: the night's candidate where it was promoted, else the champion that stayed or came back, or "
     "the base policy, by its own scores (with experience only where its pool was scored as it is now). "
     "Every seed counts alike. Intervals are 95%. "
-    "The first is over tasks, resampled within each seed, or for all seeds together where they are asked the same ones: it holds "
-    "for these seeds. The second is over seeds, Student's t over their means: it holds for another seed as well, and is wide with "
-    "three of them. Differences are paired by seed and task."
+    "The first is over tasks, resampled within each seed, or for all seeds together where they are asked the same ones: it "
+    "holds for these seeds. The second is over seeds, Student's t over their means: it holds for another seed as well, and is "
+    "wide with three of them. Differences are paired by seed and task."
 )
 HOLLOW = "Hollow points, and ○ in tables: nights whose candidate the gate declined in at least one seed."
 DIFFERS = (

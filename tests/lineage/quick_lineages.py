@@ -33,6 +33,8 @@ def fake_steps(monkeypatch: pytest.MonkeyPatch, decide: Callable[[int], str] = l
         def run(context: StepContext) -> None:
             inputs = {kind: artifact.digest for kind, artifact in context.inputs.items()}
             (context.build.path / "made.json").write_text(json.dumps({"of": inputs}))
+            if name == "policy":
+                context.build.note(adapter=context.entering.adapter, experience=context.entering.experience)
             if name == "promotion":
                 promoted = decide(context.iteration) == "promote"
                 policy = {

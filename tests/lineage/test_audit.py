@@ -11,6 +11,8 @@ from typing import Any
 
 import polars as pl
 import pytest
+from quick_lineages import experiment as quick
+from quick_lineages import fake_steps, run
 from small_lineage import SMALL, copy_of, iterate
 from typer.testing import CliRunner
 
@@ -24,6 +26,7 @@ from evolve_dag.lineage.audit import ALL, NONE, Internalized, Measurement, Sums,
 from evolve_dag.records import PoolEdit
 from evolve_dag.reporting import audit_page, principles, report
 from evolve_dag.reporting.summary import status_json, summarize
+from evolve_dag.steps.base import run_step
 from evolve_dag.store.artifacts import Artifact, Store
 
 # one batch an epoch, without retention: the curve then begins with the divergence of all stored rows
@@ -198,6 +201,26 @@ def test_another_base_model_and_an_unknown_experiment_are_refused(
         audit.measure(other, Store(tmp_path / "store"))
     with pytest.raises(OrderError, match="has not been run"):
         audit.read(made, "nobody")
+
+
+def test_iterations_of_another_definition_are_not_the_lineages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file was changed, and iteration 1 has been made anew: 2 and 3 are of what it was before."""
+    fake_steps(monkeypatch)
+    store = Store(tmp_path)
+    run(quick(), store)
+    whole = [(one.number, one.now) for one in audit._iterations(store, "quick")]
+    assert [number for number, _ in whole] == [1, 2, 3]
+    run(quick(distillation={"epochs": 7}), store, 1)
+    [(number, now)] = [(one.number, one.now) for one in audit._iterations(store, "quick")]
+    assert number == 1
+    assert now not in {old for _, old in whole}, "the adapter of the new iteration 1"
+    assert audit.read(store, "quick").notes == ("iteration 1 is not measured: evolve audit quick",)
+
+
+def test_what_is_not_trained_yet_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_steps(monkeypatch)
+    run_step("policy", quick(), 1, Store(tmp_path))
+    assert audit.read(Store(tmp_path), "quick").notes == ("no iteration is trained yet: there is nothing to audit",)
 
 
 def test_the_command_prints_a_table_and_json(made: Store, measured: audit.Audit, tmp_path: Path) -> None:
