@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 
 log = logging.getLogger(__name__)
+
+_ANCHOR = re.compile(r"\$|\\boxed|(?<!\\)\\[(\[]")
+_PROSE = re.compile(r"[^\W\d_]{2,}|^\d{1,3}(?: \d{3})+$")
+"""A word; and a number as the prose of many countries writes it, which LaTeX takes for a product."""
 
 
 def equal(reference: str, answer: str) -> float | None:
@@ -19,8 +24,7 @@ def equal(reference: str, answer: str) -> float | None:
         gold = parse(_anchored(reference), raise_on_error=True)
         if not gold:
             return 0.0  # no mathematics, and not the same text
-        # An answer in a sentence is searched for its last expression first; a bare expression is taken as LaTeX.
-        candidates = (answer, _anchored(answer))
+        candidates = _readings(answer.strip().strip("*`"))
         return 1.0 if any(verify(gold, parse(one, raise_on_error=True), raise_on_error=True) for one in candidates) else 0.0
     except (TimeoutError, TimeoutException):
         return None
@@ -29,6 +33,14 @@ def equal(reference: str, answer: str) -> float | None:
         return None
 
 
+def _readings(answer: str) -> tuple[str, ...]:
+    """An answer in a sentence is searched for its last expression too. A bare expression is taken as LaTeX alone: the search
+    would find the 25 in ``25\\pi``."""
+    anchored = _anchored(answer)
+    prose = anchored == answer or ("\\" not in answer and _PROSE.search(answer))
+    return (answer, anchored) if prose else (anchored,)
+
+
 def _anchored(text: str) -> str:
     """A bare expression between dollar signs, so that it is read as LaTeX; text that has an anchor stays."""
-    return text if "$" in text or "\\boxed" in text or "\\(" in text else f"${text}$"
+    return text if _ANCHOR.search(text) else f"${text}$"

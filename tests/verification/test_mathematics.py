@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from concurrent.futures import BrokenExecutor, CancelledError
 
 import pytest
 
@@ -33,6 +35,21 @@ def reward(reference: str, answer: str | None) -> float | None:
         ("42", "", 0.0),
         ("blue", "Blue.", 1.0),
         ("blue", "red", 0.0),
+        ("3", "**3**", 1.0),
+        ("5", "The answer is\n\\[5\\]", 1.0),
+        ("1/2", "The answer is \\frac{1}{2}.", 1.0),
+        ("1234", "1 234", 1.0),
+        ("73", "72 or 73", 1.0),  # lenient in prose
+        ("25", "25\\pi", 0.0),
+        ("70", "70\\sqrt{2}", 0.0),
+        ("5", "\\sqrt 5", 0.0),
+        ("15", "3 \\cdot 15", 0.0),
+        ("12", "\\gcd(8, 12)", 0.0),
+        ("6", "6!", 0.0),
+        ("60", "\\sin 60", 0.0),
+        ("3", "3i", 0.0),
+        ("5", "1, 2, 3, 4, 5", 0.0),
+        ("13", "12 \\text{ or } 13", 0.0),
     ],
 )
 def test_cases(reference: str, answer: str | None, expected: float) -> None:
@@ -52,3 +69,45 @@ def test_many_threads_share_the_worker() -> None:
         return await asyncio.gather(*(verifier.verify(Task("t", "?", f"{n}/2"), f"{2 * n}/4") for n in range(1, 9)))
 
     assert asyncio.run(all_at_once()) == [1.0] * 8
+
+
+class Worker:
+    """A pool of processes that is slow, and breaks where it is told to."""
+
+    def __init__(self, broken: type[Exception] | None = None) -> None:
+        self.broken, self.waiting, self.most = broken, 0, 0
+
+    def submit(self, *work: object) -> Worker:
+        self.waiting += 1
+        self.most = max(self.most, self.waiting)
+        return self
+
+    def result(self, seconds: float) -> float:
+        time.sleep(0.01)
+        self.waiting -= 1
+        if self.broken is not None:
+            raise self.broken
+        return 1.0
+
+    def shutdown(self, **how: object) -> None: ...
+
+
+def of_six(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
+    monkeypatch.setattr(mathematics, "_pool", lambda: worker)
+
+    async def all_at_once() -> list[float | None]:
+        verifier = MathematicsVerifier()
+        return await asyncio.gather(*(verifier.verify(Task("t", "?", "1"), f"x={n}") for n in range(6)))
+
+    return asyncio.run(all_at_once())
+
+
+def test_a_comparison_waits_for_its_turn_before_its_clock_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker()
+    assert of_six(worker, monkeypatch) == [1.0] * 6
+    assert worker.most == 1
+
+
+@pytest.mark.parametrize("broken", [TimeoutError, BrokenExecutor, CancelledError])
+def test_what_ends_a_worker_ends_no_step(broken: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert of_six(Worker(broken), monkeypatch) == [None] * 6
