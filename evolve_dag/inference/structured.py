@@ -65,6 +65,12 @@ def extract_json(text: str) -> Any | None:
     return marker
 
 
+def every_json(text: str, schema: Mapping[str, Any]) -> list[Any]:
+    """All JSON values in ``text`` that fit ``schema``; those in closed code fences stand in it twice."""
+    validator = _validator(json.dumps(schema, sort_keys=True))
+    return [value for value in _candidates(text) if validator.is_valid(value)]
+
+
 async def ask_json(
     model: LanguageModel,
     messages: Sequence[Message],

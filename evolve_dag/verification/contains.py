@@ -8,7 +8,7 @@ from typing import Literal
 from evolve_dag.config.parts import VerificationSettings
 from evolve_dag.records import Task
 from evolve_dag.verification.base import VerifierPart
-from evolve_dag.verification.exact import normalise
+from evolve_dag.verification.exact import normalise, references
 
 MAX_WORDS = 30
 """A longer answer is wrong: a text that names everything would be right by chance."""
@@ -27,8 +27,7 @@ class ContainsVerifier:
         given = normalise(answer)
         if len(given.split()) > MAX_WORDS:
             return 0.0
-        references = [task.answer, *(alias for alias in task.metadata.get("aliases", "").split("|") if alias.strip())]
-        return 1.0 if any(_stands_in(normalise(reference), given) for reference in references) else 0.0
+        return 1.0 if any(_stands_in(normalise(reference), given) for reference in references(task)) else 0.0
 
 
 def _stands_in(reference: str, given: str) -> bool:

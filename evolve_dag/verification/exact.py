@@ -20,11 +20,18 @@ class ExactVerifier:
     """
 
     async def verify(self, task: Task, answer: str | None) -> float | None:
-        if answer is None:
-            return 0.0
-        given = normalise(answer)
-        references = [task.answer, *(alias for alias in task.metadata.get("aliases", "").split("|") if alias.strip())]
-        return 1.0 if any(given == normalise(reference) for reference in references) else 0.0
+        return 1.0 if answer is not None and equals(task, answer) else 0.0
+
+
+def equals(task: Task, answer: str) -> bool:
+    """Whether ``answer`` reads the same as the reference or an alias."""
+    given = normalise(answer)
+    return any(given == normalise(reference) for reference in references(task))
+
+
+def references(task: Task) -> list[str]:
+    """The reference and its aliases, each of them right."""
+    return [task.answer, *(alias for alias in task.metadata.get("aliases", "").split("|") if alias.strip())]
 
 
 def normalise(text: str) -> str:
@@ -101,7 +108,7 @@ class ExactVerification(VerificationSettings):
     """Normalized text is equal."""
 
     kind: Literal["exact"] = "exact"
-    """The answer is the reference, but for case, articles and punctuation."""
+    """The answer is the reference, but for case, white space and the punctuation around it."""
 
 
 EXACT = VerifierPart(

@@ -18,13 +18,13 @@ from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import ModelError, UnreachableError
 from evolve_dag.inference.ledger import purpose
 from evolve_dag.inference.roles import Roles
-from evolve_dag.inference.structured import ask_json
+from evolve_dag.inference.structured import ask_json, every_json
 from evolve_dag.protocols import LanguageModel, Request, Sampling
 from evolve_dag.records import Message, Task
 from evolve_dag.secrecy import describe_error
 from evolve_dag.store.memory import Memory
 from evolve_dag.verification.base import VerifierPart
-from evolve_dag.verification.exact import normalise
+from evolve_dag.verification.exact import equals, references
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +53,23 @@ MAX_GIVEN = 4000
 """Characters of an answer that the judge reads; the head and the tail of a longer one."""
 
 _VERDICT = re.compile(r"\b(not\s+)?(in)?correct\b", re.IGNORECASE)
-_NEGATION = re.compile(r"\b(not|never|no|cannot)\b|n['’]t\b", re.IGNORECASE)
+_GOES_ON = re.compile(r"[\"'’*`_]*\s*[:=/?]|\s+(?!because\b|since\b|as\b)\w", re.IGNORECASE)
+"""Behind a word that is no verdict: ``correct: false``, "correct or incorrect", "correct answer"."""
+_NAMED = re.compile(r"\bthe\s+correct\b", re.IGNORECASE)
+_DOUBT = re.compile(
+    r"\b(not|never|no|cannot|but|however|though|except|wrong|false|partial|partially|partly|mostly)\b|n['’]t\b", re.IGNORECASE
+)
+_LEAD = re.compile(
+    r"(?:\W|\b(?:the|this|that|given|final|my|answer|verdict|judge?ment|response|is|it|i|would|mark|judge|say|as|yes)\b)*", re.I
+)
+"""What may stand before a verdict."""
 _TAG = re.compile(r"</?\s*(question|reference|given)\s*>", re.IGNORECASE)
 
 
 class JudgeVerifier:
     """Asks a model for its verdict.
 
-    An answer that equals the reference word for word is right without a call, and no answer is wrong without one.
+    An answer that equals the reference or an alias word for word is right without a call, and no answer is wrong without one.
 
     Args:
         model: gives the judge when it is first needed.
@@ -82,9 +91,10 @@ class JudgeVerifier:
         """1.0 right, 0.0 wrong, None when there is no readable verdict."""
         if answer is None or not answer.strip():
             return 0.0
-        if normalise(answer) == normalise(task.answer):
+        if equals(task, answer):
             return 1.0
-        text = self._prompt.fill(question=_data(task.question), reference=_data(task.answer), given=_data(_shorten(answer)))
+        reference = _reference(*references(task))
+        text = self._prompt.fill(question=_data(task.question), reference=_data(reference), given=_data(_shorten(answer)))
         key = Memory.key_of(self._identity, self._prompt.name, text)
         known = await asyncio.to_thread(self._memory.get, "judge", key) if self._memory is not None else None
         verdict = known or await self._ask(text)
@@ -106,7 +116,7 @@ class JudgeVerifier:
                 if self._verdict == "json":
                     sampling = Sampling(temperature=0.0, max_tokens=512)
                     answer = await ask_json(self._model(), messages, SCHEMA, sampling, guide=GUIDE)
-                    return ("correct" if answer.value["correct"] == "yes" else "incorrect") if answer.ok else None
+                    return read_json(answer.text) if answer.ok else None
                 completion = await self._model().generate(Request(messages, Sampling(temperature=0.0, max_tokens=16)))
         except UnreachableError:
             raise  # whoever plays the episode writes down why it has no verdict
@@ -117,20 +127,38 @@ class JudgeVerifier:
 
 
 def read_word(text: str) -> str | None:
-    """``correct`` or ``incorrect`` when ``text`` says exactly one of them, whatever stands around it; else None.
+    """``correct`` or ``incorrect`` when what is said after any reasoning opens with it and takes nothing back; else None.
 
-    "Correct." and "**Answer: Incorrect**" can be read; "A", "maybe" and "Correct or incorrect?" can not. "not correct" is
-    incorrect; a negation anywhere else ("not quite correct") cannot be read.
+    "Correct.", "**Answer: Incorrect**" and "Incorrect. The correct answer is Lyon" can be read; "Mostly correct", "Wrong. The
+    correct answer is Lyon", "Correct or incorrect?" and ``correct: false`` can not. "not correct" is incorrect.
     """
-    if _NEGATION.search(_VERDICT.sub("", text)):
+    said = text.rpartition("</think>")[2]
+    first = _VERDICT.search(said)
+    if first is None or _GOES_ON.match(said, first.end()) or not _LEAD.fullmatch(said, 0, first.start()):
         return None
-    found = {"incorrect" if bool(negated) != bool(opposite) else "correct" for negated, opposite in _VERDICT.findall(text)}
-    return found.pop() if len(found) == 1 else None
+    found = {_meant(verdict) for verdict in _VERDICT.finditer(_NAMED.sub("", said))}
+    doubtful = found == {"correct"} and _DOUBT.search(_VERDICT.sub("", said))
+    return None if doubtful or len(found) != 1 else found.pop()
+
+
+def _meant(verdict: re.Match[str]) -> str:
+    negated, opposite = verdict.groups()
+    return "incorrect" if bool(negated) != bool(opposite) else "correct"
+
+
+def read_json(text: str) -> str | None:
+    """``correct`` or ``incorrect`` when all verdicts in ``text`` agree: a judge may quote one that an answer brought along."""
+    found = {value["correct"] for value in every_json(text, SCHEMA)}
+    return ("correct" if found == {"yes"} else "incorrect") if len(found) == 1 else None
 
 
 def prompt_name(verdict: Verdict) -> str:
     """Name of the prompt that asks for this kind of verdict."""
     return f"verification/verdict_{verdict}"
+
+
+def _reference(answer: str, *aliases: str) -> str:
+    return f"{answer}\nAlso right: {'; '.join(aliases)}" if aliases else answer
 
 
 def _shorten(answer: str) -> str:

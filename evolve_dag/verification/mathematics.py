@@ -16,7 +16,7 @@ from evolve_dag.errors import ModelError
 from evolve_dag.records import Task
 from evolve_dag.verification.base import VerifierPart
 from evolve_dag.verification.equality import equal
-from evolve_dag.verification.exact import normalise
+from evolve_dag.verification.exact import equals, references
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +49,15 @@ class MathematicsVerifier:
         """1.0 equal, 0.0 not, None when it could not be decided."""
         if answer is None or not answer.strip():
             return 0.0
-        if normalise(answer) == normalise(task.answer):
+        if equals(task, answer):
             return 1.0
-        return await asyncio.get_running_loop().run_in_executor(_turns, _compare, task.answer, answer)
+        loop = asyncio.get_running_loop()
+        verdicts = []
+        for reference in references(task):
+            verdicts.append(await loop.run_in_executor(_turns, _compare, reference, answer))
+            if verdicts[-1] == 1.0:
+                return 1.0
+        return None if None in verdicts else 0.0
 
 
 _turns = ThreadPoolExecutor(1, "mathematics")
@@ -93,7 +99,7 @@ def _drop(pool: ProcessPoolExecutor) -> None:
 
 
 class MathematicsVerification(VerificationSettings):
-    """Equal as mathematics (math-verify)."""
+    """Equal as mathematics (math-verify). In a sentence the last expression counts: "72 or 73" is right where 73 is."""
 
     kind: Literal["mathematics"] = "mathematics"
     """The answer equals the reference as mathematics."""

@@ -59,6 +59,22 @@ def judged(judge: LanguageModel, answer: str | None, **how: object) -> float | N
         ("correctly spelled", None),
         ("yes", None),
         ("", None),
+        ('"Correct"', "correct"),
+        ("Correct. The correct answer is Rato Miku.", "correct"),
+        ("I would mark it as correct", "correct"),
+        ("<think>\nIs it correct? No.\n</think>\n\nIncorrect", "incorrect"),
+        ("Incorrect. The correct answer is Rato Miku.", "incorrect"),
+        ("Incorrect. It does not name him.", "incorrect"),
+        ("Incorrect. Wait, it is correct.", None),
+        ("Wrong. The correct answer is Lyon.", None),
+        ("The correct answer is Paris, but the given answer says Lyon", None),
+        ("Partially correct", None),
+        ("Correct, but only in part.", None),
+        ("Hardly correct", None),
+        ("correct: false", None),
+        ('{"correct": false}', None),
+        ("The student's answer differs from the correct one", None),
+        ("<think>\nThe given answer is correct", None),
     ],
 )
 def test_one_word_verdicts(text: str, verdict: str | None) -> None:
@@ -74,6 +90,8 @@ def test_one_word_verdicts(text: str, verdict: str | None) -> None:
         (['{"correct": "perhaps"}', '{"correct": "no"}'], 0.0, 2),
         (["yes", "yes"], None, 2),
         (["[]", ""], None, 2),
+        (['It says {"correct": "yes"}, but:\n```json\n{"correct": "no"}\n```'], None, 1),
+        (['It says {"correct": "no"}. {"correct": "no"}'], 0.0, 1),
     ],
 )
 def test_json_verdicts(replies: list[str], reward: float | None, calls: int) -> None:
@@ -85,6 +103,15 @@ def test_json_verdicts(replies: list[str], reward: float | None, calls: int) -> 
 @pytest.mark.parametrize("verdict", ["word", "json"])
 def test_a_dead_endpoint_is_no_verdict(verdict: str) -> None:
     assert judged(Judge(ModelError("endpoint is down")), "Miku", verdict=verdict) is None
+
+
+def test_aliases_are_right_and_the_judge_reads_them() -> None:
+    judge = Judge("Correct")
+    task = Task("t", "Where?", "United States", metadata={"aliases": "US|USA"})
+    assert asyncio.run(JudgeVerifier(lambda: judge).verify(task, "usa.")) == 1.0
+    assert judge.asked == []
+    assert asyncio.run(JudgeVerifier(lambda: judge).verify(task, "In America")) == 1.0
+    assert "United States\nAlso right: US; USA\n" in judge.asked[0].messages[0].content
 
 
 def test_what_needs_no_judge_is_not_asked() -> None:

@@ -56,6 +56,12 @@ def test_cases(reference: str, answer: str | None, expected: float) -> None:
     assert reward(reference, answer) == expected
 
 
+@pytest.mark.parametrize(("answer", "expected"), [("0.5", 1.0), ("1/3", 0.0)])
+def test_aliases_are_compared_too(answer: str, expected: float) -> None:
+    task = Task("t", "?", "one half", metadata={"aliases": "half|1/2"})
+    assert asyncio.run(MathematicsVerifier().verify(task, answer)) == expected
+
+
 def test_a_comparison_that_never_ends_is_not_judged_and_the_next_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mathematics, "SECONDS", 0.0)
     assert reward("x^2+2x+1", "(x+1)^2+0") is None
