@@ -56,18 +56,26 @@ def parse_action(text: str, tools: Sequence[ToolSpec] = ()) -> ParsedAction:
     plain = next((tool for tool in tools if tool.plain), None)
     if plain is None:
         return _parse_tagged(text, tools)
-    _, _, said = text.rpartition("</think>")
+    turn = said(text)
     others = any(not tool.plain for tool in tools)
-    if others and re.search(r"</?tool_call>", said) and (action := _parse_tagged(text, tools)).answer is None:
+    if others and re.search(r"</?tool_call>", turn) and (action := _parse_tagged(text, tools)).answer is None:
         return action
-    return ParsedAction("", call=ToolCall(plain.name, {plain.plain: said.strip()}))
+    return ParsedAction("", call=ToolCall(plain.name, {plain.plain: turn.strip()}))
+
+
+def said(text: str) -> str:
+    """What stands after the reasoning: nothing where that was cut off, whatever it drafts."""
+    rest = text.rpartition("</think>")[2]
+    opened, tag = rest.find("<think>"), _TAG.search(rest)
+    cut_off = opened >= 0 and (tag is None or opened < tag.start())
+    return rest[:opened] if cut_off else rest
 
 
 def _parse_tagged(text: str, tools: Sequence[ToolSpec]) -> ParsedAction:
-    reasoning, closed, rest = text.rpartition("</think>")
-    body = rest if closed else text
+    body = said(text)
     first = _TAG.search(body)
-    thought = (reasoning.replace("<think>", "") + body[: first.start() if first else len(body)]).strip()
+    reasoning, _, rest = text.rpartition("</think>")
+    thought = (reasoning + rest[: first.start() if first else len(rest)]).replace("<think>", "").strip()
 
     calls, outside = _enclosed(body, "tool_call")
     answers, _ = _enclosed(body, "answer")

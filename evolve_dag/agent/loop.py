@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evolve_dag.agent.actions import ParsedAction, explain, parse_action, validate_call
+from evolve_dag.agent.actions import ParsedAction, explain, parse_action, said, validate_call
 from evolve_dag.agent.sessions import Calls, calls_of, checked_reward
 from evolve_dag.errors import ClosedError, ContextOverflowError, ExhaustedError
 from evolve_dag.inference.outgoing import tokens_of
@@ -223,10 +223,10 @@ class _Episode:
 
     def read(self, completion: Completion) -> tuple[ParsedAction, str | None]:
         """What the policy does, and why nothing can be done with it, if so."""
-        text = completion.text
-        action = parse_action(text, self.calls.tools)
-        if (self.last or self.settings.plain_answers) and action.plain and text.strip():
-            action = ParsedAction("", answer=text.strip())
+        action = parse_action(completion.text, self.calls.tools)
+        answer = said(completion.text).strip()
+        if (self.last or self.settings.plain_answers) and action.plain and answer:
+            action = ParsedAction("", answer=answer)
         problem = action.problem
         if problem is not None and completion.finish_reason == "length":
             problem = f"the action is longer than {self.settings.max_action_tokens} tokens"

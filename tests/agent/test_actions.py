@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evolve_dag.agent.actions import ParsedAction, _enclosed, explain, parse_action, validate_call
+from evolve_dag.agent.actions import NO_ACTION, ParsedAction, _enclosed, explain, parse_action, validate_call
 from evolve_dag.errors import DataError
 from evolve_dag.inference.chat import GRAMMAR_TAGS
 from evolve_dag.protocols import ToolSpec
@@ -58,6 +58,12 @@ def called(body: str, before: str = "", after: str = "") -> str:
             called('{"name": "search", "arguments": {"query": "what is <answer>?"}}'),
             ParsedAction("", ToolCall("search", {"query": "what is <answer>?"})),
         ),
+        (
+            called('{"name": "search", "arguments": {"query": "what is <think>?"}}'),
+            ParsedAction("", ToolCall("search", {"query": "what is <think>?"})),
+        ),
+        ("<think>so <answer>Rato</answer> or", ParsedAction("so <answer>Rato</answer> or", problem=NO_ACTION)),
+        ("<think>a</think>b <think>" + called("{}"), ParsedAction("ab " + called("{}"), problem=NO_ACTION)),
         ("", ParsedAction("", problem="there is no tool call and no answer")),
         ("Rato Miku", ParsedAction("Rato Miku", problem="there is no tool call and no answer")),
         ("<answer> </answer>", ParsedAction("", problem="the answer is empty")),

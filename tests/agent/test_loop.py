@@ -141,6 +141,9 @@ def test_answer_before_the_limit_is_not_forced() -> None:
     [
         (ANSWER, "forced", "Rato Miku"),
         ("Rato Miku", "forced", "Rato Miku"),
+        ("<think>\nperson Rato Miku\n</think>\n\nRato Miku", "forced", "Rato Miku"),
+        ("<think>Rato Miku", "unanswered", None),
+        ("<think>perhaps <answer>Rato Miku</answer> or", "unanswered", None),
         (" \n", "unanswered", None),
         (SEARCH, "unanswered", None),
         ("Rato <answer>", "unanswered", None),
@@ -160,6 +163,11 @@ def test_plain_text_is_an_answer_only_when_forced() -> None:
     trajectory = run(["Rato Miku", ANSWER], max_steps=3)
     assert trajectory.steps[0].answer is None
     assert trajectory.status == "answered"
+
+
+def test_a_plain_answer_is_what_stands_after_the_reasoning() -> None:
+    trajectory = run(["<think>cut off", "<think>he is</think>\n\nRato Miku"], max_steps=4, plain_answers=True)
+    assert (trajectory.turns, trajectory.status, trajectory.answer) == (2, "answered", "Rato Miku")
 
 
 def test_context_limit_forces_an_answer() -> None:

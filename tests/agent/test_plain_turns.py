@@ -61,6 +61,10 @@ def test_where_no_other_tool_is_there_everything_is_a_plain_turn(text: str) -> N
     assert parse_action(f"<think>hm</think> {text}\n", (ACT,)).call == ToolCall("act", {"command": text})
 
 
+def test_reasoning_that_was_cut_off_is_no_command() -> None:
+    assert parse_action("<think>go north or", (ACT,)).call == ToolCall("act", {"command": ""})
+
+
 def test_beside_other_tools_only_what_calls_one_is_no_plain_turn() -> None:
     for tools in ((PEEK, ACT), (ACT, PEEK)):
         assert parse_action(CALL, tools).thought == "let me see"
