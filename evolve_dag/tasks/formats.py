@@ -7,7 +7,6 @@ Every suite is a row mapping over one reader (JSONL, JSON, Parquet, CSV, XLSX), 
 from __future__ import annotations
 
 import base64
-import binascii
 import csv
 import hashlib
 import json
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
     from evolve_dag.config.schema import TaskSplit
 
 Row = Mapping[str, Any]
+Rows = list[tuple[int, Row]]
+"""With their number: line, or place in the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +65,8 @@ def load_suite(split: TaskSplit, *, suite: str) -> list[Task]:
     path = Path(split.path)
     rows, mistakes = read_rows(path)
     format: Suite = part("suite", split.suite)
-    objects: list[tuple[int, Row]] = []
+    objects: Rows = []
     for number, row in rows:
-        unknown = [theirs for theirs in split.fields.values() if theirs not in row]
-        if unknown:
-            mistakes.append((number, f"no field {unknown[0]!r} (fields: {', '.join(row)})"))
-            continue
         try:
             objects.append((number, _mapped(row, split.fields) if split.fields else format.read(row)))
         except _RowError as error:
@@ -82,20 +79,20 @@ def load_suite(split: TaskSplit, *, suite: str) -> list[Task]:
     if not objects and not mistakes:
         raise DataError(f"{told}: no task falls into that part of the file", "widen the split's percent")
     if split.stream and not mistakes:
-        objects = _next_rows(told, objects, split)
-        return tasks_from(told, objects, mistakes, suite=suite, count=None)
+        earlier, taken = _next_rows(told, objects, split)
+        return tasks_from(told, taken, mistakes, suite=suite, count=None, earlier=earlier)
     return tasks_from(told, objects, mistakes, suite=suite, count=split.count, skip=split.skip)
 
 
-def _next_rows(path: str, objects: list[tuple[int, Row]], split: TaskSplit) -> list[tuple[int, Row]]:
-    """The rows of one iteration of a stream, in the file's order: at the end of the file perhaps fewer than ``count``."""
+def _next_rows(path: str, objects: Rows, split: TaskSplit) -> tuple[Rows, Rows]:
+    """The rows of a stream's earlier iterations, and of this one: at the end of the file perhaps fewer than ``count``."""
     taken = objects[split.skip : None if split.count is None else split.skip + split.count]
     if not taken:
         raise OrderError(
             f"{path}: no tasks left: it holds {len(objects)} rows, and this iteration begins with row {split.skip + 1}",
             "append tasks to the file, or lower `iterations`",
         )
-    return taken
+    return objects[: split.skip], taken
 
 
 class _RowError(ValueError):
@@ -114,6 +111,7 @@ def _webwalkerqa(row: Row) -> Row:
     info = row.get("info") or {}
     if isinstance(info, str):
         info = _json(info, "info")
+    info = info if isinstance(info, Mapping) else {}
     facts = {
         "difficulty": info.get("difficulty_level"),
         "domain": info.get("domain"),
@@ -200,11 +198,12 @@ def decrypt(text: str, canary: str) -> str:
         content = base64.b64decode(text, validate=True)
         key = hashlib.sha256(canary.encode()).digest()
         return bytes(byte ^ key[n % len(key)] for n, byte in enumerate(content)).decode("utf-8")
-    except (binascii.Error, UnicodeDecodeError):
-        raise _RowError("cannot be decrypted with its canary: is the file as published?") from None
+    except ValueError:
+        what = "cannot be decrypted with its canary: is the file as published? Of readable texts leave out the canary"
+        raise _RowError(what) from None
 
 
-def _once(objects: list[tuple[int, Row]]) -> list[tuple[int, Row]]:
+def _once(objects: Rows) -> Rows:
     """Every problem as it stands first."""
     seen: dict[tuple[str, str], tuple[int, Row]] = {}
     for number, row in objects:
@@ -213,8 +212,19 @@ def _once(objects: list[tuple[int, Row]]) -> list[tuple[int, Row]]:
 
 
 def _mapped(row: Row, fields: Mapping[str, str]) -> Row:
-    """Only what ``fields`` names: our name -> theirs; dots go into objects."""
-    return {ours: _text(row[theirs]) if ours in ("id", "answer") else row[theirs] for ours, theirs in fields.items()}
+    """Only what ``fields`` names: our name -> theirs."""
+    found = {ours: _at(row, theirs) for ours, theirs in fields.items()}
+    return {ours: _text(value) if ours in ("id", "answer") else value for ours, value in found.items()}
+
+
+def _at(row: Row, name: str) -> Any:
+    """The value under a name of the file; dots go into objects."""
+    value: Any = row
+    for key in [name] if name in row else name.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            raise _RowError(f"no field {name!r} (fields: {', '.join(row)})")
+        value = value[key]
+    return value
 
 
 def _first(row: Row, *names: str) -> Any:
@@ -239,8 +249,8 @@ def _json(text: str, where: str) -> Mapping[str, Any]:
 # -- files
 
 
-def read_rows(path: Path) -> tuple[list[tuple[int, Row]], list[Mistake]]:
-    """Rows with their number (line, or place in the file), and what is wrong with the others.
+def read_rows(path: Path) -> tuple[Rows, list[Mistake]]:
+    """Rows, and what is wrong with the others.
 
     Raises:
         DataError: the file is missing, of an unknown kind, empty or cannot be read.
@@ -259,8 +269,15 @@ def read_rows(path: Path) -> tuple[list[tuple[int, Row]], list[Mistake]]:
         raise DataError(f"{path}: cannot be read: {type(error).__name__}: {error}", "download it again") from None
     if not rows:
         raise DataError(f"{path}: no row", "download it again")
-    mistakes: list[Mistake] = [(n, "not an object") for n, row in enumerate(rows, 1) if not isinstance(row, Mapping)]
-    return [(n, row) for n, row in enumerate(rows, 1) if isinstance(row, Mapping)], mistakes
+    told = [(n, row, _row_mistake(row)) for n, row in enumerate(rows, 1)]
+    return [(n, row) for n, row, wrong in told if wrong is None], [(n, wrong) for n, _, wrong in told if wrong is not None]
+
+
+def _row_mistake(row: Any) -> str | None:
+    if not isinstance(row, Mapping):
+        return "not an object"
+    more = row.get(None)  # where csv.DictReader puts them
+    return f"more cells than columns ({len(more)}): in CSV a text with a comma stands between quotes" if more else None
 
 
 def _read_json(path: Path) -> Iterable[Any]:
@@ -277,10 +294,17 @@ def _read_parquet(path: Path) -> Iterable[Any]:
     return pl.read_parquet(path, glob=False).to_dicts()
 
 
-def _read_csv(path: Path) -> Iterable[Any]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+def _read_csv(path: Path, **dialect: Any) -> Iterable[Any]:
     with path.open(encoding="utf-8-sig", newline="") as handle:
-        return list(csv.DictReader(handle, delimiter=delimiter))
+        return list(csv.DictReader(handle, **dialect))
+
+
+def _read_tsv(path: Path) -> Iterable[Any]:
+    """TSV knows no quotes, but some programs write them as in CSV: then all of the file reads so."""
+    try:
+        return _read_csv(path, delimiter="\t", strict=True)
+    except csv.Error:
+        return _read_csv(path, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
 def _read_xlsx(path: Path) -> Iterable[Any]:
@@ -299,6 +323,6 @@ _READERS: Mapping[str, Callable[[Path], Iterable[Any]]] = {
     ".json": _read_json,
     ".parquet": _read_parquet,
     ".csv": _read_csv,
-    ".tsv": _read_csv,
+    ".tsv": _read_tsv,
     ".xlsx": _read_xlsx,
 }

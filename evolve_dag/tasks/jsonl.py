@@ -25,6 +25,7 @@ def tasks_from(
     count: int | None,
     seed: int = 0,
     skip: int = 0,
+    earlier: Sequence[tuple[int, Mapping[str, Any]]] = (),
 ) -> list[Task]:
     """The tasks of a file's rows, in the order of the file.
 
@@ -41,19 +42,14 @@ def tasks_from(
             smaller count is part of a larger one, and a row more moves at most one task in or out.
         seed: decides the sample.
         skip: tasks to pass over in the order of the draw, so that two splits of one file share none.
+        earlier: rows that came before and were looked through then; a row that repeats one of them is a mistake.
 
     Raises:
         DataError: lists every broken row with its number; or says how many tasks there are when ``count`` is larger.
     """
-    tasks: list[tuple[int, Task]] = []
-    for number, value in objects:
-        wrong, metadata = _check(value)
-        mistakes.extend((number, what) for what in wrong)
-        if not wrong:
-            question = value["question"].strip()
-            identifier = value["id"].strip() if value.get("id") is not None else question_id(question)
-            tasks.append((number, Task(identifier, question, value["answer"].strip(), suite, metadata)))
-    mistakes.extend(_repeats(tasks))
+    tasks, wrong = _read(objects, suite)
+    before, _ = _read(earlier, suite)
+    mistakes.extend([*wrong, *_repeats(tasks, before)])
     if mistakes:
         refuse(path, mistakes, 'one task a line: {"question": "...", "answer": "..."}, and "id" if you like')
     chosen = [task for _, task in tasks]
@@ -116,6 +112,20 @@ def _draw(seed: int, identifier: str) -> str:
     return hashlib.sha256(json.dumps([seed, identifier]).encode()).hexdigest()
 
 
+def _read(objects: Sequence[tuple[int, Mapping[str, Any]]], suite: str) -> tuple[list[tuple[int, Task]], list[Mistake]]:
+    """The tasks of rows, and what is wrong with the other rows."""
+    tasks: list[tuple[int, Task]] = []
+    mistakes: list[Mistake] = []
+    for number, value in objects:
+        wrong, metadata = _check(value)
+        mistakes.extend((number, what) for what in wrong)
+        if not wrong:
+            question = value["question"].strip()
+            identifier = value["id"].strip() if value.get("id") is not None else question_id(question)
+            tasks.append((number, Task(identifier, question, value["answer"].strip(), suite, metadata)))
+    return tasks, mistakes
+
+
 def _check(value: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
     """What is wrong with one line, and its metadata."""
     wrong = text_mistakes(value, "question")
@@ -140,11 +150,11 @@ def _check(value: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
     return wrong, metadata
 
 
-def _repeats(tasks: list[tuple[int, Task]]) -> list[Mistake]:
-    """Lines whose question or id an earlier line has too."""
+def _repeats(tasks: list[tuple[int, Task]], before: list[tuple[int, Task]]) -> list[Mistake]:
+    """Lines whose question or id an earlier line has too, or one of those ``before``."""
     found: list[Mistake] = []
-    questions: dict[str, int] = {}
-    ids: dict[str, int] = {}
+    questions = {folded(task.question): number for number, task in reversed(before)}
+    ids = {task.id: number for number, task in reversed(before)}
     for number, task in tasks:
         asked = folded(task.question)
         if asked in questions:

@@ -56,6 +56,11 @@ def test_webwalkerqa(tmp_path: Path) -> None:
     assert task.metadata == {"difficulty": "easy", "domain": "conference", "language": "en", "kind": "single_source"}
 
 
+def test_webwalkerqa_without_facts(tmp_path: Path) -> None:
+    [task] = load(jsonl(tmp_path, [{"question": "q", "answer": "a", "info": ["a"]}]), "webwalkerqa")
+    assert task.metadata == {}
+
+
 def test_gaia_leaves_nothing_out_in_silence(tmp_path: Path) -> None:
     rows = [{"task_id": "a1", "Question": "How many?", "Level": 2, "Final answer": "17", "file_name": ""}]
     [task] = load(jsonl(tmp_path, rows), "gaia_text_103")
@@ -77,6 +82,8 @@ def test_browsecomp_zh_is_decrypted(tmp_path: Path) -> None:
     assert (task.question, task.answer, task.metadata) == ("谁是导演?", "张三", {"domain": "电影"})
     with pytest.raises(DataError, match="cannot be decrypted with its canary"):
         load(jsonl(tmp_path, [{**row, "canary": "another"}]), "browsecomp_zh")
+    with pytest.raises(DataError, match="leave out the canary"):
+        load(jsonl(tmp_path, [{"Question": "谁?", "Answer": "李四", "canary": canary}]), "browsecomp_zh")
     [plain] = load(jsonl(tmp_path, [{"Question": "谁?", "Answer": "李四"}]), "browsecomp_zh")
     assert plain.answer == "李四"
 
@@ -115,8 +122,29 @@ def test_fields_name_what_a_file_calls_otherwise(tmp_path: Path) -> None:
     fields = {"id": "uid", "question": "problem", "answer": "solution", "difficulty": "level"}
     [task] = load(path, fields=fields)
     assert task == Task("7", "1+1?", "2", "test", {"difficulty": "easy"})
-    with pytest.raises(DataError, match="line 1: no field 'nothing'"):
-        load(path, fields={**fields, "answer": "nothing"})
+    assert load(path, fields={**fields, "number": "other.x"})[0].metadata == {"difficulty": "easy", "number": "1"}
+    for unknown in ("nothing", "other.y", "level.x"):
+        with pytest.raises(DataError, match=f"line 1: no field '{unknown}' "):
+            load(path, fields={**fields, "answer": unknown})
+
+
+@pytest.mark.parametrize("fields", [{}, {"question": "question", "answer": "answer"}, {"question": "q", "answer": "answer"}])
+def test_a_comma_without_quotes_is_told(tmp_path: Path, fields: dict[str, str]) -> None:
+    (tmp_path / "t.csv").write_text('question,answer\n"May, 1990?",Bo\nWho won in May, 1990?,Ada\n')
+    with pytest.raises(DataError, match=r"line 2: more cells than columns \(1\)"):
+        load(tmp_path / "t.csv", fields=fields)
+
+
+@pytest.mark.parametrize(
+    ("cells", "questions"),
+    [
+        ('"Yes" is by whom?\tA\n"Half\tB\n', ['"Yes" is by whom?', '"Half']),
+        ('"""Yes"" is\nby whom?"\tA\nWho?\tB\n', ['"Yes" is\nby whom?', "Who?"]),
+    ],
+)
+def test_quotes_of_a_tsv(tmp_path: Path, cells: str, questions: list[str]) -> None:
+    (tmp_path / "t.tsv").write_text(f"question\tanswer\n{cells}")
+    assert [task.question for task in load(tmp_path / "t.tsv")] == questions
 
 
 def test_splits_of_one_file_share_no_task(tmp_path: Path) -> None:

@@ -89,6 +89,17 @@ def test_an_edited_row_makes_just_its_own_night_out_of_date(tmp_path: Path) -> N
     assert [settings("trajectories", of_iteration(found, k)) == b for k, b in zip((1, 2), before, strict=True)] == [True, False]
 
 
+@pytest.mark.parametrize("again", [{}, {"id": "x", "question": "Who is new?"}, {"answer": "another"}])
+def test_a_row_that_an_earlier_night_had_is_told_in_its_own_night_alone(tmp_path: Path, again: dict[str, str]) -> None:
+    row = {"id": "x", "question": "Who is first?", "answer": "person A"}
+    repeated = {**row, "id": "y", **again}
+    (tmp_path / "train.jsonl").write_text(f"{json.dumps(row)}\n{rows(1, 2)}{json.dumps(repeated)}\n{rows(4, 5)}")
+    found = experiment(tmp_path, "{path: train.jsonl, count: 3, stream: true}")
+    assert len(asked(found, 1)) == len(asked(found, 3)) == 3
+    with pytest.raises(DataError, match=r"line 4: the same (question|id 'x') as on line 1"):
+        asked(found, 2)
+
+
 def test_a_folder_gives_a_file_a_night(tmp_path: Path) -> None:
     days = tmp_path / "days"
     days.mkdir()
