@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Real
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -197,16 +198,10 @@ class Session(Protocol):
     """The state of one episode. Everything in it is called from one thread of its own, one call after the other, and may block:
     for as long as an episode may take (``rollout.max_seconds``), then the episode has failed."""
 
-    @property
-    def tools(self) -> tuple[ToolSpec, ...]:
-        """Those of this episode; asked once, after it was opened."""
-        ...
-
-    @property
-    def system_prompt(self) -> str:
-        """First message of the episode: the tools, how to call them, and what of the state is to be known at the beginning."""
-        ...
-
+    tools: tuple[ToolSpec, ...] = ()
+    """Those of this episode; asked once, after it was opened."""
+    system_prompt: str = ""
+    """First message of the episode: the tools, how to call them, and what of the state is to be known at the beginning."""
     question: str = ""
     """What is asked, in place of the task's question; '': the task's."""
 
@@ -236,6 +231,12 @@ class Session(Protocol):
     def close(self) -> None:
         """Tear down. Called once, whatever came before; a killed process cannot call it."""
         return None
+
+
+def of_session(session: Session, name: str) -> Any:
+    """What a session has under a name, or what :class:`Session` has: a class that is none of its own may leave that out."""
+    inherited = getattr(Session, name)
+    return getattr(session, name, partial(inherited, session) if callable(inherited) else inherited)
 
 
 @runtime_checkable
@@ -282,13 +283,23 @@ def as_reward(value: object) -> float | None:
 
     Next to 0 or 1 it is that: the weights 0.7, 0.2 and 0.1 of a rubric add up to a little less than 1, others to a little more.
     """
-    if not isinstance(value, Real):
+    number = value if isinstance(value, Real) else _number_in(value)
+    if number is None:
         return None
-    given = float(value)
+    given = float(number)
     end = 0.0 if given < 0.5 else 1.0
     if abs(given - end) <= _ROUNDING:
         return end
     return given if 0 < given < 1 else None  # NaN is in no range
+
+
+def _number_in(value: object) -> Real | None:
+    """The number in an array or tensor of one, e.g. what a comparison of NumPy gives."""
+    try:
+        number = value.item() if hasattr(value, "item") else None
+    except (TypeError, ValueError, RuntimeError):  # of several
+        return None
+    return number if isinstance(number, Real) else None
 
 
 @runtime_checkable

@@ -30,6 +30,7 @@ from evolve_dag.protocols import (
     ToolResult,
     ToolSpec,
     as_reward,
+    of_session,
 )
 from evolve_dag.records import Task, ToolCall
 from evolve_dag.secrecy import describe_error
@@ -130,13 +131,13 @@ class _Stateful:
 
     def _open(self) -> tuple[tuple[ToolSpec, ...], str, str]:
         self._session = session = self._environment.open(self._task, self._seed)
-        return tuple(session.tools), plain(session.system_prompt), plain(session.question)
+        return tuple(session.tools), plain(session.system_prompt), plain(of_session(session, "question"))
 
     async def call(self, call: ToolCall, completion: Completion) -> ToolResult:
         session = self._opened
 
         def work() -> object:
-            session.sampled(completion)
+            of_session(session, "sampled")(completion)
             return session.call(call)
 
         try:
@@ -151,7 +152,8 @@ class _Stateful:
 
     async def reward(self, answer: str | None) -> float | None:
         session = self._opened
-        return checked_reward(await self._worker.run(lambda: session.reward(answer), "the reward", self._seconds))
+        given = await self._worker.run(lambda: of_session(session, "reward")(answer), "the reward", self._seconds)
+        return checked_reward(given)
 
     async def close(self) -> str | None:
         stuck = self._worker.stuck  # then the tear-down waits its turn, and nobody for it
@@ -165,7 +167,7 @@ class _Stateful:
 
     def _close(self) -> None:
         if self._session is not None:
-            self._session.close()
+            of_session(self._session, "close")()
 
     @property
     def _opened(self) -> Session:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from evolve_dag.errors import ConfigError
 from evolve_dag.experience.injection import injected
-from evolve_dag.protocols import Completion, Guided, Injected, Request, Session, StatefulEnvironment, ToolResult, ToolSpec
+from evolve_dag.protocols import Completion, Guided, Injected, Request, Session, StatefulEnvironment, ToolResult, of_session
 from evolve_dag.records import Task, ToolCall, Trajectory
 
 if TYPE_CHECKING:
@@ -156,16 +156,17 @@ class Script:
 class _Watched(Session):
     """A session that tells what it knows, from its own thread."""
 
-    tools: tuple[ToolSpec, ...] = ()
-    system_prompt: str = ""
-
     def __init__(self, session: Session, script: Script, task: str) -> None:
         self._session, self._script, self._task = session, script, task
-        self.tools, self.system_prompt, self.question = tuple(session.tools), session.system_prompt, session.question
+        self.tools, self.system_prompt, self.question = (
+            tuple(session.tools),
+            session.system_prompt,
+            of_session(session, "question"),
+        )
         self._tell()
 
     def sampled(self, completion: Completion) -> None:
-        self._session.sampled(completion)
+        of_session(self._session, "sampled")(completion)
 
     def call(self, call: ToolCall) -> str | ToolResult:
         result = self._session.call(call)
@@ -173,10 +174,11 @@ class _Watched(Session):
         return result
 
     def reward(self, answer: str | None) -> float | None:
-        return self._session.reward(answer)
+        reward: float | None = of_session(self._session, "reward")(answer)
+        return reward
 
     def close(self) -> None:
-        self._session.close()
+        of_session(self._session, "close")()
 
     def _tell(self) -> None:
         assert isinstance(self._session, Guided)

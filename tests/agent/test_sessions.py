@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from stateful_worlds import GOAL, Counters, add
+from stateful_worlds import ADD, GOAL, Counters, add
 from worlds import ANSWER, SEARCH, TASK, Exact, World
 
 from evolve_dag.agent.loop import run_episode
@@ -19,8 +19,8 @@ from evolve_dag.config.schema import RolloutSettings
 from evolve_dag.errors import SessionError
 from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.plain import LAST_STEP
-from evolve_dag.protocols import ToolResult
-from evolve_dag.records import Task, Trajectory, solved
+from evolve_dag.protocols import Session, ToolResult
+from evolve_dag.records import Task, ToolCall, Trajectory, solved
 
 FAIL = '<tool_call>{"name": "fail", "arguments": {}}</tool_call>'
 
@@ -44,6 +44,33 @@ def raising(error: BaseException) -> Callable[[], Any]:
         raise error
 
     return broken
+
+
+class Bare:
+    """As little as docs/extending.md asks for."""
+
+    def __init__(self) -> None:
+        self.tools = (ADD,)
+        self.system_prompt = "Count."
+
+    def call(self, call: ToolCall) -> str:
+        return f"{call.arguments['n']} more"
+
+
+class Derived(Bare, Session):
+    """The same, of our class."""
+
+
+@pytest.mark.parametrize("kind", [Bare, Derived])
+def test_a_session_may_leave_out_what_it_has_nothing_to_say_of(kind: type[Any]) -> None:
+    class Opens:
+        def open(self, task: Task, seed: int) -> Session:
+            made: Session = kind()
+            return made
+
+    trajectory = run([add(1), ANSWER], Opens())
+    assert (trajectory.status, trajectory.reward, trajectory.error) == ("answered", 1.0, None)
+    assert (trajectory.system, trajectory.question, trajectory.steps[0].observation) == ("Count.", TASK.question, "1 more")
 
 
 def test_the_environment_ends_the_episode_and_judges_it() -> None:
@@ -200,7 +227,10 @@ def test_a_reward_out_of_range(given: Any) -> None:
 def test_a_reward_of_a_library_is_a_number() -> None:
     import numpy as np
 
-    assert [checked_reward(value) for value in (np.float32(0.5), np.int64(1), True, 0, None)] == [0.5, 1.0, 1.0, 0.0, None]
+    given = (np.float32(0.5), np.int64(1), True, 0, None, np.True_, np.array([0.25]))
+    assert [checked_reward(value) for value in given] == [0.5, 1.0, 1.0, 0.0, None, 1.0, 0.25]
+    with pytest.raises(SessionError, match="the reward is"):
+        checked_reward(np.array([0.5, 0.5]))
 
 
 @pytest.mark.parametrize("total", [0.7 + 0.2 + 0.1, 0.8 + 0.05 + 0.05 + 0.1])
