@@ -24,6 +24,7 @@ from evolve_dag.config.parts import (
     VerificationSettings,
     mistakes,
     part,
+    part_of,
 )
 from evolve_dag.config.scheduling import check_cron, check_timezone
 from evolve_dag.config.section import IDENTITY, MOST, PATH, PROGRAM, RUNTIME, Section, Strings, marked
@@ -580,6 +581,10 @@ def contradictions(e: Experiment) -> list[tuple[str, str]]:
         if getattr(e.tasks, name).stream:
             what = "only training tasks are a stream: what is compared over iterations must stay the same"
             found.append((f"tasks.{name}.stream", what))
+    own = part_of("environment", e.environment)
+    if e.tasks.train.stream and own.tasks is not None and own.fresh is None:
+        what = f"the environment {e.environment.kind} makes its tasks itself, and no other ones in the next iteration"
+        found.append(("tasks.train.stream", f"{what}: set it to false, or give its row `fresh`"))
     for choice, place in CHOICES.items():
         if place.section is not None:
             settings = getattr(e, place.section)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import re
 import sys
@@ -31,6 +32,8 @@ from evolve_dag.protocols import Completion, Request
 from evolve_dag.records import Call
 from evolve_dag.secrecy import describe_error, excerpt, read_key, without_keys
 
+log = logging.getLogger(__name__)
+
 http: Any = sys.modules[openai.DefaultAsyncHttpxClient.__mro__[1].__module__]
 """What the client speaks through: httpx2, or httpx in its version 2, which the library `verifiers` asks for."""
 HARDER = 0.6
@@ -46,7 +49,10 @@ _TOO_LONG = re.compile(
     r"(?:prompt|input|request) is too (?:long|large)|too many (?:input )?tokens|exceeds? the (?:available )?context",
     re.I,
 )
-_NO_MONEY = re.compile(r"insufficient[_ ](?:quota|balance|funds)|exceeded your current quota", re.I)
+_NO_MONEY = re.compile(
+    r"insufficient[_ ](?:quota|balance|funds)|exceeded your current quota(?!.*\bretry (?:in|after)\b)", re.I | re.S
+)
+"""Some say the second of a minute's quota too, and then when to come again."""
 _MOST_TOKENS = 10**12
 """No call has so many."""
 _TOLD = 500
@@ -64,7 +70,8 @@ class OpenAIModel:
         ledger: where calls are recorded, one line for each :meth:`generate`; None records nothing.
         pause: seconds; the n-th retry of a call waits up to ``pause * 2**(n-1)``, drawn evenly (full jitter).
         longest_pause: bound of that wait.
-        longest_wait: a ``Retry-After`` beyond this is not waited for: the call fails.
+        longest_wait: a ``Retry-After`` beyond this is not waited for. For so long an endpoint that refuses is left alone, where
+            there are others; where all refuse the call fails.
 
     Raises:
         ModelError: the key's environment variable is not set though the endpoint is not a local one, an address is no
@@ -98,7 +105,7 @@ class OpenAIModel:
             request was cut to fit; the text that was sent says so too, at the place.
 
         Raises:
-            UnreachableError: every attempt failed, or it refused (key, account, model).
+            UnreachableError: every attempt failed, or all endpoints refused (key, account, model).
             ModelError: it does not take this request. Such a call is in the ledger with outcome ``error``, as is one before.
         """
         if self._closed:
@@ -146,6 +153,11 @@ class OpenAIModel:
                 continue
             except _OtherFieldError:
                 continue
+            except UnreachableError as refusal:
+                if not connections.do_without(endpoint, self._longest_wait):
+                    raise
+                log.warning("%s; the other endpoints are asked", refusal.what)
+                continue
             except _TransientError as problem:
                 failures += 1
                 if failures >= self.settings.attempts:
@@ -178,7 +190,7 @@ class OpenAIModel:
         except _TransientError as error:
             problem = error
         else:
-            endpoint.failures = 0
+            endpoint.failures, endpoint.refuses = 0, False
             return completion
         if refused is not None:
             problem = self._status(endpoint, refused.status_code, refused.body, body, refused.response.headers)
@@ -189,9 +201,9 @@ class OpenAIModel:
     def _hold_back(self, endpoint: _Endpoint, problem: _TransientError) -> None:
         """When the endpoint may be asked again, by anyone."""
         if problem.retry_after is not None:
+            endpoint.hold(problem.retry_after)
             if problem.retry_after > self._longest_wait:
                 raise self._unreachable(f"{problem}; it asks to wait {problem.retry_after:.0f} s", "try again later")
-            endpoint.hold(problem.retry_after)
         elif endpoint.siblings and endpoint.failures > 1:
             # A dead endpoint is always the least busy one: without this it would get, and fail, most calls.
             endpoint.hold(random.uniform(0.5, 1) * min(self._longest_pause, self._pause * 2.0 ** min(endpoint.failures, 16)))
@@ -392,6 +404,8 @@ class _Endpoint:
     """Requests sent; breaks ties, so that idle endpoints take turns."""
     failures: int = 0
     """In a row."""
+    refuses: bool = False
+    """Whether it said that no call is of use (key, account, model, a long wait)."""
     ready_at: float = 0.0
     """Monotonic clock, seconds; nobody asks it before."""
 
@@ -450,6 +464,16 @@ class _Connections:
                 yield endpoint
             finally:
                 endpoint.busy -= 1
+
+    def do_without(self, endpoint: _Endpoint, seconds: float) -> bool:
+        """Leave alone an endpoint that refuses; False where all do: then the next call asks them all again."""
+        endpoint.refuses = True
+        endpoint.hold(seconds)
+        if not all(one.refuses for one in self.endpoints):
+            return True
+        for one in self.endpoints:
+            one.refuses, one.ready_at = False, 0.0
+        return False
 
     async def _close_with_loop(self) -> None:
         """Have the connections closed when ``asyncio.run`` ends: it closes asynchronous generators that are under way."""

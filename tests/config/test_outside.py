@@ -363,3 +363,19 @@ X = Suite(lambda row: {"question": row["q"], "answer": row["a"]} if "q" in row e
         load_tasks_of(experiment, "train")
     assert "KeyError: 'a'" in str(caught.value)
     assert "a task is a mapping, not a NoneType" in str(caught.value)
+
+
+OWN_TASKS = """
+from evolve_dag.config.parts import EnvironmentSettings
+from evolve_dag.environments.base import EnvironmentPart
+
+X = EnvironmentPart(settings=EnvironmentSettings, make=lambda settings, place: None, tasks=lambda settings, split, name: ())
+"""
+
+
+def test_a_stream_of_an_environment_without_other_tasks_is_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN_TASKS)
+    experiment = tmp_path / "experiment.yaml"
+    experiment.write_text("environment: {kind: 'own:X'}\ntasks: {train: {count: 4, world: 1, stream: true}}\n")
+    with pytest.raises(ConfigError, match=r"experiment\.yaml(.|\n)*tasks\.train\.stream: (.|\n)*own\.py:X makes (.|\n)*`fresh`"):
+        load_experiment(experiment)

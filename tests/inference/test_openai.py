@@ -13,7 +13,7 @@ import pytest
 from misbehaving import Endpoint, Fault, Served, at_random, echo, in_order
 
 from evolve_dag.config.schema import OpenAIModelSettings
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import ModelError, UnreachableError
 from evolve_dag.inference.ledger import Ledger, purpose
 from evolve_dag.inference.openai import CHARACTERS_PER_TOKEN, OpenAIModel, _is_strict, _Tally
 from evolve_dag.protocols import Completion, LanguageModel, Request, Sampling
@@ -130,6 +130,12 @@ def test_what_asking_again_cannot_mend_is_not_asked_again(fault: Fault, named: s
     assert call.error == caught.value.what
 
 
+def test_a_quota_of_the_minute_is_waited_for() -> None:
+    said = "You exceeded your current quota, please check your plan and billing details.\nPlease retry in 1.2s."
+    with Endpoint(script=in_order(Fault("429", message=said))) as server:
+        assert len(ask(build(server.url), REQUEST)) == 1
+
+
 def test_a_call_that_never_succeeds_is_an_error_in_the_ledger() -> None:
     ledger = Ledger()
     said = r"4 of 4 attempts failed, the last one: .* answers 503: overloaded"
@@ -188,6 +194,38 @@ def test_an_unreasonable_retry_after_ends_the_call() -> None:
     with Endpoint(script=in_order(Fault("429", retry_after="7200"))) as server, pytest.raises(ModelError, match="wait 7200 s"):
         ask(build(server.url), REQUEST)
     assert server.served.requests == 1
+
+
+REFUSALS = [
+    Fault("429", retry_after="7200"),
+    Fault("429", message="insufficient_quota"),
+    Fault("401"),
+    Fault("in_200", code=402),
+]
+
+
+@pytest.mark.parametrize("fault", REFUSALS)
+def test_where_one_endpoint_refuses_the_others_are_asked(fault: Fault) -> None:
+    with Endpoint(script=lambda body, before: fault) as refusing, Endpoint() as ready:
+        assert len(ask(build(refusing.url, ready.url, concurrency=1), *numbered(4))) == 4
+    assert (refusing.served.requests, ready.served.answers) == (1, 4)
+
+
+def test_where_all_endpoints_refuse_every_call_fails_at_once() -> None:
+    with (
+        Endpoint(script=lambda body, before: Fault("401")) as first,
+        Endpoint(script=lambda body, before: Fault("404")) as second,
+    ):
+
+        async def main() -> list[Any]:
+            model = build(first.url, second.url)
+            failed = [await asyncio.gather(model.generate(REQUEST), return_exceptions=True) for _ in range(2)]
+            await model.close()
+            return failed
+
+        failed = asyncio.run(main())
+    assert all(isinstance(error, UnreachableError) for (error,) in failed)
+    assert first.served.requests == second.served.requests == 2
 
 
 def test_pauses_grow_and_are_jittered(monkeypatch: pytest.MonkeyPatch) -> None:
