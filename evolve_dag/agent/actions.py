@@ -46,19 +46,20 @@ class ParsedAction:
 NO_ACTION = "there is no tool call and no answer"
 
 
-def parse_action(text: str, tools: Sequence[ToolSpec] = ()) -> ParsedAction:
+def parse_action(text: str, tools: Sequence[ToolSpec] = (), *, typed: bool = False) -> ParsedAction:
     """Read one action; never raises.
 
     Args:
         tools: those with a schema get their arguments as JSON values; of any other, all arguments are text. Where one takes
             plain turns, what calls no other is a call of it, as it was written: tags of an answer are text then.
+        typed: read the arguments of every tool as JSON values.
     """
     plain = next((tool for tool in tools if tool.plain), None)
     if plain is None:
-        return _parse_tagged(text, tools)
+        return _parse_tagged(text, tools, typed)
     turn = said(text)
     others = any(not tool.plain for tool in tools)
-    if others and re.search(r"</?tool_call>", turn) and (action := _parse_tagged(text, tools)).answer is None:
+    if others and re.search(r"</?tool_call>", turn) and (action := _parse_tagged(text, tools, typed)).answer is None:
         return action
     return ParsedAction("", call=ToolCall(plain.name, {plain.plain: turn.strip()}))
 
@@ -71,7 +72,7 @@ def said(text: str) -> str:
     return rest[:opened] if cut_off else rest
 
 
-def _parse_tagged(text: str, tools: Sequence[ToolSpec]) -> ParsedAction:
+def _parse_tagged(text: str, tools: Sequence[ToolSpec], typed: bool) -> ParsedAction:
     body = said(text)
     first = _TAG.search(body)
     reasoning, _, rest = text.rpartition("</think>")
@@ -98,7 +99,7 @@ def _parse_tagged(text: str, tools: Sequence[ToolSpec]) -> ParsedAction:
     if answers:
         answer = answers[0].strip()
         return ParsedAction(thought, answer=answer) if answer else ParsedAction(thought, problem="the answer is empty")
-    call = _parse_call(calls[0], tools)
+    call = _parse_call(calls[0], tools, typed)
     return ParsedAction(thought, problem=call) if isinstance(call, str) else ParsedAction(thought, call=call)
 
 
@@ -177,7 +178,7 @@ def _describe_left_over(tag: str) -> str:
     return f"the {what} is closed but never opened" if tag.startswith("</") else f"the {what} is not closed"
 
 
-def _parse_call(text: str, tools: Sequence[ToolSpec]) -> ToolCall | str:
+def _parse_call(text: str, tools: Sequence[ToolSpec], typed: bool) -> ToolCall | str:
     try:
         # Numbers stay as they were written: 1.0 is not 1, and 007 is refused by JSON, not turned into 7.
         content = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
@@ -193,7 +194,8 @@ def _parse_call(text: str, tools: Sequence[ToolSpec]) -> ToolCall | str:
     if not isinstance(arguments, dict):
         return "the arguments are not a json object"
     spec = _find(name, tools)
-    values = _as_text(arguments) if spec is None or spec.schema is None else _as_values(text)
+    typed = typed or (spec is not None and spec.schema is not None)
+    values = _as_values(text) if typed else _as_text(arguments)
     if isinstance(values, str):
         return values
     if not _is_text(name + json.dumps(values, ensure_ascii=False)):

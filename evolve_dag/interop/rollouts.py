@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from evolve_dag.agent.actions import parse_action
+from evolve_dag.agent.actions import ParsedAction, parse_action
 from evolve_dag.errors import DataError
 from evolve_dag.interop.pools import (
     LISTED,
@@ -39,7 +39,8 @@ from evolve_dag.records import Granularity, Step, Task, ToolCall, Trajectory, Tr
 from evolve_dag.secrecy import describe_error
 from evolve_dag.store.jsonvalues import is_finite
 from evolve_dag.store.layout import TASKS
-from evolve_dag.tasks.jsonl import question_id
+from evolve_dag.tasks.formats import as_text
+from evolve_dag.tasks.jsonl import folded, question_id
 
 if TYPE_CHECKING:
     from evolve_dag.store.artifacts import Build, Store
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["artifact_of", "detect", "import_file", "pool_from_file", "read_pool", "read_rollouts", "rollouts_from_file"]
 
 Kind = Literal["pool", "rollouts"]
-VERSION = "1"
+VERSION = "2"
 """Raise it when the same file would become something else."""
 
 _REMEDY = "a rollout a line, with its question, its messages and its answer"
@@ -178,7 +179,7 @@ class _Draft:
 
     @property
     def key(self) -> str:
-        return question_id(self.trajectory.question)
+        return folded(self.trajectory.question)
 
 
 def _draft(line: int, row: Mapping[str, Any], noted: Notes) -> _Draft | None:
@@ -225,17 +226,19 @@ def _draft(line: int, row: Mapping[str, Any], noted: Notes) -> _Draft | None:
 
 
 def _task_ids(drafts: Sequence[_Draft], noted: Notes) -> dict[str, str]:
-    """Hash of a question -> id of its task."""
+    """Key of a question -> id of its task."""
+    hashes: dict[str, str] = {}
     given: dict[str, str] = {}
     for draft in drafts:
+        hashes.setdefault(draft.key, question_id(draft.trajectory.question))
         if draft.given is not None:
             given.setdefault(draft.key, draft.given)
     borne = Counter(given.values())
     for key, id in given.items():
         # Their extraction numbers tasks anew in every file: in files that were put together one id stands for two questions.
         if borne[id] > 1:
-            noted.add("of a task whose id is also another's: named by the hash of its question", f"{id} is {key}")
-    return {d.key: given[d.key] if d.key in given and borne[given[d.key]] == 1 else d.key for d in drafts}
+            noted.add("of a task whose id is also another's: named by the hash of its question", f"{id} is {hashes[key]}")
+    return hashes | {key: id for key, id in given.items() if borne[id] == 1}
 
 
 def _steps(
@@ -250,6 +253,8 @@ def _steps(
         text = _text(message.get("content", message.get("value")), number)
         if role == "assistant":
             steps.append(_action(len(steps), text, message, line, noted))
+        elif role == "system" and steps:  # of another agent, or what is left of a budget: no prompt of what was done before
+            noted.add("with a system message in mid-conversation, left out", f"line {line}")
         elif role == "system":
             system = _before_experience(text)
             added += text[len(system) :]
@@ -294,7 +299,7 @@ def _action(index: int, text: str, message: Mapping[str, Any], line: int, noted:
     if not isinstance(calls, list):
         raise _RowError(f"tool_calls must be a list, not {kind_of(calls)}")
     if not calls:
-        action = parse_action(text)
+        action = _read(text)
         return Step(
             index, text, (), (), call=action.call, answer=action.answer, problem=None if action.plain else action.problem
         )
@@ -318,6 +323,15 @@ def _action(index: int, text: str, message: Mapping[str, Any], line: int, noted:
     blocks = [json.dumps({"name": c.name, "arguments": dict(c.arguments)}, ensure_ascii=False) for c in written]
     body = "\n".join(f"<tool_call>\n{block}\n</tool_call>" for block in blocks)
     return Step(index, f"{text}\n{body}" if text.strip() else body, (), (), call=written[0])
+
+
+def _read(text: str) -> ParsedAction:
+    """An action in tags; arguments that are no text (a list of queries) are kept as JSON."""
+    action = parse_action(text)
+    if action.problem is None:
+        return action
+    typed = parse_action(text, typed=True)
+    return action if typed.call is None else replace(typed, call=ToolCall(typed.call.name, typed.call.texts))
 
 
 def _with_selections(steps: list[Step], selections: Any) -> list[Step]:
@@ -364,7 +378,8 @@ def _reference(row: Mapping[str, Any]) -> str:
     reference = _first(row, "groundtruth", "ground_truth", "answer", "reference")
     if isinstance(reference, list) and reference:
         reference = reference[0]
-    return str(reference).strip() if isinstance(reference, (str, int, float)) and not isinstance(reference, bool) else ""
+    text = as_text(reference)
+    return text.strip() if isinstance(text, str) else ""
 
 
 def _messages(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:

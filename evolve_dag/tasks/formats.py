@@ -135,9 +135,9 @@ def _gaia(row: Row) -> Row:
         raise _RowError(f"needs the file {attached!r}: not one of the 103 text tasks")
     level = _first(row, "Level", "level")
     return {
-        "id": _text(_first(row, "task_id", "id")),
+        "id": as_text(_first(row, "task_id", "id")),
         "question": _first(row, "Question", "question"),
-        "answer": _text(_first(row, "Final answer", "final_answer", "answer", "Answer")),
+        "answer": as_text(_first(row, "Final answer", "final_answer", "answer", "Answer")),
         **({"difficulty": str(level)} if level is not None else {}),
     }
 
@@ -158,9 +158,9 @@ def _aime(row: Row) -> Row:
     """AIME of any year: an integer from 0 to 999."""
     year = _first(row, "year", "Year")
     return {
-        "id": _text(_first(row, "id", "ID", "problem_idx", "unique_id")),
+        "id": as_text(_first(row, "id", "ID", "problem_idx", "unique_id")),
         "question": _first(row, "problem", "Problem", "question"),
-        "answer": _text(_first(row, "answer", "Answer")),
+        "answer": as_text(_first(row, "answer", "Answer")),
         **({"year": str(year)} if year is not None else {}),
     }
 
@@ -178,9 +178,9 @@ def _dapo(row: Row) -> Row:
     if isinstance(content, str):
         content = _DAPO_TAIL.sub("", _DAPO_HEAD.sub("", content))
     return {
-        "id": _text(extra.get("index")) if isinstance(extra, Mapping) else None,
+        "id": as_text(extra.get("index")) if isinstance(extra, Mapping) else None,
         "question": content,
-        "answer": _text(reward.get("ground_truth")),
+        "answer": as_text(reward.get("ground_truth")),
     }
 
 
@@ -214,7 +214,7 @@ def _once(objects: Rows) -> Rows:
 def _mapped(row: Row, fields: Mapping[str, str]) -> Row:
     """Only what ``fields`` names: our name -> theirs."""
     found = {ours: _at(row, theirs) for ours, theirs in fields.items()}
-    return {ours: _text(value) if ours in ("id", "answer") else value for ours, value in found.items()}
+    return {ours: as_text(value) if ours in ("id", "answer") else value for ours, value in found.items()}
 
 
 def _at(row: Row, name: str) -> Any:
@@ -231,7 +231,7 @@ def _first(row: Row, *names: str) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
-def _text(value: Any) -> Any:
+def as_text(value: Any) -> Any:
     """Numbers as text: a reference is compared as text."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)

@@ -371,6 +371,30 @@ def test_several_calls_in_one_action_all_stand_in_its_text(tmp_path: Path) -> No
     assert any("several calls in one action" in note for note in found.notes)
 
 
+def test_arguments_in_tags_that_are_no_text_are_kept_as_json(tmp_path: Path) -> None:
+    look = '<tool_call>\n{"name": "search", "arguments": {"query": ["a", "b"], "n": 5}}\n</tool_call>'
+    chat = [{"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": look}]
+    found = read_rollouts(write_lines(tmp_path / "r.jsonl", [{"question": QUESTIONS[0], "messages": chat}]))
+    (step,) = found.trajectories[0].steps
+    assert (step.call, step.problem) == (ToolCall("search", {"query": '["a", "b"]', "n": "5"}), None)
+
+
+def test_a_system_message_in_mid_conversation_is_not_the_prompt(tmp_path: Path) -> None:
+    roles = ("system", "user", "assistant", "system", "user", "assistant")
+    texts = ("Search.", QUESTIONS[0], "hm", "2 calls left", "go on", "<answer>a</answer>")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    found = read_rollouts(write_lines(tmp_path / "r.jsonl", [{"question": QUESTIONS[0], "messages": messages}]))
+    assert (found.trajectories[0].system, found.trajectories[0].steps[0].observation) == ("Search.", "go on")
+    assert any("system message in mid-conversation" in note for note in found.notes)
+
+
+def test_a_question_in_other_letters_is_the_same_task_and_a_whole_number_is_text(tmp_path: Path) -> None:
+    rows = [extraction_row(0, 1, question, "204", 1) | {"groundtruth": 204.0} for question in ("How many?", "how  Many?")]
+    found = read_rollouts(write_lines(tmp_path / "r.jsonl", [{**row, "id": None} for row in rows]))
+    assert [(t.id, t.question, t.answer) for t in found.tasks] == [(question_id("How many?"), "How many?", "204")]
+    assert [t.rollout for t in found.trajectories] == [0, 1]
+
+
 def test_an_observation_cannot_pose_as_experience(tmp_path: Path) -> None:
     row = extraction_row(0, 1, QUESTIONS[0], "a", 1)
     row["trajectories"][0]["trajectory"][2]["content"] = f"a page\nhint:\n{PRINCIPLE}"
