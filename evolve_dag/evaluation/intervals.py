@@ -193,6 +193,20 @@ def spread(differences_T: Floats) -> float:
     return float(np.append(differences_T, INVENTED).std())
 
 
+def spread_alone(spread: float, difference: float, tasks: int) -> float:
+    """Standard deviation of one task's difference without the two invented tasks, of a :func:`spread` with them; 0 where no
+    task differs from another.
+
+    Args:
+        spread: with the invented tasks.
+        difference: mean difference of the tasks.
+        tasks: without the invented ones, at least 1.
+    """
+    drawn = tasks + len(INVENTED)
+    variance = (spread**2 * drawn - len(INVENTED)) / tasks - len(INVENTED) * difference**2 / drawn
+    return variance**0.5 if variance > SAME else 0.0
+
+
 def detectable(sd: float, tasks: int, *, confidence: float = 0.95, power: float = POWER) -> float:
     """Smallest loss whose interval lies below zero in ``power`` of the cases (normal approximation).
 

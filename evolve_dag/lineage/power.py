@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import EvolveError
-from evolve_dag.evaluation.gate import gate_from_json
-from evolve_dag.evaluation.intervals import POWER, detectable, tasks_for
+from evolve_dag.evaluation.gate import Evidence, gate_from_json
+from evolve_dag.evaluation.intervals import POWER, detectable, spread_alone, tasks_for
 from evolve_dag.experience.extraction.base import ONE_OF_A_KIND, groups_of_one
 from evolve_dag.store.artifacts import Store
 from evolve_dag.store.layout import DECISION
@@ -41,7 +41,7 @@ def power(experiment: Experiment, store: Store | None = None) -> Power | None:
     """What the gate of an experiment can show in one night; None where its tasks cannot be counted.
 
     Args:
-        store: where the newest decision of the gate is looked up.
+        store: where the newest decision of the gate between two different policies is looked up.
     """
     try:
         count = experiment.tasks.development.count or len(load_tasks_of(experiment, "development"))
@@ -81,13 +81,25 @@ def few_rollouts(experiment: Experiment) -> str:
 
 
 def _measured(name: str, store: Store | None) -> tuple[int | None, float | None]:
-    """Newest iteration with a decision, and the SD that its gate found; what is damaged is told elsewhere."""
-    try:
-        decided = [ref for ref in store.refs(name) if ref.kind == "promotion"] if store else []
-        newest = max(decided, key=lambda ref: ref.iteration, default=None)
-        if store is None or newest is None:
-            return None, None
-        gate = gate_from_json(store.open("promotion", newest.digest).json(DECISION))
-    except EvolveError:
+    """Newest iteration whose gate compared two different policies, and the SD that it found; (None, None) where there is none.
+    What is damaged is told elsewhere."""
+    if store is None:
         return None, None
-    return newest.iteration, gate.evidence.get("success_sd")
+    try:
+        decided = [ref for ref in store.refs(name) if ref.kind == "promotion"]
+        for ref in sorted(decided, key=lambda ref: ref.iteration, reverse=True):
+            gate = gate_from_json(store.open("promotion", ref.digest).json(DECISION))
+            if (sd := _sd_of(gate.evidence)) is not None:
+                return ref.iteration, sd
+    except EvolveError:
+        pass
+    return None, None
+
+
+def _sd_of(evidence: Evidence) -> float | None:
+    """SD of one task's difference as a gate found it; None where nothing was judged, or no task differed: the candidate of a
+    night in which nothing was trained is the best itself."""
+    sd, difference, tasks = (evidence.get(name) for name in ("success_sd", "success_difference", "judged_tasks"))
+    if sd is None or difference is None or not tasks:
+        return None
+    return spread_alone(sd, difference, int(tasks)) or None

@@ -17,6 +17,8 @@ from evolve_dag.evaluation.intervals import (
     paired_difference,
     share_interval,
     sign_interval,
+    spread,
+    spread_alone,
     tasks_for,
     wilson,
 )
@@ -185,6 +187,14 @@ def test_a_policy_does_not_differ_from_itself(values: dict[str, list[float]]) ->
     assert found is not None
     assert found[0] == 0.0
     assert found[1][0] <= 0.0 <= found[1][1]
+
+
+@given(values=st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.25, 1.0]), min_size=1, max_size=40))
+def test_the_invented_tasks_can_be_taken_out_of_a_spread(values: list[float]) -> None:
+    differences_T = np.array(values)
+    assert spread_alone(spread(differences_T), float(differences_T.mean()), len(values)) == pytest.approx(
+        float(differences_T.std())
+    )
 
 
 def test_what_is_detectable_by_hand_and_back() -> None:

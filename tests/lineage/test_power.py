@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 
 from evolve_dag import cli, doctor
 from evolve_dag.config import registry
-from evolve_dag.evaluation.gate import GateDecision, gate_to_json
+from evolve_dag.config.schema import GateSettings
+from evolve_dag.evaluation.gate import GateDecision, decide, gate_to_json
 from evolve_dag.lineage import power
 from evolve_dag.lineage.planning import plan
+from evolve_dag.records import Score
 from evolve_dag.store.artifacts import Store
 
 
@@ -44,20 +46,41 @@ def decided(store: Store, iteration: int, content: str) -> None:
     store.set_ref("quick", iteration, "promotion", digest)
 
 
+def measured(sd: float, tasks: int = 128) -> str:
+    """A decision whose tasks differed by ``sd``; two invented ones are counted in what it wrote."""
+    spread = ((sd**2 * tasks + 2) / (tasks + 2)) ** 0.5
+    evidence = {"judged_tasks": tasks, "success_difference": 0.0, "success_sd": spread}
+    return json.dumps(gate_to_json(GateDecision("keep", ("x",), evidence)))
+
+
 def test_what_the_last_gate_measured_takes_the_place_of_what_is_typical(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     for iteration, sd in ((1, 0.1), (2, 0.5)):
-        gate = GateDecision("keep", ("x",), {"success_sd": sd})
-        decided(store, iteration, json.dumps(gate_to_json(gate)))
+        decided(store, iteration, measured(sd))
     assert "SD of a task's difference 0.50, as measured in iteration 2" in power.warning(with_tasks(300), store)
     decided(store, 3, "{}")
     assert power.warning(with_tasks(300), store) == "", "a damaged decision is told elsewhere"
 
 
+@pytest.mark.parametrize("rewards", [[1.0, 0.0] * 3, [None] * 6], ids=["untrained", "not judged"])
+def test_a_night_that_compared_nothing_measured_nothing(rewards: list[float | None], tmp_path: Path) -> None:
+    sides = [
+        [Score(f"t{i}", 0, side, reward, False, "answered", 3, 10, None, {}) for i, reward in enumerate(given)]
+        for side, given in (("candidate", rewards), ("best", [1.0, 0.0] * 3))
+    ]
+    nothing = json.dumps(gate_to_json(decide(*sides, GateSettings(), 0)))
+    store = Store(tmp_path / "store")
+    decided(store, 1, nothing)
+    assert "SD of a task's difference 0.30, as is typical" in power.warning(with_tasks(6), store)
+    decided(store, 2, measured(0.5))
+    decided(store, 3, nothing)
+    assert "SD of a task's difference 0.50, as measured in iteration 2" in power.warning(with_tasks(6), store)
+
+
 @pytest.mark.parametrize(("tasks", "shown"), [(2, "no loss at all"), (3, "no loss at all"), (4, "a loss of 98 points")])
 def test_a_loss_that_cannot_be_is_not_told(tasks: int, shown: str, tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
-    decided(store, 1, json.dumps(gate_to_json(GateDecision("keep", ("x",), {"success_sd": 0.7}))))
+    decided(store, 1, measured(0.7))
     assert f": they show {shown} in one night with 80% power" in power.warning(with_tasks(tasks), store)
 
 
