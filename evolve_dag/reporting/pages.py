@@ -6,6 +6,7 @@ whatever it holds. A template that names what it was not given fails; it never s
 
 from __future__ import annotations
 
+import shlex
 from datetime import UTC, datetime
 from functools import cache, partial
 from html import escape
@@ -19,11 +20,17 @@ from evolve_dag.reporting.summary import count, dollars, judged_of, nats, percen
 
 def _draw(drawn: list[Figure], figure: Figure) -> int:
     """Put a figure on the page; returns its place among ``drawn``."""
-    # plotly reads a little markup in texts (<b>, <a href>): names from artifacts must not be read so
     for trace in figure["data"]:
-        trace.update({key: escape(trace[key], quote=False) for key in ("name", "legendgroup") if key in trace})
+        trace.update({key: _as_text(trace[key]) for key in ("name", "legendgroup", "x", "customdata") if key in trace})
     drawn.append(figure)
     return len(drawn) - 1
+
+
+def _as_text(value: Any) -> Any:
+    """Plotly reads a little markup in texts (<b>, <a href>): names and items from artifacts must not be read so."""
+    if isinstance(value, list):
+        return [_as_text(one) for one in value]
+    return escape(value, quote=False) if isinstance(value, str) else value
 
 
 @cache
@@ -37,6 +44,7 @@ def _environment() -> Environment:
     )
     for show in (plain, percent, percent_interval, nats, count, dollars, judged_of):
         environment.globals[show.__name__] = show
+    environment.globals["in_shell"] = shlex.quote
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}  # JSON.parse of the page knows no NaN
     return environment
 

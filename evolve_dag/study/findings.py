@@ -106,6 +106,11 @@ class Findings:
     def point(self, arm: str, iteration: int, condition: str = "held") -> Point | None:
         return next((p for p in self.points if (p.arm, p.iteration, p.condition) == (arm, iteration, condition)), None)
 
+    def judged(self, arm: str, iteration: int, condition: str = "held") -> tuple[int, int]:
+        """Episodes of a point that were judged, which success is of, and all of them; over all seeds."""
+        known = [row.metrics[condition] for row in self.results.of(arm, iteration) if condition in row.metrics]
+        return sum(metrics.judged for metrics in known), sum(metrics.n for metrics in known)
+
     def asked(self, question: ContrastKind, arm: str | None = None, iteration: int | None = None) -> list[Contrast]:
         """The contrasts of one question."""
         return [

@@ -16,7 +16,7 @@ from evolve_dag.study.findings import QUESTIONS, Findings
 from evolve_dag.study.published import SOURCE, compared
 from evolve_dag.study.results import breakdowns
 from evolve_dag.study.statistics import Estimate
-from evolve_dag.study.tables import BEST, CONDITIONS, DIFFERS, HOLLOW, METHOD, at, said, shown_contrasts
+from evolve_dag.study.tables import BEST, CONDITIONS, DIFFERS, HOLLOW, METHOD, at, said, shown_contrasts, unjudged
 from evolve_dag.study.what_differs import as_stated, what_differs
 
 SECTIONS = {
@@ -72,6 +72,7 @@ def render(findings: Findings) -> str:
         share=share,
         signed=signed,
         at=partial(at, findings),
+        unjudged=unjudged(findings),
         bounds=bounds,
         figures=figures,
         METHOD=METHOD,

@@ -116,10 +116,15 @@ def print_findings(findings: Findings, console: Console) -> None:
     for arm in study.arms:
         points = [findings.point(arm, k) for k in shown]
         end = findings.point(arm, findings.last(arm))
-        cells = ["–" if point is None else f"{100 * point.success.value:.1f}" for point in points]
+        cells = [
+            "–" if point is None else f"{100 * point.success.value:.1f}{_star(findings, arm, k)}"
+            for k, point in zip(shown, points, strict=True)
+        ]
         around = "–" if end is None else percent_interval(end.success.tasks)
         table.add_row(Text(arm), str(end.seeds) if end else "0", *cells, around)
     console.print(table)
+    for told in unjudged(findings, conditions=["held"]):
+        console.print(Text(told, style="dim"))
     if missing := findings.results.missing:
         console.print(Text(f"not there yet: {sum(missing.values())} iterations ({_listed(missing)})", style="yellow"))
 
@@ -148,6 +153,7 @@ def markdown(findings: Findings) -> str:
         lines += [f"**Not finished**: {missing} iterations are not there yet ({_listed(findings.results.missing)}).", ""]
     lines += [METHOD, ""]
     lines += ["## Success over iterations", "", HOLLOW, "", *_curves(findings)]
+    lines += [line for told in unjudged(findings) for line in ("", told.replace("*", r"\*"))]
     lines += ["", "## What differs", "", DIFFERS, "", *_what_differs(findings)]
     lines += ["", "## Contrasts", "", BEST, ""]
     for question, told in QUESTIONS.items():
@@ -197,13 +203,35 @@ def _curves(findings: Findings) -> list[str]:
 
 
 def at(findings: Findings, arm: str, iteration: int, condition: str = "held") -> str:
-    """``34.4% ○ (2 seeds)``: success, whether a candidate was declined, and how many seeds know it where that is not all."""
+    """``34.4%* ○ (2 seeds)``: success, whether episodes were not judged, whether a candidate was declined, and how many seeds
+    know it where that is not all."""
     point = findings.point(arm, iteration, condition)
     if point is None:
         return "–"
     declined = " ○" if iteration in findings.declined(arm) else ""
     some = f" ({point.seeds} seed{'s' if point.seeds > 1 else ''})" if point.seeds < findings.seeds(arm) else ""
-    return f"{percent(point.success.value)}{declined}{some}"
+    return f"{percent(point.success.value)}{_star(findings, arm, iteration, condition)}{declined}{some}"
+
+
+def unjudged(findings: Findings, conditions: Sequence[str] = tuple(CONDITIONS)) -> list[str]:
+    """``* b, held: episodes judged: 288 of 360 in iteration 1``: what is not judged must not make an arm look better."""
+    told = []
+    for arm in findings.results.study.arms:
+        for condition in (one for one in findings.conditions(arm) if one in conditions):
+            counts = {k: findings.judged(arm, k, condition) for k in range(findings.last(arm) + 1)}
+            lacking = [
+                f"{judged} of {episodes} in {f'iteration {k}' if k else 'base'}"
+                for k, (judged, episodes) in counts.items()
+                if judged < episodes
+            ]
+            told += [f"* {arm}, {CONDITIONS[condition]}: episodes judged: {', '.join(lacking)}"] if lacking else []
+    return told
+
+
+def _star(findings: Findings, arm: str, iteration: int, condition: str = "held") -> str:
+    """Marks a figure that lacks episodes, see :func:`unjudged`."""
+    judged, episodes = findings.judged(arm, iteration, condition)
+    return "*" if judged < episodes else ""
 
 
 def said(findings: Findings, change: Change) -> str:

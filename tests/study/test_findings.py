@@ -88,6 +88,28 @@ def test_a_mean_over_some_of_the_seeds_says_so(tmp_path: Path) -> None:
     assert tables.at(some, "a", 0, "held_with") == "–"
 
 
+def test_episodes_that_were_not_judged_are_told_wherever_success_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = results(tmp_path, {"a": (0.1, 0.2), "b": (0.1, 0.2)}, seeds=[5, 6])
+    assert "judged" not in tables.markdown(find(whole))
+    rows = [
+        replace(row, metrics={c: replace(m, judged=90) if c == "held" else m for c, m in row.metrics.items()})
+        if (row.arm, row.iteration, row.seed) == ("b", 1, 6)
+        else row
+        for row in whole.rows
+    ]
+    found = find(replace(whole, rows=tuple(rows)))
+    assert tables.at(found, "b", 1).endswith("%*")
+    assert tables.at(found, "b", 0).endswith("%")
+    [told] = tables.unjudged(found)
+    assert told == "* b, held: episodes judged: 210 of 240 in iteration 1"
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "/* plotly */")
+    console = Console(width=80, record=True)
+    tables.print_findings(found, console)
+    assert told in page.render(found)
+    assert rf"\{told}" in tables.markdown(found).splitlines()
+    assert told in console.export_text()
+
+
 def test_an_arm_is_contrasted_with_every_arm_that_it_is_matched_to(tmp_path: Path) -> None:
     references = {"b": ["c", "a"], "c": []}
     found = find(results(tmp_path, {"a": (0.1, 0.2, 0.3), "b": (0.1, 0.2), "c": (0.1, 0.4)}, references=references, seeds=[5]))
