@@ -186,7 +186,7 @@ def study(
             failed = studies.run(asked, root, _console(stderr=True)).failed
         found = find(read(asked, _store(store)))
         print_findings(found, _console())
-        print(f"report: {write_page(found, root / 'reports' / f'study-{asked.name}.html')}")
+        print(f"report: {write_page(found, root / 'reports' / f'{asked.name}~study.html')}")
         if out is not None:
             write(found, out)
             print(f"tables: {out}")
@@ -711,7 +711,7 @@ def _summary(config: str, store: Store, seed: int | None = None) -> LineageSumma
 
 
 def _report_path(summaries: Sequence[LineageSummary], store: Store) -> Path:
-    name = summaries[0].experiment if len(summaries) == 1 else "comparison"
+    name = summaries[0].experiment if len(summaries) == 1 else "~comparison"  # like no experiment
     return store.root / "reports" / f"{name}.html"
 
 

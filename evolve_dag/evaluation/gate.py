@@ -283,8 +283,8 @@ def _drift(night: Night, settings: GateSettings, standing: Standing, *, declined
     bad = capital.total >= needed
     since = f"iteration {standing.best}" if standing.best else "the base policy"
     sentence = (
-        f"over {nights} nights the candidates since {since} lost {100 * lost:.1f} points on average against it: evidence "
-        f"{capital.total:.2g}, {'established at' if bad else 'established from'} {needed:.3g} "
+        f"over {nights} night{'s' if nights > 1 else ''} the candidates since {since} lost {100 * lost:.1f} points on average "
+        f"against it: evidence {capital.total:.2g}, {'established at' if bad else 'established from'} {needed:.3g} "
         f"(an average of {100 * smallest:.1f} points would be with {POWER:.0%} power)"
     )
     numbers = {"drift_evidence": capital.total, "drift_needed": needed, "drift_nights": nights, "drift_loss": lost}

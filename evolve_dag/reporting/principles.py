@@ -228,8 +228,8 @@ class _Seen:
 
     def contrast(self, iteration: int, where: str, rolled: Sequence[Shown]) -> None:
         """Success of episodes with and without each item, and the states in which each was chosen."""
-        # `with/<task>#<rollout>`: intervals are over tasks, rollouts of one task are no independent evidence
-        tasks = [one.id.rsplit("/", 1)[-1].rpartition("#")[0] for one in rolled]
+        # `<task>#<rollout>`, or `with/<task>#<rollout>`: intervals are over tasks, rollouts of one are no independent evidence
+        tasks = [one.id.rpartition("#")[0] for one in rolled]
         rewards = [one.reward for one in rolled]
         held = [set(one.items) for one in rolled]
         steps = sum(len(one.steps) for one in rolled)

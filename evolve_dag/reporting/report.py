@@ -70,7 +70,7 @@ def write_report(summaries: Sequence[LineageSummary], path: Path | str, *, store
 
 
 def _audit_name(experiment: str) -> str:
-    return f"{experiment}-audit.html"
+    return f"{experiment}~audit.html"  # no experiment's name has a tilde: no report is called so
 
 
 def _write(path: Path, content: str) -> Path:

@@ -15,6 +15,7 @@ What is read, by kind of artifact (all of it optional, so that a lineage can be 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite
@@ -159,6 +160,13 @@ class LineageSummary:
         return holds
 
     @property
+    def held(self) -> IterationRow | None:
+        """What the lineage is known by: the row of its champion, before the first decision the last one that is scored; None
+        where that is not scored."""
+        scored = [row for row in self.rows if row.without is not None and self.champion in (None, row.iteration)]
+        return scored[-1] if scored else None
+
+    @property
     def best(self) -> int | None:
         """Iteration of the best champion so far; 0 is the base policy; None where it is not known."""
         standing = next((row.gate.standing for row in reversed(self.rows) if row.gate is not None), None)
@@ -211,7 +219,7 @@ def summarize(
         have = f"it holds {', '.join(known)}" if known else "it is empty"
         raise OrderError(
             f"experiment {experiment!r} has not been run in {store.root} ({have})",
-            f"run it first: evolve run {config or f'configs/{experiment}.yaml'}",
+            f"run it first: evolve run {shlex.quote(config or f'configs/{experiment}.yaml')}",
         )
     by_iteration: dict[int, dict[str, tuple[Ref, Artifact]]] = {}
     for ref in refs:
@@ -265,7 +273,8 @@ def _command(experiment: str, config: str | None, settings: Mapping[str, Any], i
     # a lineage under another seed than the file's is named <experiment>-s<seed> (evolve_dag.config.registry)
     seeded = experiment.endswith(f"-s{seed}")
     name = experiment.removesuffix(f"-s{seed}")
-    return f"evolve run {config or f'configs/{name}.yaml'} --iterations {iterations}" + (f" --seed {seed}" if seeded else "")
+    file = shlex.quote(config or f"configs/{name}.yaml")
+    return f"evolve run {file} --iterations {iterations}" + (f" --seed {seed}" if seeded else "")
 
 
 def _row(
@@ -328,8 +337,9 @@ def standing_note(summary: LineageSummary) -> str:
         told += f" Champion against best: {100 * distance.difference:+.1f} points ({low} to {high})."
     standing, evidence = gate.standing, {name: gate.evidence.get(f"drift_{name}") for name in ("evidence", "needed")}
     if standing.nights and None not in evidence.values():
+        told_nights = f"{standing.nights} night{'s' if standing.nights > 1 else ''}"
         told += (
-            f" Candidates since the best: {-100 * standing.lost:+z.1f} points on average over {standing.nights} nights; "
+            f" Candidates since the best: {-100 * standing.lost:+z.1f} points on average over {told_nights}; "
             f"evidence of a drift {evidence['evidence']:.2g}, established from {evidence['needed']:.3g}."
         )
     return told

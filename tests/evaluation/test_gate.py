@@ -288,6 +288,11 @@ def test_a_slow_loss_adds_up_until_the_best_comes_back() -> None:
     assert nights[at - 1].standing.champion == at
 
 
+def test_what_is_lost_in_one_night_is_told_of_one_night() -> None:
+    [night] = through([(100, 0)], Standing(capital=(2.9,) * 5))
+    assert night.reasons[-1].startswith("over 1 night the candidates since the base policy lost 50.0 points on average")
+
+
 def test_gains_and_losses_that_cancel_out_restore_nothing() -> None:
     assert {d.decision for d in through([(5, 5), (7, 3), (3, 7)] * 10)} == {"promote"}
 

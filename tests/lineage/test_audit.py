@@ -287,14 +287,14 @@ def test_every_link_of_the_audit_page_leads_somewhere(made: Store, measured: aud
     import re
 
     path = report.write_report([summarize(made, "audited")], tmp_path / "report.html", store=made)
-    assert 'href="audited-audit.html"' in path.read_text(encoding="utf-8")
-    html = (tmp_path / "audited-audit.html").read_text(encoding="utf-8")
+    assert 'href="audited~audit.html"' in path.read_text(encoding="utf-8")
+    html = (tmp_path / "audited~audit.html").read_text(encoding="utf-8")
     anchors = set(re.findall(r'\bid="([^"]+)"', html))
     targets = re.findall(r'href="#([^"]+)"', html)
     assert targets
     assert set(targets) <= anchors
     assert 'href="report.html"' in html
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["audited-audit.html", "report.html"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["audited~audit.html", "report.html"]
     assert not re.search(r"https?://|\bsrc=|<link", html)
     facts = principles.gather(made, "audited")
     item = facts.principles[0]

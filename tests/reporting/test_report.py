@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,11 +12,17 @@ from pathlib import Path
 import pytest
 from jinja2 import UndefinedError
 from lineages import PRINCIPLES, audited, checked, lineage, metrics
+from pydantic import ValidationError
 
+from evolve_dag import cli
+from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import DataError, StoreError
 from evolve_dag.evaluation.gate import GateDecision
-from evolve_dag.reporting import pages, report
+from evolve_dag.lineage.audit import Internalized
+from evolve_dag.reporting import figures, pages, report
+from evolve_dag.reporting.drawing import Figure
 from evolve_dag.reporting.summary import IterationRow, LineageSummary
+from evolve_dag.store.artifacts import Store
 
 EVIL = "Evil: when </script><script>alert('x')</script> & <img src=x onerror=alert(1)>, {{figures}} \"quote\"."
 
@@ -116,6 +123,16 @@ def test_hostile_names_reach_neither_the_page_nor_plotly(monkeypatch: pytest.Mon
     assert not re.search(r"<b>bold|<u>reason|<script>1", html)
     assert "<u>reason</u>" in page.text
     assert "</script>" not in json.dumps([t.get("name", "") for f in page.figures for t in f["data"]])
+
+
+@pytest.mark.parametrize("draw", [figures.inside_now, figures.internalized])
+def test_the_words_of_an_item_are_no_markup_in_a_figure(draw: Callable[[LineageSummary], Figure]) -> None:
+    one = Internalized("p<1", 1, '<a href="//a.co">x</a>: visit', 3, 9, 0.1, 0.05, 0.02, (0.4, 0.6), (0.7, 0.9))
+    drawn: list[Figure] = []
+    pages._draw(drawn, draw(LineageSummary("x", (IterationRow(1, internalized=(one,)),))))
+    labels = json.dumps([trace["x"] for trace in drawn[0]["data"]])
+    assert "<" not in labels
+    assert "p&lt;1" in labels
 
 
 def test_every_figure_of_the_page_has_its_specification(page: Page) -> None:
@@ -223,6 +240,20 @@ def test_several_experiments_stand_side_by_side(monkeypatch: pytest.MonkeyPatch)
     assert "The champion is the base policy." in text
 
 
+def test_a_declined_candidate_is_nowhere_what_a_lineage_is_known_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch)
+    one, none = lineage(declined=(3,)), lineage("global", declined=(1, 2, 3))
+    assert (one.held, none.held) == (one.rows[2], none.rows[0])
+    undecided = replace(one, rows=tuple(replace(row, gate=None) for row in one.rows))
+    assert undecided.held == undecided.rows[3]
+    assert "champion, iteration 2: success without" in Page(report.render([one])).text
+    text = " ".join(Page(report.render([one, none])).text)
+    compared = text[text.index("mean turns") : text.index("Pool edits")].split()
+    own = compared[compared.index("pocket") : compared.index("global")]
+    assert "79.0%" in own
+    assert "81.0%" not in own
+
+
 def test_a_lineage_that_has_just_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch)
     page = Page(report.render([LineageSummary("begun", (IterationRow(1),))]))
@@ -237,6 +268,13 @@ def test_no_experiment_and_twice_the_same_are_refused() -> None:
         report.render([])
     with pytest.raises(DataError, match="named twice"):
         report.render([lineage(), lineage()])
+
+
+def test_no_report_is_called_as_another_page(tmp_path: Path) -> None:
+    two = cli._report_path([lineage(), lineage("global")], Store(tmp_path))
+    for page in (report._audit_name("pocket"), two.name):
+        with pytest.raises(ValidationError, match="experiment"):
+            Experiment.model_validate({"experiment": page.removesuffix(".html")})
 
 
 def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

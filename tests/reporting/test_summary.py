@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from evolve_dag.evaluation.gate import GateDecision, gate_to_json
 from evolve_dag.evaluation.metrics import metrics_to_json
 from evolve_dag.records import ExperienceItem, Standing
 from evolve_dag.reporting.summary import (
+    IterationRow,
+    LineageSummary,
     count,
     duration,
     number,
@@ -112,6 +115,8 @@ def test_another_seed_is_part_of_the_command(store: Store) -> None:
     digest = make(store, "trajectories", seed=7).digest
     store.set_ref("pocket-s7", 1, "trajectories", digest)
     assert summarize(store, "pocket-s7").command == "evolve run configs/pocket.yaml --iterations 1 --seed 7"
+    odd = "my configs/it's.yaml"
+    assert shlex.split(summarize(store, "pocket-s7", config=odd).command)[:3] == ["evolve", "run", odd]
 
 
 def test_a_lineage_that_has_just_begun(tmp_path: Path) -> None:
@@ -147,6 +152,8 @@ def test_the_distance_to_the_best_is_the_champions_and_not_that_of_a_declined_ca
         "-2.0 points (-5.0 to +1.0). Candidates since the best: -6.0 points on average over 2 nights; evidence of a drift 7.3, "
         "established from 20."
     )
+    first = GateDecision("promote", ("a reason",), drift, Standing(1, 0, nights=1, lost=0.02))
+    assert "-2.0 points on average over 1 night; evidence" in standing_note(LineageSummary("x", (IterationRow(1, gate=first),)))
     content = json.loads(json.dumps(status_json(summary)))
     assert content["best"] == 1
     assert content["distance_to_best"] == {"difference": -0.02, "low": -0.05, "high": 0.01}

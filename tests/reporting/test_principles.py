@@ -1,0 +1,37 @@
+"""What items did, as the audit page tells it."""
+
+from __future__ import annotations
+
+import html
+import re
+import shlex
+
+import pytest
+
+from evolve_dag.reporting import audit_page
+from evolve_dag.reporting.principles import Chain, Contrast, Facts, ScoreRow, Shown, ShownStep, _Seen
+
+
+def contrast(where: str, ids: list[str]) -> Contrast:
+    """Of an item that was chosen in all episodes but the first; every second one succeeds."""
+    seen = _Seen()
+    steps = [(ShownStep(0, "", "", ("p1",) if place else ()),) for place in range(len(ids))]
+    seen.contrast(1, where, [Shown(id, "q", "answered", place % 2, "a", steps[place]) for place, id in enumerate(ids)])
+    [found] = seen.contrasts["p1"][1]
+    return found
+
+
+@pytest.mark.parametrize(("where", "prefix"), [("teacher", ""), ("held-out", "with/")])
+def test_an_interval_is_over_tasks_whatever_their_ids_hold(where: str, prefix: str) -> None:
+    plain, slashed = ([f"{prefix}{subject}{n}#{r}" for n in range(20) for r in range(2)] for subject in ("t", "test/algebra/"))
+    same = [f"{prefix}{n}/1.json#{r}" for n in range(20) for r in range(2)]
+    assert contrast(where, plain) == contrast(where, slashed)
+    assert contrast(where, plain).chosen.interval == pytest.approx(contrast(where, same).chosen.interval, abs=0.1)
+
+
+def test_a_command_that_the_page_tells_runs_as_one_word_whatever_a_task_is_called() -> None:
+    task = "x'; touch pwned; echo '"
+    rows = tuple(ScoreRow("without", f"{task}#{n}", 1.0, False, None) for n in range(audit_page.ROWS + 1))
+    page = audit_page.page(Facts("e", (), (Chain(1, {"scores": ("0" * 32, {})}, {}, None, (), (), rows, {}),)))
+    [command] = re.findall(r"<code>(evolve trace .*?)</code>", page)
+    assert shlex.split(html.unescape(command)) == ["evolve", "trace", f"{'0' * 12}/without/{task}#{audit_page.ROWS}"]
