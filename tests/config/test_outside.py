@@ -377,5 +377,6 @@ def test_a_stream_of_an_environment_without_other_tasks_is_a_mistake(tmp_path: P
     (tmp_path / "own.py").write_text(OWN_TASKS)
     experiment = tmp_path / "experiment.yaml"
     experiment.write_text("environment: {kind: 'own:X'}\ntasks: {train: {count: 4, world: 1, stream: true}}\n")
-    with pytest.raises(ConfigError, match=r"experiment\.yaml(.|\n)*tasks\.train\.stream: (.|\n)*own\.py:X makes (.|\n)*`fresh`"):
+    told = r"experiment\.yaml(.|\n)*tasks\.train\.stream: (.|\n)*own\.py:X makes (.|\n)*`fresh`"
+    with pytest.raises(ConfigError, match=told):
         load_experiment(experiment)
