@@ -9,14 +9,17 @@ a :class:`StatefulEnvironment` opens a :class:`Session` for each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from evolve_dag.errors import DataError
 from evolve_dag.records import REPLY, Message, Task, ToolCall, Trajectory
+
+if TYPE_CHECKING:
+    from referencing import Resource
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +132,8 @@ class ToolSpec:
 
 def _check_schema(tool: str, schema: Mapping[str, Any]) -> None:
     from jsonschema import Draft202012Validator, SchemaError
+    from referencing import Registry
+    from referencing.jsonschema import DRAFT202012
 
     try:
         Draft202012Validator.check_schema(schema)
@@ -136,6 +141,24 @@ def _check_schema(tool: str, schema: Mapping[str, Any]) -> None:
         raise DataError(f"tool {tool}: its schema is wrong: {problem.message}", "write a JSON schema, draft 2020-12") from None
     if schema.get("type") != "object":
         raise DataError(f"tool {tool}: its schema is not that of an object", 'give it "type": "object" and "properties"')
+    resource: Resource[Any] = DRAFT202012.create_resource(schema)
+    for reference in _dangling(resource, Registry().resolver_with_root(resource)):
+        raise DataError(f"tool {tool}: its schema holds no {reference!r}", 'put what a "$ref" names under "$defs"')
+
+
+def _dangling(resource: Resource[Any], resolver: Any) -> Iterator[str]:
+    """The references that lead nowhere; nothing is fetched."""
+    from referencing.exceptions import Unresolvable
+
+    resolver = resolver.in_subresource(resource)
+    content = resource.contents
+    if isinstance(content, Mapping) and "$ref" in content:
+        try:
+            resolver.lookup(content["$ref"])
+        except Unresolvable:
+            yield content["$ref"]
+    for inner in resource.subresources():
+        yield from _dangling(inner, resolver)
 
 
 TALK = ToolSpec(REPLY, "Say something.", {"text": "What is said."}, plain="text")

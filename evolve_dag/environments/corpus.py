@@ -8,6 +8,7 @@ import json
 import math
 import re
 import threading
+import unicodedata
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ B = 0.75
 """Strength of the length normalisation."""
 RANKING = "bm25f/1"
 """Name of the ranking in the digest; raise it when the same pages and settings would answer otherwise."""
+RANKING_BEYOND_ASCII = "bm25f/2"
+"""Its name where a page holds other letters: 2 composes them and pairs those that are written without spaces."""
 UNIT = 1e-9
 """Weights are kept as whole multiples of this: integer sums do not depend on the order of addition, so pages
 that match equally well tie exactly, alone or in a batch."""
@@ -180,8 +183,9 @@ class CorpusSearch:
     @cached_property
     def digest(self) -> str:
         """32 hex digits over pages (in any order), settings and ranking."""
+        plain = all(f"{page.title}{page.seen}".isascii() for page in self.pages)
         content = {
-            "ranking": [RANKING, K1, B],
+            "ranking": [RANKING if plain else RANKING_BEYOND_ASCII, K1, B],
             "results": self.results,
             "snippet_characters": self.snippet_characters,
             "minimum_match": self.minimum_match,
@@ -455,11 +459,21 @@ def argument(call: ToolCall, name: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Tokens of the index and of queries: lower-cased runs of letters, digits and underscores."""
-    return _WORD.findall(text.lower())
+    """Tokens of the index and of queries: lower-cased runs of letters, digits and underscores, in composed form (NFC). Of a run
+    of Chinese or Japanese, where no space says where a word ends, every two neighbours."""
+    runs = _RUN.findall(unicodedata.normalize("NFC", text).lower())
+    return [word for pairless, paired in runs for word in ([pairless] if pairless else _pairs(paired))]
 
 
-_WORD = re.compile(r"\w+")
+def _pairs(run: str) -> list[str]:
+    return [run[at : at + 2] for at in range(max(1, len(run) - 1))]
+
+
+_UNSPACED = (
+    "\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff"  # kana
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
+)
+_RUN = re.compile(rf"([^\W{_UNSPACED}]+)|([{_UNSPACED}]+)")
 
 
 def query_terms(query: str) -> Terms:
@@ -473,8 +487,8 @@ def least_matches(minimum_match: float, terms: int) -> int:
 
 
 def fold(title: str) -> str:
-    """What two spellings of one title have in common: case and runs of white space do not matter."""
-    return " ".join(title.split()).casefold()
+    """What two spellings of one title have in common: case, runs of white space and how accents are coded do not matter."""
+    return unicodedata.normalize("NFC", " ".join(title.split())).casefold()
 
 
 def window(line: str, terms: Terms, characters: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -219,8 +220,21 @@ def test_a_breach_of_the_schema_is_said_in_words(arguments: str, says: str) -> N
 
 @pytest.mark.parametrize(
     ("schema", "says"),
-    [({"type": "objekt"}, "tool go: its schema is wrong"), ({"type": "string"}, "not that of an object")],
+    [
+        ({"type": "objekt"}, "tool go: its schema is wrong"),
+        ({"type": "string"}, "not that of an object"),
+        (
+            {"type": "object", "properties": {"n": {"items": {"$ref": "#/$defs/N"}}}},
+            r"tool go: its schema holds no '#/\$defs/N'",
+        ),
+        ({"type": "object", "properties": {"n": {"$ref": "https://example.org/n"}}}, "holds no 'https://example.org/n'"),
+    ],
 )
-def test_a_tool_with_a_wrong_schema_is_refused_when_it_is_made(schema: dict[str, str], says: str) -> None:
+def test_a_tool_with_a_wrong_schema_is_refused_when_it_is_made(schema: dict[str, Any], says: str) -> None:
     with pytest.raises(DataError, match=says):
         ToolSpec("go", "walk", schema=schema)
+
+
+def test_a_schema_may_name_its_own_parts() -> None:
+    inner = {"$defs": {"N": {"enum": [1, {"$ref": "text"}]}}, "properties": {"$ref": {"$ref": "#/$defs/N"}}}
+    assert validate_call(ToolCall("go", {"$ref": 1}), (ToolSpec("go", "walk", schema={"type": "object", **inner}),)) is None

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import threading
+import unicodedata
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -296,6 +297,24 @@ def test_several_threads_and_loops_may_ask_at_once() -> None:
     for thread in threads:
         thread.join()
     assert found == [CorpusSearch(PAGES).search_many(queries)] * 6
+
+
+@pytest.mark.parametrize(
+    ("query", "title"),
+    [("東京 高さ", "東京タワー"), ("大学 1898年", "北京大学"), ("創建", None), (unicodedata.normalize("NFD", "Zoë"), "Zoë")],
+)
+def test_letters_beyond_ascii_are_found(query: str, title: str | None) -> None:
+    pages = [
+        Page("東京タワー", "高さは333メートル。"),
+        Page("北京大学", "创建于1898年，初名京师大学堂。"),
+        Page("Zoë", unicodedata.normalize("NFD", "Zoë lives in München")),
+    ]
+    corpus = CorpusSearch(pages)
+    assert corpus.search(query).splitlines()[1:2] == (
+        [] if title is None else [f"1. {title}: {corpus.visit(title).splitlines()[1]}"]
+    )
+    assert corpus.visit(unicodedata.normalize("NFD", "zoë")) == corpus.visit("Zoë")
+    assert words("x1 東京タワー_2 塔") == ["x1", "東京", "京タ", "タワ", "ワー", "_2", "塔"]
 
 
 # ---- digest and settings
