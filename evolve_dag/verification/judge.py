@@ -23,7 +23,7 @@ from evolve_dag.protocols import LanguageModel, Request, Sampling
 from evolve_dag.records import Message, Task
 from evolve_dag.secrecy import describe_error
 from evolve_dag.store.memory import Memory
-from evolve_dag.verification.base import VerifierPart
+from evolve_dag.verification.base import READING, VerifierPart
 from evolve_dag.verification.exact import equals, references
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class JudgeVerifier:
             return 1.0
         reference = _reference(*references(task))
         text = self._prompt.fill(question=_data(task.question), reference=_data(reference), given=_data(_shorten(answer)))
-        key = Memory.key_of(self._identity, self._prompt.name, text)
+        key = Memory.key_of(READING, self._identity, self._prompt.name, text)
         known = await asyncio.to_thread(self._memory.get, "judge", key) if self._memory is not None else None
         verdict = known or await self._ask(text)
         if verdict is None:
@@ -198,5 +198,6 @@ JUDGE = VerifierPart(
     make=_make,
     roles=lambda settings: ("judge",),
     prompts=lambda settings, experiment: (prompt_name(settings.verdict),),
+    data=lambda settings: READING,
     mistakes=_mistakes,
 )

@@ -14,7 +14,7 @@ from typing import Literal
 from evolve_dag.config.parts import VerificationSettings
 from evolve_dag.errors import ModelError
 from evolve_dag.records import Task
-from evolve_dag.verification.base import VerifierPart
+from evolve_dag.verification.base import READING, VerifierPart
 from evolve_dag.verification.equality import equal
 from evolve_dag.verification.exact import equals, references
 
@@ -109,4 +109,5 @@ MATHEMATICS = VerifierPart(
     settings=MathematicsVerification,
     make=lambda settings, roles: MathematicsVerifier(),
     libraries={"math_verify": "math"},
+    data=lambda settings: READING,
 )
