@@ -87,8 +87,7 @@ def _known(
 )
 def config_watch(context: dg.SensorEvaluationContext, store: StoreResource) -> dg.SensorResult | dg.SkipReason:
     found, mistakes = registry.scan(registry.configs_folder())
-    for entry in found:
-        registry.remember(store.path, entry)
+    registry.remember(store.path, found)
     experiments, problems = _known(store.path, found, mistakes)
     events: list[dg.AssetMaterialization] = []
     for experiment in experiments:

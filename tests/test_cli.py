@@ -276,10 +276,11 @@ def test_doctor_exits_1_when_something_is_broken(tmp_path: Path, monkeypatch: py
     assert "not writable [here]" in result.output
 
 
-def test_a_registry_entry_edited_into_nonsense_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["[]", '{"name": "mine", "config": "mine.yaml", "seed": "x"}'])
+def test_a_registry_entry_edited_into_nonsense_is_told(tmp_path: Path, text: str) -> None:
     entry = tmp_path / "experiments" / "mine.json"
     entry.parent.mkdir()
-    entry.write_text("[]")
+    entry.write_text(text)
     with pytest.raises(StoreError, match=r"mine\.json: not a registry entry"):
         registry.load(tmp_path, "mine")
     assert list(registry.entries(tmp_path)) == []

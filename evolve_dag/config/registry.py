@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,11 @@ class Entry:
     """Experiment file, absolute."""
     seed: int | None = None
     """Seed laid over the file's own; None: the file's."""
+
+    @property
+    def family(self) -> str:
+        """The experiment's name in the file itself: ``pocket`` of ``pocket-s3``."""
+        return self.name if self.seed is None else self.name.removesuffix(f"-s{self.seed}")
 
     def load(self) -> Experiment:
         """The experiment as its file stands now.
@@ -140,12 +145,33 @@ def _claim(entry: Entry) -> Experiment | None:
         return None
 
 
-def remember(root: Path, entry: Entry) -> bool:
-    """Write an entry that is not there yet; an existing one stands. Returns whether it was written."""
-    if _read(_file(root, entry.name)) is not None:
+def remember(root: Path, found: Iterable[Entry]) -> None:
+    """Write the entries of a configs folder that are not there yet; one that is there stands as long as its file does.
+
+    A file that was renamed or moved is found again by the name in it, together with the lineages of its other seeds.
+
+    Raises:
+        StoreError: the store cannot be written.
+    """
+    known = {entry.name: entry for entry in entries(root)}
+    by_name = {entry.name: entry for entry in found}
+    for name, entry in by_name.items():
+        if (name in known and _has_left(known[name], entry)) or not _file(root, name).exists():
+            _write(root, entry)
+    for entry in known.values():
+        if entry.seed is not None and not entry.config.exists() and entry.family in by_name:
+            _write(root, replace(entry, config=by_name[entry.family].config))
+
+
+def _has_left(known: Entry, entry: Entry) -> bool:
+    """Whether another file has the name by now: the known one is gone or names another experiment. One that is wrong is being
+    edited: it keeps its name."""
+    if known == entry:
         return False
-    _write(root, entry)
-    return True
+    try:
+        return load_seeded(known.config, known.seed).experiment != known.name
+    except ConfigError:
+        return not known.config.exists()
 
 
 def entries(root: Path) -> Iterator[Entry]:
@@ -162,16 +188,38 @@ def load(root: Path, name: str) -> Experiment:
 
     Raises:
         ConfigError: nobody registered the name, or its file is wrong.
+        StoreError: the registry's entry is damaged.
     """
-    entry = _read(_file(root, name))
-    if entry is None:
-        entry = next((e for e in scan(configs_folder())[0] if e.name == name), None)
+    entry = _entry(root, name)
     if entry is None:
         raise ConfigError(
             f"no experiment {name!r} in the store {root} or in {configs_folder()}/",
             f"run `evolve run <file>` once, put the file into {configs_folder()}/, or set {CONFIGS_VARIABLE}",
         )
     return entry.load()
+
+
+def find(root: Path, name: str) -> Experiment | None:
+    """The experiment behind a partition key; None where its file is not on this machine, or not any more.
+
+    Raises:
+        ConfigError: its file is wrong.
+        StoreError: the registry's entry is damaged.
+    """
+    entry = _entry(root, name)
+    return entry.load() if entry is not None and entry.config.exists() else None
+
+
+def _entry(root: Path, name: str) -> Entry | None:
+    """The entry of a name, or that of the configs folder where there is none or its file is gone."""
+    known = _read(_file(root, name))
+    if known is not None and known.config.exists():
+        return known
+    wanted = name if known is None else known.family
+    found = next((entry for entry in scan(configs_folder())[0] if entry.name == wanted), None)
+    if known is None or found is None:
+        return found or known
+    return replace(known, config=found.config)
 
 
 def _file(root: Path, name: str) -> Path:
@@ -181,7 +229,10 @@ def _file(root: Path, name: str) -> Path:
 def _read(path: Path) -> Entry | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Entry(content["name"], Path(content["config"]), content["seed"])
+        name, config, seed = content["name"], content["config"], content["seed"]
+        if not isinstance(name, str) or isinstance(seed, bool) or not isinstance(seed, int | None):
+            raise TypeError(f"the name {name!r} or the seed {seed!r} is none")
+        return Entry(name, Path(config), seed)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -108,6 +108,31 @@ def test_the_watch_reports_only_the_slices_that_changed(config: Path, memory: dg
     assert not result.dynamic_partitions_requests
 
 
+def test_a_file_that_was_renamed_or_moved_is_found_again_with_its_seeds(place: Path, memory: dg.DagsterInstance) -> None:
+    root = registry.default_store()
+    first = write_config(place / "configs" / "a.yaml", experiment="tiny")
+    registry.register(root, first, seed=5)
+    watch(memory)
+    first.rename(first.with_name("b.yaml"))
+    assert registry.load(root, "tiny-s5").seed == 5, "also before the watch has looked"
+    watch(memory)
+    assert {entry.config.name for entry in registry.entries(root)} == {"b.yaml"}
+    assert {e.experiment for e in automation.known_experiments(root)[0]} == {"tiny", "tiny-s5"}
+    assert automation.nightly_schedules(root)
+
+
+def test_a_name_stays_with_its_file_while_somebody_edits_it(config: Path, memory: dg.DagsterInstance) -> None:
+    root = registry.default_store()
+    watch(memory)
+    other = write_config(config.with_name("z.yaml"), experiment="tiny", iterations=3)
+    write_config(config, iteratons=3)
+    watch(memory)
+    assert [entry.config for entry in registry.entries(root)] == [config]
+    write_config(config, experiment="another")
+    watch(memory)
+    assert {entry.name: entry.config for entry in registry.entries(root)} == {"tiny": other, "another": config}
+
+
 def test_a_broken_file_is_left_out_and_told(config: Path, memory: dg.DagsterInstance) -> None:
     write_config(config.with_name("broken.yaml"), iteratons=3)
     watch(memory)
