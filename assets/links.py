@@ -65,12 +65,12 @@ def _where(store: Store, experiment: str, kind: str, digest: str) -> str | None:
     return None
 
 
-def mlflow(root: Path, experiment: str, iteration: int) -> dict[str, Any]:
-    """Where MLflow has, or will have, the iteration."""
+def mlflow(root: Path, experiment: str, iteration: int, made: Artifact) -> dict[str, Any]:
+    """Where MLflow has, or will have, the iteration with what was made in it."""
     from evolve_dag.tracking.mlflow_sync import tracking_link
 
     try:
-        link = tracking_link(root, experiment, iteration)
+        link = tracking_link(root, experiment, iteration, {made.kind: made.digest})
     except Exception as error:  # whatever is wrong with the tracking, a step must not fail for it
         return {"mlflow": f"not known: {type(error).__name__}"}
     if link is None:

@@ -37,7 +37,7 @@ def metadata(artifact: Artifact, store: Store, experiment: str, iteration: int) 
         **dict(_numbers({key: value for key, value in artifact.summary.items() if key not in hidden})),
         "seconds": round(artifact.manifest.seconds, 2),
         **links.upstream(artifact, str(partitions.loop_key(experiment, iteration))),
-        **links.mlflow(store.root, experiment, iteration),
+        **links.mlflow(store.root, experiment, iteration, artifact),
         **links.report(store.root, experiment),
         "digest": artifact.digest,
         "path": dg.MetadataValue.path(artifact.path.resolve()),

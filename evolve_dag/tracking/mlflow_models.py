@@ -90,7 +90,8 @@ def point_champion(client: MlflowClient, name: str, champion: IterationFacts | N
         Exception: whatever MLflow raises.
     """
     wanted = find(client, champion) if champion is not None else None
-    present = dict(client.get_registered_model(name).aliases).get(ALIAS)
+    model = next(iter(client.search_registered_models(f"name = '{name}'")), None)  # none: a person has deleted it
+    present = dict(model.aliases).get(ALIAS) if model is not None else None
     if wanted is None:
         if present is not None:
             client.delete_registered_model_alias(name, ALIAS)

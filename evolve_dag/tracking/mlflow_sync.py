@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +87,7 @@ class Sent:
     skipped: list[str] = field(default_factory=list)
     """Experiments that were left out, with the reason."""
     failed: list[str] = field(default_factory=list)
-    """Experiments whose artifacts could not be read, with the reason."""
+    """Experiments whose file is wrong or whose artifacts could not be read, with the reason."""
 
     def __str__(self) -> str:
         counts = [(getattr(self, name), name) for name in ("runs", "metrics", "datasets", "traces", "versions", "artifacts")]
@@ -109,14 +109,7 @@ def sync(store: Store, names: Sequence[str] | None = None, *, again: bool = Fals
         ConcurrencyError: another sync of this store did not end within ten minutes.
     """
     sent = Sent()
-    wanted = []
-    for name in names if names is not None else known(store):
-        experiment = _experiment(store.root, name)
-        if experiment is not None and not experiment.tracking.mlflow:
-            _withdraw(store.root, name)
-            sent.skipped.append(f"{name}: tracking.mlflow is false")
-        else:
-            wanted.append((name, experiment))
+    wanted = _wanted(store, names if names is not None else known(store), sent)
     if not wanted:
         return sent
     with _locked(store.root, WAIT_SECONDS) as held:
@@ -127,6 +120,23 @@ def sync(store: Store, names: Sequence[str] | None = None, *, again: bool = Fals
             )
         _send(store, wanted, sent, again, progress or Silent())
     return sent
+
+
+def _wanted(store: Store, names: Sequence[str], sent: Sent) -> list[tuple[str, Experiment | None]]:
+    """The experiments that may be sent, each as its file stands; None where the file is not on this machine any more."""
+    wanted = []
+    for name in names:
+        try:
+            experiment = registry.find(store.root, name)
+        except EvolveError as error:  # its file may say that nothing is to be sent
+            sent.failed.append(f"{name}: nothing is sent while its file is wrong: {error.what}")
+        else:
+            if experiment is None or experiment.tracking.mlflow:
+                wanted.append((name, experiment))
+                continue
+            sent.skipped.append(f"{name}: tracking.mlflow is false")
+        _withdraw(store.root, name)
+    return wanted
 
 
 def _send(store: Store, wanted: Sequence[tuple[str, Experiment | None]], sent: Sent, again: bool, progress: Progress) -> None:
@@ -155,21 +165,26 @@ def known(store: Store) -> list[str]:
     return sorted(registered | {path.name for path in (store.root / "refs").glob("*") if path.is_dir()})
 
 
-def tracking_link(root: Path, experiment: str, iteration: int) -> str | None:
+def tracking_link(root: Path, experiment: str, iteration: int, made: Mapping[str, str] | None = None) -> str | None:
     """Where a person finds an iteration in MLflow: an address, ``mlflow run <id>``, or None while nothing is known.
 
     Reads the local record only. An iteration that was not sent yet gets the address of its MLflow experiment, filtered to
     the iteration's partition, so the link is good before the data are there. For the store's own database the address is
     that of the server named by ``EVOLVE_MLFLOW_UI``.
+
+    Args:
+        made: step -> digest of what the link is to tell of; a run that holds another one is not linked to.
     """
     uri = tracking_uri(root)
     facts = read_facts(root, uri)
     experiment_id = facts.get(f"experiment/{_family(root, experiment)}")
-    run, promotion = facts.get(f"link/{experiment}/{iteration}") or (None, None)
+    run, holds = facts.get(f"run/{experiment}/{iteration}") or (None, dict[str, str]())
+    wanted = dict(made or {})
     with contextlib.suppress(StoreError):
         ref = open_store(root).ref(experiment, iteration, "promotion")
-        if ref is None or ref.digest != promotion:
-            run = None  # made anew under another config since, and not sent yet
+        wanted["promotion"] = ref.digest if ref is not None else ""
+    if any(holds.get(step) != digest for step, digest in wanted.items()):
+        run = None  # made anew under another config since, and not sent yet
     address = os.environ.get(ADDRESS_VARIABLE, "")
     if not address and urlsplit(uri).scheme in ("http", "https"):
         address = shown(uri)
@@ -327,6 +342,8 @@ class _Sender:
         state = self._state(name, lineage)
         if self.again or state == "gone":
             self.record.forget("lineage", name, lineage)
+            self.record.forget("run", name)
+            self.record.put("current", name, None)
         elif state == "deleted":
             self.sent.skipped.append(f"{name}: its run was deleted in MLflow; --again sends it anew")
             return
@@ -336,10 +353,13 @@ class _Sender:
             self.iteration(mlflow_experiment, parent, facts, base, experiment)
         if self._missing(found[-1], "report"):
             self.pictures(parent, summary)
-            champion = next((facts for facts in found if facts.iteration == summary.champion), None)
-            mlflow_models.point_champion(self.client, name, champion)
             self.client.set_terminated(parent, "FINISHED", found[-1].ended)
             self._done(found[-1], "report", True)
+        holds = [lineage, found[-1].promotion]
+        if self.record.get("current", name) != holds:  # also where all was sent once, and an earlier config holds again
+            self.champion(name, next((facts for facts in found if facts.iteration == summary.champion), None), experiment)
+            self._supersede(mlflow_experiment, parent, {"evolve.kind": "lineage", "evolve.experiment": name})
+            self.record.put("current", name, holds)
 
     def mlflow_experiment(self, name: str) -> str:
         """Id of the MLflow experiment of the lineage's experiment file; made when it is not there."""
@@ -374,7 +394,6 @@ class _Sender:
             self._log(run_id, params=mlflow_facts.params(mlflow_facts.settings(first)))
             self.client.set_tag(run_id, "mlflow.note.content", _note(summary))
             self.client.set_tag(run_id, "evolve.version", mlflow_facts.version())
-            self._supersede(experiment_id, first, run_id)
             self.record.put(*key, run_id)
         if experiment is not None:
             tags = mlflow_facts.undecisive(experiment)
@@ -403,7 +422,6 @@ class _Sender:
         if run_id is None:
             run_id = self._run(experiment_id, f"iteration {facts.iteration:02d}", tags, facts.started)
             self._done(facts, "run", run_id)
-        self.record.put("link", facts.experiment, facts.iteration, [run_id, facts.promotion])
         if self._missing(facts, "facts"):
             results = mlflow_facts.results(facts)
             on_parent = mlflow_facts.results(facts, base if facts.iteration == 1 else None)
@@ -419,11 +437,22 @@ class _Sender:
         if self._missing(facts, "model"):
             self.sent.versions += mlflow_models.register(self.client, run_id, facts, experiment)
             self._done(facts, "model", True)
+        holds = [run_id, {kind: ref.digest for kind, ref in facts.refs.items()}]
+        if self.record.get("run", facts.experiment, facts.iteration) != holds:
+            self._supersede(experiment_id, run_id, {"evolve.kind": "iteration", "evolve.partition": facts.partition})
+            self.record.put("run", facts.experiment, facts.iteration, holds)
         count = experiment.tracking.trajectories if experiment is not None else _TRAJECTORIES
         before = self.record.get("lineage", facts.experiment, facts.lineage, facts.promotion, "traces")
         if before is None or before < count:
             self._traces(experiment_id, run_id, facts, count)
             self._done(facts, "traces", count)
+
+    def champion(self, name: str, holds: IterationFacts | None, experiment: Experiment | None) -> None:
+        """The alias, on the version of the policy that holds; where a person has deleted that version it is made anew."""
+        if holds is not None and mlflow_models.find(self.client, holds) is None:
+            run_id = self.record.get("lineage", name, holds.lineage, holds.promotion, "run")
+            self.sent.versions += mlflow_models.register(self.client, run_id, holds, experiment)
+        mlflow_models.point_champion(self.client, name, holds)
 
     def pictures(self, parent: str, summary: LineageSummary) -> None:
         """The report and the figures, on the parent run."""
@@ -434,6 +463,9 @@ class _Sender:
             folder = Path(scratch)
             write_report([summary], folder / "report.html", store=self.store)
             drawn = write_figures(summary, folder / "figures")
+            mask = mlflow_facts.masker()
+            for page in folder.glob("*.html"):
+                page.write_text(mask(page.read_text(encoding="utf-8")), encoding="utf-8")
             self.client.log_artifacts(parent, scratch)
             self.sent.artifacts += 1 + len(drawn)
 
@@ -463,9 +495,9 @@ class _Sender:
         self.sent.runs += 1
         return str(made.info.run_id)
 
-    def _supersede(self, experiment_id: str, first: IterationFacts, run_id: str) -> None:
-        """The parent run of the config that holds now is marked; those of earlier configs are not any more."""
-        search = f"tags.`evolve.kind` = 'lineage' and tags.`evolve.experiment` = '{first.experiment}'"
+    def _supersede(self, experiment_id: str, run_id: str, alike: Mapping[str, str]) -> None:
+        """The run of what holds now is marked; those with the same tags, of other configs or tasks, are not any more."""
+        search = " and ".join(f"tags.`{key}` = '{value}'" for key, value in alike.items())
         for run in self.client.search_runs([experiment_id], search):
             if run.info.run_id != run_id:
                 self.client.set_tag(run.info.run_id, "evolve.current", "false")
@@ -528,20 +560,9 @@ class _Sender:
         self.record.put("lineage", facts.experiment, facts.lineage, facts.promotion, what, value)
 
 
-def _experiment(root: Path, name: str) -> Experiment | None:
-    """The experiment as its file stands; None where the file is not on this machine any more."""
-    try:
-        return registry.load(root, name)
-    except EvolveError:
-        return None
-
-
 def _family(root: Path, name: str) -> str:
     """Name of the experiment file that a lineage belongs to: ``pocket`` for ``pocket-s3``."""
-    for entry in registry.entries(root):
-        if entry.name == name and entry.seed is not None:
-            return name.removesuffix(f"-s{entry.seed}")
-    return name
+    return next((entry.family for entry in registry.entries(root) if entry.name == name), name)
 
 
 def _note(summary: LineageSummary) -> str:

@@ -210,7 +210,7 @@ def build_spans(
             "evolve.partition": facts.partition,
             "evolve.reward": t.reward,
             "evolve.status": t.status,
-            "evolve.error": t.error,
+            "evolve.error": new.text(t.error or ""),
             "evolve.rollout": t.rollout,
             "evolve.seed": str(t.seed),
             "evolve.turns": t.turns,
@@ -272,7 +272,7 @@ def _step_spans(
             **{
                 "mlflow.chat.tokenUsage": tokens,
                 "evolve.step": step.index,
-                "evolve.problem": step.problem,
+                "evolve.problem": new.text(step.problem or ""),
                 "evolve.seconds": step.seconds,
                 "evolve.injected": new.text(step.injected),
                 "evolve.logprob_mean": sum(step.logprobs) / len(step.logprobs) if step.logprobs else None,

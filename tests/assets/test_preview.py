@@ -145,8 +145,9 @@ def test_the_link_to_mlflow_can_be_missing_or_broken_without_harm(
             return link
 
         monkeypatch.setattr(mlflow_sync, "tracking_link", answer)
-        return links.mlflow(store.root, "tiny", 1)
+        return links.mlflow(store.root, "tiny", 1, policy)
 
+    policy = base.run_step("policy", experiment, 1, store).artifact
     assert found(None) == {}
     assert found("http://127.0.0.1:5000/#/experiments/1")["mlflow"] == dg.MetadataValue.url(
         "http://127.0.0.1:5000/#/experiments/1"

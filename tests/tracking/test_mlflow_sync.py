@@ -14,21 +14,23 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
 import pytest
 import yaml
 from filelock import FileLock
+from plotly.offline import get_plotlyjs
 from small_lineage import SMALL, copy_of
 
 from evolve_dag.config import registry
 from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import DataError, ModelError
-from evolve_dag.records import Message
+from evolve_dag.records import Message, Step, Trajectory
 from evolve_dag.steps.base import SPECS, STEP_ORDER, run_step
 from evolve_dag.store.artifacts import Store
-from evolve_dag.tracking import mlflow_sync
+from evolve_dag.tracking import mlflow_sync, mlflow_traces
 from evolve_dag.tracking.mlflow_server import ADDRESS_VARIABLE, URI_VARIABLE, TrackingError, own_database, record_path
 from evolve_dag.tracking.mlflow_sync import start_background_sync, sync, tracking_link
 
@@ -90,7 +92,7 @@ def runs(store: Store) -> dict[str, Any]:
     return {run.info.run_name: run for run in found}
 
 
-def add_iteration(store: Store, k: int, decision: str) -> None:
+def add_iteration(store: Store, k: int, decision: str, **changes: str) -> None:
     """An iteration after the first, made of copies of its files: all that a reader of the store can see of one."""
     made: dict[str, str] = {}
     for kind in STEP_ORDER[1:]:
@@ -98,7 +100,7 @@ def add_iteration(store: Store, k: int, decision: str) -> None:
         assert policy is not None
         made["policy"] = policy.digest
         first = store.open(kind, store.ref("small", 1, kind).digest)  # type: ignore[union-attr]
-        config = dict(first.manifest.config) | {"iteration": k}
+        config = dict(first.manifest.config) | {"iteration": k, **changes}
         inputs = {name: made[name] for name in SPECS[kind].inputs}
         made[kind] = digest = Store.digest_of(kind, "1", config, inputs)
         with store.build(kind, digest, code_version="1", config=config, inputs=inputs) as build:
@@ -229,6 +231,10 @@ def test_the_champion_moves_with_a_promotion_stays_on_keep_and_comes_back_on_res
     found = runs(store)
     assert found["iteration 03"].data.tags["dagster.run_id"] == "dagster-3"
     assert len(there.get_metric_history(found["small"].info.run_id, "success/without")) == 5
+    there.delete_registered_model("small")
+    add_iteration(store, 5, "keep")
+    assert sync(store).versions == 2, "the champion's version was deleted with the model"
+    assert there.get_model_version_by_alias("small", "champion").tags["evolve.digest.adapter"] == first.digest  # type: ignore[union-attr]
 
 
 def test_another_config_is_another_lineage(store: Store) -> None:
@@ -237,12 +243,38 @@ def test_another_config_is_another_lineage(store: Store) -> None:
     assert sync(store).runs == 2
     there = client(store)
     experiment_id = there.get_experiment_by_name("small").experiment_id
-    parents = there.search_runs([experiment_id], "tags.`evolve.kind` = 'lineage'")
-    assert {(r.data.params["gate.max_turn_ratio"], r.data.tags["evolve.current"]) for r in parents} == {
-        ("2.0", "false"),
-        ("3.0", "true"),
-    }
-    assert int(there.get_model_version_by_alias("small", "champion").version) == 2
+
+    def current() -> dict[str, str]:
+        """Kind of run -> the lineage of the one that is marked."""
+        marked = there.search_runs([experiment_id], "tags.`evolve.current` = 'true'")
+        assert len(marked) == 2
+        return {r.data.tags["evolve.kind"]: r.data.tags["evolve.lineage"] for r in marked}
+
+    def champion() -> int:
+        return int(there.get_model_version_by_alias("small", "champion").version)
+
+    def promotion() -> str:
+        return store.ref("small", 1, "promotion").digest  # type: ignore[union-attr]
+
+    assert current() == {"lineage": promotion(), "iteration": promotion()}
+    assert champion() == 2
+    run_step("promotion", configure(store.root), 1, store)
+    assert str(sync(store)) == "nothing to send"
+    assert current() == {"lineage": promotion(), "iteration": promotion()}, "the earlier config holds again"
+    assert champion() == 1
+
+
+def test_a_night_that_is_made_anew_takes_the_place_of_the_old_one(store: Store) -> None:
+    configure(store.root, tracking={"trajectories": 0})
+    add_iteration(store, 2, "keep")
+    sync(store)
+    add_iteration(store, 2, "keep", tasks="mended")
+    assert sync(store).runs == 1
+    there = client(store)
+    nights = there.search_runs([there.get_experiment_by_name("small").experiment_id], "tags.`evolve.partition` = 'small|02'")
+    marks = {run.data.tags["evolve.digest.promotion"]: run.data.tags["evolve.current"] for run in nights}
+    assert sorted(marks.values()) == ["false", "true"]
+    assert marks[store.ref("small", 2, "promotion").digest] == "true"  # type: ignore[union-attr]
 
 
 def test_what_was_deleted_stays_deleted_and_what_was_lost_is_sent_anew(store: Store, made: Path) -> None:
@@ -414,6 +446,9 @@ def test_in_the_background(store: Store, monkeypatch: pytest.MonkeyPatch) -> Non
     link = tracking_link(store.root, "small", 1)
     assert link == f"mlflow run {runs(store)['iteration 01'].info.run_id}"
     monkeypatch.setenv(ADDRESS_VARIABLE, "http://127.0.0.1:5000/")
+    adapter = store.ref("small", 1, "adapter").digest  # type: ignore[union-attr]
+    assert "/runs/" in str(tracking_link(store.root, "small", 1, {"adapter": adapter}))
+    assert "small%7C01" in str(tracking_link(store.root, "small", 1, {"adapter": "of another config"}))
     assert str(tracking_link(store.root, "small", 1)).startswith("http://127.0.0.1:5000/#/experiments/")
     assert "small%7C02" in str(tracking_link(store.root, "small", 2))
 
@@ -426,12 +461,17 @@ def test_a_failure_in_the_background_keeps_the_request(store: Store, port: int, 
     assert [p.name for p in (store.root / "tracking" / "requests").iterdir()] == ["small"]
 
 
-@pytest.mark.parametrize("why", ["unknown", "file", "switch"])
+@pytest.mark.parametrize("why", ["unknown", "file", "typo", "switch"])
 def test_nothing_happens_where_nothing_is_wanted(store: Store, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = counts(own_database(store.root))
     if why == "file":
         configure(store.root, tracking={"mlflow": False})
         assert sync(store).skipped == ["small: tracking.mlflow is false"]
+    if why == "typo":
+        configure(store.root)
+        (store.root.parent / "small.yaml").write_text("tracking: {mlflow: false}\nseeed: 5\n")
+        [told] = sync(store).failed
+        assert told.startswith("small: nothing is sent while its file is wrong")
     if why == "switch":
         monkeypatch.setenv(mlflow_sync.SWITCH_VARIABLE, "off")
     start_background_sync(store.root, "nobody" if why == "unknown" else "small")
@@ -442,12 +482,28 @@ def test_nothing_happens_where_nothing_is_wanted(store: Store, why: str, monkeyp
 def test_no_secret_reaches_the_server(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = "no results"  # stands in the traces of nearly every episode
     monkeypatch.setenv("EXAMPLE_API_KEY", secret)
+    monkeypatch.setattr(mlflow_sync._Sender, "pictures", PICTURES)
     sync(store)
+    pages = {path.name: path.read_text() for path in store.root.glob("mlflow/artifacts/**/*.html")}
+    assert set(pages) == {"report.html", "small-audit.html"}
+    assert not any(secret in page for page in pages.values())
+    assert get_plotlyjs() in pages["report.html"], "what draws is as it was"
     with sqlite3.connect(own_database(store.root)) as connection:
         texts = [row[0] for row in connection.execute("select content from spans")]
         texts += [row[0] or "" for row in connection.execute("select response_preview from trace_info")]
     assert any("***" in text for text in texts)
     assert not any(secret in text for text in texts)
+
+
+def test_no_secret_stands_in_a_span(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXAMPLE_API_KEY", "zq9xk2vv7plainkey")
+    step = Step(0, "search", (5,), (-0.1,), problem="no such tool: zq9xk2vv7plainkey")
+    failed = Trajectory("t#0", "t", 0, 1, "system", "?", (step,), "failed", error="401 for zq9xk2vv7plainkey")
+    one = mlflow_traces.Sample("train", failed, "d" * 32, "trajectories", 1_700_000_000_000)
+    facts = SimpleNamespace(partition="small|01")
+    spans = mlflow_traces.build_spans(one, facts, "tr-" + "a" * 32, {}, mlflow_traces._shortener())  # type: ignore[arg-type]
+    assert len(spans) == 2
+    assert not any("zq9xk2vv7plainkey" in str(span.to_dict()) for span in spans)
 
 
 def test_a_damaged_artifact_is_named_and_the_others_are_sent(store: Store) -> None:
