@@ -169,13 +169,13 @@ def _last_run(instance: dg.DagsterInstance, name: str, iteration: int, switched_
         return scheduling.LastRun(run.run_id, "lost")
     failures = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
     events = [entry.dagster_event for entry in failures if entry.dagster_event]
-    state: Literal["failed", "out of reach"] = "out of reach" if events and all(map(_passing, events)) else "failed"
+    state: Literal["failed", "passing"] = "passing" if events and all(map(_passing, events)) else "failed"
     step = events[0].step_key if events else None
     return scheduling.LastRun(run.run_id, state, step or "", acknowledged=ended < switched_on)
 
 
 def _passing(event: dg.DagsterEvent) -> bool:
-    """Whether a step failed for what may be there again in another night."""
+    """Whether a step failed for what may be over in another night."""
     told = event.step_failure_data.user_failure_data
     value = told.metadata.get(PASSING) if told is not None and told.metadata else None
     return value is not None and value.value is True
@@ -255,7 +255,7 @@ def continue_until(context: dg.RunStatusSensorContext) -> dg.RunRequest | dg.Ski
     until, partition = run.tags.get(UNTIL_TAG), run.tags.get(PARTITION_NAME_TAG)
     if until is None or partition is None or "|" not in partition:
         return dg.SkipReason(f"run {run.run_id[:8]} has no tag {UNTIL_TAG} or no iteration")
-    if not until.isdigit():
+    if not until.isdecimal():
         return dg.SkipReason(f"run {run.run_id[:8]}: tag {UNTIL_TAG}={until} is not a number: write e.g. {UNTIL_TAG}=5")
     name, iteration = partitions.split(partition)
     following = iteration + 1
@@ -263,7 +263,6 @@ def continue_until(context: dg.RunStatusSensorContext) -> dg.RunRequest | dg.Ski
         return dg.SkipReason(f"{name}: iteration {until} is reached")
     if iteration not in promoted_iterations(instance, name):
         return dg.SkipReason(f"{name}: promotion[{partition}] is not materialized: materialize it to go on")
-    if running(instance, name):
-        return dg.SkipReason(f"{name}: a run is going on")
     partitions.add_partitions(instance, [name], following)
+    # Whatever else of the experiment is going on, this waits its turn in the queue: nobody asks again.
     return _request(name, following, f"{partitions.loop_key(name, following)}@{run.run_id}", {UNTIL_TAG: until})

@@ -20,7 +20,8 @@ class EvolveError(Exception):
     """
 
     passing = False
-    """Whether the same may go well another night though nobody has mended anything here: something was out of reach."""
+    """Whether the same may go well another night though nobody has mended anything here: something was out of reach, another
+    run had it, or it was not its turn."""
 
     def __init__(self, what: str, remedy: str = "") -> None:
         self.what = what
@@ -53,9 +54,13 @@ class AwayError(StoreError):
 class ConcurrencyError(EvolveError, RuntimeError):
     """Another run holds what this run needs."""
 
+    passing = True
+
 
 class OrderError(EvolveError, RuntimeError):
     """A step was asked for before what it needs exists (iteration k before promotion of k-1)."""
+
+    passing = True
 
 
 class ModelError(EvolveError, RuntimeError):

@@ -88,9 +88,10 @@ class LastRun:
     """The newest run of the iteration that is next, now over."""
 
     id: str
-    state: Literal["succeeded", "failed", "out of reach", "lost", "canceled"]
-    """``failed``: a step said why. ``out of reach``: it said that a model, a judge or the mirror could not be asked. ``lost``:
-    the run never started, or its process died without a word."""
+    state: Literal["succeeded", "failed", "passing", "lost", "canceled"]
+    """``failed``: a step said why. ``passing``: what it said may be over by now (a model, a judge or the mirror could not be
+    asked, another run held the experiment, it was not its turn). ``lost``: the run never started, or its process died without
+    a word."""
     step: str = ""
     """The step that failed."""
     acknowledged: bool = False
@@ -131,8 +132,8 @@ class ScheduleDecision:
 def decide(at: Situation) -> ScheduleDecision:
     """The next iteration of an experiment, or why there is none now.
 
-    A failure that a step has explained waits for a person: the same night after night would give the same. What was lost,
-    canceled or out of reach is tried again; the store resumes where it ended.
+    A failure that a step has explained waits for a person: the same night after night would give the same. What was lost or
+    canceled, or failed for what passes, is tried again; the store resumes where it ended.
     """
     name, following = at.experiment, at.following
     if following == 1:
@@ -162,5 +163,6 @@ def decide(at: Situation) -> ScheduleDecision:
 
 
 def _told(last: LastRun) -> str:
-    what = "came upon what was" if last.state == "out of reach" else "was"
-    return f"run {last.id[:8]} {what} {last.state}"
+    if last.state == "passing":
+        return f"run {last.id[:8]} failed at {last.step or 'a step'} for what may be over by now"
+    return f"run {last.id[:8]} was {last.state}"

@@ -17,7 +17,7 @@ from evolve_dag.assets.settings import CONFIGURED_STEPS, settings_key
 from evolve_dag.config import registry, scheduling
 from evolve_dag.config.schema import Experiment
 from evolve_dag.definitions import defs
-from evolve_dag.errors import AwayError, DataError, EvolveError, UnjudgedError, UnreachableError
+from evolve_dag.errors import AwayError, ConcurrencyError, DataError, EvolveError, UnjudgedError, UnreachableError
 
 NIGHT = datetime(2026, 6, 1, 2, 0)
 
@@ -222,17 +222,25 @@ def test_nightly_retries_what_was_lost_but_not_what_a_step_has_explained(
     assert "all 2 iterations are promoted" in decision(memory).reason
 
 
-@pytest.mark.parametrize("kind", [UnjudgedError, UnreachableError, AwayError])
-def test_nightly_tries_again_what_was_out_of_reach(
+@pytest.mark.parametrize("kind", [UnjudgedError, UnreachableError, AwayError, ConcurrencyError])
+def test_nightly_tries_again_what_may_be_over_by_now(
     fake: FakeSteps, experiment: Experiment, memory: dg.DagsterInstance, kind: type[EvolveError]
 ) -> None:
-    """A judge that is down ends a night, and not the ones after it."""
+    """A judge that is down, or another run that holds the experiment, ends a night, and not the ones after it."""
     iteration(memory, 1)
     fake.fail["adapter"] = kind("the judge is down", "wait for it")
     failed = iteration(memory, 2, check=False)
     said = decision(memory)
     assert said.iteration == 2
-    assert f"run {failed.run_id[:8]} came upon what was out of reach" in said.reason
+    assert f"run {failed.run_id[:8]} failed at adapter for what may be over by now" in said.reason
+
+
+def test_nightly_takes_no_step_that_was_asked_for_too_early_for_a_failed_night(
+    fake: FakeSteps, experiment: Experiment, memory: dg.DagsterInstance
+) -> None:
+    iteration(memory, 1)
+    assert not iteration(memory, 2, only=["scores"], check=False).success
+    assert decision(memory).iteration == 2
 
 
 def test_nightly_says_what_is_out_of_date_in_place_of_failing_at_night(
@@ -263,6 +271,9 @@ def test_nightly_waits_for_the_tasks_of_a_stream(fake: FakeSteps, place: Path, m
 def test_continue_until_goes_on_and_stops(memory: dg.DagsterInstance) -> None:
     promote(memory, "tiny", 1)
     run = finished_run(memory, {"evolve/until": "3", "dagster/partition": "tiny|01"})
+    run_of(
+        memory, 1, dg.DagsterRunStatus.STARTED
+    )  # whatever else is going on: the queue lets one run of an experiment at a time
     request = follow(memory, run)
     assert isinstance(request, dg.RunRequest)
     assert request.partition_key == "tiny|02"
@@ -278,6 +289,7 @@ def test_continue_until_goes_on_and_stops(memory: dg.DagsterInstance) -> None:
         ({"dagster/partition": "tiny|01"}, "has no tag evolve/until"),
         ({"evolve/until": "3", "dagster/partition": "tiny"}, "no iteration"),
         ({"evolve/until": "ever", "dagster/partition": "tiny|01"}, "is not a number"),
+        ({"evolve/until": "²", "dagster/partition": "tiny|01"}, "is not a number"),
         ({"evolve/until": "3", "dagster/partition": "tiny|01"}, "promotion[tiny|01] is not materialized"),
     ],
 )
