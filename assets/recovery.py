@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import dagster as dg
+from dagster._core.errors import DagsterRunNotFoundError
+from dagster._core.execution.backfill import BulkActionStatus
 from dagster._core.storage.tags import (
     BACKFILL_ID_TAG,
     PRIORITY_TAG,
@@ -21,6 +23,8 @@ from dagster._time import get_current_timestamp
 from evolve_dag.assets import partitions
 from evolve_dag.assets.resources import StoreResource
 from filelock import FileLock, Timeout
+
+from evolve_dag.steps.base import STEP_ORDER
 
 IN_PROGRESS = [
     dg.DagsterRunStatus.QUEUED,
@@ -103,8 +107,8 @@ def settle_retries(instance: dg.DagsterInstance) -> list[str]:
     """Remind Dagster of retries that it has promised and not started; returns the runs.
 
     The daemon reads a failure's event before the run's status is written, every so often, and then passes the run over for
-    good; its backfill waits for the retry for ever. Told again, it starts the retry. What is not started then either (the run
-    had nothing left to do, its backfill was canceled) is no longer promised.
+    good; its backfill waits for the retry for ever. Told again, it starts the retry. What is not started then either is no
+    longer promised, and told (``failure_watch``) where somebody waits for it.
     """
     promised = dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], tags={WILL_RETRY_TAG: "true"})
     settled = []
@@ -117,9 +121,24 @@ def settle_retries(instance: dg.DagsterInstance) -> list[str]:
             instance.add_run_tags(run.run_id, {REMINDED_TAG: run.run_id})
             instance.report_run_failed(run, "its retry was not started: asked for once more")
         else:
-            instance.add_run_tags(run.run_id, {WILL_RETRY_TAG: "false"})
+            if not _is_settled(instance, run):
+                instance.report_run_failed(run, "its retry was not started either: run it again; what was made is kept")
+            instance.add_run_tags(run.run_id, {WILL_RETRY_TAG: "false"})  # last: a failure promises anew
         settled.append(run.run_id)
     return settled
+
+
+def _is_settled(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    """Whether nobody waits for a run's retry: it had made its last step, another retry went well, its backfill was canceled."""
+    made = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_SUCCESS)
+    if any(entry.dagster_event and entry.dagster_event.step_key == STEP_ORDER[-1] for entry in made):
+        return True
+    with suppress(DagsterRunNotFoundError):  # the first run of the group was deleted
+        group = instance.get_run_group(run.run_id)
+        if group and any(one.status == dg.DagsterRunStatus.SUCCESS for one in group[1]):
+            return True
+    backfill = instance.get_backfill(run.tags[BACKFILL_ID_TAG]) if BACKFILL_ID_TAG in run.tags else None
+    return backfill is not None and backfill.status in (BulkActionStatus.CANCELING, BulkActionStatus.CANCELED)
 
 
 @dg.sensor(

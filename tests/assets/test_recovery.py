@@ -5,12 +5,16 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import dagster as dg
 import pytest
 from assets_helpers import FakeSteps, iteration
-from evolve_dag.assets import partitions, recovery
+from dagster._core.execution.backfill import BulkActionStatus
+from dagster._core.execution.plan.objects import StepSuccessData
+from evolve_dag.assets import launch, partitions, recovery
 from evolve_dag.assets.resources import StoreResource
 
 from evolve_dag.config.schema import Experiment
@@ -151,28 +155,45 @@ def test_within_a_backfill_a_run_before_its_turn_asks_for_another(
     assert refused(**backfill)[retry] == "true"
 
 
-def test_a_promised_retry_that_dagster_has_overlooked_is_asked_for_once_and_then_released(
-    memory: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def retrying(place: Path) -> Iterator[dg.DagsterInstance]:
+    """An instance that retries: every failure that it is told of promises a retry anew."""
+    with dg.DagsterInstance.local_temp(str(place), overrides={"run_retries": launch.INSTANCE["run_retries"]}) as made:
+        yield made
+
+
+@pytest.mark.parametrize("why_quiet", ["", "made", "retried", "canceled"])
+def test_a_promised_retry_that_dagster_has_overlooked_is_asked_for_once_then_withdrawn_and_told(
+    retrying: dg.DagsterInstance, why_quiet: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = started(memory, **{"dagster/will_retry": "true"})
-    memory.report_run_failed(run)
-    assert recovery.settle_retries(memory) == [], "it has its time"
+    run = started(retrying, **({"dagster/backfill": "b1"} if why_quiet == "canceled" else {}))
+    retrying.report_run_failed(run)
+    assert recovery.settle_retries(retrying) == [], "it has its time"
     monkeypatch.setattr(recovery, "RETRY_SECONDS", -1.0)
+    if why_quiet == "made":
+        done = dg.DagsterEvent(
+            "STEP_SUCCESS", job_name=run.job_name, step_key="promotion", event_specific_data=StepSuccessData(0.0)
+        )
+        retrying.report_dagster_event(done, run.run_id)
+    if why_quiet == "retried":
+        of = {"dagster/parent_run_id": run.run_id, "dagster/root_run_id": run.run_id}
+        started(retrying, 1, dg.DagsterRunStatus.SUCCESS, **of)
+    monkeypatch.setattr(retrying, "get_backfill", lambda _: SimpleNamespace(status=BulkActionStatus.CANCELED))
 
     def told() -> int:
-        return len(memory.all_logs(run.run_id, of_type=dg.DagsterEventType.RUN_FAILURE))
+        return len(retrying.all_logs(run.run_id, of_type=dg.DagsterEventType.RUN_FAILURE))
 
     def waiting() -> bool:
-        found = memory.get_run_by_id(run.run_id)
+        found = retrying.get_run_by_id(run.run_id)
         assert found is not None
         return bool(found.is_complete_and_waiting_to_retry)
 
-    assert told() == 1
-    assert recovery.settle_retries(memory) == [run.run_id]
+    assert (told(), waiting()) == (1, True)
+    assert recovery.settle_retries(retrying) == [run.run_id]
     assert (told(), waiting()) == (2, True)
-    assert recovery.settle_retries(memory) == [run.run_id]
-    assert (told(), waiting()) == (2, False)
-    assert recovery.settle_retries(memory) == []
+    assert recovery.settle_retries(retrying) == [run.run_id]
+    assert (told(), waiting()) == (2 if why_quiet else 3, False)
+    assert recovery.settle_retries(retrying) == []
 
 
 def test_a_retry_that_was_started_and_the_retry_itself_are_left_alone(
