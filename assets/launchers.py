@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import TimeoutExpired
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from pydantic import Field
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=LauncherSettings)
 ENTRY = ("-m", "evolve_dag.assets.worker")
+PATIENCE_SECONDS = 20.0
+"""How long a run that is canceled waits for its worker to end."""
 POLL_SECONDS = 1.0
 """Between two looks at a pod: what one that fails at once had to say is read only if it was seen alive."""
 
@@ -122,12 +125,16 @@ def _subprocess(settings: SubprocessSettings) -> Launch:
         from dagster._core.errors import DagsterPipesExecutionError
         from dagster._core.pipes.utils import PipesTempFileMessageReader
 
-        client = PipesSubprocessClient(message_reader=handover.listen(PipesTempFileMessageReader))
+        client = PipesSubprocessClient(
+            message_reader=handover.listen(PipesTempFileMessageReader), termination_timeout_seconds=PATIENCE_SECONDS
+        )
         command = _command(settings.python or sys.executable)
         try:
             client.run(command=command, context=handover.context, extras=handover.order, env=handover.environment)
         except DagsterPipesExecutionError as error:
             raise ChildProcessError(_ending(str(error))) from None
+        except TimeoutExpired as late:  # the run is canceled all the same; the worker ends once this process is gone
+            raise late.__context__ or late from None
 
     return launch
 

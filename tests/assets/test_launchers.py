@@ -142,6 +142,27 @@ def test_an_interrupted_run_ends_its_worker(
     assert not runs(int((place / "worker.pid").read_text()))
 
 
+def test_a_worker_that_does_not_end_in_time_makes_no_failure_of_an_interrupted_run(
+    due: None, stub: pytest.MonkeyPatch, memory: dg.DagsterInstance, place: Path
+) -> None:
+    stub.setenv(
+        "STUB", "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); (Path.cwd() / 'deaf').touch(); time.sleep(60)"
+    )
+    stub.setattr(launchers, "PATIENCE_SECONDS", 0.2)
+
+    def interrupt() -> None:
+        while not (place / "deaf").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    try:
+        with pytest.raises(DagsterExecutionInterruptedError):
+            iteration(memory, 1, only=["adapter"])
+    finally:
+        os.kill(int((place / "worker.pid").read_text()), signal.SIGKILL)
+
+
 def test_a_worker_whose_parent_is_gone_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[Any] = []
     monkeypatch.setattr(worker.signal, "pthread_kill", lambda thread, number: ended.append(number))
