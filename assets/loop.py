@@ -62,8 +62,8 @@ loop_assets = [_asset(spec) for spec in base.STEPS]
 
 
 def _materialize(context: dg.AssetExecutionContext, store: StoreResource, session: Session, step: str) -> dg.MaterializeResult:
-    name, iteration = partitions.split(context.partition_key)
     with failures():
+        name, iteration = partitions.split(context.partition_key)
         opened = store.open()
         recovery.hold(opened.root, context.run.run_id)
         experiment = session.experiment(opened.root, name)

@@ -5,6 +5,8 @@ A loop asset's key reads ``pocket|02`` (Dagster sorts the two dimensions by name
 
 import dagster as dg
 
+from evolve_dag.errors import ConfigError
+
 EXPERIMENT = "experiment"
 ITERATION = "iteration"
 
@@ -34,9 +36,19 @@ def loop_key(experiment: str, iteration: int) -> dg.MultiPartitionKey:
 
 
 def split(partition_key: str) -> tuple[str, int]:
-    """``pocket|02`` -> ``("pocket", 2)``."""
+    """``pocket|02`` -> ``("pocket", 2)``.
+
+    Raises:
+        ConfigError: somebody has added a key that is no number.
+    """
     experiment, _, iteration = partition_key.rpartition("|")
-    return experiment, int(iteration)
+    try:
+        return experiment, int(iteration)
+    except ValueError:
+        raise ConfigError(
+            f"{experiment}: iteration {iteration!r} is not a number",
+            "iterations count from 01; delete the other key in Dagster",
+        ) from None
 
 
 def add_partitions(instance: dg.DagsterInstance, names: list[str], iterations_up_to: int) -> None:

@@ -1,6 +1,7 @@
 """Metadata of a materialization: where it lies, what it cost, its numbers, its links, and a look at its rows."""
 
 from collections.abc import Iterator, Mapping
+from math import isfinite
 from typing import Any
 
 import dagster as dg
@@ -80,8 +81,8 @@ def _some(frame: pl.DataFrame, rows: int) -> pl.DataFrame:
 def _cell(value: object) -> str | int | float | bool:
     if isinstance(value, bool | int):
         return value
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
+    if isinstance(value, float) and isfinite(value):  # what is not is no JSON, and the page would not read the table
+        return _round(value)
     text = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
     text = " ".join(text.split())
     return text if len(text) <= CELL else text[: CELL - 1] + "…"

@@ -14,7 +14,12 @@ from evolve_dag.config.schema import Experiment
 from evolve_dag.steps.base import SPECS, STEPS, settings_digest
 from evolve_dag.steps.slices import slice_of
 
-OWNERS = tuple(os.environ.get("EVOLVE_OWNERS", "team:evolve-dag").split(","))
+
+def _owners(named: str) -> tuple[str, ...]:
+    return tuple(one.strip() for one in named.split(",") if one.strip()) or ("team:evolve-dag",)
+
+
+OWNERS = _owners(os.environ.get("EVOLVE_OWNERS", ""))
 """Who answers for the assets, as Dagster shows it: `EVOLVE_OWNERS`, addresses or `team:<name>`, separated by commas."""
 GROUP = "config"
 CONFIGURED_STEPS = tuple(spec.name for spec in STEPS if spec.config)

@@ -7,7 +7,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 import yaml
-from evolve_dag.assets import launch, partitions
+from evolve_dag.assets import launch, partitions, settings
 
 from evolve_dag.definitions import defs
 from evolve_dag.steps import base
@@ -40,6 +40,14 @@ def test_the_graph_is_the_one_we_mean(specs: dict[str, dg.AssetSpec]) -> None:
     found = {key: {dep.asset_key.to_user_string() for dep in spec.deps} for key, spec in specs.items()}
     config = {f"config/{step}": set() for step in base.STEP_ORDER}
     assert found == {**GRAPH, **config}
+
+
+@pytest.mark.parametrize(
+    ("named", "owners"),
+    [("", ("team:evolve-dag",)), (" , ", ("team:evolve-dag",)), ("team:a, b@c.org,", ("team:a", "b@c.org"))],
+)
+def test_owners_are_read_as_people_write_them(named: str, owners: tuple[str, ...]) -> None:
+    assert settings._owners(named) == owners
 
 
 def test_groups_partitions_and_versions(specs: dict[str, dg.AssetSpec]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from assets_helpers import FakeSteps, config_job, iteration, problems_of, statuses, unsynced, watch, write_config
+from assets_helpers import FakeSteps, config_job, execute, iteration, problems_of, statuses, unsynced, watch, write_config
 from dagster._core.definitions.data_version import StaleStatus
 from evolve_dag.assets import automation, checks, partitions
 from evolve_dag.assets.settings import CONFIGURED_STEPS, settings_key
@@ -242,3 +242,12 @@ def test_settings_assets_hold_the_slices_as_the_steps_hash_them(experiment: Expe
     config_job(memory)
     for step in CONFIGURED_STEPS:
         assert automation.recorded_version(memory, settings_key(step), "tiny") == base.settings_digest(step, experiment)
+
+
+def test_an_iteration_that_is_no_number_is_told_in_words(
+    fake: FakeSteps, experiment: Experiment, memory: dg.DagsterInstance
+) -> None:
+    partitions.add_partitions(memory, ["tiny"], 1)
+    memory.add_dynamic_partitions(partitions.ITERATION, ["foo"])
+    told = problems_of(execute(memory, "iteration", "tiny|foo", only=["policy"], check=False))
+    assert told.startswith("tiny: iteration 'foo' is not a number\n  remedy: iterations count from 01")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -49,6 +50,12 @@ def test_every_table_has_a_schema_that_says_what_its_columns_mean(made: dg.Dagst
         preview_columns = [column.name for column in metadata["preview"].schema.columns]
         assert preview_columns == [name for name in main.columns if describe(main.file, name) and name in preview_columns]
         assert 0 < len(metadata["preview"].records) <= main.rows
+
+
+def test_a_curve_with_what_is_no_number_is_json() -> None:
+    curve = pl.DataFrame({"step": [0, 1, 2], "loss": [0.5, float("nan"), float("inf")]})
+    rows = [dict(record.data) for record in preview.table("curve.parquet", curve).records]
+    assert json.loads(json.dumps(rows, allow_nan=False))[1:] == [{"step": 1, "loss": "nan"}, {"step": 2, "loss": "inf"}]
 
 
 def test_numbers_have_the_same_keys_in_every_iteration(made: dg.DagsterInstance) -> None:
