@@ -200,14 +200,15 @@ def load(root: Path, name: str) -> Experiment:
 
 
 def find(root: Path, name: str) -> Experiment | None:
-    """The experiment behind a partition key; None where its file is not on this machine, or not any more.
+    """What the file of a partition key says now, also where it names another experiment by now; None where it is not on this
+    machine, or not any more.
 
     Raises:
-        ConfigError: its file is wrong.
+        ConfigError: the file is wrong.
         StoreError: the registry's entry is damaged.
     """
     entry = _entry(root, name)
-    return entry.load() if entry is not None and entry.config.exists() else None
+    return load_seeded(entry.config, entry.seed) if entry is not None and entry.config.exists() else None
 
 
 def _entry(root: Path, name: str) -> Entry | None:

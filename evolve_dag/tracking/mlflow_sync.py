@@ -7,6 +7,7 @@ machine that sees the store, and ends the same.
     MLflow experiment  one per experiment file
     parent run         one per lineage: an experiment under one config and one code (tag evolve.lineage)
     nested run         one per iteration: training curve, results, digests, datasets, traces
+                       (both have the tag evolve.current: whether they are of what holds now)
     registered model   one per experiment, a version per adapter, the alias ``champion``
 
 Numbers of an iteration are sent when it is finished, i.e. promoted or declined.
@@ -123,7 +124,7 @@ def sync(store: Store, names: Sequence[str] | None = None, *, again: bool = Fals
 
 
 def _wanted(store: Store, names: Sequence[str], sent: Sent) -> list[tuple[str, Experiment | None]]:
-    """The experiments that may be sent, each as its file stands; None where the file is not on this machine any more."""
+    """The experiments that may be sent, each as its file stands; None where the file is gone or another experiment's by now."""
     wanted = []
     for name in names:
         try:
@@ -132,7 +133,7 @@ def _wanted(store: Store, names: Sequence[str], sent: Sent) -> list[tuple[str, E
             sent.failed.append(f"{name}: nothing is sent while its file is wrong: {error.what}")
         else:
             if experiment is None or experiment.tracking.mlflow:
-                wanted.append((name, experiment))
+                wanted.append((name, experiment if experiment is not None and experiment.experiment == name else None))
                 continue
             sent.skipped.append(f"{name}: tracking.mlflow is false")
         _withdraw(store.root, name)

@@ -469,8 +469,11 @@ def test_nothing_happens_where_nothing_is_wanted(store: Store, why: str, monkeyp
         assert sync(store).skipped == ["small: tracking.mlflow is false"]
     if why == "typo":
         configure(store.root)
+        assert mlflow_sync._wanted(store, ["small"], mlflow_sync.Sent()) == [("small", registry.load(store.root, "small"))]
+        configure(store.root, experiment="another")
+        assert mlflow_sync._wanted(store, ["small"], mlflow_sync.Sent()) == [("small", None)], "its file is another's"
         (store.root.parent / "small.yaml").write_text("tracking: {mlflow: false}\nseeed: 5\n")
-        [told] = sync(store).failed
+        [told] = sync(store, ["small"]).failed
         assert told.startswith("small: nothing is sent while its file is wrong")
     if why == "switch":
         monkeypatch.setenv(mlflow_sync.SWITCH_VARIABLE, "off")
