@@ -488,7 +488,7 @@ def test_no_secret_reaches_the_server(store: Store, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(mlflow_sync._Sender, "pictures", PICTURES)
     sync(store)
     pages = {path.name: path.read_text() for path in store.root.glob("mlflow/artifacts/**/*.html")}
-    assert set(pages) == {"report.html", "small-audit.html"}
+    assert set(pages) == {"report.html", "small~audit.html"}
     assert not any(secret in page for page in pages.values())
     assert get_plotlyjs() in pages["report.html"], "what draws is as it was"
     with sqlite3.connect(own_database(store.root)) as connection:
