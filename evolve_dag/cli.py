@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -57,6 +58,8 @@ SeedOption = Annotated[
 
 def main() -> None:
     """Entry point: turns the project's own errors into one clean message and an exit code."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character gets "?", not an error alone
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars would run through ours
     try:
         app()
@@ -540,7 +543,7 @@ def mirror_pull(
     from evolve_dag.lineage.garbage import size
 
     there, here = _mirror(store)
-    name = registry.load_seeded(Path(config), seed).experiment if config and Path(config).is_file() else config
+    name = registry.load_seeded(Path(config), seed).experiment if config and registry.is_file(config) else config
     with _interruptible("run the same command to go on"):
         moved = there.pull(here, name, print)
     print(f"fetched {moved.artifacts} artifacts and {moved.refs} refs, {size(moved.bytes)}")
@@ -636,7 +639,7 @@ def _switch(config: str, store: Path | None, *, on: bool) -> None:
     from evolve_dag.config import registry
 
     root = _root(store)
-    name = registry.register(root, Path(config)).experiment if Path(config).is_file() else config
+    name = registry.register(root, Path(config)).experiment if registry.is_file(config) else config
     line, notes = switch(root, name, on)
     if on:
         print(f"{line.experiment}: on, {line.cron} ({line.timezone}), next tick {line.next_tick:%Y-%m-%d %H:%M}")
@@ -678,7 +681,8 @@ def _console(*, stderr: bool = False) -> Console:
 def _print_json(content: object) -> None:
     import json
 
-    print(json.dumps(content, indent=2, ensure_ascii=False))
+    told = "utf" in (sys.stdout.encoding or "").lower()
+    print(json.dumps(content, indent=2, ensure_ascii=not told))
 
 
 def _experiment(config: str, seed: int | None, store: Store) -> Experiment:
@@ -686,7 +690,7 @@ def _experiment(config: str, seed: int | None, store: Store) -> Experiment:
     from evolve_dag.config import registry
 
     known = {entry.name: entry for entry in registry.entries(store.root)}
-    if config in known and not Path(config).exists():
+    if config in known and not registry.is_file(config):
         return known[config].load() if seed is None else registry.load_seeded(known[config].config, seed)
     return registry.load_seeded(Path(config), seed)
 
@@ -695,7 +699,7 @@ def _name(config: str, seed: int | None, store: Store) -> str:
     """Name of a lineage; one whose file is gone or wrong can still be looked at by its name."""
     from evolve_dag.config import registry
 
-    if seed is None and not Path(config).exists() and config in {entry.name for entry in registry.entries(store.root)}:
+    if seed is None and not registry.is_file(config) and config in {entry.name for entry in registry.entries(store.root)}:
         return config
     return _experiment(config, seed, store).experiment
 
@@ -706,7 +710,7 @@ def _summary(config: str, store: Store, seed: int | None = None) -> LineageSumma
     from evolve_dag.reporting.summary import summarize
 
     known = {entry.name: entry for entry in registry.entries(store.root)}
-    path = str(known[config].config) if config in known and not Path(config).exists() else config
+    path = str(known[config].config) if config in known and not registry.is_file(config) else config
     return summarize(store, _name(config, seed, store), config=path)
 
 

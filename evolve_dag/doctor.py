@@ -74,7 +74,6 @@ def examine(root: Path, experiment: Experiment | None = None) -> Iterator[Findin
     if experiment is not None:
         checks += [
             lambda: _needs(experiment),
-            lambda: _warmed_up(experiment),
             lambda: _recipe(experiment),
             lambda: _memory(experiment),
         ]
@@ -100,7 +99,9 @@ def _needs(experiment: Experiment) -> Iterator[Finding]:
         check_device(experiment.runtime.device)
     except EvolveError as error:
         yield Finding("note", "device", str(error.what))
-    if not missing:
+    started = list(_warmed_up(experiment))
+    yield from started
+    if not missing and all(finding.state == "ok" for finding in started):
         yield Finding("ok", experiment.experiment, "the files, folders and programs that it names are there")
 
 
@@ -111,9 +112,11 @@ def _recipe(experiment: Experiment) -> Iterator[Finding]:
 
 
 def _warmed_up(experiment: Experiment) -> Iterator[Finding]:
-    from evolve_dag.warmup.folder import outdated
+    from evolve_dag.warmup.folder import absent_base, outdated
 
     if experiment.warmup is not None:
+        if absent := absent_base(experiment):
+            yield Finding("note", "missing", absent)
         why = outdated(experiment)
         told = f"{why}: run `evolve warmup` with this file" if why else f"{experiment.models.policy.path} is up to date"
         yield Finding("note" if why else "ok", "warm-up", told)

@@ -146,6 +146,29 @@ def test_status_before_any_run_names_the_command(tmp_path: Path, evolve: Evolve)
     assert not (tmp_path / ".evolve").exists(), "looking makes nothing"
 
 
+def test_a_folder_of_its_name_hides_no_experiment_and_a_long_name_is_told(tmp_path: Path, evolve: Evolve) -> None:
+    (tmp_path / "mine.yaml").write_text("iterations: 1\n")
+    registry.register(tmp_path / ".evolve", tmp_path / "mine.yaml")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "other").mkdir()
+    assert "experiment 'mine' has not been run" in evolve("status", "mine", folder=tmp_path).stderr
+    assert evolve("plan", "mine", folder=tmp_path).stdout.startswith("mine")
+    assert "other: cannot be read: it is a folder" in evolve("status", "other", folder=tmp_path).stderr
+    for command in ("status", "plan", "sync-mlflow"):
+        done = evolve(command, "x" * 300, folder=tmp_path)
+        assert done.returncode == 2
+        assert "nobody foresaw" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("doctor",), ("sql", "select '5\N{EN DASH}6\N{PILE OF POO}' as word"), ("--help",)])
+def test_a_terminal_that_lacks_a_character_gets_the_others(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1", "EVOLVE_STORE": str(tmp_path)}
+    command = [sys.executable, "-m", "evolve_dag", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, encoding="latin-1")
+    assert "encode" not in done.stderr
+    assert done.returncode == 0
+
+
 def test_unknown_ids_and_wrong_sql_end_in_a_message(tmp_path: Path, evolve: Evolve) -> None:
     done = evolve("trace", "abcdef", folder=tmp_path)
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
@@ -255,6 +278,11 @@ def test_doctor_looks_for_what_an_experiment_needs(tmp_path: Path, monkeypatch: 
     missing = {text.partition(":")[0] for subject, text in found if subject == "missing"}
     assert missing == {"environment.pages", "tasks.train.path", "tasks.development.path", "tasks.held_out.path"}
     assert ("key", "OPENAI_API_KEY is not set; models.judge (verification) may need it") in found
+    policy = {"models": {"policy": {"path": str(tmp_path / "made")}}}
+    warmed = Experiment.model_validate({"experiment": "x", "warmup": {"base": "/gone", "world": 1}, **policy})
+    base, model = doctor._needs(warmed)
+    assert base.text.startswith("warmup.base: /gone: no model there")
+    assert (model.subject, model.state) == ("warm-up", "note")
 
 
 def test_doctor_names_damaged_databases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,6 +223,11 @@ def _entry(root: Path, name: str) -> Entry | None:
     return replace(known, config=found.config)
 
 
+def is_file(config: str) -> bool:
+    """Whether what a command was given is a file, and not the name of an experiment."""
+    return os.path.isfile(config)  # noqa: PTH113 - Path.is_file fails where the name is too long for one
+
+
 def _file(root: Path, name: str) -> Path:
     return root / "experiments" / f"{name}.json"
 

@@ -29,9 +29,9 @@ one); a name alone is looked for as the system does."""
 
 
 class Section(BaseModel):
-    """A part of an experiment file; unknown keys and silent type conversions are refused."""
+    """A part of an experiment file; unknown keys, silent type conversions and endless numbers are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     if not TYPE_CHECKING:
 

@@ -98,7 +98,7 @@ def world_tasks(experiment: Experiment, makes: str) -> list[tuple[str, str]]:
     owner: dict[int, str] = {}
     for name, split in experiment.tasks.splits.items():
         key = f"tasks.{name}"
-        for files in ("path", "suite", "fields", "skip"):
+        for files in ("path", "suite", "fields", "skip", "percent"):
             if getattr(split, files) != TaskSplit.model_fields[files].default:
                 found.append((f"{key}.{files}", f"is for files; {makes}"))
         if split.count is None:

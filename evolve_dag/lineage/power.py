@@ -8,7 +8,7 @@ from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import EvolveError
 from evolve_dag.evaluation.gate import Evidence, gate_from_json
 from evolve_dag.evaluation.intervals import POWER, detectable, spread_alone, tasks_for
-from evolve_dag.experience.extraction.base import ONE_OF_A_KIND, groups_of_one
+from evolve_dag.experience.extraction.base import ONE_OF_A_KIND, groups_of_one, taught_by_groups
 from evolve_dag.store.artifacts import Store
 from evolve_dag.store.layout import DECISION
 from evolve_dag.tasks.suites import load_tasks_of
@@ -70,14 +70,22 @@ def warning(experiment: Experiment, store: Store | None = None) -> str:
 
 
 def few_rollouts(experiment: Experiment) -> str:
-    """What to say where the extractor ``llm`` can learn from parts of a reward alone; '' elsewhere. (``contrast`` learns from
-    nothing there: a mistake of the file.)"""
-    if experiment.extraction.extractor != "llm" or not groups_of_one(experiment):
+    """What to say where groups of rollouts can hardly hold both success and failure; '' elsewhere. (``contrast`` learns from
+    nothing in groups of one: a mistake of the file.)"""
+    if not taught_by_groups(experiment):
         return ""
-    return (
-        f"rollout.group_size is 1: {ONE_OF_A_KIND}, so something is learned only where a reward is between 0 and 1: "
-        "set it to 2 or more"
-    )
+    model = experiment.extraction.extractor == "llm"
+    if model and groups_of_one(experiment):
+        return (
+            f"rollout.group_size is 1: {ONE_OF_A_KIND}, so something is learned only where a reward is between 0 and 1: "
+            "set it to 2 or more"
+        )
+    if experiment.rollout.temperature == 0 and (model or experiment.granularity == "principle"):
+        return (
+            "rollout.temperature is 0: the rollouts of a group are all alike, unless the environment answers otherwise each "
+            "time, and groups teach that hold both success and failure: set it above 0"
+        )
+    return ""
 
 
 def _measured(name: str, store: Store | None) -> tuple[int | None, float | None]:

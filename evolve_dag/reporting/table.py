@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MOST_ITERATIONS = 5
 """Columns of the table of steps; the rest stands in the report."""
+STEP_AND_ALL, ONE_ITERATION = 30, 12
+"""Terminal columns that the names of steps and their sums take, and an iteration beside them."""
 
 WIDE = 116
 """Terminal columns from which a value and its interval stand in one line."""
@@ -50,7 +52,7 @@ def print_summary(summary: LineageSummary, console: Console) -> None:
     if note := standing_note(summary):
         console.print(Text(note))
     console.print()
-    console.print(step_table(summary))
+    console.print(step_table(summary, console.width))
     if recompute_note(summary):
         console.print(Text(recompute_note(summary), style="bold"))
 
@@ -92,13 +94,14 @@ def _columns(summary: LineageSummary, wide: bool) -> list[tuple[str, str, str]]:
     ]
 
 
-def step_table(summary: LineageSummary) -> Table:
-    """One line a step: seconds, and tokens where the step reports them, in the last iterations and in all of them."""
+def step_table(summary: LineageSummary, width: int = WIDE) -> Table:
+    """One line a step: seconds, and tokens where the step reports them, in all iterations and in the last ones that fit."""
     from rich import box
     from rich.table import Table
 
     rows = summary.iterations
-    shown = rows[-MOST_ITERATIONS:]
+    most = min(MOST_ITERATIONS, max(0, (width - STEP_AND_ALL) // ONE_ITERATION))
+    shown = rows[max(0, len(rows) - most) :]
     table = Table(title="seconds and tokens per step", box=box.SIMPLE_HEAD, title_justify="left", show_footer=True)
     table.add_column("step", footer="all", no_wrap=True)
     for row in shown:
@@ -106,11 +109,12 @@ def step_table(summary: LineageSummary) -> Table:
     table.add_column("all", justify="right", footer=_spent([s for row in rows for s in row.steps]))
     for name in step_names(rows):
         per_row = [[s for s in row.steps if s.name == name] for row in rows]
-        cells = [_spent(steps) for steps in per_row[-len(shown) :]]
+        cells = [_spent(steps) for steps in per_row[len(rows) - len(shown) :]]
         table.add_row(name, *cells, _spent([s for steps in per_row for s in steps]))
     notes = []
-    if len(shown) < len(rows):
-        notes.append(f"iterations 1 to {rows[-len(shown)].iteration - 1} are counted under 'all' only")
+    if left := rows[: len(rows) - len(shown)]:
+        which = f"iterations 1 to {left[-1].iteration} are" if left[-1].iteration > 1 else "iteration 1 is"
+        notes.append(f"{which} counted under 'all' only")
     if any(step.resumed for row in rows for step in row.steps):
         notes.append("> resumed after a kill: the time before it is not counted")
     table.caption = "\n".join(notes) or None

@@ -214,13 +214,15 @@ def _weights(store: Store, adapter: str | None) -> str | None:
 
 def _rollouts(context: StepContext, splits: Mapping[str, Split], asked: _Asked, source: ExperienceSource | None) -> Rollouts:
     """Development tasks get draws of this iteration's own."""
-    settings = context.experiment.evaluation
+    settings, temperature = context.experiment.evaluation, asked.temperature
+    if temperature is None:
+        temperature = context.experiment.rollout.temperature
     fresh = (context.iteration,) if asked.condition in DEVELOPMENT else ()
     return Rollouts(
         asked.condition.replace("_", " "),
         splits[_split_of(asked.condition)],
         seed=stable_hash("evaluation", settings.seed, *fresh),
-        group_size=1 if asked.temperature == 0 else settings.rollouts,  # argmax says the same each time
+        group_size=1 if temperature == 0 else settings.rollouts,  # argmax says the same each time
         experience=source,
         temperature=asked.temperature,
         journal=f"{asked.condition}-{(asked.adapter or 'base')[:12]}",  # the best may be another when a killed step goes on

@@ -39,9 +39,9 @@ def sync_with_bar(store: Store, configs: Sequence[str] | None, *, again: bool, c
 
 def _name(store: Store, config: str) -> str:
     there = known(store)
-    if config in there and not Path(config).is_file():
+    if config in there and not registry.is_file(config):
         return config
-    if not Path(config).is_file():
+    if not registry.is_file(config):
         raise ConfigError(
             f"{config}: neither an experiment file nor an experiment of {store.root} (it holds {', '.join(there) or 'none'})",
             "name one of these, or the file",

@@ -97,6 +97,17 @@ def outdated(experiment: Experiment) -> str | None:
     return None if told == digest(experiment) else f"{folder}: was warmed up under other settings"
 
 
+def absent_base(experiment: Experiment) -> str:
+    """``warmup.base: path: what is missing`` where a warm-up has to run and there is nothing to start from; '' elsewhere."""
+    if experiment.warmup is None or outdated(experiment) is None:
+        return ""
+    try:
+        model_folder(start(experiment))
+    except ModelError:
+        return f"warmup.base: {experiment.warmup.base}: no model there (config.json, tokenizer.json, *.safetensors)"
+    return ""
+
+
 def require(experiment: Experiment) -> None:
     """Raises ModelError where the experiment's policy has to be warmed up first."""
     if experiment.warmup is not None and (why := outdated(experiment)) is not None:

@@ -72,6 +72,10 @@ def test_all_mistakes_come_in_one_message_with_file_and_key(tmp_path: Path) -> N
         ("environment: {kind: moon}\n", "environment.kind"),
         ("experiment: Not A Name\n", "experiment"),
         ("rollout: {temperature: .nan}\n", "rollout.temperature"),
+        ("rollout: {temperature: .inf}\n", "rollout.temperature"),
+        ("evaluation: {base_temperatures: [0, .inf]}\n", "evaluation.base_temperatures.1"),
+        ("gate: {max_turn_ratio: .inf}\n", "gate.max_turn_ratio"),
+        ("tasks: {train: {percent: [0, 50]}}\n", "tasks.train.percent"),
     ],
 )
 def test_impossible_values_are_refused(tmp_path: Path, text: str, key: str) -> None:

@@ -42,7 +42,7 @@ def refusal(folder: Path, text: str) -> str:
         ("tasks: {train: {count: 99999999999}}\n", "tasks.train.count: should be less than or equal to 1000000"),
         ("runtime: {threads: 100000000}\n", "runtime.threads: should be less than or equal to 1024"),
         ("runtime: {device: banana}\n", "runtime.device: String should match"),
-        ("rollout: {max_seconds: .inf}\n", "rollout.max_seconds: should be less than"),
+        ("rollout: {max_seconds: .inf}\n", "rollout.max_seconds: should be a finite number"),
         ("", "hostile.yaml: an empty file"),
         ("# nothing but a comment\n", "hostile.yaml: an empty file"),
         ("[" * 2000 + "]" * 2000, "nested more than 32 deep"),

@@ -94,6 +94,20 @@ def test_a_file_that_is_missing_is_told_elsewhere(tmp_path: Path) -> None:
     assert power.warning(e) == ""
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rollout": {"temperature": 0.0}}, True),
+        ({"rollout": {"temperature": 0.0}, "extraction": {"extractor": "llm"}, "granularity": "instance"}, True),
+        ({"rollout": {"temperature": 0.3}}, False),
+        ({"rollout": {"temperature": 0.0}, "granularity": "instance"}, False),
+        ({"rollout": {"temperature": 0.0}, "start_pool": "pool.json"}, False),
+    ],
+)
+def test_groups_that_argmax_makes_alike_are_told(changes: dict[str, object], told: bool) -> None:
+    assert power.few_rollouts(experiment(**changes)).startswith("rollout.temperature is 0") is told
+
+
 def test_plan_and_doctor_say_it_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path / "store")
     [note] = plan(with_tasks(16), store).notes

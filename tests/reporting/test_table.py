@@ -98,6 +98,26 @@ def test_many_iterations_still_fit() -> None:
     assert "iterations 1 to 4 are counted under 'all' only" in text
 
 
+@pytest.mark.parametrize(
+    ("width", "left_out"),
+    [
+        (80, ""),
+        (66, ""),
+        (65, "iteration 1 is counted"),
+        (50, "iterations 1 to 2 are counted"),
+        (30, "iterations 1 to 3 are counted"),
+    ],
+)
+def test_the_table_of_steps_shows_as_many_iterations_as_fit(width: int, left_out: str) -> None:
+    text = shown(lineage(), width)
+    table = text[text.index("seconds and tokens per step") :]
+    assert "…" not in table
+    assert "trajectories" in table
+    assert "33.9 s" in table
+    assert left_out in " ".join(table.split())
+    assert bool(left_out) is ("counted under" in " ".join(table.split()))
+
+
 def test_work_of_a_killed_process_is_marked() -> None:
     summary = lineage()
     row = summary.rows[1]

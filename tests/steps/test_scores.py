@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +29,7 @@ class Asked:
     """What was rolled out: (adapter, label) -> seed."""
 
     seeds: dict[tuple[str | None, str], int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
     opened: list[str | None] = field(default_factory=list)
     journals: dict[str, set[str | None]] = field(default_factory=dict)
 
@@ -47,6 +48,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 
     def roll_out_together(context: Any, wanted: list[Rollouts], model: str | None) -> list[list[Trajectory]]:
         found.seeds.update({(model, one.label): one.seed for one in wanted})
+        found.sizes |= {one.label: one.group_size for one in wanted}
         for one in wanted:
             found.journals.setdefault(one.label, set()).add(one.journal)
         return [
@@ -70,7 +72,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 
 
 def run(
-    tmp_path: Path, *, iteration: int = 5, champion: str | None = "champion", best: str | None = "best", **adapter: object
+    tmp_path: Path,
+    *,
+    iteration: int = 5,
+    champion: str | None = "champion",
+    best: str | None = "best",
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    **adapter: object,
 ) -> tuple[dict[str, Any], Path]:
     """What was noted, and where the scores are."""
     noted: dict[str, Any] = {}
@@ -78,7 +86,7 @@ def run(
     folder.mkdir()
     standing = Standing(champion=4 if champion else 0, best=(4 if best == champion else 2) if best else 0, adapter=best)
     context = SimpleNamespace(
-        experiment=Experiment.model_validate({"experiment": "quick", "evaluation": {"base_temperatures": []}}),
+        experiment=Experiment.model_validate({"experiment": "quick", "evaluation": {"base_temperatures": []}, **settings}),
         iteration=iteration,
         store=Store(tmp_path / "store"),
         inputs={"experience": None, "adapter": SimpleNamespace(digest="candidate", summary=adapter)},
@@ -99,6 +107,13 @@ def test_the_first_candidate_is_compared_with_the_base_policy(tmp_path: Path, as
     assert asked.of(None) == {"base", "development best"}
     assert asked.of("candidate") == {*HELD_OUT, "development candidate"}
     assert noted[scores.AGAINST] == 0
+
+
+@pytest.mark.parametrize(("temperature", "times"), [(0.0, 1), (0.7, 3)])
+def test_what_is_alike_each_time_is_played_once(tmp_path: Path, asked: Asked, temperature: float, times: int) -> None:
+    evaluation = {"base_temperatures": [], "rollouts": 3}
+    run(tmp_path, settings={"rollout": {"temperature": temperature}, "evaluation": evaluation})
+    assert (asked.sizes["without"], asked.sizes["greedy"]) == (times, 1)
 
 
 def test_a_champion_that_is_the_best_is_opened_once(tmp_path: Path, asked: Asked) -> None:

@@ -73,9 +73,14 @@ def only_principles_graduate(settings: OtherWordsSettings, experiment: Experimen
 ONE_OF_A_KIND = "a group of one rollout never holds both success and failure"
 
 
+def taught_by_groups(experiment: Experiment) -> bool:
+    """Whether all that is to be taught has to be found in groups of rollouts."""
+    return experiment.injection != "none" and not experiment.start_pool
+
+
 def groups_of_one(experiment: Experiment) -> bool:
-    """Whether all that is to be taught has to be found in groups of a single rollout."""
-    return experiment.rollout.group_size == 1 and experiment.injection != "none" and not experiment.start_pool
+    """Whether it has to be found in groups of a single rollout."""
+    return experiment.rollout.group_size == 1 and taught_by_groups(experiment)
 
 
 S = TypeVar("S", bound=ExtractionSettings)
