@@ -681,8 +681,8 @@ def _console(*, stderr: bool = False) -> Console:
 def _print_json(content: object) -> None:
     import json
 
-    told = "utf" in (sys.stdout.encoding or "").lower()
-    print(json.dumps(content, indent=2, ensure_ascii=not told))
+    lacks_letters = "utf" not in (sys.stdout.encoding or "").lower()
+    print(json.dumps(content, indent=2, ensure_ascii=lacks_letters))
 
 
 def _experiment(config: str, seed: int | None, store: Store) -> Experiment:

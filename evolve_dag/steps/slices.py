@@ -121,7 +121,7 @@ def _value(section: Section, name: str, key: str, part: Slice) -> Any:
 
 def _content(section: Section, field: FieldInfo, path: str, key: str) -> str:
     if isinstance(section, PolicySettings):
-        return " ".join(filter(None, (base_identity(section), turns_of(section))))
+        return f"{base_identity(section)} {turns_of(section)}".rstrip()
     if isinstance(section, TaskSplit) and section.stream:
         return rows_digest(section, key)
     return folder_digest(path, key) if marked(field, FOLDER) else file_digest(path, key)

@@ -138,10 +138,10 @@ class _Draws:
     """Resampled tasks: of every seed its own, or, where seeds share them, the same in all of them."""
 
     def __init__(self, values: Mapping[int, _Values], shared: bool) -> None:
-        every = sorted({task for own in values.values() for task in own.tasks})
-        self.place = {task: i for i, task in enumerate(every)} if shared else None
+        named = [task for own in values.values() for task in own.tasks]
         self.shared = shared
-        self.tasks = len(every) if shared else sum(len(own.tasks) for own in values.values())
+        self.place = {task: i for i, task in enumerate(sorted(set(named)))} if shared else {}
+        self.tasks = len(self.place) if shared else len(named)
         """Different ones."""
 
     def means(self, own: _Values, seed: int) -> Floats:
@@ -151,7 +151,7 @@ class _Draws:
     def columns(self, own: _Values, seed: int) -> Floats:
         """(RESAMPLES, C) means of the same resampled tasks in every column. Draws follow from the seed and the number of tasks
         alone; a draw that holds none of a seed's tasks counts as all of them."""
-        if self.place is None:
+        if not self.shared:
             count = len(own.tasks)
             return _weights(seed, count, RESAMPLES) @ own.rewards.T / count
         weights_R_T = _weights(0, len(self.place), RESAMPLES)[:, [self.place[task] for task in own.tasks]]
