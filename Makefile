@@ -56,8 +56,8 @@ vllm-gpu:  ## vLLM for NVIDIA GPUs in the same place, .venv-vllm, for configs/qw
 test-vllm: install vllm  ## the vllm backend against the real vLLM on the CPU (3 minutes, after a long installation)
 	$(BIN)/python -m pytest tests_vllm
 
-test-gpu: install  ## the engine on a GPU against the CPU (2 minutes; installs Liger's kernels)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,gpu]'
+test-gpu: install  ## the engine on a GPU against the CPU (2 minutes; installs Liger's kernels and bitsandbytes)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,gpu,quantized]'
 	$(BIN)/python -m pytest tests_gpu
 
 test-ray: install  ## heavy steps on a local Ray cluster of two nodes (2 minutes; installs Ray)
@@ -117,7 +117,7 @@ model: install  ## pretrain the pocket policy anew (about 50 minutes on 2 cores)
 	$(BIN)/evolve pocket pretrain --out evolve_dag/environments/pocket/model
 
 benchmarks: install  ## timings, printed as ratios
-	for file in $(filter-out benchmarks/engine.py benchmarks/against_trl.py benchmarks/memory.py benchmarks/vllm_roads.py benchmarks/ray_workers.py benchmarks/teaches.py benchmarks/games.py benchmarks/quantized.py benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	for file in $(filter-out benchmarks/engine.py benchmarks/against_trl.py benchmarks/memory.py benchmarks/vllm_roads.py benchmarks/ray_workers.py benchmarks/teaches.py benchmarks/games.py benchmarks/quantized.py benchmarks/gpu.py benchmarks/cores.py benchmarks/sharding.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 bench: install  ## the distillation engine's ratios in one run (half an hour on an idle core; installs TRL)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[bench]'

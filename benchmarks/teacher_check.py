@@ -78,7 +78,7 @@ def lineage(seed: int, nights: int, tasks: int, group: int, placebos: int | None
         if shown.active.items:
             teacher = rolled(world, search, questions * group, over(shown.active, learned), rng)
             source = Injector("step_wise", shown.active, StateSelector())
-            sides = [asyncio.run(with_teacher_views(side, source)) for side in (teacher, student)]
+            sides = [asyncio.run(with_teacher_views(side, source, 64)) for side in (teacher, student)]
             check = check_teacher(shown.active, *sides, new=new_items(last.edits))
             told.looked_at += len(shown.active)
             told.withdrawn += len(check.withdrawn)
