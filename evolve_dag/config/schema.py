@@ -268,7 +268,11 @@ class TeacherCheckSettings(Section):
     (docs/adr/0021-teacher-check.md)."""
 
     enabled: bool = True
-    """An item that lowers the teacher's success is withdrawn; a teacher that is below the student teaches nothing tonight."""
+    """An item that lowers the teacher's success is withdrawn; a teacher that is below the student does not teach."""
+    attempts: int = Field(3, ge=1, le=99)
+    """Most times that the teacher is asked in one night. One that is below the student is asked again without what was
+    withdrawn, which costs another set of its rollouts: of all training tasks, or of ``tasks`` with ``regime.source: student``.
+    After the last nothing is taught tonight."""
     tasks: int = Field(32, ge=1, le=MOST)
     """Training tasks that are looked at where looking costs something: rollouts of the teacher with ``regime.source: student``,
     choices of a selector that asks a model. Elsewhere all are."""

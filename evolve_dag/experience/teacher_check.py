@@ -11,13 +11,14 @@ Items that stand in the context together share what they cause. So an item is wi
 lost most in all first, and the others are judged again by the rollouts in which it did not stand. Items that always stand
 together cannot be told apart: of those the new ones go, since a teacher without them has been checked before; all of them where
 none is new. Of a teacher that harms though no item is established to, the new ones go that are not seen to help; where none is
-new, the one whose rollouts lost most. (docs/adr/0021-teacher-check.md)
+new, the one whose rollouts lost most. Such a teacher is asked again without what was withdrawn, and checked again: an attempt
+each, as often as the experiment says. (docs/adr/0021-teacher-check.md)
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from evolve_dag.evaluation.intervals import by_task, paired, sign_interval
@@ -75,20 +76,42 @@ class CheckedItem:
     """Items that stood in exactly the same rollouts."""
     withdrawn: str = ""
     """Why it was withdrawn; '' when it was not."""
+    attempt: int = 1
+    """Which one found this: the last in which the item stood."""
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherCheck:
-    """What came of a check."""
+    """What came of a night's check: of its last attempt, and of the refused ones before."""
 
     whole: Comparison | None
-    """All rollouts; None where nothing could be compared."""
+    """All rollouts of the last attempt; None where nothing could be compared."""
     items: tuple[CheckedItem, ...] = ()
-    """In the order of the pool; those that stood in no context are left out."""
+    """In the order of the pool, what stood in a context of a later attempt alone behind the others; those that stood in none
+    are left out."""
     confidence: float = 0.95
     """Of the interval of ``whole``, and of those of the items all together."""
     note: str = ""
     """Why nothing was compared; '' when something was."""
+    earlier: tuple[Comparison, ...] = ()
+    """``whole`` of the attempts before the last, oldest first: each was refused."""
+
+    def after(self, before: TeacherCheck) -> TeacherCheck:
+        """This first check as that of the attempt after ``before``, which was refused."""
+        assert before.whole is not None  # else it was not refused
+        attempt = before.attempts + 1
+        items = {one.item: one for one in (*before.items, *(replace(one, attempt=attempt) for one in self.items))}
+        return replace(self, items=tuple(items.values()), earlier=(*before.earlier, before.whole))
+
+    @property
+    def attempts(self) -> int:
+        """How often the teacher was asked."""
+        return len(self.earlier) + 1
+
+    @property
+    def withdrew(self) -> bool:
+        """Whether the last attempt withdrew anything."""
+        return any(one.withdrawn and one.attempt == self.attempts for one in self.items)
 
     @property
     def withdrawn(self) -> dict[str, str]:
@@ -102,16 +125,21 @@ class TeacherCheck:
 
     @property
     def refusal(self) -> str:
-        """Why nothing is taught tonight; '' when the teacher may teach."""
-        if self.whole is None or not self.whole.harmful:
-            return ""
-        return f"the teacher with experience is below the student without it: {self.whole}"
+        """Why nothing is taught by the last attempt; '' when it may teach."""
+        return _below(self.whole) if self.whole is not None and self.whole.harmful else ""
 
     @property
     def told(self) -> tuple[str, ...]:
         """What a person must know of it, a sentence each; none where all is well."""
-        refused = (f"nothing is taught: {self.refusal}",) if self.refusal else ()
-        return (*refused, *(f"{item} is withdrawn: {why}" for item, why in self.withdrawn.items()))
+        last = f"nothing is taught: {self.refusal}" if self.refusal else ""
+        if not self.earlier:
+            return (*filter(None, [last]), *(f"{item} is withdrawn: {why}" for item, why in self.withdrawn.items()))
+        left_out = ", ".join(one.item for one in self.items if one.withdrawn and one.attempt < self.attempts)
+        said = (*map(_below, self.earlier), last or f"the teacher may teach, without {left_out}: {self.whole or self.note}")
+        return (
+            *(f"attempt {n} of {self.attempts}: {one}" for n, one in enumerate(said, 1)),
+            *(f"{one.item} is withdrawn by attempt {one.attempt}: {one.withdrawn}" for one in self.items if one.withdrawn),
+        )
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -122,6 +150,10 @@ class TeacherCheck:
 def new_items(edits: Iterable[PoolEdit]) -> frozenset[str]:
     """Items that read otherwise after a night's edits than before; new evidence for the same words makes none new."""
     return frozenset(edit.item_id for edit in edits if edit.operation in ("add", "update") and edit.before != edit.after)
+
+
+def _below(whole: Comparison) -> str:
+    return f"the teacher with experience is below the student without it: {whole}"
 
 
 class _Rollout(NamedTuple):

@@ -33,7 +33,7 @@ from evolve_dag.reporting.summary import (
 from evolve_dag.store.disk import write_atomic
 
 if TYPE_CHECKING:
-    from evolve_dag.experience.teacher_check import Comparison
+    from evolve_dag.experience.teacher_check import Comparison, TeacherCheck
     from evolve_dag.store.artifacts import Store
 
 PACKAGES = ("evolve-dag", "torch", "transformers", "peft", "dagster", "polars", "duckdb", "numpy")
@@ -195,13 +195,18 @@ def _checked(summary: LineageSummary) -> tuple[list[int], list[tuple[str, str, l
     checks = {row.iteration: row.check for row in summary.iterations if row.check is not None and row.check.whole is not None}
     texts = {item.id: item.text for row in summary.iterations for item in row.items}
     items = {k: {one.item: one for one in check.items} for k, check in checks.items()}
-    whole = [(*_effect(check.whole), "not taught" if check.refusal else "") for check in checks.values()]
+    whole = [(*_effect(check.whole), _outcome(check)) for check in checks.values()]
     rows = [("all", "all items together", whole)]
     for name in dict.fromkeys(name for found in items.values() for name in found):
         seen = [found.get(name) for found in items.values()]
         cells = [(*_effect(one.comparison), "withdrawn" if one.withdrawn else "") if one else ("", "", "") for one in seen]
         rows.append((name, texts.get(name, ""), cells))
     return list(checks), rows
+
+
+def _outcome(check: TeacherCheck) -> str:
+    tried = f"attempt {check.attempts}" if check.earlier else ""
+    return ", ".join(filter(None, [tried, "not taught" if check.refusal else ""]))
 
 
 def _effect(comparison: Comparison | None) -> tuple[str, str]:

@@ -4,14 +4,15 @@ Source ``teacher`` samples new trajectories from the experience-aware teacher; s
 trajectories and adds the teacher's view. In both cases the action ids are the same in the two views, which is checked.
 
 Before anything is learned the teacher itself is checked (:mod:`evolve_dag.experience.teacher_check`): steps at which an item
-stood that is withdrawn are left out, and of a teacher that is below the student nothing is taken.
+stood that is withdrawn are left out, and of a teacher that is below the student nothing is taken: it is asked again without
+what was withdrawn, as often as the experiment lets it be.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,8 @@ from evolve_dag.evaluation.metrics import counts
 from evolve_dag.experience.drills import Place, drills
 from evolve_dag.experience.injection import injected
 from evolve_dag.experience.pool import Pool
-from evolve_dag.protocols import ExperienceSource
+from evolve_dag.experience.teacher_check import TeacherCheck
+from evolve_dag.protocols import ExperienceSource, LanguageModel
 from evolve_dag.records import InjectionPattern, Step, Trajectory
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps import teacher_check
@@ -55,7 +57,7 @@ from evolve_dag.store.artifacts import Artifact
 from evolve_dag.store.frames import load_trajectories, save_trajectories, trajectories_from_frames
 from evolve_dag.store.jsonvalues import to_values
 from evolve_dag.store.layout import CONTEXTS, STEPS, TRAJECTORIES
-from evolve_dag.tasks.suites import load_split
+from evolve_dag.tasks.suites import Split, load_split
 
 if TYPE_CHECKING:
     from evolve_dag.inference.recording import Recording
@@ -73,27 +75,24 @@ def run(context: StepContext) -> None:
     if experiment.injection == "none" or pool.active.items:
         made = _teach(context, pool)
     else:  # the teacher would be the student: nothing is sampled to find that out
-        made = _Taught(
-            [],
-            select_rows([], experiment.regime.rejection),
-            Scored([], [], []),
-            None,
-            teacher_check.Checked(teacher_check.UNCHECKED),
-        )
-    folder, scored, check = context.build.path, made.scored, made.checked.check
+        nobody = _Attempt([], None, teacher_check.Checked(teacher_check.UNCHECKED))
+        made = _Taught([nobody], select_rows([], experiment.regime.rejection), Scored([], [], []))
+    *refused, last = made.attempts
+    folder, scored, check = context.build.path, made.scored, last.checked.check
     (folder / teacher_check.CHECK).write_text(json.dumps(to_values(check), indent=1) + "\n", encoding="utf-8")
-    settled = teacher_check.settle(context, pool, made.checked)
-    if made.checked.sampled:
-        (folder / teacher_check.CHECKED).mkdir()
-        save_trajectories(folder / teacher_check.CHECKED, made.checked.sampled)
-    save_trajectories(folder, made.trajectories)
+    settled = teacher_check.settle(context, pool, last.checked)
+    aside = {f"attempt_{n}": one.rollouts(experiment) for n, one in enumerate(refused, 1)} | {"": last.checked.sampled}
+    for name, rollouts in aside.items():
+        if rollouts:
+            (folder / teacher_check.CHECKED / name).mkdir(parents=True, exist_ok=True)
+            save_trajectories(folder / teacher_check.CHECKED / name, rollouts)
+    save_trajectories(folder, last.trajectories)
     save_contexts(folder, scored.rows)
     save_contexts(folder / RETENTION, scored.retention)
     save_contexts(folder / DRILLS, scored.drills)
     chosen = [len(c.selected) for row in scored.rows for c in row.contexts]
     context.build.note(
-        **counts(made.trajectories)
-        | ({} if experiment.regime.source == "teacher" else {"tokens": counts(made.checked.sampled)["tokens"]}),
+        **counts(last.trajectories) | {"tokens": sum(counts(one.rollouts(experiment))["tokens"] for one in made.attempts)},
         kept=len(scored.rows),
         retention=len(scored.retention),
         drills=len(scored.drills),
@@ -103,57 +102,90 @@ def run(context: StepContext) -> None:
         items_per_step=sum(chosen) / max(1, len(chosen)),
         steps_without_item=sum(n == 0 for n in chosen),
         **teacher_check.told(check, settled),
-        **selector_statistics(made.source),
+        **selector_statistics(*(one.source for one in made.attempts)),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """What the teacher did when it was asked once."""
+
+    trajectories: list[Trajectory]
+    """Its own, or the student's with its views."""
+    source: ExperienceSource | None
+    """What it read."""
+    checked: teacher_check.Checked
+
+    def rollouts(self, experiment: Experiment) -> list[Trajectory]:
+        """All that it acted in."""
+        return self.trajectories if experiment.regime.source == "teacher" else self.checked.sampled
 
 
 @dataclass(frozen=True, slots=True)
 class _Taught:
     """What the teacher did, and what is learned from it."""
 
-    trajectories: list[Trajectory]
+    attempts: list[_Attempt]
+    """The last is learned from; the others were refused."""
     selection: Kept
     scored: Scored
-    source: ExperienceSource | None
-    checked: teacher_check.Checked
 
 
 def _teach(context: StepContext, pool: Pool) -> _Taught:
-    from evolve_dag.inference.transformers import TransformersModel
-
     experiment = context.experiment
     split = load_split(experiment, "train", context.roles)
     adapter = context.entering.adapter
     with ExitStack() as opened:
         model = opened.enter_context(open_policy(context.store, adapter, context.roles))
-        source = experience_source(experiment, pool, context.roles)
-        recording = None
-        if experiment.regime.source == "teacher":
-            if isinstance(model, TransformersModel) and experiment.injection != "none":  # else nothing is scored
-                recording = opened.enter_context(model.recording(experiment.distillation.top_k))
-            trajectories = roll_out(
-                context,
-                split,
-                model,
-                label="teacher rollouts",
-                seed=stable_hash("contexts", experiment.seed, context.iteration),
-                group_size=experiment.rollout.group_size,
-                experience=source,
-            )
-        else:
-            trajectories = context.roles.run(
-                with_teacher_views(load_trajectories(context.inputs["trajectories"]), source, experiment.runtime.concurrency)
-            )
-        checked = teacher_check.check(context, split, model, source, pool, trajectories)
-        selection = select_rows([] if checked.check.refusal else trajectories, experiment.regime.rejection)
+        attempts: list[_Attempt] = []
+        check: TeacherCheck | None = None
+        while check is None or teacher_check.asked_again(experiment, pool, check):
+            recording = opened.enter_context(_recorded(experiment, model))  # in place of the one before: it is large
+            attempts.append(_ask(context, split, model, pool, check))
+            check = attempts[-1].checked.check
+        selection = select_rows([] if check.refusal else attempts[-1].trajectories, experiment.regime.rejection)
         if not selection.kept:
-            return _Taught(trajectories, selection, Scored([], [], []), source, checked)
+            return _Taught(attempts, selection, Scored([], [], []))
         if experiment.models.policy.backend != "transformers":
             opened.close()  # what samples gives its memory back before the weights are opened here
         with open_teacher(adapter_folder(context.store, adapter), context.roles, model) as teacher:
-            withdrawn = frozenset(checked.check.withdrawn)
-            scored = score(experiment, selection.kept, teacher, context.progress, recording, withdrawn)
-    return _Taught(trajectories, selection, scored, source, checked)
+            scored = score(experiment, selection.kept, teacher, context.progress, recording, frozenset(check.withdrawn))
+    return _Taught(attempts, selection, scored)
+
+
+def _recorded(experiment: Experiment, model: LanguageModel) -> AbstractContextManager[Recording | None]:
+    """Keeps what the teacher samples from, where that is its score."""
+    from evolve_dag.inference.transformers import TransformersModel
+
+    if experiment.regime.source != "teacher" or experiment.injection == "none" or not isinstance(model, TransformersModel):
+        return nullcontext()
+    return model.recording(experiment.distillation.top_k)
+
+
+def _ask(context: StepContext, split: Split, model: LanguageModel, pool: Pool, before: TeacherCheck | None) -> _Attempt:
+    """The teacher without what ``before``, the check of a refused attempt, withdrew; checked.
+
+    Its draws follow from what is left out, so it takes nothing from the journal that was played with another pool.
+    """
+    experiment = context.experiment
+    gone = () if before is None else before.withdrawn
+    left = pool.without(gone)
+    source = experience_source(experiment, left, context.roles)
+    if experiment.regime.source == "teacher":
+        trajectories = roll_out(
+            context,
+            split,
+            model,
+            label=teacher_check.of_attempt("teacher rollouts", before),
+            seed=stable_hash("contexts", experiment.seed, context.iteration, *sorted(gone)),
+            group_size=experiment.rollout.group_size,
+            experience=source,
+        )
+    else:
+        own = load_trajectories(context.inputs["trajectories"])
+        trajectories = context.roles.run(with_teacher_views(own, source, experiment.runtime.concurrency))
+    checked = teacher_check.check(context, split, model, source, left, trajectories, before)
+    return _Attempt(trajectories, source, checked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +303,9 @@ def _unread(experiment: Experiment) -> tuple[str, ...]:
     if experiment.injection == "none":
         return (*without_choice(experiment), *scored, "teacher_check")
     settings = experiment.teacher_check
-    unused = ("confidence", "tasks") if not settings.enabled else () if teacher_check.costs(experiment) else ("tasks",)
+    unused: tuple[str, ...] = () if teacher_check.costs(experiment) else ("tasks",)
+    if not settings.enabled:
+        unused = ("attempts", "tasks", "confidence")
     return (*without_choice(experiment), *(f"teacher_check.{key}" for key in unused))
 
 

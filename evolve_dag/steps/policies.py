@@ -152,10 +152,14 @@ def without_choice(experiment: Experiment) -> tuple[str, ...]:
     return () if experiment.injection == "step_wise" else ("selection",)
 
 
-def selector_statistics(source: ExperienceSource | None) -> dict[str, Any]:
-    """What a selector that asks a model counted, under ``selector``; nothing for the others."""
-    counted = getattr(getattr(source, "selector", None), "statistics", None)
-    return {"selector": dict(counted)} if counted else {}
+def selector_statistics(*sources: ExperienceSource | None) -> dict[str, Any]:
+    """What selectors that ask a model counted, all together, under ``selector``; nothing for the others."""
+    counted: dict[str, Any] = {}
+    for source in sources:
+        for name, value in dict(getattr(getattr(source, "selector", None), "statistics", None) or {}).items():
+            adds = isinstance(value, (int, float)) and name in counted  # a selector from outside may tell texts as well
+            counted[name] = counted[name] + value if adds else value
+    return {"selector": counted} if counted else {}
 
 
 def roll_out(

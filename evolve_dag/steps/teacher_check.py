@@ -23,6 +23,7 @@ from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import (
     adapter_folder,
     experience_source,
+    injects,
     open_policy,
     open_teacher,
     roll_out,
@@ -38,7 +39,8 @@ from evolve_dag.tasks.suites import Split, load_tasks_of
 CHECK = "teacher_check.json"
 """What the check of the teacher found."""
 CHECKED = "teacher_check"
-"""Folder of the teacher's rollouts that were made for the check alone."""
+"""Folder of the teacher's rollouts that were made for the check alone; below it one of each attempt that was refused before the
+last, ``attempt_1`` and so on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +65,15 @@ def check(
     source: ExperienceSource | None,
     pool: Pool,
     trajectories: Sequence[Trajectory],
+    before: TeacherCheck | None = None,
 ) -> Checked:
     """Compare teacher and student. One side of it is there already: the teacher's rollouts, or the student's with the views of
-    the teacher. The other is made of the training tasks, or of as many as the check may cost."""
+    the teacher. The other is made of the training tasks, or of as many as the check may cost.
+
+    Args:
+        pool: what may stand in the teacher's context.
+        before: of the attempt before this one, which was refused.
+    """
     if source is None:
         return Checked(UNCHECKED)
     experiment, settings = context.experiment, context.experiment.teacher_check
@@ -84,13 +92,25 @@ def check(
             context,
             replace(split, tasks=tasks),
             model,
-            label="teacher check",
-            seed=stable_hash("teacher check", experiment.seed, context.iteration),
+            label=of_attempt("teacher check", before),
+            seed=stable_hash("teacher check", experiment.seed, context.iteration, *sorted(before.withdrawn if before else ())),
             group_size=experiment.rollout.group_size,
             experience=source,
         )
     found = check_teacher(pool.active, teacher, viewed, new=_new(context, pool), confidence=settings.confidence)
-    return Checked(found, sampled, viewed)
+    return Checked(found if before is None else found.after(before), sampled, viewed)
+
+
+def asked_again(experiment: Experiment, pool: Pool, check: TeacherCheck) -> bool:
+    """Whether the teacher is asked once more tonight: it was refused, something was withdrawn, and something is left."""
+    if not check.refusal or not check.withdrew:
+        return False
+    return check.attempts < experiment.teacher_check.attempts and injects(experiment, pool.without(check.withdrawn))
+
+
+def of_attempt(label: str, before: TeacherCheck | None) -> str:
+    """The label of an attempt's rollouts."""
+    return label if before is None else f"{label} of attempt {before.attempts + 1}"
 
 
 def _new(context: StepContext, pool: Pool) -> frozenset[str]:
@@ -154,6 +174,8 @@ def costs(experiment: Experiment) -> bool:
 def told(check: TeacherCheck, settled: Sequence[Finding]) -> dict[str, Any]:
     """The check in the step's summary; what follows reads ``findings`` and ``not_taught`` there."""
     facts: dict[str, Any] = {"withdrawn": len(check.withdrawn)}
+    if check.earlier:
+        facts["attempts"] = check.attempts
     if check.whole is not None:
         facts["teacher_check"] = to_values(check.whole)
     if findings := (*check.findings, *settled):
@@ -166,8 +188,9 @@ def verdict(artifact: Artifact) -> Verdict:
     check = check_of(artifact) or TeacherCheck(None, note="made before the teacher was checked")
     whole = {} if check.whole is None else to_values(check.whole)
     items = {one.item: str(one.comparison) for one in check.items if one.comparison is not None}
-    evidence = {**whole, "items": items, "withdrawn": check.withdrawn}
-    text = check.note or "; ".join(check.told)
+    attempts = {"attempts": check.attempts} if check.earlier else {}
+    evidence = {**whole, **attempts, "items": items, "withdrawn": check.withdrawn}
+    text = "; ".join(check.told) or check.note
     return Verdict("teacher", not check.withdrawn and not check.refusal, evidence, text)
 
 

@@ -216,6 +216,7 @@ def results(facts: IterationFacts, base: IterationRow | None = None) -> list[Poi
         add(f"gate/{name}", row.gate.evidence.get(name) if row.gate is not None else None)
     for name in TEACHER:
         add(f"teacher/{name}", getattr(row.check.whole, name, None) if row.check is not None else None)
+    add("teacher/attempts", row.check.attempts if row.check is not None and row.check.whole is not None else None)
     for name in ("rows", "kept", "loss_first", "loss_last", "divergence_first", "divergence_last"):
         add(f"training/{name}", row.training.get(name))
     add("cost/seconds", sum(step.seconds for step in row.steps))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evolve_dag.experience.pool import Pool, Proposal
-from evolve_dag.experience.teacher_check import TeacherCheck, check_teacher, new_items
+from evolve_dag.experience.teacher_check import CheckedItem, Comparison, TeacherCheck, check_teacher, new_items
 from evolve_dag.records import ExperienceItem, Step, Trajectory
 from evolve_dag.store.jsonvalues import from_values, to_values
 
@@ -54,6 +54,45 @@ def test_an_item_that_lowers_success_is_withdrawn_and_the_others_stay():
     assert check.withdrawn["bad"].startswith("the teacher does worse with it: -")
     assert [(f.operation, f.item_id) for f in check.findings] == [("withdraw", "bad")]
     assert from_values(TeacherCheck, to_values(check), "check", "") == check
+
+
+def test_a_teacher_that_is_asked_again_has_one_check_of_all_attempts():
+    """`bad` stands in front of `worse` at first; `good` is judged anew."""
+    first = check_teacher(pool("good", "bad"), *night(40, {("bad",): (0.1, 0.6), ("good",): (0.5, 0.5)}), new=NEW)
+    second = check_teacher(pool("good", "worse"), *night(40, {("worse",): (0.1, 0.6), ("good",): (0.9, 0.1)}, 1), new=NEW)
+    check = second.after(first)
+    assert (check.attempts, check.whole, check.earlier) == (2, second.whole, (first.whole,))
+    assert [(one.item, one.attempt) for one in check.items] == [("good", 2), ("bad", 1), ("worse", 2)]
+    assert check.items[0].comparison == second.items[0].comparison
+    assert withdrawn(check) == ["bad", "worse"]
+    assert [f.item_id for f in check.findings] == ["bad", "worse"]
+    assert not check.refusal
+    assert check.told == (
+        f"attempt 1 of 2: {first.refusal}",
+        f"attempt 2 of 2: the teacher may teach, without bad: {second.whole}",
+        f"bad is withdrawn by attempt 1: {first.withdrawn['bad']}",
+        f"worse is withdrawn by attempt 2: {second.withdrawn['worse']}",
+    )
+    assert from_values(TeacherCheck, to_values(check), "check", "") == check
+    refused = first.after(check)  # a third
+    assert (refused.attempts, refused.earlier) == (3, (first.whole, second.whole))
+    assert refused.told[2] == f"attempt 3 of 3: nothing is taught: {first.refusal}"
+
+
+def test_only_what_the_last_attempt_withdrew_is_a_reason_to_ask_again():
+    worse = Comparison(40, 0.1, 0.6, -0.5, -0.6, -0.4)
+    first = TeacherCheck(worse, (CheckedItem("bad", worse, (), "why"),))
+    assert first.withdrew
+    assert not TeacherCheck(worse, (CheckedItem("good", None),)).after(first).withdrew
+
+
+def test_a_check_of_before_there_were_attempts_is_read():
+    check = check_teacher(pool("bad"), *night(40, {("bad",): (0.1, 0.6)}), new=NEW)
+    values = to_values(check)
+    del values["earlier"]
+    for item in values["items"]:
+        del item["attempt"]
+    assert from_values(TeacherCheck, values, "check", "") == check
 
 
 def test_an_item_about_a_bad_situation_is_not_blamed_for_it():

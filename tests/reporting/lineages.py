@@ -114,7 +114,8 @@ def lineage(
 
 
 def checked(summary: LineageSummary) -> LineageSummary:
-    """The lineage with teachers that were checked: the last one is below the student, and one item was withdrawn."""
+    """The lineage with teachers that were checked: the second was so in its second attempt, the last one is below the student,
+    and one item was withdrawn."""
     good, bad = Comparison(64, 0.5, 0.4, 0.1, 0.02, 0.18), Comparison(40, 0.1, 0.4, -0.3, -0.4, -0.2)
     last = summary.rows[-1].iteration
     rows = []
@@ -124,7 +125,9 @@ def checked(summary: LineageSummary) -> LineageSummary:
                 CheckedItem("pocket-000", good),
                 CheckedItem("pocket-001", bad, (), f"the teacher does worse with it: {bad}"),
             )
-            row = replace(row, check=TeacherCheck(bad if row.iteration == last else good, items[: row.iteration]))
+            earlier = (bad,) if row.iteration == 2 else ()
+            check = TeacherCheck(bad if row.iteration == last else good, items[: row.iteration], earlier=earlier)
+            row = replace(row, check=check)
         rows.append(row)
     return replace(summary, rows=tuple(rows))
 

@@ -196,10 +196,12 @@ def test_parts_of_a_reward_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_experience_did_to_the_teacher_stands_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     small(monkeypatch)
     text = " ".join(Page(report.render([checked(lineage())])).text)
-    for told in ("+10.0", "+2.0 to +18.0, 64 tasks", "-30.0", "not taught", "withdrawn"):
+    for told in ("+10.0", "+2.0 to +18.0, 64 tasks", "-30.0", "not taught", "withdrawn", "attempt 2"):
         assert told in text
     assert "Iteration 3: nothing is taught: the teacher with experience is below the student without it: -30.0 points" in text
-    assert "Iteration 2: pocket-001 is withdrawn: the teacher does worse with it: -30.0 points (-40.0 to -20.0)" in text
+    assert "Iteration 3: pocket-001 is withdrawn: the teacher does worse with it: -30.0 points (-40.0 to -20.0)" in text
+    assert "Iteration 2: attempt 1 of 2: the teacher with experience is below the student without it: -30.0 points" in text
+    assert "Iteration 2: attempt 2 of 2: the teacher may teach, without pocket-001: +10.0 points" in text
     assert "What experience did to the teacher" not in " ".join(Page(report.render([lineage()])).text)
 
 

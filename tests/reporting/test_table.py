@@ -68,7 +68,9 @@ def test_the_ceiling_and_the_base_by_temperature_are_shown_where_they_were_measu
 def test_a_night_that_taught_nothing_and_what_was_withdrawn_are_told() -> None:
     text = " ".join(shown(checked(lineage())).split())
     assert "iteration 3: nothing is taught: the teacher with experience is below the student without it: -30.0 points" in text
-    assert "iteration 2: pocket-001 is withdrawn: the teacher does worse with it: -30.0 points" in text
+    assert "iteration 3: pocket-001 is withdrawn: the teacher does worse with it: -30.0 points" in text
+    assert "iteration 2: attempt 2 of 2: the teacher may teach, without pocket-001: +10.0 points" in text
+    assert "iteration 2: pocket-001 is withdrawn by attempt 1: the teacher does worse with it: -30.0 points" in text
     assert "iteration 1: " not in text
 
 

@@ -78,10 +78,11 @@ def test_a_sample_is_half_successes_and_depends_on_no_order(rewards: list, count
 
 
 def test_what_experience_did_to_the_teacher_is_sent() -> None:
-    check = TeacherCheck(Comparison(64, 0.3, 0.1, 0.2, 0.1, 0.3))
+    refused = (Comparison(64, 0.1, 0.3, -0.2, -0.3, -0.1),)
+    check = TeacherCheck(Comparison(64, 0.3, 0.1, 0.2, 0.1, 0.3), earlier=refused)
     facts = IterationFacts("x", 3, "d", IterationRow(3, check=check, edits={"withdrawn": 2}), {}, {}, 0, 9)
     sent = {point.key: point.value for point in results(facts)}
-    told = {"teacher": 0.3, "student": 0.1, "difference": 0.2, "low": 0.1, "high": 0.3}
+    told = {"teacher": 0.3, "student": 0.1, "difference": 0.2, "low": 0.1, "high": 0.3, "attempts": 2.0}
     assert {key: value for key, value in sent.items() if key.startswith("teacher/")} == {
         f"teacher/{k}": v for k, v in told.items()
     }
