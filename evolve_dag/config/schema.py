@@ -273,6 +273,9 @@ class TeacherCheckSettings(Section):
     """Most times that the teacher is asked in one night. One that is below the student is asked again without what was
     withdrawn, which costs another set of its rollouts: of all training tasks, or of ``tasks`` with ``regime.source: student``.
     After the last nothing is taught tonight."""
+    must_help: bool = False
+    """Nobody teaches but a teacher that is established to be better than the student: its interval lies above zero. By default
+    one that is not established to be worse does, too; where it is no better, the student may lose by it (docs/LOG.md)."""
     tasks: int = Field(32, ge=1, le=MOST)
     """Training tasks that are looked at where looking costs something: rollouts of the teacher with ``regime.source: student``,
     choices of a selector that asks a model. Elsewhere all are."""

@@ -95,6 +95,8 @@ class TeacherCheck:
     """Why nothing was compared; '' when something was."""
     earlier: tuple[Comparison, ...] = ()
     """``whole`` of the attempts before the last, oldest first: each was refused."""
+    must_help: bool = False
+    """Whether a teacher is refused that is not established to be better."""
 
     def after(self, before: TeacherCheck) -> TeacherCheck:
         """This first check as that of the attempt after ``before``, which was refused."""
@@ -126,7 +128,9 @@ class TeacherCheck:
     @property
     def refusal(self) -> str:
         """Why nothing is taught by the last attempt; '' when it may teach."""
-        return _below(self.whole) if self.whole is not None and self.whole.harmful else ""
+        if self.whole is None:
+            return f"nothing says that the teacher is better than the student: {self.note}" if self.must_help else ""
+        return _refused(self.whole) if self.whole.harmful or (self.must_help and not self.whole.helpful) else ""
 
     @property
     def told(self) -> tuple[str, ...]:
@@ -135,7 +139,7 @@ class TeacherCheck:
         if not self.earlier:
             return (*filter(None, [last]), *(f"{item} is withdrawn: {why}" for item, why in self.withdrawn.items()))
         left_out = ", ".join(one.item for one in self.items if one.withdrawn and one.attempt < self.attempts)
-        said = (*map(_below, self.earlier), last or f"the teacher may teach, without {left_out}: {self.whole or self.note}")
+        said = (*map(_refused, self.earlier), last or f"the teacher may teach, without {left_out}: {self.whole or self.note}")
         return (
             *(f"attempt {n} of {self.attempts}: {one}" for n, one in enumerate(said, 1)),
             *(f"{one.item} is withdrawn by attempt {one.attempt}: {one.withdrawn}" for one in self.items if one.withdrawn),
@@ -152,8 +156,9 @@ def new_items(edits: Iterable[PoolEdit]) -> frozenset[str]:
     return frozenset(edit.item_id for edit in edits if edit.operation in ("add", "update") and edit.before != edit.after)
 
 
-def _below(whole: Comparison) -> str:
-    return f"the teacher with experience is below the student without it: {whole}"
+def _refused(whole: Comparison) -> str:
+    than = "below the student" if whole.harmful else "not established to be better than the student"
+    return f"the teacher with experience is {than} without it: {whole}"
 
 
 class _Rollout(NamedTuple):
@@ -200,6 +205,7 @@ def check_teacher(
     *,
     new: Collection[str],
     confidence: float = 0.95,
+    must_help: bool = False,
 ) -> TeacherCheck:
     """Compare the two sides.
 
@@ -209,11 +215,12 @@ def check_teacher(
         student: rollouts of the same tasks without experience, whose steps say what would have stood there.
         new: items that no teacher has had in its context before, as they read now.
         confidence: level at which an interval must lie below zero; for items it holds for all of them together (Bonferroni).
+        must_help: refuse a teacher that is not established to be better.
     """
     sides = _Sides(_rollouts(teacher), _rollouts(student))
     whole = sides.compared(confidence)
     if whole is None:
-        return TeacherCheck(None, confidence=confidence, note="no task was judged on both sides")
+        return TeacherCheck(None, confidence=confidence, note="no task was judged on both sides", must_help=must_help)
     if whole.helpful:
         sides = _Sides(*([r._replace(items=r.first) for r in side] for side in sides))
     bundles = sides.bundles(pool)
@@ -223,7 +230,7 @@ def check_teacher(
         why = dict.fromkeys(_suspects(bundles, measured, new), told)
     together = {item: tuple(other for other in bundle if other != item) for bundle in bundles for item in bundle}
     checked = (CheckedItem(i, measured[i], together[i], why.get(i, "")) for i in pool.ids if i in together)
-    return TeacherCheck(whole, tuple(checked), confidence)
+    return TeacherCheck(whole, tuple(checked), confidence, must_help=must_help)
 
 
 def _withdrawals(

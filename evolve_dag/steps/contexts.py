@@ -305,7 +305,7 @@ def _unread(experiment: Experiment) -> tuple[str, ...]:
     settings = experiment.teacher_check
     unused: tuple[str, ...] = () if teacher_check.costs(experiment) else ("tasks",)
     if not settings.enabled:
-        unused = ("attempts", "tasks", "confidence")
+        unused = ("attempts", "must_help", "tasks", "confidence")
     return (*without_choice(experiment), *(f"teacher_check.{key}" for key in unused))
 
 

@@ -97,7 +97,14 @@ def check(
             group_size=experiment.rollout.group_size,
             experience=source,
         )
-    found = check_teacher(pool.active, teacher, viewed, new=_new(context, pool), confidence=settings.confidence)
+    found = check_teacher(
+        pool.active,
+        teacher,
+        viewed,
+        new=_new(context, pool),
+        confidence=settings.confidence,
+        must_help=settings.must_help,
+    )
     return Checked(found if before is None else found.after(before), sampled, viewed)
 
 
@@ -191,7 +198,8 @@ def verdict(artifact: Artifact) -> Verdict:
     attempts = {"attempts": check.attempts} if check.earlier else {}
     evidence = {**whole, **attempts, "items": items, "withdrawn": check.withdrawn}
     text = "; ".join(check.told) or check.note
-    return Verdict("teacher", not check.withdrawn and not check.refusal, evidence, text)
+    below = check.whole is not None and check.whole.harmful
+    return Verdict("teacher", not check.withdrawn and not below, evidence, text)
 
 
 def check_of(contexts: Artifact) -> TeacherCheck | None:

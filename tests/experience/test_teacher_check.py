@@ -140,6 +140,25 @@ def test_a_teacher_below_the_student_teaches_nothing_and_its_new_items_go():
     assert "no item alone accounts for it" in check.withdrawn["n0"]
 
 
+@pytest.mark.parametrize(("teacher", "taught"), [(0.9, True), (0.5, False), (0.1, False)])
+def test_a_teacher_that_must_help_is_refused_where_it_is_not_established_to(teacher: float, taught: bool):
+    sides = night(40, {("a",): (teacher, 0.5)})
+    check = check_teacher(pool("a"), *sides, new=NEW, must_help=True)
+    assert (check.refusal == "") == taught
+    assert check.whole is not None
+    assert ("not established to be better than the student" in check.refusal) == (not taught and not check.whole.harmful)
+    assert withdrawn(check) == (["a"] if check.whole.harmful else []), "what does not help is no harm"
+    assert bool(check_teacher(pool("a"), *sides, new=NEW).refusal) == check.whole.harmful
+    assert from_values(TeacherCheck, to_values(check), "check", "") == check
+
+
+def test_a_teacher_that_must_help_is_refused_where_nothing_was_judged():
+    sides = [[rollout(t, 0, None, ["a"]) for t in range(30)] for _ in range(2)]
+    check = check_teacher(pool("a"), *sides, new=NEW, must_help=True)
+    assert check.refusal == "nothing says that the teacher is better than the student: no task was judged on both sides"
+    assert check_teacher(pool("a"), *sides, new=NEW).refusal == ""
+
+
 def many_that_each_are_seen_seldom(helps: str = "") -> tuple[list[Trajectory], list[Trajectory]]:
     """Twenty items, each in three tasks of sixty; the teacher succeeds in half as many, or with one item in all."""
     teacher = [

@@ -320,6 +320,23 @@ class ByLength:
         return Selection(("p0001" if len(question) % 2 else "p0002",), "by length")
 
 
+@pytest.mark.parametrize("regime", ["off_policy", "on_policy"])
+def test_a_teacher_that_must_help_and_does_not_teaches_nothing(obedient: None, tmp_path: Path, regime: str) -> None:
+    """Its advice changes nothing; without the setting it is taught. No harm: the check passes, nothing is withdrawn."""
+    e = experiment(tmp_path, FIRST, regime=regime, teacher_check={"must_help": True})
+    made = iteration(e, Store(tmp_path / "store"), 1, until="adapter")
+    than = "not established to be better than the student without it"
+    why = f"the teacher with experience is {than}: +0.0 points (+0.0 to +0.0) on {TASKS} training tasks"
+    told = made["contexts"].summary
+    assert (told["kept"], told["withdrawn"], told["not_taught"]) == (0, 0, why)
+    assert made["adapter"].summary["unchanged"]
+    [verdict] = [v for v in contexts.examine(made["contexts"], e) if v.check == "teacher"]
+    assert verdict.passed
+    assert why in verdict.text
+    taught = iteration(experiment(tmp_path, FIRST, regime=regime), Store(tmp_path / "store"), 1, until="contexts")
+    assert taught["contexts"].summary["kept"] == 2 * TASKS
+
+
 def test_switched_off_the_teacher_teaches_what_it_likes(obedient: None, tmp_path: Path) -> None:
     e = experiment(tmp_path, GUESS, regime={"rejection": False}, teacher_check={"enabled": False})
     store = Store(tmp_path / "store")
