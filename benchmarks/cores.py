@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -24,8 +26,8 @@ TRAINED = "trained"
 ROWS, TOKENS, EPOCHS = 16, 512, 3
 
 
-def night(threads: int, cores: list[int]) -> None:
-    os.sched_setaffinity(0, cores[:threads])
+def seconds_of_steps(threads: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Step -> seconds by ``clock``, for night 1 of configs/pocket.yaml in a store of its own."""
     from evolve_dag.config.loading import load_experiment
     from evolve_dag.steps.base import STEP_ORDER, run_step
     from evolve_dag.store.artifacts import Store
@@ -35,11 +37,21 @@ def night(threads: int, cores: list[int]) -> None:
     spent = {}
     with tempfile.TemporaryDirectory() as folder:
         for step in STEP_ORDER:
-            started = time.perf_counter()
+            started = clock()
             run_step(step, experiment, 1, Store(folder))
-            spent[step] = time.perf_counter() - started
-    parts = ", ".join(f"{step} {seconds:.1f}" for step, seconds in spent.items() if seconds >= 0.5)
-    print(f"night 1, {threads} threads: {sum(spent.values()):.1f} s ({parts})", flush=True)
+            spent[step] = clock() - started
+    return spent
+
+
+def told(spent: Mapping[str, float]) -> str:
+    """The steps that take long enough to be told."""
+    return ", ".join(f"{step} {seconds:.1f}" for step, seconds in spent.items() if seconds >= 0.5)
+
+
+def night(threads: int, cores: list[int]) -> None:
+    os.sched_setaffinity(0, cores[:threads])
+    spent = seconds_of_steps(threads, time.perf_counter)
+    print(f"night 1, {threads} threads: {sum(spent.values()):.1f} s ({told(spent)})", flush=True)
 
 
 def training(processes: int, cores: list[int]) -> None:
@@ -97,9 +109,8 @@ def main() -> None:
         if given.part == "training":
             training(count, cores)
         else:  # a process of its own: what one imported and compiled, the next would find
-            run = multiprocessing.get_context("spawn").Process(target=night, args=(count, cores))
-            run.start()
-            run.join()
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                process.submit(night, count, cores).result()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cores import seconds_of_steps, told
 from distillation import best_of, plain_loop, synthetic, view_by_view
 from memory import random_row
 from rollouts import Script, episodes, random_model, tokenizer
@@ -229,22 +230,10 @@ def _generate_per_turn(policy: Qwen3ForCausalLM, chat: ChatFormat, scripts: list
 
 def iteration() -> Iterator[Row]:
     """Night 1 of configs/pocket.yaml on one thread, in CPU seconds."""
-    from evolve_dag.config.loading import load_experiment
-    from evolve_dag.steps.base import STEP_ORDER, run_step
-    from evolve_dag.store.artifacts import Store
-
-    experiment = load_experiment(Path(__file__).parents[1] / "configs" / "pocket.yaml")
-    experiment = experiment.model_copy(update={"runtime": experiment.runtime.model_copy(update={"threads": 1})})
-    spent: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for step in STEP_ORDER:
-            started = time.process_time()
-            run_step(step, experiment, 1, Store(folder))
-            spent[step] = time.process_time() - started
+    spent = seconds_of_steps(1, time.process_time)
     whole = sum(spent.values())
     rest = 1 - sum(spent[step] for step in ("trajectories", "contexts", "adapter", "scores")) / whole
-    parts = ", ".join(f"{step} {seconds:.0f}" for step, seconds in spent.items() if seconds >= 0.5)
-    yield Row("one pocket iteration, CPU seconds of one thread", "at most 30 s on 2 cores", f"{whole:.0f} ({parts})")
+    yield Row("one pocket iteration, CPU seconds of one thread", "at most 30 s on 2 cores", f"{whole:.0f} ({told(spent)})")
     yield Row("of it outside rollouts, scoring, training and evaluation", "at most 5%", f"{100 * rest:.0f}%")
 
 

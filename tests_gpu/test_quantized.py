@@ -18,7 +18,6 @@ from evolve_dag.distillation.trainer import distill, load_model
 from evolve_dag.inference.quantization import dense, state_of
 
 pytest.importorskip("bitsandbytes", reason="extra [quantized]")
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 SETTINGS = DistillationSettings(rank=4, alpha=8, learning_rate=1e-3, epochs=2, tokens_per_batch=200, top_k=8)
 
