@@ -10,7 +10,6 @@ its own, arms in turn, so that peak memory is its own; the least of --repeats ru
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from memory import high_water
 
 from evolve_dag.distillation.dataset import load_contexts
 from evolve_dag.distillation.forward import decoder_and_head
@@ -45,7 +45,7 @@ def one_arm(arm: str, vocabulary: int, tokens: int, hidden: int, repeats: int) -
     parts = [keep_top(torch.log_softmax(head(part), -1), TOP_K) for part in (3 * states).split(64)]
     ids, tails = [p.ids for p in parts if p.ids is not None], [p.tail for p in parts if p.tail is not None]
     teacher = Teacher(torch.cat([p.logprobs for p in parts]), torch.cat(ids), torch.cat(tails))
-    before, best = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, float("inf")
+    before, best = high_water(), float("inf")
     for _ in range(repeats):
         leaf = states.clone().requires_grad_()
         started = time.process_time()
@@ -55,7 +55,7 @@ def one_arm(arm: str, vocabulary: int, tokens: int, hidden: int, repeats: int) -
             loss = token_losses_from_hidden("forward_kl", leaf, head, teacher=teacher)[0]
         loss.mean().backward()
         best = min(best, time.process_time() - started)
-    print(best, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(best, (high_water() - before) / 2**20)
 
 
 def compare(repeats: int) -> None:

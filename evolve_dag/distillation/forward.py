@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Ids = Sequence[int]
 
+FULL = 0.75
+"""Share of the tokens of a pass from which on it may end early, where the next sequence begins otherwise."""
+
 
 class Forward:
     """A causal language model (bare or wrapped by peft), split into its body and its output layer.
@@ -132,15 +135,27 @@ def repeated_layers(decoder: Any) -> list[Any]:
 
 def _neighbours(sequences: Sequence[Ids], tokens: int) -> list[list[int]]:
     found: list[list[int]] = []
-    tree = GrowingTree()
-    for index, sequence in enumerate(sequences):
-        tree.add(sequence)
-        if not found or tree.tokens > tokens:
-            found.append([])
-            tree = GrowingTree()
-            tree.add(sequence)
-        found[-1].append(index)
+    begin = 0
+    while begin < len(sequences):
+        end = _cut(sequences, begin, tokens)
+        found.append(list(range(begin, end)))
+        begin = end
     return found
+
+
+def _cut(sequences: Sequence[Ids], begin: int, tokens: int) -> int:
+    """Where a pass from ``begin`` on ends: what the next one begins with is computed there again, so where least is shared."""
+    tree = GrowingTree()
+    shared: dict[int, int] = {}
+    """Possible end -> tokens of the sequence there that the pass has."""
+    for index in range(begin, len(sequences)):
+        before = tree.tokens
+        tree.add(sequences[index])
+        if index > begin and before >= FULL * tokens:
+            shared[index] = len(sequences[index]) - (tree.tokens - before)
+        if tree.tokens > tokens and index > begin:
+            return min(reversed(shared), key=shared.__getitem__) if shared else index
+    return len(sequences)
 
 
 def _like_length(sequences: Sequence[Ids], tokens: int) -> list[list[int]]:
