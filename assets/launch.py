@@ -219,7 +219,7 @@ def _run(config: Path, *, seed: int | None, iterations: int | None, root: Path, 
     require_files(experiment)
     first = base.resolve_iteration(experiment, 1, store)
     if not all(step.exists for step in first.values()):
-        preflight(experiment, 1)
+        preflight(experiment, 1, store)
         handover.check(experiment)
     name = experiment.experiment
     session = ConsoleSession(experiment, count, console)

@@ -70,7 +70,7 @@ def _materialize(context: dg.AssetExecutionContext, store: StoreResource, sessio
         with session.lock(opened, name):
             with session.step(step, iteration) as progress:
                 if step == "policy":
-                    preflight(experiment, iteration)
+                    preflight(experiment, iteration, opened)
                     handover.check(experiment)
                 make, facts = handover.maker(context, experiment, step), {"dagster_run_id": context.run_id}
                 try:

@@ -212,18 +212,23 @@ def plan(
 ) -> None:
     """Say what `evolve run` would recompute, and why; runs and writes nothing. Exits with 1 where a run would stop."""
     from evolve_dag.lineage import planning
-    from evolve_dag.tasks.streams import of_iteration
+    from evolve_dag.tasks.streams import files_read, of_iteration
     from evolve_dag.tasks.suites import check_files
 
     opened = _store(store)
     experiment = _experiment(config, seed, opened)
-    planned = planning.plan(experiment, opened, iterations)
+    try:
+        planned = planning.plan(experiment, opened, iterations)
+    except EvolveError:  # e.g. the policy has to be warmed up first, which takes long enough to know this before
+        for line in planning.advice(experiment, opened):
+            _console(stderr=True).print(line, highlight=False)
+        raise
     if json:
         _print_json(planned.to_dict())
     else:
         _console().print(planning.render(planned, reuse=every), highlight=False)
     if any(step.iteration == 1 and step.action == "recompute" for step in planned.steps):
-        check_files(of_iteration(experiment, 1))
+        check_files(of_iteration(experiment, 1, files_read(experiment, opened)))
     if planned.of("stop"):
         raise typer.Exit(FAILED)
 

@@ -210,8 +210,8 @@ class TaskSplit(Section):
     Splits of one file whose parts do not meet never share a task, as a stream too, whatever is appended. None: all."""
     stream: bool = False
     """``train`` only: every iteration takes tasks of its own. In the pocket world it asks about a new world; of a file it takes
-    the next ``count`` rows, in their order; of a folder (``path``) the next file, by name. Appending changes no earlier
-    iteration. False: the same tasks in every iteration."""
+    the next ``count`` rows, in their order; of a folder (``path``) the next file with a row, by name. What comes later
+    changes no earlier iteration: a file that sorts before one that was read is passed over. False: always the same tasks."""
 
     @field_validator("percent")
     @classmethod

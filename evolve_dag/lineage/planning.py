@@ -170,9 +170,13 @@ def plan(experiment: Experiment, store: Store, iterations: int | None = None) ->
         entering = _leaving(steps[-1], experiment, store)
         if isinstance(entering, str):
             assumed = _as_before(steps[-1], experiment, store)
+    return Plan(experiment.experiment, count, tuple(steps), (*advice(experiment, store), *absent_programs(experiment)))
+
+
+def advice(experiment: Experiment, store: Store) -> tuple[str, ...]:
+    """What its file alone lets foresee: too few tasks or rollouts, a rate that suits another model."""
     told = (power.warning(experiment, store), power.few_rollouts(experiment), *recipe.warnings(experiment))
-    notes = tuple(filter(None, [*told, *absent_programs(experiment)]))
-    return Plan(experiment.experiment, count, tuple(steps), notes)
+    return tuple(filter(None, told))
 
 
 def render(planned: Plan, *, reuse: bool = False) -> RenderableType:

@@ -16,7 +16,7 @@ QUESTIONS: Mapping[ContrastKind, str] = {
     "night": "against the iteration before (the first: against the base policy)",
     "first": "against iteration 1",
     "best": "the last against the best of its own iterations",
-    "base": "against the base policy at its best temperature",
+    "base": "against the base policy, at the best of the temperatures that it was scored at",
     "experience": "with experience in context against without",
     "ceiling": "the candidate of a night, without experience, against the ceiling of the night",
 }

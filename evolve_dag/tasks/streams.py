@@ -3,23 +3,37 @@
 A night that asks the same questions as the night before can only teach what that night left over. A stream is a plain rule
 from the number of the iteration to tasks, so the tasks of iteration k never depend on when it runs, nor on what was
 appended since: :func:`of_iteration` turns the experiment into the one that iteration k runs, with ordinary splits.
+
+Files of a folder go by name. What a finished iteration took is remembered with it (:func:`files_read`), so a file that comes
+late, and sorts before one that was read, moves no iteration to another file: it is passed over.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evolve_dag.config.parts import part_of
 from evolve_dag.config.schema import Experiment, TaskSplit
-from evolve_dag.errors import DataError, OrderError
+from evolve_dag.errors import DataError, OrderError, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from evolve_dag.store.artifacts import Store
+
+FILE = "tasks_file"
+"""Fact of the ref of trajectories: folder and name of the file that the iteration took."""
 
 
-def of_iteration(experiment: Experiment, iteration: int) -> Experiment:
+def of_iteration(experiment: Experiment, iteration: int, read: Sequence[str] = ()) -> Experiment:
     """The experiment as iteration ``iteration`` (from 1) reads it: its own training tasks where they are a stream.
+
+    Args:
+        read: names of the files that iterations 1, 2, ... of the lineage took (:func:`files_read`).
 
     Raises:
         OrderError: the stream holds nothing for this iteration yet.
@@ -29,23 +43,73 @@ def of_iteration(experiment: Experiment, iteration: int) -> Experiment:
     if not train.stream:
         return experiment
     fresh = part_of("environment", experiment.environment).fresh
-    own = _of_files(train, iteration, experiment.experiment) if fresh is None else fresh(train, iteration)
+    own = _of_files(train, iteration, experiment.experiment, read) if fresh is None else fresh(train, iteration)
     tasks = experiment.tasks.model_copy(update={"train": train.model_copy(update=own)})
     return experiment.model_copy(update={"tasks": tasks})
 
 
-def _of_files(split: TaskSplit, iteration: int, experiment: str) -> Mapping[str, object]:
-    assert split.path is not None  # checked with the experiment
-    path = Path(split.path)
-    if not path.is_dir():
+def files_read(experiment: Experiment, store: Store) -> tuple[str, ...]:
+    """Names of the files that the finished iterations of this lineage took, from the first on; () where there is no folder."""
+    folder = _folder(experiment.tasks.train)
+    if folder is None:
+        return ()
+    names: list[str] = []
+    for iteration in count(1):
+        with suppress(StoreError):  # a damaged ref is written anew with its iteration
+            ref = store.ref(experiment.experiment, iteration, "trajectories")
+            parent, _, name = str(ref.facts.get(FILE, "") if ref else "").partition("/")
+            if name and parent == folder.name:
+                names.append(name)
+        if len(names) < iteration:
+            break
+    return tuple(names)
+
+
+def facts_of(experiment: Experiment, seen: Experiment) -> dict[str, str]:
+    """What the ref of the trajectories remembers; ``seen`` is ``experiment`` as the iteration reads it."""
+    folder, path = _folder(experiment.tasks.train), seen.tasks.train.path
+    return {} if folder is None or path is None else {FILE: f"{folder.name}/{Path(path).name}"}
+
+
+def _folder(split: TaskSplit) -> Path | None:
+    return Path(split.path) if split.stream and split.path is not None and Path(split.path).is_dir() else None
+
+
+def _of_files(split: TaskSplit, iteration: int, experiment: str, read: Sequence[str]) -> Mapping[str, object]:
+    folder = _folder(split)
+    if folder is None:
         return {"skip": split.skip + (split.count or 1) * (iteration - 1)}
+    if iteration <= len(read):
+        return {"path": str(folder / read[iteration - 1])}
     try:
-        files = sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
+        left = [name for name in names if name > max(read, default="")]
+        empty = [name for name in left if _is_empty(folder / name)]
     except OSError as error:
-        raise DataError(f"{path}: cannot be listed: {error.strerror}", "correct tasks.train.path") from error
-    if iteration > len(files):
+        raise DataError(f"{folder}: cannot be listed: {error.strerror}", "correct tasks.train.path") from error
+    fresh = [name for name in left if name not in empty]
+    at = iteration - len(read) - 1
+    if at >= len(fresh):
+        held = f"{folder} holds {len(read) + len(fresh)} files, one an iteration"
+        passed = "".join(_passed_over(sorted({*names} - {*left, *read}), empty))
         raise OrderError(
-            f"trajectories[{experiment}|{iteration:02d}]: no tasks yet: {path} holds {len(files)} files, one an iteration",
-            "put the next file there, or lower `iterations`",
+            f"trajectories[{experiment}|{iteration:02d}]: no tasks yet: {held}{passed}",
+            "put the next file there, under a name that sorts last, or lower `iterations`",
         )
-    return {"path": str(files[iteration - 1])}
+    return {"path": str(folder / fresh[at])}
+
+
+def _passed_over(late: Sequence[str], empty: Sequence[str]) -> Iterator[str]:
+    if late:
+        yield f"; passed over, since they sort before what was read: {', '.join(late)}"
+    if empty:
+        yield f"; passed over, since they are empty: {', '.join(empty)}"
+
+
+def _is_empty(file: Path) -> bool:
+    """A day on which nothing came in; no night is spent on it."""
+    return file.stat().st_size < BLANK and not file.read_bytes().strip()
+
+
+BLANK = 1024
+"""Bytes from which on a file of tasks is not looked into to see whether it is blank."""

@@ -18,6 +18,8 @@ from evolve_dag.config import registry, scheduling
 from evolve_dag.config.schema import Experiment
 from evolve_dag.definitions import defs
 from evolve_dag.errors import AwayError, ConcurrencyError, DataError, EvolveError, UnjudgedError, UnreachableError
+from evolve_dag.steps import base
+from evolve_dag.store.artifacts import Store
 
 NIGHT = datetime(2026, 6, 1, 2, 0)
 
@@ -251,9 +253,9 @@ def test_nightly_says_what_is_out_of_date_in_place_of_failing_at_night(
     assert "promotion[tiny|01] is missing or out of date" in decision(memory).reason
 
 
-def test_nightly_waits_for_the_tasks_of_a_stream(fake: FakeSteps, place: Path, memory: dg.DagsterInstance) -> None:
+def stream_of_days(place: Path, *days: int) -> None:
     (place / "days").mkdir()
-    for name in ("development", "held_out", "days/1"):
+    for name in ("development", "held_out", *(f"days/{day}" for day in days)):
         (place / f"{name}.jsonl").write_text(f'{{"question": "{name}?", "answer": "x"}}\n')
     (place / "pages.jsonl").write_text('{"title": "a", "text": "b"}\n')
     tasks = {
@@ -261,11 +263,35 @@ def test_nightly_waits_for_the_tasks_of_a_stream(fake: FakeSteps, place: Path, m
         "development": {"path": "../development.jsonl", "world": None},
         "held_out": {"path": "../held_out.jsonl", "world": None},
     }
-    write_config(place / "configs" / "tiny.yaml", environment={"kind": "corpus", "pages": "../pages.jsonl"}, tasks=tasks)
+    write_config(
+        place / "configs" / "tiny.yaml", iterations=5, environment={"kind": "corpus", "pages": "../pages.jsonl"}, tasks=tasks
+    )
+
+
+def test_nightly_waits_for_the_tasks_of_a_stream(fake: FakeSteps, place: Path, memory: dg.DagsterInstance) -> None:
+    stream_of_days(place, 1)
     assert iteration(memory, 1).success, "its policy is handed over, though there are no tasks for the next night"
     assert "holds 1 files, one an iteration" in decision(memory).reason
     (place / "days" / "2.jsonl").write_text('{"question": "Who?", "answer": "x"}\n')
     assert decision(memory).iteration == 2
+
+
+def test_a_file_that_comes_late_changes_no_finished_night(
+    fake: FakeSteps, place: Path, memory: dg.DagsterInstance, store: Store
+) -> None:
+    stream_of_days(place, 1, 3)
+    assert iteration(memory, 1).success
+    assert iteration(memory, 2).success
+    (place / "days" / "2.jsonl").write_text('{"question": "Who came late?", "answer": "x"}\n')
+    experiment = registry.load(store.root, "tiny")
+    for night in (1, 2):
+        assert all(step.exists for step in base.resolve_iteration(experiment, night, store).values())
+    told = decision(memory).reason
+    assert "holds 2 files, one an iteration; passed over, since they sort before what was read: 2.jsonl" in told
+    (place / "days" / "4.jsonl").write_text('{"question": "Who is next?", "answer": "x"}\n')
+    assert decision(memory).iteration == 3
+    (place / "days" / "1.jsonl").write_text('{"question": "Who, again?", "answer": "x"}\n')
+    assert not base.resolve("trajectories", experiment, 1, store).exists, "a file that was changed is another night"
 
 
 def test_continue_until_goes_on_and_stops(memory: dg.DagsterInstance) -> None:

@@ -19,6 +19,7 @@ from evolve_dag.environments.verifiers.conversation import Talk
 from evolve_dag.environments.verifiers.environment import VerifiersEnvironment
 from evolve_dag.errors import ConfigError, PartError, SessionError
 from evolve_dag.steps.preflight import preflight
+from evolve_dag.store.artifacts import Store
 from evolve_dag.tasks.streams import of_iteration
 
 EXPERIMENT = """
@@ -73,7 +74,7 @@ def test_an_experiment_is_read_without_them_but_not_run(places: dict[str, Any], 
     loaded = experiment(tmp_path)
     assert identity("environment", "verifiers", loaded.environment) == "verifiers not installed"
     with pytest.raises(PartError, match=f"(?s){told}"):
-        preflight(loaded, 1)
+        preflight(loaded, 1, Store(tmp_path))
 
 
 def test_a_stream_goes_on_through_the_rows_and_splits_share_none(places: dict[str, Any], tmp_path: Path) -> None:

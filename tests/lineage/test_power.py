@@ -18,6 +18,8 @@ from evolve_dag.lineage.planning import plan
 from evolve_dag.records import Score
 from evolve_dag.store.artifacts import Store
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+
 
 def with_tasks(count: int, **changes: object):
     worlds = {"train": {"count": 10, "world": 12}, "development": {"count": count, "world": 22}}
@@ -128,3 +130,12 @@ def test_plan_and_doctor_say_it_before_the_run(tmp_path: Path, monkeypatch: pyte
     assert (alone.state, alone.subject) == ("note", "extraction")
     result = CliRunner().invoke(cli.app, ["plan", str(configs / "small.yaml"), "--store", str(tmp_path / "store")])
     assert "16 development tasks are few for the gate" in " ".join(result.output.split())
+
+
+def test_plan_says_it_also_where_the_policy_has_to_be_warmed_up_first(tmp_path: Path) -> None:
+    (tmp_path / "coin.yaml").write_text(
+        f"extends: {CONFIGS / 'textworld_coin.yaml'}\nmodels: {{policy: {{path: not-there-yet}}}}\n"
+    )
+    result = CliRunner().invoke(cli.app, ["plan", str(tmp_path / "coin.yaml"), "--store", str(tmp_path / "store")])
+    assert "no warmed-up model yet" in str(result.exception)
+    assert "64 development tasks are few for the gate" in " ".join(result.output.split())

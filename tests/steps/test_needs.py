@@ -61,7 +61,7 @@ def test_an_engine_needs_its_interpreter_and_servers_do_not(tmp_path: Path) -> N
     assert absent_programs(engine("python: gone/python, servers: ['http://127.0.0.1:1/v1']")) == []
     missing = engine("python: gone/python")
     with pytest.raises(ModelError, match=r"models\.policy\.python: .*gone/python: no such program"):
-        preflight(missing, 1)
+        preflight(missing, 1, Store(tmp_path))
     assert any("no such program" in note for note in plan(missing, Store(tmp_path / "store")).notes)
 
 

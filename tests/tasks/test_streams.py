@@ -14,7 +14,7 @@ from evolve_dag.errors import ConfigError, DataError, OrderError
 from evolve_dag.steps.base import resolve, run_step, settings
 from evolve_dag.store.artifacts import Store
 from evolve_dag.tasks.jsonl import in_percent
-from evolve_dag.tasks.streams import of_iteration
+from evolve_dag.tasks.streams import FILE, facts_of, files_read, of_iteration
 from evolve_dag.tasks.suites import load_tasks_of
 
 
@@ -111,6 +111,52 @@ def test_a_folder_gives_a_file_a_night(tmp_path: Path) -> None:
     assert asked(found, 2) == ["Who is 10?", "Who is 11?"]
     store = Store(tmp_path / "store")
     assert resolve("trajectories", found, 3, store).missing == "promotion[experiment|01]"
+
+
+@pytest.mark.parametrize("nothing", ["", "\n \n"])
+def test_a_day_without_tasks_is_passed_over(tmp_path: Path, nothing: str) -> None:
+    days = tmp_path / "days"
+    days.mkdir()
+    for day, content in enumerate((rows(0, 2), nothing, rows(10, 2)), 1):
+        (days / f"2026-11-0{day}.jsonl").write_text(content)
+    found = experiment(tmp_path, "{path: days, stream: true}")
+    assert asked(found, 1) == ["Who is 0?", "Who is 1?"]
+    assert asked(found, 2) == ["Who is 10?", "Who is 11?"]
+    with pytest.raises(OrderError, match=r"holds 2 files, .*; passed over, since they are empty: 2026-11-02\.jsonl"):
+        of_iteration(found, 3)
+
+
+def test_files_that_were_read_stay_with_their_nights(tmp_path: Path) -> None:
+    days = tmp_path / "days"
+    days.mkdir()
+    for day in (1, 2, 3, 4):
+        (days / f"{day}.jsonl").write_text(rows(10 * day, 1))
+    found = experiment(tmp_path, "{path: days, stream: true}")
+    store = Store(tmp_path / "store")
+    made = store.digest_of("trajectories", "1", {}, {})
+    with store.build("trajectories", made, code_version="1", config={}, inputs={}):
+        pass
+    assert files_read(found, store) == ()
+    store.set_ref("experiment", 2, "trajectories", made, **{FILE: "days/3.jsonl"})
+    assert files_read(found, store) == (), "of nights of an older version nothing is known, so all go by name"
+    store.set_ref("experiment", 1, "trajectories", made, **facts_of(found, of_iteration(found, 1)))
+    read = files_read(found, store)
+    assert read == ("1.jsonl", "3.jsonl")
+    paths = [Path(of_iteration(found, k, read).tasks.train.path or "").name for k in (1, 2, 3)]
+    assert paths == ["1.jsonl", "3.jsonl", "4.jsonl"]
+    with pytest.raises(OrderError, match=r"holds 3 files.*sort before what was read: 2\.jsonl"):
+        of_iteration(found, 4, read)
+    store.set_ref("experiment", 1, "trajectories", made, **{FILE: "elsewhere/1.jsonl"})
+    assert files_read(found, store) == (), "another folder is another stream"
+
+
+def test_a_file_may_ask_again_what_an_earlier_one_asked(tmp_path: Path) -> None:
+    days = tmp_path / "days"
+    days.mkdir()
+    (days / "2026-11-01.jsonl").write_text('{"id": "x", "question": "Who is 0?", "answer": "person 0"}\n')
+    (days / "2026-11-02.jsonl").write_text('{"id": "x", "question": "Who is 0?", "answer": "person 1"}\n')
+    found = experiment(tmp_path, "{path: days, stream: true}")
+    assert [asked(found, k) for k in (1, 2)] == [["Who is 0?"]] * 2
 
 
 def test_a_night_without_tasks_says_so_and_stores_nothing(tmp_path: Path) -> None:
