@@ -1,10 +1,11 @@
 """The engine's ratios in one run: what was asked (issue "the distillation engine"), and what this machine gives.
 
-    make bench                                # half an hour on one idle core; installs TRL for its two rows
+    make bench                                # forty minutes on two idle cores; installs TRL for its two rows
     python benchmarks/engine.py --only scoring memory --plot docs/images/engine-growth.svg
 
 Both sides of a row run in turn in one process (memory: one process a side), on the same model and tokens; seconds are CPU
-seconds of one thread, the least of the repeats, so a busy machine disturbs little.
+seconds of one thread, the least of the repeats, so a busy machine disturbs little. What top-k leaves out needs a teacher that
+was trained: ``benchmarks/losses.py --bias``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import argparse
 import asyncio
 import copy
 import importlib.util
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -122,6 +125,17 @@ def trl() -> Iterator[Row]:
         yield Row(what, asked, f"{found['ratio']:.2f} (losses differ by {differ:.0e}; top 64: {shipped:.2f})")
 
 
+def peft() -> Iterator[Row]:
+    """A training step as it ships against a plain loop around peft, which pads rows and computes logits everywhere."""
+    model = random_model()
+    aligned = [synthetic(index // 6, f"t{index // 6}#{index % 6}", 2048, "none") for index in range(24)]
+    rows = make_rows(aligned, TeacherScorer(model).score([one.views for one in aligned]))
+    settings = DistillationSettings(epochs=1)
+    plain = partial(plain_loop, model, rows, settings, Regime())
+    seconds, _ = best_of(4, {"plain": plain, "ours": partial(train, model, rows, settings.tokens_per_batch)})
+    yield Row("training against a plain peft loop", "1.19 before", f"{seconds['plain'] / seconds['ours']:.2f}")
+
+
 MEMORY = {"hidden": 256, "layers": 2, "vocabulary": 151_936}
 
 
@@ -140,23 +154,33 @@ def train(model: Qwen3ForCausalLM, rows: list[DistillationRow], tokens_per_batch
         distill(model, rows, settings=settings, regime=Regime(), out=Path(folder), **more)
 
 
-def peak(arm: str, tokens: int) -> None:
-    """Print the growth of the largest resident size while training on ``tokens`` tokens, MB, and CPU seconds."""
+def peak(arm: str, size: int) -> None:
+    """Print by how much the largest resident size grows, MB, and CPU seconds: ``size`` tokens trained, or episodes played."""
     torch.set_num_threads(1)
-    model = random_model() if arm == "growth" else random_model(**MEMORY)
-    rows = [
-        random_row(1024, model.config.vocab_size, 64, seed) for seed in range(tokens // 1024)
-    ]  # scoring would raise the mark
+    work = _rollouts_of(size) if arm == "episodes" else _training_on(arm, size)
     started, before = time.process_time(), high_water()
-    if arm == "plain":
-        plain_loop(model, rows, DistillationSettings(epochs=1, tokens_per_batch=tokens), Regime())
-    else:
-        train(model, rows, 2048 if arm == "growth" else tokens)
+    work()
     print((high_water() - before) / 2**20, time.process_time() - started)
 
 
-def in_process(arm: str, tokens: int) -> tuple[float, float]:
-    command = [sys.executable, __file__, "--peak", arm, str(tokens)]
+def _rollouts_of(size: int) -> Callable[[], None]:
+    chat = ChatFormat.from_tokenizer(tokenizer())
+    model = TransformersModel.load(random_model(chat.vocab_size), chat, threads=1, max_batch=EPISODES)
+    asyncio.run(episodes(model, [Script(number) for number in range(2)], 2))
+    return lambda: asyncio.run(episodes(model, [Script(number) for number in range(size)], EPISODES))
+
+
+def _training_on(arm: str, tokens: int) -> Callable[[], Any]:
+    model = random_model() if arm == "growth" else random_model(**MEMORY)
+    # Made, not scored, which would raise the mark.
+    rows = [random_row(1024, model.config.vocab_size, 64, seed) for seed in range(tokens // 1024)]
+    if arm != "plain":
+        return partial(train, model, rows, TOKENS if arm == "growth" else tokens)
+    return partial(plain_loop, model, rows, DistillationSettings(epochs=1, tokens_per_batch=tokens), Regime())
+
+
+def in_process(arm: str, size: int) -> tuple[float, float]:
+    command = [sys.executable, __file__, "--peak", arm, str(size)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return float(out[-2]), float(out[-1])
 
@@ -252,36 +276,72 @@ def iteration() -> Iterator[Row]:
     yield Row("of it outside rollouts, scoring, training and evaluation", "at most 5%", f"{100 * rest:.0f}%")
 
 
+def elsewhere() -> Iterator[Row]:
+    """Ratios that take processes, and so scripts, of their own; wall time, so they want an idle machine."""
+    what, asked = "two processes against one (gloo, same global batch), tokens a second", "1.6 on 2 idle cores"
+    if len(os.sched_getaffinity(0)) < 2:
+        yield Row(what, asked, "one core here")
+    else:
+        one, two = (
+            float(rate) for rate in re.findall(r"processes: (\d+) tokens/s", _printed("cores.py", "training", "1", "2"))
+        )
+        yield Row(what, asked, f"{two / one:.2f}")
+    what, asked = "Ray, two workers against one, rollouts behind an endpoint of 50 ms", "1.8, same digests"
+    if importlib.util.find_spec("ray") is None:
+        yield Row(what, asked, "ray is not installed: make test-ray")
+        return
+    yield Row(what, asked, _printed("ray_workers.py", "1").strip().splitlines()[-1])
+
+
+def _printed(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 SIZES = (1, 2, 4, 8, 16, 32)
+TOKENS, EPISODES = 2048, 16
+"""What 1 x is."""
 
 
 def growth(plot: Path | None = None) -> Iterator[Row]:
-    """Training on 1 to 32 times 2,048 tokens, each in a process of its own."""
-    found = [in_process("growth", 2048 * size) for size in SIZES]
-    (_, first), (_, last) = found[1], found[-1]  # the first steps of a process are dearer
-    yield Row("growth: CPU seconds of training on 32 x the tokens over 16 times those on 2 x", "1", f"{last / first / 16:.2f}")
-    peaks = [mb for mb, _ in found]
-    yield Row("growth: peak memory, 1 x to 32 x the tokens, MB", "flat", " ".join(f"{mb:.0f}" for mb in peaks))
+    """Training on 1 to 32 times 2,048 tokens, and rollouts of 1 to 32 times 16 episodes; each in a process of its own."""
+    arms = {"growth": "training on 32 x the tokens", "episodes": "rollouts of 32 x the episodes, as many in flight"}
+    sizes = {"growth": TOKENS, "episodes": EPISODES}
+    measured = {arm: [in_process(arm, sizes[arm] * size) for size in SIZES] for arm in arms}
+    for arm, what in arms.items():
+        (_, first), (_, last) = measured[arm][1], measured[arm][-1]  # the first steps of a process are dearer
+        yield Row(f"growth: CPU seconds of {what} over 16 times those on 2 x", "1", f"{last / first / 16:.2f}")
+        peaks = " ".join(f"{mb:.0f}" for mb, _ in measured[arm])
+        yield Row(f"growth: peak memory of {what.split()[0]}, 1 x to 32 x, MB", "flat", peaks)
     if plot is not None:
-        plot.write_text(_svg([(2048 * size, *one) for size, one in zip(SIZES, found, strict=True)]), encoding="utf-8")
+        plot.write_text(_svg(measured), encoding="utf-8")
 
 
-def _svg(points: list[tuple[int, float, float]]) -> str:
+LINES = (
+    ("growth", 1, "#1f77b4", "training: CPU seconds", 8),
+    ("growth", 0, "#d62728", "training: peak memory", -6),
+    ("episodes", 1, "#17becf", "rollouts: CPU seconds", -6),
+    ("episodes", 0, "#ff7f0e", "rollouts: peak memory", 10),
+)
+"""Arm, column, colour, name, and where the name stands beside the end of its line."""
+
+
+def _svg(measured: dict[str, list[tuple[float, float]]]) -> str:
     """Cost against size, both axes by factors of two; seconds and megabytes relative to the first point."""
     lines = []
-    for column, colour, name in ((2, "#1f77b4", "CPU seconds"), (1, "#d62728", "peak memory")):
-        base = points[0][column]
-        at = [(60 + 80 * i, 330 - 56 * _log2(max(one[column] / base, 2**-0.5))) for i, one in enumerate(points)]
+    for arm, column, colour, name, below in LINES:
+        base = measured[arm][0][column]
+        at = [(60 + 80 * i, 330 - 56 * _log2(max(one[column] / base, 2**-0.5))) for i, one in enumerate(measured[arm])]
         path = " ".join(f"{x:.0f},{y:.0f}" for x, y in at)
         lines.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        lines.append(f'<text x="{at[-1][0] + 6:.0f}" y="{at[-1][1]:.0f}" fill="{colour}">{name}</text>')
-    for i, (tokens, _, _) in enumerate(points):
-        lines.append(f'<text x="{60 + 80 * i}" y="360" text-anchor="middle">{tokens:,}</text>')
+        lines.append(f'<text x="{at[-1][0] + 6:.0f}" y="{at[-1][1] + below:.0f}" fill="{colour}">{name}</text>')
+    for i, size in enumerate(SIZES):
+        lines.append(f'<text x="{60 + 80 * i}" y="360" text-anchor="middle">{size} x</text>')
         lines.append(f'<text x="45" y="{334 - 56 * i}" text-anchor="end">{2**i} x</text>')
     style = 'font-family="sans-serif" font-size="12" style="background:#fff"'
-    title = '<text x="60" y="20">Training: cost against tokens, relative to 2,048</text>'
+    title = f'<text x="60" y="20">Cost against size, relative to {TOKENS:,} tokens and {EPISODES} episodes</text>'
     body = "\n".join([title, *lines])
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 580 380" {style}>\n{body}\n</svg>\n'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 620 380" {style}>\n{body}\n</svg>\n'
 
 
 def _log2(value: float) -> float:
@@ -292,10 +352,12 @@ PARTS: dict[str, Callable[..., Iterator[Row]]] = {
     "scoring": scoring,
     "sampled": sampled,
     "trl": trl,
+    "peft": peft,
     "memory": memory,
     "utilisation": utilisation,
     "rollouts": rollouts,
     "iteration": iteration,
+    "elsewhere": elsewhere,
     "growth": growth,
 }
 
@@ -304,7 +366,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--plot", type=Path, help="write the growth as SVG")
-    parser.add_argument("--peak", nargs=2, metavar=("ARM", "TOKENS"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=2, metavar=("ARM", "SIZE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.peak:
         peak(given.peak[0], int(given.peak[1]))
