@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from evolve_dag.config.schema import DistillationSettings, Regime
+from evolve_dag.distillation import trainer
 from evolve_dag.distillation.__main__ import main, train
 from evolve_dag.distillation.alignment import replay_injection
 from evolve_dag.distillation.dataset import batches, save_contexts
@@ -57,6 +58,9 @@ def test_one_process_is_not_asked_to_exchange_anything() -> None:
 SETTINGS = DistillationSettings(rank=4, alpha=8, learning_rate=1e-3, epochs=2, tokens_per_batch=120, top_k=8)
 PASSES = 50
 """Tokens; some of the rows have more."""
+TOLERANCE = 1e-4
+"""Of the largest gradient of a step; the later ones start from weights that differ in their last digits."""
+
 FAULT = 3
 """Step in which one of two processes fails."""
 
@@ -106,11 +110,13 @@ def _one_of_two(rank: int, port: int, folder: Path, fault: str) -> None:
         trainer_module.row_losses = faults.get(fault, losses) if failing else losses
         point = step(run, *given)
         print(_held(run.wrapped), file=held, flush=True)
+        gradients.append(_gradients(run))
         if failing and fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         return point
 
     trainer_module._Run._step = watched
+    gradients: list[dict[str, Any]] = []
     with (folder / f"held-{rank}").open("w") as held, (folder / f"said-{rank}").open("w") as said:
         sys.stdout = sys.stderr = said
         sys.argv = ["evolve_dag.distillation", str(folder / "request.json")]
@@ -119,6 +125,13 @@ def _one_of_two(rank: int, port: int, folder: Path, fault: str) -> None:
         except SystemExit as end:
             print(end, file=said)
             raise
+        finally:
+            torch.save(gradients, folder / f"gradients-{rank}.pt")
+
+
+def _gradients(run: Any) -> dict[str, Any]:
+    """What a step went by, as it is when the step is done."""
+    return {name: one.grad.clone() for name, one in run.parameters.items()}
 
 
 def _held(model: Any) -> int:
@@ -143,6 +156,8 @@ class Task:
     model: Any
     rows: Any
     alone: DistillationResult
+    gradients: list[dict[str, Any]]
+    """Of every step of the one that trains alone."""
 
     def request(self, name: str, **changes: Any) -> dict[str, Any]:
         return {
@@ -163,8 +178,18 @@ def make_task(folder: Path, kind: str, tied: bool) -> Task:
     rows = [row for steps in (3, 1, 6) for row in scored(range(10 * steps, 10 * steps + 4), steps=steps)]
     model.save_pretrained(folder / "model")
     save_contexts(folder / "contexts", rows)
-    alone = distill(model, rows, settings=SETTINGS, regime=Regime(), out=folder / "alone", tokens_per_pass=PASSES)
-    return Task(folder, model, rows, alone)
+    gradients: list[dict[str, Any]] = []
+    step = trainer._Run._step
+
+    def watched(run: Any, *given: Any) -> Any:
+        point = step(run, *given)
+        gradients.append(_gradients(run))
+        return point
+
+    with pytest.MonkeyPatch.context() as meanwhile:
+        meanwhile.setattr(trainer._Run, "_step", watched)
+        alone = distill(model, rows, settings=SETTINGS, regime=Regime(), out=folder / "alone", tokens_per_pass=PASSES)
+    return Task(folder, model, rows, alone, gradients)
 
 
 @pytest.fixture(scope="module")
@@ -199,11 +224,16 @@ def test_the_entry_point_does_what_the_function_does(task: Task) -> None:
 def test_two_processes_find_the_gradients_of_one(
     kind: str, tied: bool, changes: dict[str, Any], tmp_path: Path, server: Any
 ) -> None:
-    """Adam's first step has the gradient's sign alone, which hides nothing: the curve says loss and norm of the gradient, and
-    the next steps say where it led. Some batches leave one of the two with fewer passes, or with none."""
+    """Some batches leave one of the two with fewer passes, or with none."""
     task = make_task(tmp_path, kind, tied)
     pair = Pair(server, tmp_path / "run", task.request("out", **changes))
     found_what_one_finds(task, "out", pair)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / "run" / f"gradients-{rank}.pt")
+        assert len(found) == len(task.gradients)
+        for one, alone in zip(found, task.gradients, strict=True):
+            largest = max(float(gradient.abs().max()) for gradient in alone.values())
+            torch.testing.assert_close(one, alone, atol=min(1e-6, TOLERANCE * largest), rtol=0.0)
     assert {(0, 1), (2, 1)} <= passes_of_both(task)
     whole = _held(task.model.requires_grad_(False))
     assert {held for steps in pair.held for held in steps} == {whole // 2 if changes["shard"] else whole}
