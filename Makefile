@@ -80,7 +80,7 @@ test-attack: install  ## kills at random moments, a fault in every step, full di
 
 test-textworld: install  ## the games of TextWorld (installs it; a minute)
 	$(INSTALL) -e '.[textworld]'
-	$(BIN)/python -m pytest tests/environments/test_textworld.py
+	$(BIN)/python -m pytest tests/environments/test_textworld.py tests/steps/test_checked_teacher_games.py
 
 test-quantized: install  ## a base in 4 bit (installs bitsandbytes; a minute)
 	$(INSTALL) -e '.[quantized]'

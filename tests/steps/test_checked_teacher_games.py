@@ -1,0 +1,89 @@
+"""A pool of harmful advice in TextWorld's games, through the real steps: it is withdrawn, and the student does not fall.
+
+A script takes the place of the policy: it plays with some skill, and obeys advice.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evolve_dag.config.schema import Experiment
+from evolve_dag.experience.pool import Pool
+from evolve_dag.inference.chat import ChatFormat
+from evolve_dag.inference.scripted import ScriptedModel
+from evolve_dag.records import ExperienceItem, Message
+from evolve_dag.steps import contexts, scores, teacher_check, trajectories
+from evolve_dag.steps.base import STEP_ORDER, entering_policy, run_step
+from evolve_dag.store.artifacts import Store
+
+sys.path.append(str(Path(__file__).parents[1] / "agent"))
+from tiny_tokenizers import byte_level
+
+pytest.importorskip("textworld")
+
+BACK = {"north": "south", "south": "north", "east": "west", "west": "east"}
+WAIT = "Patience: look around, and touch nothing."
+
+
+def play(messages: Sequence[Message]) -> str:
+    """The coin where it lies, else onward; in the kitchen whatever is listed last."""
+    if any("touch nothing" in message.content for message in messages):
+        return "look"
+    told = [message.content for message in messages if "You can: " in message.content][-1]
+    listed = told.partition("You can: ")[2].split("\n")[0].rstrip(".").split(", ")
+    came = next((one.content for one in reversed(messages) if one.role == "assistant"), "").removeprefix("go ")
+    onward = [command for command in listed if command.startswith("go ") and command != f"go {BACK.get(came)}"]
+    return "take coin" if "take coin" in listed else (onward or listed)[-1]
+
+
+@pytest.fixture
+def player(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = ChatFormat.from_tokenizer(byte_level())
+
+    @contextmanager
+    def policy(*_: Any) -> Iterator[ScriptedModel]:
+        yield ScriptedModel(play, chat=chat)
+
+    for step in (trajectories, contexts, teacher_check, scores):
+        monkeypatch.setattr(step, "open_policy", policy)
+
+
+@pytest.mark.parametrize("injection", ["step_wise", "global"])
+@pytest.mark.parametrize(("family", "condition"), [("coin", {"env:coin": "not here"}), ("cooking", {"env:meal": "not there"})])
+def test_harmful_advice_is_withdrawn_and_the_student_does_not_fall(
+    player: None, tmp_path: Path, family: str, condition: dict[str, str], injection: str
+) -> None:
+    item = ExperienceItem("p0001", WAIT, "principle", condition)
+    (tmp_path / "pool.json").write_text(Pool((item,)).to_json())
+    experiment = Experiment.model_validate(
+        {
+            "experiment": "harm",
+            "start_pool": str(tmp_path / "pool.json"),
+            "environment": {"kind": "textworld", "family": family, "limit": 8},
+            "injection": injection,
+            "extraction": {"extractor": "given"},
+            "tasks": {
+                "train": {"count": 32, "world": 1},
+                "development": {"count": 8, "world": 2},
+                "held_out": {"count": 12, "world": 3},
+            },
+            "rollout": {"group_size": 2, "max_steps": 9},
+            "evaluation": {"bootstrap": 200, "base_temperatures": [], "greedy": False},
+            "runtime": {"threads": 1},
+        }
+    )
+    store = Store(tmp_path / "store")
+    made = {step: run_step(step, experiment, 1, store).artifact for step in STEP_ORDER}
+    told, scored = made["contexts"].summary, made["scores"].json("summary.json")
+    assert (told["kept"], told["withdrawn"]) == (0, 1)
+    assert told["not_taught"].startswith("the teacher with experience is below the student without it: -")
+    assert made["adapter"].summary["unchanged"]
+    assert entering_policy(experiment, 2, store).withdrawn == {"p0001"}
+    assert scored["without"]["success"] == scored["base"]["success"] > 0
+    assert "with" not in scored, "no item is left to stand in a context"
