@@ -61,10 +61,15 @@ def random_row(tokens: int, vocabulary: int, top_k: int, seed: int = 0) -> Disti
     return DistillationRow(student, (StepView(0, (), "", tokens - actions),), teacher)
 
 
+def resident(name: str) -> int:
+    """What Linux says of this process's memory, bytes: RssAnon, RssFile, VmHWM."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(lines[name].split()[0])
+
+
 def high_water() -> int:
     """Largest resident size of this process so far, bytes; ``ru_maxrss`` begins with that of the process that started it."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(lines["VmHWM"].split()[0])
+    return resident("VmHWM")
 
 
 def measure(name: str, activation_checkpointing: bool) -> None:

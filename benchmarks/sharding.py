@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from memory import resident
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from evolve_dag.config.schema import DistillationSettings, Regime
@@ -42,8 +43,7 @@ def rows() -> list[DistillationRow]:
 def memory() -> dict[str, int]:
     """MiB that are this process's own, and the most there have been; what the C library only keeps for later is given back."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: int(lines[name].split()[0]) // 1024 for name in ("RssAnon", "RssFile", "VmHWM")}
+    return {name: resident(name) // 2**20 for name in ("RssAnon", "RssFile", "VmHWM")}
 
 
 def held(model: Any) -> int:

@@ -212,7 +212,7 @@ def plan(
 ) -> None:
     """Say what `evolve run` would recompute, and why; runs and writes nothing. Exits with 1 where a run would stop."""
     from evolve_dag.lineage import planning
-    from evolve_dag.tasks.streams import files_read, of_iteration
+    from evolve_dag.tasks.streams import of_lineage
     from evolve_dag.tasks.suites import check_files
 
     opened = _store(store)
@@ -228,7 +228,7 @@ def plan(
     else:
         _console().print(planning.render(planned, reuse=every), highlight=False)
     if any(step.iteration == 1 and step.action == "recompute" for step in planned.steps):
-        check_files(of_iteration(experiment, 1, files_read(experiment, opened)))
+        check_files(of_lineage(experiment, 1, opened))
     if planned.of("stop"):
         raise typer.Exit(FAILED)
 

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from evolve_dag.config.schema import Experiment
+from evolve_dag.inference.chat import ChatFormat
+from evolve_dag.inference.scripted import ScriptedModel
+from evolve_dag.records import Message
+from evolve_dag.steps import contexts, scores, teacher_check, trajectories
 from evolve_dag.steps.base import STEP_ORDER, run_step
 from evolve_dag.store.artifacts import Store
 
@@ -42,3 +50,14 @@ def copy_of(store: Store, folder: Path) -> Store:
     """A store of one's own to change."""
     shutil.copytree(store.root, folder)
     return Store(folder)
+
+
+def play_by(act: Callable[[Sequence[Message]], str], chat: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script takes the place of the policy in every step that rolls out."""
+
+    @contextmanager
+    def policy(*_: Any) -> Iterator[ScriptedModel]:
+        yield ScriptedModel(act, chat=chat)
+
+    for step in (trajectories, contexts, teacher_check, scores):
+        monkeypatch.setattr(step, "open_policy", policy)

@@ -40,7 +40,7 @@ from evolve_dag.store.artifacts import Artifact, Store
 from evolve_dag.store.frames import calls_to_frame
 from evolve_dag.store.layout import CALLS
 from evolve_dag.store.memory import Memory
-from evolve_dag.tasks.streams import facts_of, files_read, of_iteration
+from evolve_dag.tasks.streams import facts_of, of_iteration, of_lineage
 from evolve_dag.warmup.folder import require
 
 STEPS: tuple[StepSpec, ...] = (
@@ -199,7 +199,7 @@ def resolve_from(
     if isinstance(entering, str):
         return Resolved(name, iteration, None, False, missing=entering)
     try:
-        config = settings(name, _seen_by(name, experiment, iteration, store))
+        config = settings(name, seen_by(name, experiment, iteration, store))
     except OrderError as error:  # a stream that holds no tasks for this iteration yet
         return Resolved(name, iteration, None, False, missing=error.what)
     inputs: dict[str, str] = {}
@@ -224,9 +224,9 @@ def resolve_from(
     return Resolved(name, iteration, digest, store.exists(name, digest), inputs, config, missing)
 
 
-def _seen_by(name: str, experiment: Experiment, iteration: int, store: Store) -> Experiment:
+def seen_by(name: str, experiment: Experiment, iteration: int, store: Store) -> Experiment:
     """What a step reads: the iteration's own tasks, but for the policy, which must be there before the next tasks are."""
-    return experiment if name == "policy" else of_iteration(experiment, iteration, files_read(experiment, store))
+    return experiment if name == "policy" else of_lineage(experiment, iteration, store)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +275,8 @@ class Due:
 
     experiment: Experiment
     """Whole, as its file says it."""
+    seen: Experiment
+    """As it is in this iteration, once for all: the folder of a stream may hold another file by the end of the step."""
     expected: Resolved
     entering: PolicyRef
     store: Store
@@ -288,15 +290,10 @@ class Due:
         assert self.expected.digest is not None  # what is missing was told before
         return self.expected.digest
 
-    @property
-    def seen(self) -> Experiment:
-        """The experiment as it is in this iteration."""
-        return _seen_by(self.expected.name, self.experiment, self.expected.iteration, self.store)
 
-
-def body_view(name: str, experiment: Experiment, iteration: int, store: Store) -> tuple[Experiment, frozenset[str]]:
-    """What the body of a step may read of an experiment, and the names of its prompts."""
-    return visible(sources(name), _seen_by(name, experiment, iteration, store))
+def body_view(name: str, seen: Experiment) -> tuple[Experiment, frozenset[str]]:
+    """What the body of a step may read of an experiment (:func:`seen_by`), and the names of its prompts."""
+    return visible(sources(name), seen)
 
 
 def make_here(due: Due) -> None:
@@ -312,7 +309,7 @@ def make_here(due: Due) -> None:
             return  # another process has made it while this one waited for the lock
         ledger = Ledger(build.ledger_path)
         memory = Memory(store.root / "cache" / "memory.sqlite")
-        shown, names = body_view(name, due.experiment, expected.iteration, store)
+        shown, names = body_view(name, experiment)
         twin = _twin(expected, store)
         with Roles(shown, ledger=ledger, memory=memory) as roles, prompts.only(names), no_slice_error():
             _body(name)(
@@ -360,14 +357,15 @@ def due_step(
         check_iterations(experiment, iteration)
     entering = _entering(experiment, iteration, store)
     expected = resolve_from(name, experiment, iteration, store, entering)
-    settings(name, _seen_by(name, experiment, iteration, store))  # no tasks in the stream: says so
+    seen = seen_by(name, experiment, iteration, store)
+    settings(name, seen)  # no tasks in the stream: says so
     if expected.missing is not None or expected.digest is None or isinstance(entering, str):
         what = "is not promoted yet" if name == "policy" else "cannot be made yet"
         raise OrderError(
             f"{name}[{partition(experiment, iteration)}] {what}: {expected.missing} is missing or out of date",
             f"materialize {expected.missing} first",
         )
-    return Due(experiment, expected, entering, store, progress or Silent(), workers)
+    return Due(experiment, seen, expected, entering, store, progress or Silent(), workers)
 
 
 def run_step(

@@ -7,7 +7,7 @@ from evolve_dag.errors import ModelError
 from evolve_dag.inference.backends import check_device
 from evolve_dag.steps.needs import absent_programs
 from evolve_dag.store.artifacts import Store
-from evolve_dag.tasks.streams import files_read, of_iteration
+from evolve_dag.tasks.streams import of_lineage
 from evolve_dag.tasks.suites import check_files
 
 
@@ -19,7 +19,7 @@ def preflight(experiment: Experiment, iteration: int, store: Store) -> None:
         OrderError: the stream of tasks holds none for this iteration yet.
         ModelError: ``runtime.device`` cannot be used on this machine, or a program is not there.
     """
-    check_files(of_iteration(experiment, iteration, files_read(experiment, store)))
+    check_files(of_lineage(experiment, iteration, store))
     check_device(experiment.runtime.device)
     if missing := absent_programs(experiment):
         raise ModelError("; ".join(missing), "install it (docs/production.md, On a GPU), or correct the key")

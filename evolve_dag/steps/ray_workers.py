@@ -208,7 +208,8 @@ class Player:
         """Open what a step's body opens, and play until the process ends."""
         try:
             store = open_store(registry.default_store())
-            shown, names = base.body_view(self._playing.step, self._experiment, self._playing.iteration, store)
+            step = self._playing.step
+            shown, names = base.body_view(step, base.seen_by(step, self._experiment, self._playing.iteration, store))
             memory = Memory(store.root / "cache" / "memory.sqlite")
             with Roles(shown, ledger=self._ledger, memory=memory) as roles, prompts.only(names):
                 split = load_split(shown, self._playing.split, roles)

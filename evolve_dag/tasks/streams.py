@@ -48,6 +48,11 @@ def of_iteration(experiment: Experiment, iteration: int, read: Sequence[str] = (
     return experiment.model_copy(update={"tasks": tasks})
 
 
+def of_lineage(experiment: Experiment, iteration: int, store: Store) -> Experiment:
+    """:func:`of_iteration` behind what the finished iterations of the lineage took."""
+    return of_iteration(experiment, iteration, files_read(experiment, store))
+
+
 def files_read(experiment: Experiment, store: Store) -> tuple[str, ...]:
     """Names of the files that the finished iterations of this lineage took, from the first on; () where there is no folder."""
     folder = _folder(experiment.tasks.train)

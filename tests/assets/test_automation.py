@@ -20,6 +20,7 @@ from evolve_dag.definitions import defs
 from evolve_dag.errors import AwayError, ConcurrencyError, DataError, EvolveError, UnjudgedError, UnreachableError
 from evolve_dag.steps import base
 from evolve_dag.store.artifacts import Store
+from evolve_dag.tasks.streams import files_read
 
 NIGHT = datetime(2026, 6, 1, 2, 0)
 
@@ -292,6 +293,23 @@ def test_a_file_that_comes_late_changes_no_finished_night(
     assert decision(memory).iteration == 3
     (place / "days" / "1.jsonl").write_text('{"question": "Who, again?", "answer": "x"}\n')
     assert not base.resolve("trajectories", experiment, 1, store).exists, "a file that was changed is another night"
+
+
+def test_a_file_that_comes_during_a_night_is_not_taken_for_the_one_that_was_read(
+    fake: FakeSteps, place: Path, memory: dg.DagsterInstance, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream_of_days(place, 1, 3)
+    assert iteration(memory, 1).success
+    play = fake.trajectories
+
+    def late(context: base.StepContext) -> None:
+        (place / "days" / "2.jsonl").write_text('{"question": "Who came late?", "answer": "x"}\n')
+        play(context)
+
+    monkeypatch.setattr(fake, "trajectories", late)
+    assert iteration(memory, 2).success
+    assert files_read(registry.load(store.root, "tiny"), store) == ("1.jsonl", "3.jsonl")
+    assert "2.jsonl" in decision(memory).reason
 
 
 def test_continue_until_goes_on_and_stops(memory: dg.DagsterInstance) -> None:

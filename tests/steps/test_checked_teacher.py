@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from small_lineage import copy_of, small
+from small_lineage import copy_of, play_by, small
 
 from evolve_dag.config.schema import Experiment
 from evolve_dag.distillation.teacher import TeacherScorer
@@ -27,9 +26,8 @@ from evolve_dag.experience.selection.base import Selection
 from evolve_dag.experience.teacher_check import CheckedItem, Comparison, TeacherCheck
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.recording import Recording
-from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.records import ExperienceItem, Message, Trajectory
-from evolve_dag.steps import contexts, scores, teacher_check, trajectories
+from evolve_dag.steps import contexts, teacher_check
 from evolve_dag.steps.base import STEP_ORDER, entering_policy, run_step
 from evolve_dag.steps.body import Silent
 from evolve_dag.steps.policies import open_pool, selector_statistics
@@ -56,12 +54,7 @@ def obedient(monkeypatch: pytest.MonkeyPatch) -> None:
         [question] = [question for question in answers if messages[1].content.startswith(question)]
         return "<answer>Rato Miku</answer>" if advised else f"<answer>{answers[question]}</answer>"
 
-    @contextmanager
-    def policy(*_: Any) -> Iterator[ScriptedModel]:
-        yield ScriptedModel(act, chat=chat)
-
-    for step in (trajectories, contexts, teacher_check, scores):
-        monkeypatch.setattr(step, "open_policy", policy)
+    play_by(act, chat, monkeypatch)
 
 
 def experiment(folder: Path, *texts: str, **changes: Any) -> Experiment:

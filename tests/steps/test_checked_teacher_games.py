@@ -6,19 +6,16 @@ A script takes the place of the policy: it plays with some skill, and obeys advi
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
+from small_lineage import play_by
 
 from evolve_dag.config.schema import Experiment
 from evolve_dag.experience.pool import Pool
 from evolve_dag.inference.chat import ChatFormat
-from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.records import ExperienceItem, Message
-from evolve_dag.steps import contexts, scores, teacher_check, trajectories
 from evolve_dag.steps.base import STEP_ORDER, entering_policy, run_step
 from evolve_dag.store.artifacts import Store
 
@@ -44,14 +41,7 @@ def play(messages: Sequence[Message]) -> str:
 
 @pytest.fixture
 def player(monkeypatch: pytest.MonkeyPatch) -> None:
-    chat = ChatFormat.from_tokenizer(byte_level())
-
-    @contextmanager
-    def policy(*_: Any) -> Iterator[ScriptedModel]:
-        yield ScriptedModel(play, chat=chat)
-
-    for step in (trajectories, contexts, teacher_check, scores):
-        monkeypatch.setattr(step, "open_policy", policy)
+    play_by(play, ChatFormat.from_tokenizer(byte_level()), monkeypatch)
 
 
 @pytest.mark.parametrize("injection", ["step_wise", "global"])
