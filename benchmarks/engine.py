@@ -319,9 +319,9 @@ def growth(plot: Path | None = None) -> Iterator[Row]:
 
 LINES = (
     ("growth", 1, "#1f77b4", "training: CPU seconds", 8),
-    ("growth", 0, "#d62728", "training: peak memory", -6),
+    ("growth", 0, "#d62728", "training: peak memory", 16),
     ("episodes", 1, "#17becf", "rollouts: CPU seconds", -6),
-    ("episodes", 0, "#ff7f0e", "rollouts: peak memory", 10),
+    ("episodes", 0, "#ff7f0e", "rollouts: peak memory", -4),
 )
 """Arm, column, colour, name, and where the name stands beside the end of its line."""
 
