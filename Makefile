@@ -90,7 +90,7 @@ verifiers: install  ## the library verifiers and the tasksets of examples/verifi
 	$(INSTALL) -e '.[verifiers]' -e examples/verifiers_tasksets
 
 test-verifiers: verifiers  ## environments of the library verifiers: a turn, several, tools, and every way of breaking (2 minutes)
-	$(BIN)/python -m pytest tests/environments/test_verifiers.py tests/environments/test_verifiers_settings.py tests/tasks/test_suites.py examples/verifiers_tasksets
+	$(BIN)/python -m pytest tests/environments/test_verifiers.py tests/environments/test_verifiers_settings.py tests/tasks/test_suites.py tests/steps/test_checked_teacher_verifiers.py examples/verifiers_tasksets
 
 lint: install  ## ruff
 	$(BIN)/ruff check .

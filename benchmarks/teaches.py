@@ -1,11 +1,13 @@
-"""Does a pool teach anything? The base policy on training games, with the experiment's `start_pool` in context against without.
+"""Does a pool teach anything? The base policy on games, with the experiment's `start_pool` in context against without.
 
     python benchmarks/teaches.py configs/textworld_coin.yaml --games 64
     python benchmarks/teaches.py configs/textworld_coin.yaml --games 64 --model models/smollm2-135m     # before the warm-up
+    python benchmarks/teaches.py configs/textworld_coin.yaml --games 200 --split held_out --seeds 1 2 3    # once all is chosen
 
 The first question of any run with external principles: what does not help in the context cannot be learned from it. Same games,
 same draws, both ways; paired 95% interval over games. Training games, so that nothing is chosen by looking at held-out ones.
-Resumes: finished episodes are in a journal under the store.
+Seed S plays the games of the S-th world after the file's, as in a study. Resumes: finished episodes are in a journal under the
+store.
 """
 
 from __future__ import annotations
@@ -29,19 +31,28 @@ from evolve_dag.interop.pools import pool_from_file
 from evolve_dag.records import Trajectory
 from evolve_dag.steps.policies import experience_source
 from evolve_dag.store.journal import Journal
-from evolve_dag.tasks.suites import load_split
+from evolve_dag.tasks.suites import SPLITS, SplitName, load_split
 
 CONDITIONS = ("without", "with")
 
 
-def play(e: Experiment, games: int, condition: str, model: TransformersModel, store: Path) -> list[Trajectory]:
-    """The first games of the training split."""
+def of_seed(e: Experiment, seed: int) -> Experiment:
+    """The experiment on worlds of its own."""
+    splits = {name: own.model_copy(update={"world": (own.world or 0) + seed}) for name, own in e.tasks.splits.items()}
+    return e.model_copy(update={"seed": seed, "tasks": e.tasks.model_copy(update=splits)})
+
+
+def play(
+    e: Experiment, name_of_split: SplitName, games: int, condition: str, model: TransformersModel, store: Path
+) -> list[Trajectory]:
+    """The first games of a split."""
     with Roles(e) as roles:
-        split = load_split(e, "train", roles)
+        split = load_split(e, name_of_split, roles)
         pool = pool_from_file(Path(e.start_pool))
         source = experience_source(e, pool, roles) if condition == "with" else None
         decides = (base_identity(e.models.policy), e.slice("environment", "rollout", "injection", "selection"), pool.to_json())
-        name = hashlib.sha256(repr((condition, *decides)).encode()).hexdigest()[:16]
+        asked = (e.seed, e.slice(f"tasks.{name_of_split}"))
+        name = hashlib.sha256(repr((condition, *decides, *asked)).encode()).hexdigest()[:16]
         store.mkdir(parents=True, exist_ok=True)
         return asyncio.run(
             gather_rollouts(
@@ -75,6 +86,8 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--games", type=int, default=64)
     parser.add_argument("--model", default="", help="Folder in place of models.policy.path")
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="In place of the file's own")
     parser.add_argument("--store", type=Path, default=Path(".evolve/teaches"))
     asked = parser.parse_args()
     e = load_experiment(asked.config)
@@ -83,17 +96,28 @@ def main() -> None:
     if asked.model:
         policy = e.models.policy.model_copy(update={"path": asked.model})
         e = e.model_copy(update={"models": e.models.model_copy(update={"policy": policy})})
-    found: dict[str, list[Trajectory]] = {}
-    for condition in CONDITIONS:
-        model = open_transformers(e.models.policy, runtime=e.runtime)
-        begun, cpu = time.monotonic(), time.process_time()
-        found[condition] = play(e, asked.games, condition, model, asked.store)
-        seconds, counted = time.monotonic() - begun, model.counters
-        tokens = f"{counted.computed_tokens:,} tokens computed, {counted.sampled_tokens:,} sampled"
-        print(f"{condition}: {told(found[condition])}")
-        print(f"  {seconds:.0f} s ({time.process_time() - cpu:.0f} s of CPU), {tokens}", flush=True)
-    pairs = [by_task([t.task_id for t in found[c]], [t.reward for t in found[c]]) for c in reversed(CONDITIONS)]
-    print("with - without:", paired_difference(*pairs))
+    found: dict[str, list[Trajectory]] = {condition: [] for condition in CONDITIONS}
+    for seed in asked.seeds or [None]:
+        one = e if seed is None else of_seed(e, seed)
+        print(f"{asked.split}, world {one.tasks.splits[asked.split].world}, seed {one.seed}")
+        for condition in CONDITIONS:
+            model = open_transformers(e.models.policy, runtime=e.runtime)
+            begun, cpu = time.monotonic(), time.process_time()
+            played = play(one, asked.split, asked.games, condition, model, asked.store)
+            found[condition] += played
+            seconds, counted = time.monotonic() - begun, model.counters
+            tokens = f"{counted.computed_tokens:,} tokens computed, {counted.sampled_tokens:,} sampled"
+            print(f"{condition}: {told(played)}")
+            print(f"  {seconds:.0f} s ({time.process_time() - cpu:.0f} s of CPU), {tokens}", flush=True)
+        print("with - without:", difference(found, -asked.games), flush=True)
+    if len(asked.seeds) > 1:
+        print("all seeds, with - without:", difference(found, 0))
+
+
+def difference(found: dict[str, list[Trajectory]], begin: int) -> object:
+    """Paired over games, from the one at ``begin``."""
+    sides = [found[condition][begin:] for condition in reversed(CONDITIONS)]
+    return paired_difference(*(by_task([one.task_id for one in side], [one.reward for one in side]) for side in sides))
 
 
 if __name__ == "__main__":

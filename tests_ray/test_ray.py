@@ -93,3 +93,12 @@ def test_a_cluster_that_cannot_start_a_worker_is_told(
         materialize(tmp_path / "wrong", cluster, text, monkeypatch)
     assert "trajectories[fanned|01]: launcher ray could not start a worker" in str(told.value.description)
     assert "see that it can be reached and that evolve-dag is installed there" in str(told.value.description)
+
+
+def test_a_cluster_that_does_not_answer_is_told(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nobody = Place("http://127.0.0.1:9", f"file://{tmp_path}/mirror")
+    with pytest.raises(dg.Failure) as told:
+        materialize(tmp_path / "dead", nobody, experiment_text(endpoint, ray_launcher(nobody, 2)), monkeypatch)
+    assert "trajectories[fanned|01]: launcher ray could not start a worker" in str(told.value.description)
+    assert "http://127.0.0.1:9" in str(told.value.description)
+    assert not endpoint.calls

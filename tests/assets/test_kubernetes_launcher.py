@@ -151,3 +151,11 @@ def test_what_goes_wrong_in_a_pod_is_told_here(
     monkeypatch.setattr(launchers, "ENTRY", ("-c", STUB.replace("exec(", "time.sleep(2); raise DataError('a', 'b'); exec(")))
     assert problems_of(iteration(instance, 1, check=False)) == "a\n  remedy: b"
     assert len(cluster.deleted) == 1
+
+
+def test_a_cluster_that_does_not_answer_is_told(cluster: Cluster, fake: FakeSteps, instance: dg.DagsterInstance) -> None:
+    cluster.server.shutdown()
+    cluster.server.server_close()
+    told = problems_of(iteration(instance, 1, check=False))
+    assert "launcher kubernetes" in told, told
+    assert "Connection refused" in told, told

@@ -156,12 +156,13 @@ def test_tools_keep_their_state_and_are_torn_down() -> None:
         ("crash", "the board fell over"),
         ("twice", "plays more than one rollout in an episode"),
         ("rewrites", "the environment changed what was said before"),
+        ("no ids", "no token ids"),
         ("shots", "begins with turns of an assistant"),
         ("image", "shows images"),
     ],
 )
-def test_a_fault_costs_its_episode(fault: str, told: str) -> None:
-    [t] = play(["hello"] * 4, settings("vf-faults", {"fault": fault}), count=1)
+def test_a_fault_costs_its_episode(fault: str, told: str, chat: ChatFormat) -> None:
+    [t] = play(["hello"] * 4, settings("vf-faults", {"fault": fault}), count=1, chat=chat)
     assert (t.status, t.reward) == ("failed", None)
     assert told in (t.error or "")
 

@@ -10,14 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from harmful_night import assert_refused
 from small_lineage import play_by
 
-from evolve_dag.config.schema import Experiment
-from evolve_dag.experience.pool import Pool
 from evolve_dag.inference.chat import ChatFormat
-from evolve_dag.records import ExperienceItem, Message
-from evolve_dag.steps.base import STEP_ORDER, entering_policy, run_step
-from evolve_dag.store.artifacts import Store
+from evolve_dag.records import Message
 
 sys.path.append(str(Path(__file__).parents[1] / "agent"))
 from tiny_tokenizers import byte_level
@@ -49,31 +46,10 @@ def player(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_harmful_advice_is_withdrawn_and_the_student_does_not_fall(
     player: None, tmp_path: Path, family: str, condition: dict[str, str], injection: str
 ) -> None:
-    item = ExperienceItem("p0001", WAIT, "principle", condition)
-    (tmp_path / "pool.json").write_text(Pool((item,)).to_json())
-    experiment = Experiment.model_validate(
-        {
-            "experiment": "harm",
-            "start_pool": str(tmp_path / "pool.json"),
-            "environment": {"kind": "textworld", "family": family, "limit": 8},
-            "injection": injection,
-            "extraction": {"extractor": "given"},
-            "tasks": {
-                "train": {"count": 32, "world": 1},
-                "development": {"count": 8, "world": 2},
-                "held_out": {"count": 12, "world": 3},
-            },
-            "rollout": {"group_size": 2, "max_steps": 9},
-            "evaluation": {"bootstrap": 200, "base_temperatures": [], "greedy": False},
-            "runtime": {"threads": 1},
-        }
-    )
-    store = Store(tmp_path / "store")
-    made = {step: run_step(step, experiment, 1, store).artifact for step in STEP_ORDER}
-    told, scored = made["contexts"].summary, made["scores"].json("summary.json")
-    assert (told["kept"], told["withdrawn"]) == (0, 1)
-    assert told["not_taught"].startswith("the teacher with experience is below the student without it: -")
-    assert made["adapter"].summary["unchanged"]
-    assert entering_policy(experiment, 2, store).withdrawn == {"p0001"}
-    assert scored["without"]["success"] == scored["base"]["success"] > 0
-    assert "with" not in scored, "no item is left to stand in a context"
+    worlds = {
+        "train": {"count": 32, "world": 1},
+        "development": {"count": 8, "world": 2},
+        "held_out": {"count": 12, "world": 3},
+    }
+    game = {"kind": "textworld", "family": family, "limit": 8}
+    assert_refused(tmp_path, WAIT, condition, environment=game, tasks=worlds, injection=injection)

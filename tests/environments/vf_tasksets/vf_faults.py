@@ -56,6 +56,9 @@ class FaultsEnv(vf.Env[FaultsEnvConfig]):
             if fault == "rewrites":
                 talk.trace.nodes[-1].message.content = "I never said that"
                 await talk.turn("go on")
+            if fault == "no ids":
+                for node in talk.trace.nodes:
+                    node.token_ids, node.mask = [], []
 
 
 class Faults(vf.Taskset[Fault, FaultsConfig]):
