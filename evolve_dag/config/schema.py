@@ -291,9 +291,9 @@ class DistillationSettings(Section):
     alpha: float = Field(32.0, gt=0)
     """Scale of the LoRA update: alpha / rank."""
     learning_rate: float = Field(7e-4, gt=0)
-    """Peak rate of AdamW in iteration 1."""
+    """Peak rate of AdamW in the first training."""
     learning_rate_decay: float = Field(0.6, gt=0, le=1.0)
-    """Factor per iteration: Adam near zero divergence still takes almost full steps."""
+    """Factor with each training that the adapter has had: Adam near zero divergence still takes almost full steps."""
     epochs: int = Field(2, ge=1, le=MOST)
     """Passes over the kept trajectories."""
     tokens_per_batch: int = Field(2048, ge=64, le=MOST)

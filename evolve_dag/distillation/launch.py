@@ -51,7 +51,7 @@ class Request:
     """How the base is kept; ``nf4``: in 4 bit."""
     init_adapter: Path | None = None
     seed: int = 0
-    iteration: int = 1
+    training: int = 1
     threads: int = 1
     """Of each process."""
     device: str = "cpu"
@@ -114,7 +114,7 @@ def train_here(
         out=request.out,
         init_adapter=request.init_adapter,
         seed=request.seed,
-        iteration=request.iteration,
+        training=request.training,
         threads=request.threads,
         device=request.device,
         tokens_per_pass=request.tokens_per_pass,

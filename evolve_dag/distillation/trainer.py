@@ -115,7 +115,7 @@ def distill(
     out: Path,
     init_adapter: Path | None = None,
     seed: int = 0,
-    iteration: int = 1,
+    training: int = 1,
     threads: int = 1,
     device: str = "cpu",
     tokens_per_pass: int = 8192,
@@ -137,7 +137,8 @@ def distill(
         rows: may be empty; then the adapter that training would have begun with is saved and the result says so.
         out: folder for the adapter.
         init_adapter: adapter(k-1); None starts with one that changes nothing.
-        iteration: k; the learning rate falls by ``learning_rate_decay`` per iteration.
+        training: how many trainings the adapter has had, this one included; the learning rate falls by
+            ``learning_rate_decay`` with each.
         tokens_per_pass: most distinct tokens of one forward and backward pass (more if one row alone is longer); the gradients
             of a batch are added up over as many as it takes. Where memory runs out, passes are halved once.
         activation_checkpointing: see :class:`Forward`; the same adapter from less memory and more time.
@@ -175,17 +176,17 @@ def distill(
     wrapped = attach(
         given if shard else given.to(device), rank=settings.rank, alpha=settings.alpha, seed=seed, init_adapter=init_adapter
     )
-    training = given.training
+    was_training = given.training
     try:
         # Dropout of the base would make the student another policy than the one that acts: none of it.
         wrapped.eval()
         fuse(wrapped)
         recompute = activation_checkpointing
         forward = Sharded(wrapped, device=device, recompute=recompute) if shard else Forward(wrapped, recompute=recompute)
-        run = _Run(wrapped, forward, rows, settings, regime, seed, iteration, threads, tokens_per_pass)
+        run = _Run(wrapped, forward, rows, settings, regime, seed, training, threads, tokens_per_pass)
         kept = None
         if checkpoint is not None:
-            decided = {"settings": settings.model_dump(), "regime": regime.model_dump(), "seed": seed, "iteration": iteration}
+            decided = {"settings": settings.model_dump(), "regime": regime.model_dump(), "seed": seed, "training": training}
             kept = Checkpoint(checkpoint, fingerprint(rows, run.parameters, base=base, **decided))
         if rows:
             run.train(resample, kept, on_step or (lambda point, total: None))
@@ -194,7 +195,7 @@ def distill(
     finally:
         if not shard:
             detach(wrapped)
-            given.to(home).train(training)
+            given.to(home).train(was_training)
         torch.set_num_threads(threads_before)
     curve = run.curve
     skipped = sum(point.skipped for point in curve)
@@ -235,9 +236,9 @@ def _require_can_be_spread(model: nn.Module | Path | str, resample: Resample | N
         )
 
 
-def learning_rate(settings: DistillationSettings, step: int, total: int, iteration: int = 1) -> float:
-    """Learning rate of 0-based ``step`` of ``total``: warm-up, linear decay to 10%, and a factor per iteration."""
-    peak = settings.learning_rate * settings.learning_rate_decay ** (iteration - 1)
+def learning_rate(settings: DistillationSettings, step: int, total: int, training: int = 1) -> float:
+    """Learning rate of 0-based ``step`` of ``total``: warm-up, linear decay to 10%, and a factor per training."""
+    peak = settings.learning_rate * settings.learning_rate_decay ** (training - 1)
     warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
     progress = step / (total - 1) if total > 1 else 0.0
     return peak * warm * (1.0 - (1.0 - FINAL_FRACTION) * progress)
@@ -276,7 +277,7 @@ class _Run:
         settings: DistillationSettings,
         regime: Regime,
         seed: int,
-        iteration: int,
+        training: int,
         threads: int,
         tokens_per_pass: int,
     ) -> None:
@@ -289,7 +290,7 @@ class _Run:
         self.regime = regime
         self.options = {key: getattr(settings, key) for key in part("divergence", regime.divergence).keys}
         self.seed = seed
-        self.iteration = iteration
+        self.training = training
         self.threads = threads
         self.tokens_per_pass = tokens_per_pass
         self.processes = Processes.here()
@@ -397,7 +398,7 @@ class _Run:
         import torch
 
         started = time.perf_counter()
-        rate = learning_rate(self.settings, step, total, self.iteration)
+        rate = learning_rate(self.settings, step, total, self.training)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         weight = sum(self._weight(row) * row.action_tokens for row in rows)

@@ -28,6 +28,7 @@ from evolve_dag.steps.policies import (
     open_policy,
     open_teacher,
     require_judged,
+    trainings,
     with_teacher_views,
 )
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
@@ -75,7 +76,7 @@ def run(context: StepContext) -> None:
         quantize=settings.quantize,
         init_adapter=adapter_folder(context.store, entering.adapter),
         seed=experiment.seed,
-        iteration=context.iteration,
+        training=1 + trainings(context.store, entering.adapter),
         base=entering.base,
         checkpoint=context.build.checkpoint("training"),
     )
@@ -221,7 +222,7 @@ def _unread(experiment: Experiment) -> tuple[str, ...]:
 SPEC = StepSpec(
     "adapter",
     "LoRA weights that make the student without experience act like the teacher with it, and the training curve.",
-    version="9",
+    version="10",
     config=("seed", "regime.divergence", "distillation"),
     inputs=("policy", "experience", "contexts"),
     run=run,

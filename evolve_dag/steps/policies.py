@@ -105,6 +105,19 @@ def adapter_folder(store: Store, digest: str | None) -> Path | None:
     return artifact.path
 
 
+def trainings(store: Store, adapter: str | None) -> int:
+    """How many trainings made an adapter what it is, from one adapter to the one that it began with.
+
+    Nights whose candidate was declined, and those that had nothing to learn, are none.
+    """
+    found = 0
+    while adapter is not None:
+        made = store.open("adapter", adapter)
+        found += not made.summary["unchanged"]
+        adapter = store.open("policy", made.manifest.inputs["policy"]).summary["adapter"]
+    return found
+
+
 def open_pool(artifact: Artifact | None, name: str = POOL) -> Pool:
     """The pool of an experience artifact, or an empty one."""
     from evolve_dag.experience.pool import Pool

@@ -137,7 +137,7 @@ def test_the_checkpoint_of_another_training_is_refused(
     with pytest.raises(Killed):
         run(trained, rows, tmp_path / "x", checkpoint=tmp_path, on_step=killed_at(2))
     state = (tmp_path / checkpoint_module.STATE).read_bytes()
-    for other, changes in ((rows[1:], {}), (rows, {"seed": 1}), (rows, {"iteration": 2}), (rows, {"base": "other"})):
+    for other, changes in ((rows[1:], {}), (rows, {"seed": 1}), (rows, {"training": 2}), (rows, {"base": "other"})):
         (tmp_path / checkpoint_module.STATE).write_bytes(state)
         result = run(trained, other, tmp_path / "a", checkpoint=tmp_path, **changes)
         assert "belongs to another training" in result.note

@@ -134,7 +134,7 @@ def test_same_seed_same_bytes(trained: torch.nn.Module, rows: list[DistillationR
 
 def test_the_adapter_continues(trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path) -> None:
     first = run(trained, rows, tmp_path / "1", epochs=4)
-    second = run(trained, rows, tmp_path / "2", epochs=1, tokens_per_batch=100_000, init_adapter=first.adapter, iteration=2)
+    second = run(trained, rows, tmp_path / "2", epochs=1, tokens_per_batch=100_000, init_adapter=first.adapter, training=2)
     policy = load_adapter(tiny_model(), first.adapter)
     policy.get_base_model().load_state_dict({**policy.get_base_model().state_dict(), **_base_weights(policy, trained)})
     tokens = [end - start for row in rows for start, end in row.row.spans]
@@ -169,14 +169,14 @@ def test_nothing_kept_leaves_the_adapter_unchanged(
         assert torch.equal(adapted(trained, from_base.adapter)(input_ids=ids).logits, trained(input_ids=ids).logits)
 
 
-def test_learning_rate_warms_up_decays_to_a_tenth_and_falls_per_iteration() -> None:
+def test_learning_rate_warms_up_decays_to_a_tenth_and_falls_per_training() -> None:
     settings = SETTINGS.model_copy(update={"warmup_steps": 5})
     rates = [learning_rate(settings, step, 101) for step in range(101)]
     assert rates[0] == pytest.approx(1e-2 / 5)
     assert max(rates) == rates[4] == pytest.approx(1e-2 * (1 - 0.9 * 4 / 100))
     assert rates[50] == pytest.approx(1e-2 * 0.55)
     assert rates[100] == pytest.approx(1e-3)
-    assert learning_rate(settings, 50, 101, iteration=3) == pytest.approx(rates[50] * 0.49)
+    assert learning_rate(settings, 50, 101, training=3) == pytest.approx(rates[50] * 0.49)
     assert learning_rate(settings.model_copy(update={"warmup_steps": 0}), 0, 1) == pytest.approx(1e-2)
 
 

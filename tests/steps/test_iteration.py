@@ -18,16 +18,17 @@ from small_lineage import SMALL, copy_of, small
 
 from evolve_dag.distillation import checkpoint
 from evolve_dag.distillation.dataset import load_contexts
+from evolve_dag.distillation.launch import train
 from evolve_dag.errors import DataError, OrderError, StoreError
 from evolve_dag.experience.pool import Pool
 from evolve_dag.inference.roles import Roles
 from evolve_dag.plain import STEP_HEADING
-from evolve_dag.steps import experience
+from evolve_dag.steps import adapter, experience
 from evolve_dag.steps.base import STEP_ORDER, entering_policy, resolve, resolve_iteration, run_step, settings_digest
 from evolve_dag.steps.body import Silent, StepContext
 from evolve_dag.steps.contexts import RETENTION
 from evolve_dag.steps.experience import MINED
-from evolve_dag.steps.policies import open_pool
+from evolve_dag.steps.policies import open_pool, trainings
 from evolve_dag.store.artifacts import Store
 from evolve_dag.store.frames import load_trajectories, scores_from_frame
 
@@ -241,6 +242,22 @@ def test_a_night_that_changed_nothing_takes_its_held_out_episodes_over(copied: S
     again = run_step("scores", silent, 2, copied).artifact
     assert "taken_over" not in again.summary
     assert [(again.path / name).read_bytes() for name in told] == taken
+
+
+def test_the_learning_rate_falls_with_trainings_not_with_nights(
+    made: Store, copied: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promoted, asked = made.ref("small", 1, "adapter"), []
+    assert promoted is not None
+    assert (trainings(made, None), trainings(made, promoted.digest)) == (0, 1)
+    monkeypatch.setattr(
+        adapter, "train", lambda request, *rest, **more: asked.append(request.training) or train(request, *rest, **more)
+    )
+    silent = small(extraction={"min_support": 10_000})
+    for iteration in (1, 2):
+        for step in STEP_ORDER:
+            run_step(step, silent, iteration, copied)
+    assert asked == [1, 1], "a night that had nothing to learn is no training"
 
 
 def test_a_placebo_pool_is_injected_and_mining_goes_on_from_the_mined_one(copied: Store, tmp_path: Path) -> None:
