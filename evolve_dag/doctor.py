@@ -156,7 +156,8 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
     text += f", in {runtime.processes} processes of {_size(training.peak)}" * (runtime.processes > 1)
     part = f"1/{shards} of the weights" if shards > 1 else "weights"
     text += (
-        f" ({part} {_size(training.weights)}, LoRA and moments {_size(4 * training.adapter)}, saved {_size(training.saved)})"
+        f" ({part} {_size(training.weights)}, LoRA and moments {_size(4 * training.adapter)}, "
+        f"saved {_size(training.saved)}, logits {_size(training.logits)})"
     )
     on_one = runtime.processes if runtime.device == "cpu" else 1
     yield _against_device("training", training.peak * on_one, text, runtime.device)

@@ -25,6 +25,8 @@ from evolve_dag.inference.kv import bytes_per_token
 from evolve_dag.inference.quantization import packed, state_of
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from evolve_dag.config.schema import DistillationSettings
 
 ACTION_SHARE = 0.15
@@ -44,6 +46,8 @@ class Memory:
     """LoRA weights; their gradients and Adam's two moments are three times as much once more, and in ``peak``."""
     saved: int
     """What the forward pass keeps for the way back."""
+    logits: int
+    """What the loss holds at once on top of what was there before it: logits, piece by piece, and what is made of them."""
     peak: int
     """The most there is at once, all of the above included."""
 
@@ -78,12 +82,12 @@ def training_memory(
     shapes = (_with_layers(config, layers) for layers in (FEW, MORE))
     few, more = (_run(one, dtype, quantize, settings, rows, activation_checkpointing, fused) for one in shapes)
     further = config.get_text_config().num_hidden_layers - FEW
-    weights, adapter, saved, peak = (a + further * (b - a) for a, b in zip(few, more, strict=True))
+    weights, adapter, saved, logits, peak = (a + further * (b - a) for a, b in zip(few, more, strict=True))
     if shards == 1:
-        return Memory(weights, adapter, saved, peak)
+        return Memory(weights, adapter, saved, logits, peak)
     layer = more[0] - few[0]
     kept, gathered = -(-weights // shards), _gathered(layer, outside=few[0] - FEW * layer)
-    return Memory(kept, adapter, saved, peak - weights + kept + gathered)
+    return Memory(kept, adapter, saved, logits, peak - weights + kept + gathered)
 
 
 def _gathered(layer: int, outside: int) -> int:
@@ -108,7 +112,7 @@ def _run(
     rows: Sequence[int],
     activation_checkpointing: bool,
     fused: bool,
-) -> tuple[int, int, int, int]:
+) -> tuple[int, int, int, int, int]:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
 
@@ -126,16 +130,18 @@ def _run(
         optimizer = torch.optim.AdamW(learned)
         forward = Forward(model, recompute=activation_checkpointing, fused=fused)
         with forward.ready():
-            loss = _loss(forward, settings, rows)
+            states_T_H, paths = forward.states([[row, *range(tokens - 1)] for row, tokens in enumerate(rows)])
+            before, so_far, live.peak = live.bytes, live.peak, live.bytes
+            loss = _loss(forward, settings, states_T_H, paths)
+            logits, live.peak = live.peak - before, max(live.peak, so_far)
             saved = live.bytes - weights - adapter
             loss.backward()
         optimizer.step()
-    return weights, adapter, saved, live.peak
+    return weights, adapter, saved, logits, live.peak
 
 
-def _loss(forward: Forward, settings: DistillationSettings, rows: Sequence[int]) -> Tensor:
+def _loss(forward: Forward, settings: DistillationSettings, states_T_H: Tensor, paths: Sequence[np.ndarray]) -> Tensor:
     """What :func:`~evolve_dag.distillation.batch.row_losses` does, for rows whose tokens are not there."""
-    states_T_H, paths = forward.states([[row, *range(tokens - 1)] for row, tokens in enumerate(rows)])
     actions = sum(max(1, int(ACTION_SHARE * len(path))) for path in paths)
     kept = (actions, settings.top_k or forward.vocabulary)
     ids = torch.zeros(kept, dtype=torch.long) if settings.top_k else None

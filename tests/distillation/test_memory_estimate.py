@@ -46,7 +46,8 @@ def test_it_is_what_a_step_allocates(config: Any, less: bool) -> None:
             live._add(one.untyped_storage())
         forward = Forward(model, recompute=less)
         with forward.ready():
-            loss = memory._loss(forward, SETTINGS, ROWS)
+            states_T_H, paths = forward.states([[row, *range(tokens - 1)] for row, tokens in enumerate(ROWS)])
+            loss = memory._loss(forward, SETTINGS, states_T_H, paths)
             saved = live.bytes - frozen - told.adapter
             loss.backward()
         torch.optim.AdamW(learned).step()
@@ -62,18 +63,27 @@ def test_checkpointing_keeps_less_and_twice_the_tokens_take_twice_as_much() -> N
     assert saved([2000], False) == pytest.approx(2 * saved([1000], False), rel=0.02)
 
 
+def test_logits_are_there_piece_by_piece() -> None:
+    def logits(rows: list[int], vocabulary: int) -> int:
+        return training_memory(qwen3(vocab_size=vocabulary), dtype="float32", settings=SETTINGS, rows=rows).logits
+
+    actions, few = int(memory.ACTION_SHARE * 500), logits([500], 1000)
+    assert few > actions * 1000 * 4, "a short one in one piece, with what is made of it"
+    assert logits([16_000], 50_000) < 0.5 * 32 * actions * 50_000 * 4
+
+
 @pytest.mark.parametrize(("outside", "gathered"), [(50, 50 + 3 * 20), (70, 2 * 70)])
 def test_of_a_base_in_parts_a_process_keeps_one_and_gathers_layers(
     outside: int, gathered: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(config: Any, *_: Any) -> tuple[int, ...]:
         weights = outside + 20 * config.num_hidden_layers
-        return weights, 3, 1000, weights + 5000
+        return weights, 3, 1000, 70, weights + 5000
 
     monkeypatch.setattr(memory, "_run", run)
     told = training_memory(qwen3(num_hidden_layers=40), dtype="float32", settings=SETTINGS, rows=ROWS, shards=4)
     kept = -(-(outside + 800) // 4)
-    assert told == memory.Memory(kept, 3, 1000, kept + gathered + 5000)
+    assert told == memory.Memory(kept, 3, 1000, 70, kept + gathered + 5000)
 
 
 def test_keys_and_values() -> None:
