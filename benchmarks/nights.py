@@ -5,11 +5,16 @@
 The policy acts by habit, but for states about which the pool says something: there it follows the item with probability
 ``--obedience``.
 What is left is the question of extraction: does every night find something that is true, and does nothing block the next?
+
+    python benchmarks/nights.py --seeds 1 2 3 4 5 6 7 8 --frontier    # as many rollouts, half of them where outcomes were mixed
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle, islice
 from random import Random
 
 from evolve_dag.environments.pocket.script import FastSearch, ScriptedAgent, action_text, habitual, moves
@@ -76,7 +81,34 @@ def play(
     )
 
 
-def nights(seed: int, count: int, tasks: int, group: int, memory: float, obedience: float) -> list[float]:
+MOST = 4
+"""Times the rollouts that all tasks have, that one near the frontier gets on top."""
+
+
+def near_the_frontier(first: list[list[Trajectory]], budget: int) -> list[int]:
+    """The tasks that get another rollout each: those with mixed outcomes in turn, up to ``MOST`` times, then the others."""
+    mixed = [n for n, group in enumerate(first) if 0 < sum(t.reward or 0.0 for t in group) < len(group)]
+    others = [n for n in range(len(first)) if n not in mixed]
+    asked = list(islice(cycle(mixed), min(budget, MOST * len(first[0]) * len(mixed))))
+    return asked + list(islice(cycle(others or mixed), budget - len(asked)))
+
+
+def rollouts(
+    ask: Callable[[Question, str, int], Trajectory], questions: list[Question], group: int, frontier: bool
+) -> list[Trajectory]:
+    """``group`` rollouts of each question; with ``frontier`` half of them go where outcomes were mixed."""
+    found: list[list[Trajectory]] = [[] for _ in questions]
+    sure = [n for n in range(len(questions)) for _ in range(group // 2 if frontier else group)]
+    for n in sure:
+        found[n].append(ask(questions[n], f"t{n}", len(found[n])))
+    for n in near_the_frontier(found, len(questions) * group - len(sure)):
+        found[n].append(ask(questions[n], f"t{n}", len(found[n])))
+    return [one for own in found for one in own]
+
+
+def nights(
+    seed: int, count: int, tasks: int, group: int, memory: float, obedience: float, frontier: bool = False
+) -> list[float]:
     """Success on 512 held-out questions before the first night and after each."""
     settings = ContrastExtraction(min_support=5, cap=24, memory=memory)
     held_out = World(3000 + seed)
@@ -88,13 +120,10 @@ def nights(seed: int, count: int, tasks: int, group: int, memory: float, obedien
         curve.append(sum(right) / len(right))
         world = World(1000 + seed + 10_000 * night)
         search, questions = FastSearch(world), [world.question(rng) for _ in range(tasks)]
-        rolled = [
-            play(world, search, question, f"t{n}", rollout, pool, rng, obedience)
-            for n, question in enumerate(questions)
-            for rollout in range(group)
-        ]
+        ask = partial(play, world, search, pool=pool, rng=rng, obedience=obedience)
+        every = rollouts(ask, questions, group, frontier)
         found = extract(
-            rolled, pool, granularity="principle", settings=settings, iteration=night + 1, seed=seed, before=evidence
+            every, pool, granularity="principle", settings=settings, iteration=night + 1, seed=seed, before=evidence
         )
         pool, evidence = found.pool, found.evidence
     return curve
@@ -109,10 +138,12 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=6)
     parser.add_argument("--memory", type=float, default=0.8)
     parser.add_argument("--obedience", type=float, default=0.95)
+    parser.add_argument("--frontier", action="store_true", help="Half of the rollouts go where outcomes were mixed")
     arguments = parser.parse_args()
+    settings = (arguments.nights, arguments.tasks, arguments.group, arguments.memory, arguments.obedience, arguments.frontier)
     for seed in arguments.seeds:
-        curve = nights(seed, arguments.nights, arguments.tasks, arguments.group, arguments.memory, arguments.obedience)
-        print(f"seed {seed}: " + " ".join(f"{value:.1%}" for value in curve), flush=True)
+        curve = nights(seed, *settings)
+        print(f"seed {seed}: " + " ".join(f"{value:.1%}" for value in curve), f"mean {sum(curve) / len(curve):.3f}", flush=True)
 
 
 if __name__ == "__main__":

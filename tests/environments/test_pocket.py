@@ -22,15 +22,13 @@ from evolve_dag.environments.pocket.language import (
     state_of_mark,
     vocabulary,
 )
+from evolve_dag.environments.pocket.measure import headroom
 from evolve_dag.environments.pocket.pretrain import ACTION, SLIP, Encoder, PretrainSettings, pretrain
 from evolve_dag.environments.pocket.script import (
     GROUP_MOVES,
     MOVES,
-    SKILL,
     WORLD_DEPTHS,
     FastSearch,
-    ScriptedAgent,
-    habitual,
     moves,
     taught,
     transcripts,
@@ -144,30 +142,10 @@ def test_a_world_of_pretraining_has_another_law() -> None:
         assert (law.label, law.row) != (LAW.label, LAW.row)
 
 
-def test_skill_succeeds_and_habit_mostly_fails() -> None:
-    """The scripted expert of the world's headroom: at least 97%; the habit of pretraining: 7 to 20%."""
-    good = [((s,), m) for s, m in SKILL.items()] + [(("asked",), "answer")]
-    good += [((state_of_mark(mark),), tool) for mark, tool in LAW.tools.items()] + [((state_of_mark(LAW.label),), LAW.row)]
-
-    def success(advice: list, obedience: float) -> float:
-        rng, wins = Random(5), 0
-        for n in range(600):
-            if n % 100 == 0:
-                world = World(700 + n)
-                search = FastSearch(world)
-            agent = ScriptedAgent(world, world.question(rng), search)
-            for _ in range(12):
-                move = next((m for states, m in advice if agent.state in states), None)
-                follows = move is not None and rng.random() < obedience
-                _, tool, argument = agent.act(move if follows else habitual(agent.state, [], rng))
-                if tool == "answer":
-                    wins += argument == agent.question.answer
-                    break
-                agent.observe(tool, argument)
-        return wins / 600
-
-    assert 0.07 < success([], 0.0) < 0.2
-    assert success(good, 1.0) >= 0.97
+def test_the_expert_succeeds_and_habit_mostly_fails() -> None:
+    found = headroom()
+    assert found["expert"] >= 0.97
+    assert 0.07 < found["habit"] < 0.2
 
 
 def test_a_lenient_world_hides_the_law(world: World) -> None:

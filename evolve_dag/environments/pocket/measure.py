@@ -12,7 +12,7 @@ import copy
 import itertools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -172,7 +172,7 @@ def measure(folder: Path, *, per_state: int = 150, seed: int = 0) -> dict[str, A
     Returns:
         ``copy_accuracy``, ``habit`` (state -> move -> share, no item), ``obedience`` (state -> move -> share followed, held-out
         paraphrases), ``obedience_seen``, ``indifference`` (total variation that distractors and items on other states cause),
-        ``recall`` (right and wrong case).
+        ``recall`` (right and wrong case), ``headroom`` (:func:`headroom`).
     """
     rng = Random(seed)
     sample = Sampler(folder, seed)
@@ -222,11 +222,39 @@ def measure(folder: Path, *, per_state: int = 150, seed: int = 0) -> dict[str, A
             kind: {s: _variation(shares["habit"][s], shares[kind][s]) for s in STATES} for kind in ("distractor", "elsewhere")
         },
         "recall": _recall(sample, rng, 300),
+        "headroom": headroom(),
     }
     result["obedience_mean"] = sum(result["obedience"].values()) / len(result["obedience"])
     result["obedience_law_mean"] = sum(result["obedience_law"].values()) / len(result["obedience_law"])
     result["obedience_seen_mean"] = sum(result["obedience_seen"].values()) / len(result["obedience_seen"])
     return _rounded(result)
+
+
+def headroom(count: int = 600, steps: int = 12) -> dict[str, float]:
+    """Share of questions that a script answers.
+
+    Returns:
+        ``expert``, who knows every lesson of the world, and ``habit``, that of pretraining. Both copy without a slip.
+    """
+    lessons = {**SKILL, "asked": "answer", **{state_of_mark(mark): tool for mark, tool in LAW.tools.items()}}
+    lessons[state_of_mark(LAW.label)] = LAW.row
+    return {"expert": _answered(lessons, count, steps), "habit": _answered({}, count, steps)}
+
+
+def _answered(lessons: Mapping[str, str], count: int, steps: int) -> float:
+    rng, right = Random(5), 0
+    for n in range(count):
+        if n % 100 == 0:
+            world = World(MEASURING_WORLDS[n // 100])
+            search = FastSearch(world)
+        agent = ScriptedAgent(world, world.question(rng), search)
+        for _ in range(steps):
+            _, tool, argument = agent.act(lessons.get(agent.state) or habitual(agent.state, [], rng))
+            if tool == "answer":
+                right += argument == agent.question.answer
+                break
+            agent.observe(tool, argument)
+    return right / count
 
 
 def _variation(a: Counter[str], b: Counter[str]) -> float:
@@ -308,6 +336,8 @@ def model_card(measured: dict[str, Any], made: dict[str, Any]) -> str:
         right=recall["right_case"],
         wrong=recall["wrong_case"],
         answered=recall["answered_without_a_right_case"],
+        expert=measured["headroom"]["expert"],
+        habit=measured["headroom"]["habit"],
         conversations=measured["conversations_per_state"],
         states=states,
         obeyed=obeyed,
