@@ -185,7 +185,7 @@ class ScriptedAgent:
 
     def best_guess(self) -> tuple[str, str]:
         """(thought, answer) when an answer is demanded."""
-        if self.state == "part":
+        if self.state == "part" and self.attribute in self.shown:  # after a slip the page may be another one's
             return "found value", self.shown[self.attribute][1]
         if self.state == "asked":
             return "found value", _value(self.view)
