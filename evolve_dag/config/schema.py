@@ -295,7 +295,10 @@ class DistillationSettings(Section):
     learning_rate_decay: float = Field(0.6, gt=0, le=1.0)
     """Factor with each training that the adapter has had: Adam near zero divergence still takes almost full steps."""
     epochs: int = Field(2, ge=1, le=MOST)
-    """Passes over the kept trajectories."""
+    """Passes over the kept trajectories, at most."""
+    target_divergence: float = Field(0.0, ge=0)
+    """Training ends after the first pass whose mean divergence from teacher to student, nats per action token, is at most that:
+    a night that leaves little to learn takes few steps (docs/adr/0028-what-keeps.md). 0: all passes."""
     tokens_per_batch: int = Field(2048, ge=64, le=MOST)
     """Tokens of one optimizer step, those that several rows share counted in each."""
     warmup_steps: int = Field(5, ge=0, le=MOST)
@@ -576,6 +579,11 @@ def contradictions(e: Experiment) -> list[tuple[str, str]]:
         )
     if e.distillation.refresh > 1 and e.regime.source != "student":
         found.append(("distillation.refresh", "only source: student samples anew while training: set it to 1"))
+    if e.distillation.refresh > 1 and e.distillation.target_divergence:
+        what = (
+            "a training that samples anew has no passes over the same trajectories: set it to 0, or distillation.refresh to 1"
+        )
+        found.append(("distillation.target_divergence", what))
     if e.distillation.drills and part("divergence", e.regime.divergence).loss is None:
         what = f"drills are learned from the teacher's distribution, which {e.regime.divergence} has not: set it to 0"
         found.append(("distillation.drills", what))

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
-from itertools import count, islice
+from itertools import accumulate, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +98,7 @@ class DistillationResult:
     """No update was made (nothing to learn from): the adapter is the one that training began with."""
     seconds: float
     note: str = ""
-    """Why nothing was learned, why a checkpoint was not used, that memory ran out."""
+    """Why nothing was learned or training ended early, why a checkpoint was not used, that memory ran out."""
 
 
 Resample = Callable[[int, "nn.Module"], list[DistillationRow]]
@@ -200,7 +200,7 @@ def distill(
     curve = run.curve
     skipped = sum(point.skipped for point in curve)
     unchanged = skipped == len(curve)
-    notes = [kept.refused if kept is not None else "", run.halved]
+    notes = [kept.refused if kept is not None else "", run.halved, run.enough]
     if unchanged:
         notes.append("no trajectory was kept" if not rows else "every batch was skipped")
     return DistillationResult(
@@ -296,6 +296,8 @@ class _Run:
         self.processes = Processes.here()
         self.halved = ""
         """That and where passes were halved; '' as long as memory was enough."""
+        self.enough = ""
+        """That training ended early, and why."""
         self.parameters = {name: one for name, one in wrapped.named_parameters() if one.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -318,7 +320,8 @@ class _Run:
         on_step: Callable[[CurvePoint, int], None],
     ) -> None:
         """Train to the end, from where ``checkpoint`` stands if there is one."""
-        total = sum(len(self._batches(epoch)) for epoch in range(self.settings.epochs))
+        passes = list(accumulate(len(self._batches(epoch)) for epoch in range(self.settings.epochs)))
+        total = passes[-1]
         state = checkpoint.load() if checkpoint is not None else None
         if checkpoint is not None and state is not None:
             self._restore(state)
@@ -329,12 +332,31 @@ class _Run:
                 self._refresh(number, resample, checkpoint)
             begin, until = (total * at // self.settings.refresh for at in (number, number + 1))
             for rows in islice(self._stream(), len(self.curve) - begin, until - begin):
+                if self._learned(passes):
+                    return
                 with self.forward.ready():
                     self.curve.append(self._step(rows, len(self.curve), total, number))
                 self._check()
                 if checkpoint is not None and self.processes.leads and checkpoint.due(len(self.curve), total):
                     checkpoint.save(self._state(), len(self.curve))
                 on_step(self.curve[-1], total)
+
+    def _learned(self, passes: Sequence[int]) -> bool:
+        """Whether a pass has just ended that had little left to learn.
+
+        Args:
+            passes: number of steps after which each ends.
+        """
+        target, taken = self.settings.target_divergence, len(self.curve)
+        if not target or taken not in passes:
+            return False
+        number = passes.index(taken)
+        own = self.curve[passes[number - 1] if number else 0 :]
+        found = [point.divergence for point in own if not point.skipped and point.divergence is not None]
+        if not found or (mean := sum(found) / len(found)) > target:
+            return False
+        self.enough = f"ended after {number + 1} of {len(passes)} passes, with a mean divergence of {mean:.2g} nats"
+        return True
 
     def _check(self) -> None:
         last = self.curve[-MAX_SKIPPED_IN_A_ROW - 1 :]

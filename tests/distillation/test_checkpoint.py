@@ -46,7 +46,8 @@ def twice(clean: list[DistillationRow]) -> list[DistillationRow]:
 
 
 def run(model: torch.nn.Module, rows: list[DistillationRow], out: Path, **changes: Any) -> DistillationResult:
-    settings = SETTINGS.model_copy(update={"refresh": changes.pop("refresh", 1)})
+    own = [key for key in changes if key in DistillationSettings.model_fields]
+    settings = SETTINGS.model_copy(update={key: changes.pop(key) for key in own})
     return distill(model, rows, settings=settings, regime=Regime(), out=out, **changes)
 
 
@@ -102,6 +103,21 @@ def test_rows_that_were_sampled_while_training_are_not_sampled_again(
     assert asked == [1, 2]
     assert (result.adapter / WEIGHTS).read_bytes() == (whole.adapter / WEIGHTS).read_bytes()
     assert (result.refreshes, result.empty_refreshes) == (whole.refreshes, whole.empty_refreshes) == (2, 1)
+
+
+def test_killed_at_the_end_of_a_pass_it_ends_there(
+    trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path
+) -> None:
+    whole = run(trained, rows, tmp_path / "whole", epochs=3, target_divergence=1e9)
+    assert whole.note.startswith("ended after 1 of 3 passes")
+    with pytest.raises(Killed):
+        run(
+            trained, rows, tmp_path / "x", epochs=3, target_divergence=1e9, checkpoint=tmp_path,
+            on_step=killed_at(len(whole.curve) - 1),
+        )  # fmt: skip
+    result = run(trained, rows, tmp_path / "again", epochs=3, target_divergence=1e9, checkpoint=tmp_path)
+    assert (result.adapter / WEIGHTS).read_bytes() == (whole.adapter / WEIGHTS).read_bytes()
+    assert len(result.curve) == len(whole.curve)
 
 
 def cut(content: bytes) -> bytes:

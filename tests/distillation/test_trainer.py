@@ -444,3 +444,27 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(
     monkeypatch.setattr(trainer_module, "row_losses", broken)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         run(trained, rows, tmp_path)
+
+
+def test_training_ends_after_the_first_pass_that_had_little_left(
+    trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path
+) -> None:
+    whole = run(trained, rows, tmp_path / "whole", epochs=4)
+    steps = len(whole.curve) // 4
+    means = [float(np.mean([point.divergence for point in whole.curve[n * steps : (n + 1) * steps]])) for n in range(4)]
+    assert means[0] > means[1] > means[2]
+    early = run(trained, rows, tmp_path / "early", epochs=4, target_divergence=(means[0] + means[1]) / 2)
+    assert len(early.curve) == 2 * steps
+    assert [point.loss for point in early.curve] == [point.loss for point in whole.curve[: 2 * steps]]
+    assert early.note == f"ended after 2 of 4 passes, with a mean divergence of {means[1]:.2g} nats"
+    late = run(trained, rows, tmp_path / "late", epochs=4, target_divergence=means[3] / 1000)
+    assert (late.curve[-1].loss, late.note) == (whole.curve[-1].loss, "")
+
+
+def test_without_a_teacher_no_pass_ends_training_early(
+    trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path
+) -> None:
+    unscored = [replace(row, teacher=None) for row in rows]
+    result = run(trained, unscored, tmp_path, divergence="cross_entropy", target_divergence=1e9)
+    assert len(result.curve) % 2 == 0
+    assert result.curve[-1].step > len(result.curve) // 2
