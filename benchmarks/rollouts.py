@@ -1,8 +1,10 @@
 """How fast rollouts are: the batched model with its cache against one ``generate`` of transformers per call.
 
-Needs nothing but the package: a random model of the pocket policy's shape, conversations of a fixed shape.
+Needs nothing but the package: a random model of the pocket policy's shape (or a folder), conversations of a fixed shape.
 
     python benchmarks/rollouts.py --episodes 256 --concurrency 128 --threads 1
+    python benchmarks/rollouts.py --model models/smollm2-135m --episodes 16 --concurrency 16 --naive-episodes 2
+    python benchmarks/rollouts.py --model models/smollm2-135m --episodes 4 --concurrency 1 --naive-episodes 0    # cache alone
 
 Both sides answer the same conversations in the same process; seconds are CPU seconds of the process, so a busy
 machine blurs them less, and wall seconds are printed beside them.
@@ -21,7 +23,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.transformers import TransformersModel
@@ -103,7 +105,7 @@ async def episodes(model: TransformersModel, scripts: list[Script], concurrency:
     await asyncio.gather(*(work() for _ in range(concurrency)))
 
 
-def one_by_one(model: Qwen3ForCausalLM, chat: ChatFormat, scripts: list[Script]) -> int:
+def one_by_one(model: Any, chat: ChatFormat, scripts: list[Script]) -> int:
     """Tokens sampled with one ``generate`` per call, whole prompt each time."""
     sampled = 0
     for script in scripts:
@@ -145,11 +147,16 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=128)
     parser.add_argument("--naive-episodes", type=int, default=8, help="episodes of the slow side; 0 leaves it out")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", default="", help="folder of a model, in place of a random one")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    chat = ChatFormat.from_tokenizer(tokenizer())
-    policy = random_model(chat.vocab_size)
+    if options.model:
+        chat = ChatFormat.from_tokenizer(AutoTokenizer.from_pretrained(options.model))
+        policy = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    else:
+        chat = ChatFormat.from_tokenizer(tokenizer())
+        policy = random_model(chat.vocab_size)
     scripts = [Script(number) for number in range(options.episodes)]
 
     model = TransformersModel.load(policy, chat, threads=options.threads, max_batch=options.concurrency)
