@@ -142,6 +142,14 @@ def test_a_world_of_pretraining_has_another_law() -> None:
         assert (law.label, law.row) != (LAW.label, LAW.row)
 
 
+def test_a_guess_on_the_wrong_page_is_no_value_of_it() -> None:
+    """A slip leads to a page that lacks what this hop asks for; the last call still demands an answer."""
+    world = World(3)
+    agent = ScriptedAgent(world, world.question(Random(1)), FastSearch(world), state="part")
+    assert agent.attribute not in agent.shown
+    assert agent.best_guess() == ("no idea", agent.target[1])
+
+
 def test_the_expert_succeeds_and_habit_mostly_fails() -> None:
     found = headroom()
     assert found["expert"] >= 0.97
