@@ -29,6 +29,7 @@ from evolve_dag.environments.pocket.script import (
     MOVES,
     WORLD_DEPTHS,
     FastSearch,
+    ScriptedAgent,
     moves,
     taught,
     transcripts,
