@@ -140,10 +140,16 @@ def main() -> None:
     parser.add_argument("--obedience", type=float, default=0.95)
     parser.add_argument("--frontier", action="store_true", help="Half of the rollouts go where outcomes were mixed")
     arguments = parser.parse_args()
+    if arguments.frontier and arguments.group < 4:
+        parser.error("--frontier needs --group 4 or more: half of it has to show mixed outcomes")
     settings = (arguments.nights, arguments.tasks, arguments.group, arguments.memory, arguments.obedience, arguments.frontier)
     for seed in arguments.seeds:
         curve = nights(seed, *settings)
-        print(f"seed {seed}: " + " ".join(f"{value:.1%}" for value in curve), f"mean {sum(curve) / len(curve):.3f}", flush=True)
+        print(
+            f"seed {seed}: " + " ".join(f"{value:.1%}" for value in curve),
+            f"mean with the base {sum(curve) / len(curve):.3f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast rollouts are: the batched model with its cache against one ``generate`` of transformers per call.
 
-Needs nothing but the package: a random model of the pocket policy's shape (or a folder), conversations of a fixed shape.
+A random model of the pocket policy's shape, or a model's folder; conversations of a fixed shape.
 
     python benchmarks/rollouts.py --episodes 256 --concurrency 128 --threads 1
     python benchmarks/rollouts.py --model models/smollm2-135m --episodes 16 --concurrency 16 --naive-episodes 2
@@ -117,6 +117,8 @@ def one_by_one(model: Any, chat: ChatFormat, scripts: list[Script]) -> int:
                 attention_mask=torch.ones_like(ids),
                 do_sample=True,
                 top_k=0,
+                top_p=1.0,
+                temperature=1.0,
                 max_new_tokens=length,
                 eos_token_id=chat.end_of_turn_id,
                 pad_token_id=0,

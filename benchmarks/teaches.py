@@ -6,7 +6,7 @@
 
 The first question of any run with external principles: what does not help in the context cannot be learned from it. Same games,
 same draws, both ways; paired 95% interval over games. Training games, so that nothing is chosen by looking at held-out ones.
-Seed S plays the games of the S-th world after the file's, as in a study. Resumes: finished episodes are in a journal under the
+Seed S plays the games of the S-th world after the file's. Resumes: finished episodes are in a journal under the
 store.
 """
 
@@ -37,7 +37,15 @@ CONDITIONS = ("without", "with")
 
 
 def of_seed(e: Experiment, seed: int) -> Experiment:
-    """The experiment on worlds of its own."""
+    """The experiment on worlds of its own.
+
+    Raises:
+        ConfigError: its tasks come from no world.
+    """
+    if any(own.world is None for own in e.tasks.splits.values()):
+        raise ConfigError(
+            f"{e.experiment}: its tasks come from no world", "leave --seeds out: they would be the same tasks again"
+        )
     splits = {name: own.model_copy(update={"world": (own.world or 0) + seed}) for name, own in e.tasks.splits.items()}
     return e.model_copy(update={"seed": seed, "tasks": e.tasks.model_copy(update=splits)})
 
@@ -99,24 +107,24 @@ def main() -> None:
     found: dict[str, list[Trajectory]] = {condition: [] for condition in CONDITIONS}
     for seed in asked.seeds or [None]:
         one = e if seed is None else of_seed(e, seed)
-        print(f"{asked.split}, world {one.tasks.splits[asked.split].world}, seed {one.seed}")
+        own: dict[str, list[Trajectory]] = {}
         for condition in CONDITIONS:
             model = open_transformers(e.models.policy, runtime=e.runtime)
             begun, cpu = time.monotonic(), time.process_time()
-            played = play(one, asked.split, asked.games, condition, model, asked.store)
-            found[condition] += played
+            own[condition] = play(one, asked.split, asked.games, condition, model, asked.store)
+            found[condition] += own[condition]
             seconds, counted = time.monotonic() - begun, model.counters
             tokens = f"{counted.computed_tokens:,} tokens computed, {counted.sampled_tokens:,} sampled"
-            print(f"{condition}: {told(played)}")
+            print(f"seed {one.seed}, {len(own[condition])} games of {asked.split}, {condition}: {told(own[condition])}")
             print(f"  {seconds:.0f} s ({time.process_time() - cpu:.0f} s of CPU), {tokens}", flush=True)
-        print("with - without:", difference(found, -asked.games), flush=True)
+        print("with - without:", difference(own), flush=True)
     if len(asked.seeds) > 1:
-        print("all seeds, with - without:", difference(found, 0))
+        print("all seeds, with - without:", difference(found))
 
 
-def difference(found: dict[str, list[Trajectory]], begin: int) -> object:
-    """Paired over games, from the one at ``begin``."""
-    sides = [found[condition][begin:] for condition in reversed(CONDITIONS)]
+def difference(found: dict[str, list[Trajectory]]) -> object:
+    """Paired over games."""
+    sides = [found[condition] for condition in reversed(CONDITIONS)]
     return paired_difference(*(by_task([one.task_id for one in side], [one.reward for one in side]) for side in sides))
 
 

@@ -297,8 +297,8 @@ class DistillationSettings(Section):
     epochs: int = Field(2, ge=1, le=MOST)
     """Passes over the kept trajectories, at most."""
     target_divergence: float = Field(0.0, ge=0)
-    """Training ends after the first pass whose mean divergence from teacher to student, nats per action token, is at most that:
-    a night that leaves little to learn takes few steps (docs/adr/0028-what-keeps.md). 0: all passes."""
+    """Training ends after the first pass whose mean divergence from teacher to student, over its steps' clean rows, is at most
+    that many nats per action token, so a night that leaves little to learn takes few steps. 0: all passes."""
     tokens_per_batch: int = Field(2048, ge=64, le=MOST)
     """Tokens of one optimizer step, those that several rows share counted in each."""
     warmup_steps: int = Field(5, ge=0, le=MOST)
@@ -580,9 +580,10 @@ def contradictions(e: Experiment) -> list[tuple[str, str]]:
     if e.distillation.refresh > 1 and e.regime.source != "student":
         found.append(("distillation.refresh", "only source: student samples anew while training: set it to 1"))
     if e.distillation.refresh > 1 and e.distillation.target_divergence:
-        what = (
-            "a training that samples anew has no passes over the same trajectories: set it to 0, or distillation.refresh to 1"
-        )
+        what = "a training that samples anew has no passes over the same rows: set it to 0, or distillation.refresh to 1"
+        found.append(("distillation.target_divergence", what))
+    if e.distillation.target_divergence and part("divergence", e.regime.divergence).loss is None:
+        what = f"it is measured against the teacher's distribution, which {e.regime.divergence} has not: set it to 0"
         found.append(("distillation.target_divergence", what))
     if e.distillation.drills and part("divergence", e.regime.divergence).loss is None:
         what = f"drills are learned from the teacher's distribution, which {e.regime.divergence} has not: set it to 0"

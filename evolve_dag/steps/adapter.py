@@ -215,7 +215,7 @@ def _unread(experiment: Experiment) -> tuple[str, ...]:
     others = {key for name in CHOICES["divergence"].rows for key in part("divergence", name).keys if key not in own}
     alone = experiment.injection == "none" or not (settings.retention or settings.drills)
     weight = ("retention_weight",) if alone else ()
-    sharp = ("teacher_temperature", "target_divergence") if divergence.loss is None else ()
+    sharp = ("teacher_temperature",) if divergence.loss is None else ()
     return tuple(f"distillation.{key}" for key in ("top_k", "retention", "drills", *weight, *sharp, *others))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,12 +110,15 @@ def trainings(store: Store, adapter: str | None) -> int:
 
     Nights whose candidate was declined, and those that had nothing to learn, are none.
     """
-    found = 0
+    return sum(not one.summary.get("unchanged") for one in ancestors(store, adapter))
+
+
+def ancestors(store: Store, adapter: str | None) -> Iterator[Artifact]:
+    """An adapter, the one that its training began with, and so on to the first; their weights are not looked at."""
     while adapter is not None:
-        made = store.open("adapter", adapter)
-        found += not made.summary["unchanged"]
-        adapter = store.open("policy", made.manifest.inputs["policy"]).summary["adapter"]
-    return found
+        found = store.read("adapter", adapter)
+        yield found
+        adapter = store.read("policy", found.manifest.inputs["policy"]).summary["adapter"]
 
 
 def open_pool(artifact: Artifact | None, name: str = POOL) -> Pool:

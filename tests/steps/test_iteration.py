@@ -12,13 +12,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from small_lineage import SMALL, copy_of, small
 
 from evolve_dag.distillation import checkpoint
 from evolve_dag.distillation.dataset import load_contexts
-from evolve_dag.distillation.launch import train
+from evolve_dag.distillation.launch import Request, train
 from evolve_dag.errors import DataError, OrderError, StoreError
 from evolve_dag.experience.pool import Pool
 from evolve_dag.inference.roles import Roles
@@ -244,15 +245,21 @@ def test_a_night_that_changed_nothing_takes_its_held_out_episodes_over(copied: S
     assert [(again.path / name).read_bytes() for name in told] == taken
 
 
-def test_the_learning_rate_falls_with_trainings_not_with_nights(
-    made: Store, copied: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    promoted, asked = made.ref("small", 1, "adapter"), []
+def test_the_learning_rate_falls_with_trainings_not_with_nights(copied: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    promoted, asked = copied.ref("small", 1, "adapter"), []
     assert promoted is not None
-    assert (trainings(made, None), trainings(made, promoted.digest)) == (0, 1)
-    monkeypatch.setattr(
-        adapter, "train", lambda request, *rest, **more: asked.append(request.training) or train(request, *rest, **more)
-    )
+    assert (trainings(copied, None), trainings(copied, promoted.digest)) == (0, 1)
+
+    def note(request: Request, *rest: Any, **more: Any) -> Any:
+        asked.append(request.training)
+        return train(request, *rest, **more)
+
+    monkeypatch.setattr(adapter, "train", note)
+    for step in STEP_ORDER[: STEP_ORDER.index("adapter") + 1]:
+        run_step(step, small(), 2, copied)
+    entered = entering_policy(small(), 2, copied).adapter
+    assert asked == [1 + trainings(copied, entered)]
+    asked.clear()
     silent = small(extraction={"min_support": 10_000})
     for iteration in (1, 2):
         for step in STEP_ORDER:
