@@ -105,8 +105,8 @@ def test_the_page_on_extending_names_what_there_is() -> None:
 
 
 def test_figures_of_the_readme_are_those_that_were_measured() -> None:
-    """The rows of the nights come from docs/study/success.csv, the mean over seeds, and the differences from contrasts.csv."""
-    with (ROOT / "docs/study/success.csv").open() as file:
+    """The rows of the nights come from docs/study/ten_in_context/success.csv, the mean over seeds, and the differences from contrasts.csv."""
+    with (ROOT / "docs/study/ten_in_context/success.csv").open() as file:
         found = [row for row in csv.DictReader(file) if row["arm"] == "pocket" and row["seed"] == ""]
     readme = (ROOT / "README.md").read_text().replace("*", "")
     rows = [line for line in readme.splitlines() if line.startswith("|")]
@@ -115,7 +115,7 @@ def test_figures_of_the_readme_are_those_that_were_measured() -> None:
         assert len(cells) >= 10
         (told,) = [row for row in rows if row.startswith(begin)]
         assert [cell.strip() for cell in told.split("|")[2:-1] if cell.strip()] == cells
-    with (ROOT / "docs/study/contrasts.csv").open() as file:
+    with (ROOT / "docs/study/ten_in_context/contrasts.csv").open() as file:
         last = {row["question"]: row for row in csv.DictReader(file) if row["arm"] == "pocket" and row["iteration"] == "10"}
     for question in ("first", "best"):
         low, middle, high = (100 * float(last[question][key]) for key in ("tasks_low", "difference", "tasks_high"))
