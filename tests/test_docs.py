@@ -105,7 +105,7 @@ def test_the_page_on_extending_names_what_there_is() -> None:
 
 
 def test_figures_of_the_readme_are_those_that_were_measured() -> None:
-    """The rows of the nights come from docs/study/ten_in_context/success.csv, the mean over seeds, and the differences from contrasts.csv."""
+    """Rows of the nights and differences are those of docs/study/ten_in_context, the mean over seeds."""
     with (ROOT / "docs/study/ten_in_context/success.csv").open() as file:
         found = [row for row in csv.DictReader(file) if row["arm"] == "pocket" and row["seed"] == ""]
     readme = (ROOT / "README.md").read_text().replace("*", "")
