@@ -59,8 +59,8 @@ def play(
         pool = pool_from_file(Path(e.start_pool))
         source = experience_source(e, pool, roles) if condition == "with" else None
         decides = (base_identity(e.models.policy), e.slice("environment", "rollout", "injection", "selection"), pool.to_json())
-        asked = (e.seed, e.slice(f"tasks.{name_of_split}"))
-        name = hashlib.sha256(repr((condition, *decides, *asked)).encode()).hexdigest()[:16]
+        questions = (e.seed, e.slice(f"tasks.{name_of_split}"))
+        name = hashlib.sha256(repr((condition, *decides, *questions)).encode()).hexdigest()[:16]
         store.mkdir(parents=True, exist_ok=True)
         return asyncio.run(
             gather_rollouts(

@@ -569,7 +569,8 @@ def _not_together(e: Experiment) -> Iterator[tuple[str, str]]:
 def contradictions(e: Experiment) -> list[tuple[str, str]]:
     """Combinations that cannot work: ``(key, what is wrong)``; what only a part can know, its row says."""
     found: list[tuple[str, str]] = []
-    if e.injection == "none" and part("divergence", e.regime.divergence).loss is not None:
+    unscored = part("divergence", e.regime.divergence).loss is None
+    if e.injection == "none" and not unscored:
         found.append(
             (
                 "injection",
@@ -582,10 +583,10 @@ def contradictions(e: Experiment) -> list[tuple[str, str]]:
     if e.distillation.refresh > 1 and e.distillation.target_divergence:
         what = "a training that samples anew has no passes over the same rows: set it to 0, or distillation.refresh to 1"
         found.append(("distillation.target_divergence", what))
-    if e.distillation.target_divergence and part("divergence", e.regime.divergence).loss is None:
+    if e.distillation.target_divergence and unscored:
         what = f"it is measured against the teacher's distribution, which {e.regime.divergence} has not: set it to 0"
         found.append(("distillation.target_divergence", what))
-    if e.distillation.drills and part("divergence", e.regime.divergence).loss is None:
+    if e.distillation.drills and unscored:
         what = f"drills are learned from the teacher's distribution, which {e.regime.divergence} has not: set it to 0"
         found.append(("distillation.drills", what))
     found.extend(_no_room_for_the_answer(e))

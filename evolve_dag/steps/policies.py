@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,15 +110,18 @@ def trainings(store: Store, adapter: str | None) -> int:
 
     Nights whose candidate was declined, and those that had nothing to learn, are none.
     """
-    return sum(not one.summary.get("unchanged") for one in ancestors(store, adapter))
-
-
-def ancestors(store: Store, adapter: str | None) -> Iterator[Artifact]:
-    """An adapter, the one that its training began with, and so on to the first; their weights are not looked at."""
+    count = 0
     while adapter is not None:
         found = store.read("adapter", adapter)
-        yield found
-        adapter = store.read("policy", found.manifest.inputs["policy"]).summary["adapter"]
+        count += not found.summary.get("unchanged")
+        adapter = began_with(store, found)
+    return count
+
+
+def began_with(store: Store, adapter: Artifact) -> str | None:
+    """Digest of the adapter that the training of this one began with; None: the bare base model."""
+    began: str | None = store.read("policy", adapter.manifest.inputs["policy"]).summary["adapter"]
+    return began
 
 
 def open_pool(artifact: Artifact | None, name: str = POOL) -> Pool:

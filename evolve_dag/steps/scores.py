@@ -28,7 +28,7 @@ from evolve_dag.steps.policies import (
     TASK_KEYS,
     Rollouts,
     adapter_folder,
-    ancestors,
+    began_with,
     by_id,
     checked_pool,
     experience_source,
@@ -202,15 +202,15 @@ def _scored_alike(context: StepContext, earlier: Artifact) -> bool:
 
 def _weights(store: Store, adapter: str | None) -> str | None:
     """The first adapter with the weights of ``adapter``: one that training left as it was is the one that entered."""
-    last = adapter
-    try:
-        for found in ancestors(store, adapter):
-            last = found.digest
+    while adapter is not None:
+        try:
+            found = store.read("adapter", adapter)
             if not found.summary.get("unchanged"):
-                return last
-    except StoreError:  # whoever opens it says so
-        return last
-    return None
+                break
+            adapter = began_with(store, found)
+        except StoreError:  # whoever opens it says so
+            break
+    return adapter
 
 
 def _rollouts(context: StepContext, splits: Mapping[str, Split], asked: _Asked, source: ExperienceSource | None) -> Rollouts:
