@@ -7,6 +7,7 @@ The policy acts by habit, but for states about which the pool says something: th
 What is left is the question of extraction: does every night find something that is true, and does nothing block the next?
 
     python benchmarks/nights.py --seeds 1 2 3 4 5 6 7 8 --frontier    # as many rollouts, half of them where outcomes were mixed
+    python benchmarks/nights.py --seeds 1 2 3 4 5 6 7 8 --history     # situations also tell of what is longer ago
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def play(
     world: World, search: FastSearch, question: Question, name: str, rollout: int, pool: Pool, rng: Random, obedience: float
 ) -> Trajectory:
     """One episode."""
-    agent, tracker, steps, answer = ScriptedAgent(world, question, search), Tracker(question.text), [], None
+    agent, tracker, steps, answer = ScriptedAgent(world, question, search), Tracker(question.text, history=True), [], None
     for place in range(STEPS):
         move = advised(pool.items, tracker.features())
         if move not in moves(agent.state) or rng.random() > obedience:
@@ -107,10 +108,10 @@ def rollouts(
 
 
 def nights(
-    seed: int, count: int, tasks: int, group: int, memory: float, obedience: float, frontier: bool = False
+    seed: int, count: int, tasks: int, group: int, memory: float, obedience: float, frontier: bool, history: bool
 ) -> list[float]:
     """Success on 512 held-out questions before the first night and after each."""
-    settings = ContrastExtraction(min_support=5, cap=24, memory=memory)
+    settings = ContrastExtraction(min_support=5, cap=24, memory=memory, history=history)
     held_out = World(3000 + seed)
     asked = [held_out.question(Random(f"{seed}/{n}")) for n in range(512)]
     searching, pool, curve, evidence = FastSearch(held_out), Pool(), [], None
@@ -139,12 +140,13 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=0.8)
     parser.add_argument("--obedience", type=float, default=0.95)
     parser.add_argument("--frontier", action="store_true", help="Half of the rollouts go where outcomes were mixed")
+    parser.add_argument("--history", action="store_true", help="Situations also tell of what is longer ago")
     arguments = parser.parse_args()
     if arguments.frontier and arguments.group < 4:
         parser.error("--frontier needs --group 4 or more: half of it has to show mixed outcomes")
-    settings = (arguments.nights, arguments.tasks, arguments.group, arguments.memory, arguments.obedience, arguments.frontier)
-    for seed in arguments.seeds:
-        curve = nights(seed, *settings)
+    a = arguments
+    for seed in a.seeds:
+        curve = nights(seed, a.nights, a.tasks, a.group, a.memory, a.obedience, a.frontier, a.history)
         print(
             f"seed {seed}: " + " ".join(f"{value:.1%}" for value in curve),
             f"mean with the base {sum(curve) / len(curve):.3f}",

@@ -26,6 +26,15 @@ feature         values
 ``depth``       steps so far: ``early`` (< 3) | ``middle`` (< 6) | ``late``
 ==============  ======================================================================================
 
+What is longer ago is told where it is asked for (:data:`HISTORY`):
+
+==============  ======================================================================================
+``led``         what the last step did: an action of :data:`ACTIONS`; ``none`` before the first call
+``in_row``      how often in a row the same was given: ``once`` | ``twice`` | ``more``; ``none`` before the first call. The
+                same is the same kind of observation, with all that the environment says of it
+``shown``       ``yes`` when an observation before the last showed the asked value
+==============  ======================================================================================
+
 A question word *stands in* a page when it is the key of a ``key: value`` line or a word of a prose line; title
 lines and the values of fields do not count. Names (capitalised words) and the kind word directly before one
 ('person Bado Keli') are not relation words.
@@ -38,7 +47,7 @@ fitting, which is generous on pages with hundreds of links; tools are told apart
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -48,6 +57,9 @@ from evolve_dag.records import Step, ToolCall, Trajectory
 
 FEATURES: tuple[str, ...] = ("tool", "observation", "listed", "shared_name", "evidence", "mark", "repeat", "depth")
 """Names of the features, in the order in which a condition shows them."""
+
+HISTORY: tuple[str, ...] = ("led", "in_row", "shown")
+"""Names of the features that tell what is longer ago than the last call: a sequence, a count, what was shown."""
 
 OBSERVATIONS: tuple[str, ...] = ("none", "problem", "empty", "missing", "redirect", "listing", "page", "described")
 
@@ -257,6 +269,7 @@ class Observation:
 
 
 _START = Observation("none")
+_TIMES = ("none", "once", "twice", "more")
 
 
 def _described(step: Step) -> Observation:
@@ -365,10 +378,18 @@ def _call_kind(call: ToolCall) -> str:
 
 
 class Tracker:
-    """The steps so far, read once: asks for features and actions cost no second look at earlier text."""
+    """The steps so far, read once: asks for features and actions cost no second look at earlier text.
 
-    def __init__(self, question: str, steps: Sequence[Step] = ()) -> None:
+    Args:
+        history: situations tell of :data:`HISTORY` as well.
+    """
+
+    def __init__(self, question: str, steps: Sequence[Step] = (), *, history: bool = False) -> None:
         self._question = parse_question(question)
+        self._history = history
+        self._led = "none"
+        self._in_row = 0
+        self._shown = False
         self._count = 0
         self._calls: set[tuple[str, tuple[tuple[str, str], ...]]] = set()
         self._observations: list[Observation] = []
@@ -381,6 +402,15 @@ class Tracker:
 
     def append(self, step: Step) -> None:
         """Read one more step, with its observation."""
+        before = self.last
+        if self._history:
+            self._led = self.action(step)
+            self._shown |= self._asked
+        self._read(step)
+        same = (before.kind, before.own) == (self.last.kind, self.last.own)
+        self._in_row = self._in_row + 1 if same else 1
+
+    def _read(self, step: Step) -> None:
         self._count += 1
         self._last_text = step.text
         self._repeated = False
@@ -404,10 +434,8 @@ class Tracker:
     def features(self) -> dict[str, str]:
         """The situation before the next step."""
         last = self.last
-        if self._question.head and self._question.head in last.keys:
-            evidence = "asked"
-        else:
-            evidence = "part" if self._question.relations & last.keys else "none"
+        evidence = "asked" if self._asked else "part" if self._question.relations & last.keys else "none"
+        history = {"led": self._led, "in_row": _TIMES[min(self._in_row, 3)], "shown": "yes" if self._shown else "no"}
         return {
             "tool": self._tool,
             "observation": last.kind,
@@ -418,7 +446,13 @@ class Tracker:
             "repeat": "yes" if self._repeated else "no",
             "depth": "early" if self._count < 3 else "middle" if self._count < 6 else "late",
             **last.own,
+            **(history if self._history else {}),
         }
+
+    @property
+    def _asked(self) -> bool:
+        """Whether the last observation shows the asked value."""
+        return bool(self._question.head) and self._question.head in self.last.keys
 
     def action(self, step: Step) -> str:
         """What ``step``, the next one, does: a key of :data:`ACTIONS`."""
@@ -493,9 +527,15 @@ class Tracker:
         return "answer_page" if any(o.kind != "listing" for o in holders) else "answer_listed"
 
 
-def features(question: str, steps: Sequence[Step]) -> dict[str, str]:
-    """The situation after ``steps``, i.e. before the next one: every name of :data:`FEATURES` with its value."""
-    return Tracker(question, steps).features()
+def features(question: str, steps: Sequence[Step], *, history: bool = False) -> dict[str, str]:
+    """The situation after ``steps``, i.e. before the next one: every name of :data:`FEATURES` with its value, of
+    :data:`HISTORY` too where ``history`` asks for it."""
+    return Tracker(question, steps, history=history).features()
+
+
+def looks_back(conditions: Iterable[Iterable[str]]) -> bool:
+    """Whether one of ``conditions``, each given by its features, tells of :data:`HISTORY`."""
+    return any(feature in HISTORY for condition in conditions for feature in condition)
 
 
 def action(question: str, before: Sequence[Step], step: Step) -> str:
@@ -521,12 +561,12 @@ class Choice:
         return self.possible is None or action in self.possible or not action.startswith(f"{DID}:")
 
 
-def choices(trajectory: Trajectory) -> list[Choice]:
-    """Every step where the policy had a choice.
+def choices(trajectory: Trajectory, *, history: bool = False) -> list[Choice]:
+    """Every step where the policy had a choice; ``history`` as in :func:`features`.
 
     A step under the demand 'last step: answer now' is left out: there nothing but an answer was possible.
     """
-    transcript = Tracker(trajectory.question)
+    transcript = Tracker(trajectory.question, history=history)
     found = []
     for place, step in enumerate(trajectory.steps):
         if not answer_demanded(trajectory.question, trajectory.steps[:place]):
@@ -537,6 +577,6 @@ def choices(trajectory: Trajectory) -> list[Choice]:
     return found
 
 
-def walk(trajectory: Trajectory) -> list[tuple[dict[str, str], str]]:
+def walk(trajectory: Trajectory, *, history: bool = False) -> list[tuple[dict[str, str], str]]:
     """(situation, action) of :func:`choices`."""
-    return [(choice.state, choice.action) for choice in choices(trajectory)]
+    return [(choice.state, choice.action) for choice in choices(trajectory, history=history)]

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evolve_dag.evaluation.intervals import Interval, wilson
-from evolve_dag.experience.features import choices
+from evolve_dag.experience.features import choices, looks_back
 from evolve_dag.experience.phrases import action_of
 from evolve_dag.experience.pool import Pool, Proposal
 from evolve_dag.records import ExperienceItem, Trajectory
@@ -77,8 +77,9 @@ def habits(items: Sequence[ExperienceItem], trajectories: Sequence[Trajectory]) 
         i.id: (set(i.condition.items()), action) for i in items if i.condition and (action := action_of(i.text)) is not None
     }
     found: dict[str, list[tuple[str, float]]] = {item_id: [] for item_id in known}
+    history = looks_back(item.condition for item in items if item.id in known)
     for trajectory in trajectories:
-        for choice in choices(trajectory):
+        for choice in choices(trajectory, history=history):
             for item_id, (condition, action) in known.items():
                 if condition <= choice.state.items() and choice.allows(action):
                     found[item_id].append((trajectory.task_id, float(choice.action == action)))

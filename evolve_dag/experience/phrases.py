@@ -52,6 +52,16 @@ ADDITIONS: Mapping[tuple[str, str], str] = {
 }
 """(feature, value) -> phrase for what the opening phrase does not say; joined with 'and'."""
 
+LONGER_AGO: Mapping[tuple[str, str], str] = {
+    ("in_row", "once"): "nothing like it came just before",
+    ("in_row", "twice"): "this comes twice in a row",
+    ("in_row", "more"): "this comes three times in a row or more",
+    ("shown", "yes"): "the asked value was shown before",
+    ("shown", "no"): "the asked value was not shown before",
+}
+"""The same for what is longer ago; what the last step did is said by its strategy. The pocket policy does not know
+these words."""
+
 STRATEGIES: Mapping[str, tuple[str, str]] = {
     "search_short": ("Narrow", "search only the short name"),
     "search_long": ("Broad", "search the whole question"),
@@ -117,10 +127,13 @@ def situation_text(condition: Mapping[str, str]) -> str:
         phrase = f"{MARKED}{mark}"
     # The tool is said by the phrase itself; that no name is shared, or how many entries, likewise.
     left = {f: v for f, v in condition.items() if f not in predicates and f not in ("tool", "listed", "shared_name")}
-    unknown = [f"{feature}={value}" for feature, value in left.items() if (feature, value) not in ADDITIONS]
+    said = {**ADDITIONS, **LONGER_AGO}
+    if (led := strategy(left.get("led", ""))) is not None:
+        said["led", left["led"]] = f"the last step was to {led[1]}"
+    unknown = [f"{feature}={value}" for feature, value in left.items() if (feature, value) not in said]
     if unknown:
         raise DataError(f"no phrase for {', '.join(unknown)}", "add it to phrases.ADDITIONS")
-    more = [text for (feature, value), text in ADDITIONS.items() if left.get(feature) == value]
+    more = [text for (feature, value), text in said.items() if left.get(feature) == value]
     return " and ".join([phrase, *more])
 
 

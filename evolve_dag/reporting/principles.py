@@ -413,7 +413,7 @@ def _situations(artifact: Artifact, most: int) -> Iterable[tuple[Sequence[str], 
     steps = _columns(artifact, STEPS, *names, of=questions)
     for row in steps.sort("trajectory_id", "index").iter_rows(named=True):
         name = row["trajectory_id"]
-        walk = walks.setdefault(name, Tracker(questions[name]))
+        walk = walks.setdefault(name, Tracker(questions[name], history=True))
         yield row["selected"], walk.features()
         walk.append(
             Step(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from evolve_dag.experience.features import (
     ACTIONS,
     FEATURES,
+    HISTORY,
     OBSERVATIONS,
     Tracker,
     action,
@@ -282,6 +283,43 @@ def test_any_transcript_has_features_and_the_transcript_agrees_with_the_function
         assert (state["listed"] == "none") == (state["observation"] != "listing")
         assert transcript.action(step) == action(question, steps[:place], step)
         transcript.append(step)
+
+
+@settings(deadline=None)
+@given(st.just(QUESTION), STEPS)
+def test_what_is_longer_ago_is_told_on_top_of_the_rest(question: str, steps: list[Step]) -> None:
+    told = features(question, steps, history=True)
+    assert {name: told[name] for name in FEATURES} == features(question, steps)
+    assert tuple(told) == (*FEATURES, *HISTORY)
+    assert told["led"] == (action(question, steps[:-1], steps[-1]) if steps else "none")
+
+
+@pytest.mark.parametrize(
+    ("steps", "led", "in_row", "shown"),
+    [
+        ([], "none", "none", "no"),
+        ([search("x", "no results")], "search_short", "once", "no"),
+        ([search("x", "no results"), search("a b c d e", "nothing found")], "search_long", "twice", "no"),
+        ([search(str(n), "no results") for n in range(3)], "search_short", "more", "no"),
+        ([search(str(n), "no results") for n in range(5)], "search_short", "more", "no"),
+        ([search("x", "no results"), search("y", ONE), search("z", "no results")], "search_short", "once", "no"),
+        ([search("x", "no results"), malformed(), search("y", "no results")], "search_short", "once", "no"),
+        ([search("x", "no results"), search("x", "no results")], "repeat", "twice", "no"),
+        ([malformed(), malformed()], "malformed", "twice", "no"),
+        ([visit("city Zano Pile", MAYOR_PAGE)], "open_unlisted", "once", "no"),  # the last observation is told by `evidence`
+        ([visit("city Zano Pile", MAYOR_PAGE), search("x", "no results")], "search_short", "once", "yes"),
+    ],
+)  # fmt: skip
+def test_a_sequence_a_count_and_what_was_shown(steps: list[Step], led: str, in_row: str, shown: str) -> None:
+    state = features(QUESTION, steps, history=True)
+    assert (state["led"], state["in_row"], state["shown"]) == (led, in_row, shown)
+
+
+def test_the_same_in_a_row_is_all_that_the_environment_says() -> None:
+    room = {"did": "go on", "exits": "one"}
+    rooms = [replace(search("go", "a room"), features=own) for own in (room, room, room | {"exits": "two"})]
+    assert [features(QUESTION, rooms[:n], history=True)["in_row"] for n in (1, 2, 3)] == ["once", "twice", "once"]
+    assert features(QUESTION, rooms, history=True)["led"] == "did:go on"
 
 
 @settings(deadline=None)

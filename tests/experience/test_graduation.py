@@ -140,3 +140,9 @@ def test_replay_knows_graduation():
     pool, moved, _ = pool.apply([Proposal("graduate", item_id="p0001"), Proposal("recall", item_id="p0001")], iteration=2)
     assert [edit.operation for edit in moved] == ["graduate", "recall"]
     assert replay([*added, *moved]) == outline(pool)
+
+
+def test_an_item_that_looks_back_counts_its_own_steps():
+    item = replace(ITEM, condition={"observation": "empty", "in_row": "twice"})
+    found = habits((item,), nights(3, 1))["p0001"]
+    assert (found.steps, found.followed) == (4, 0), "the second time everybody answers"

@@ -8,6 +8,7 @@ from evolve_dag.errors import DataError
 from evolve_dag.experience.features import ACTIONS
 from evolve_dag.experience.phrases import (
     ADDITIONS,
+    LONGER_AGO,
     SITUATIONS,
     STRATEGIES,
     action_of,
@@ -32,6 +33,8 @@ def test_every_rendering_is_in_principle_form_and_can_be_read_back() -> None:
     conditions += [{**c, "tool": "search", "repeat": "no", "depth": "late"} for c in conditions]
     conditions += [{"observation": "listing", "shared_name": "yes", "evidence": "part", "repeat": "yes"}]
     conditions += [{"observation": "page", "evidence": "asked", "mark": "old"}]
+    conditions += [{"observation": "listing", "shared_name": "yes", name: value} for name, value in LONGER_AGO]
+    conditions += [{"observation": "page", "evidence": "asked", "mark": "old", "led": "use:archive"}]
     conditions += [{"observation": "described", "env:result": "an error", "env:cursor": "at its end", "repeat": "yes"}]
     for condition, action in product(conditions, [*STRATEGIES, *TOOLS, "did:go back"]):
         text = render(condition, action)
@@ -59,6 +62,11 @@ def test_every_rendering_is_in_principle_form_and_can_be_read_back() -> None:
         ({"observation": "page", "evidence": "asked", "mark": "none"}, "the page shows the asked value"),
         ({"observation": "page", "evidence": "asked", "mark": "old"}, "its value is marked old"),
         ({"observation": "missing"}, "no page has that name"),
+        ({"observation": "empty", "in_row": "more"}, "a search returns no results and this comes three times in a row or more"),
+        ({"observation": "page", "evidence": "none", "led": "open_first"},
+         "the page lacks the asked part and the last step was to open the first result"),
+        ({"observation": "described", "env:exits": "one", "led": "did:go on"},
+         "the exits is one and the last step was to go on"),
         ({"observation": "listing", "evidence": "asked"}, "the search shows results and the asked value is listed"),
     ],
 )  # fmt: skip
@@ -79,6 +87,8 @@ def test_what_has_no_phrase_is_an_error() -> None:
         situation_text({"tool": "search"})
     with pytest.raises(DataError, match="colour=red"):
         situation_text({"observation": "page", "colour": "red"})
+    with pytest.raises(DataError, match="led=malformed"):
+        situation_text({"observation": "page", "led": "malformed"})
     with pytest.raises(DataError, match="malformed"):
         render({"observation": "page"}, "malformed")
 

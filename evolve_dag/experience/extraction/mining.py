@@ -33,6 +33,10 @@ class ContrastExtraction(ExtractionSettings):
     """Level at which the lower end of the lift's interval must be above zero."""
     memory: float = Field(0.8, ge=0, le=1)
     """What evidence of the iteration before still counts, of two before its square, and so on; 0: none."""
+    history: bool = False
+    """Situations may also tell of what is longer ago than the last call: what the last step did, how often in a row the same
+    came back, whether the asked value was shown before. More is told apart, and more is asked of the same evidence. For
+    policies that read free text: the packaged pocket policy does not know the words."""
     placebo: bool = False
     """A control: every mined principle stands in the pool with another action than the one that was mined."""
     graduation: float = Field(0.0, ge=0, lt=1)
@@ -70,6 +74,7 @@ def extract(
             confidence=settings.confidence,
             seed=key,
             before=before.faded(settings.memory) if before is not None else None,
+            history=settings.history,
         )
         evidence = mined.evidence
         statistics = dict(mined.statistics)
@@ -111,7 +116,7 @@ async def _extract(settings: ContrastExtraction, material: Material) -> Extracti
 def _unread(settings: ContrastExtraction, experiment: Experiment) -> tuple[str, ...]:
     """One successful case a task (``granularity: instance``) is no pattern that must show often enough, nor a habit."""
     mined = experiment.granularity == "principle"
-    return () if mined else ("min_support", "min_lift", "confidence", "memory", "graduation")
+    return () if mined else ("min_support", "min_lift", "confidence", "memory", "graduation", "history")
 
 
 def _mistakes(settings: ContrastExtraction, experiment: Experiment) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from evolve_dag.experience.extraction.contrast import MIN_OTHERS, Mined
 from evolve_dag.experience.extraction.evidence import Effect
 from evolve_dag.experience.extraction.seen import Seen
-from evolve_dag.experience.extraction.situations import Condition, condition_of
+from evolve_dag.experience.extraction.situations import Condition, compatible, condition_of
+from evolve_dag.experience.features import looks_back
 from evolve_dag.experience.phrases import action_of
 from evolve_dag.experience.pool import Pool, Proposal
 from evolve_dag.records import ExperienceItem
@@ -17,7 +18,8 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
 
     - same situation, same action: ``update`` of the evidence (the text stays, the reason tells the old and new lift);
     - same situation, another action clearly better: ``delete`` and ``add``. An id means one lesson, so it is not rewritten;
-    - a general item that a new special case clearly contradicts: ``delete``, and ``add`` of the special case;
+    - a general item that a new special case clearly contradicts, or one that tells of what is longer ago and loses where both
+      hold: ``delete``, and ``add`` of the new one;
     - an item whose lift is now clearly below zero: ``delete``;
     - everything else that is new: ``add``, strongest first, unless a general item already says the same, or items that stand
       say so at the same moments in other words, or an item that stands says otherwise about a situation that overlaps: some
@@ -51,9 +53,10 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
                 continue
             if set(condition) <= set(pattern.condition):
                 beaten = mined.clearly_better(pattern.condition, pattern.action, action, among=len(known))
-            else:  # a special case of the pattern goes only if it was put to the test again, and lost
-                special = set(condition) > set(pattern.condition)
-                beaten = special and mined.clearly_better(condition, pattern.action, action, measured=True, among=len(known))
+            else:  # what holds for a part of the pattern's moments goes only if it was put to the test there again, and lost
+                part = condition_of(dict((*condition, *pattern.condition)))
+                overlap = part == condition or (looks_back([dict(part)]) and compatible(condition, pattern.condition))
+                beaten = overlap and mined.clearly_better(part, pattern.action, action, measured=True, among=len(known))
             if beaten:
                 delete(item, f"contradicted by: {pattern.text} (lift {shown_as(pattern.effect)})", pattern.trajectory_ids)
     standing = [entry for entry in known if entry[0].id not in gone]

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from evolve_dag.experience.extraction.evidence import Evidence, Key, Moments
-from evolve_dag.experience.extraction.situations import Condition, described, situations_of
+from evolve_dag.experience.extraction.situations import Condition, entangled, grown, situations_of
 from evolve_dag.experience.features import DID, OWN, Choice
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Seen:
                 self.able.setdefault(one, {}).setdefault(state, set()).add(place)
             if not mixed:
                 continue
-            for condition in situations_of(dict(state)):
+            for condition in (*situations_of(dict(state)), *grown(dict(state))):
                 self.situations.setdefault(condition, set()).add(place)
                 self.actions.setdefault((condition, action), set()).add(place)
                 can.setdefault(condition, set()).update((action,), possible or ())
@@ -84,9 +84,10 @@ class Seen:
 
     def repeats(self, pattern: tuple[Condition, str], others: Collection[tuple[Condition, str]]) -> bool:
         """Whether ``others`` say the same already. Where an environment describes itself, features go together (who has cooked
-        nothing holds no meal), so the same advice about the same moments comes in several words."""
+        nothing holds no meal), and so they do with what is longer ago: the same advice about the same moments comes in several
+        words."""
         condition, action = pattern
-        if not described(condition):
+        if not entangled(condition):
             return False
         own = self.moments(condition, action)
         told = set().union(*(self.moments(c, a) for c, a in others if a == action))

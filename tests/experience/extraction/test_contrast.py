@@ -16,7 +16,7 @@ from evolve_dag.experience.extraction.evidence import Effect, Evidence, Moments,
 from evolve_dag.experience.extraction.mining import ContrastExtraction, extract
 from evolve_dag.experience.extraction.reconcile import reconcile, subsumed
 from evolve_dag.experience.extraction.situations import condition_of, situations_of
-from evolve_dag.experience.features import features
+from evolve_dag.experience.features import HISTORY, features, looks_back
 from evolve_dag.experience.phrases import render
 from evolve_dag.experience.pool import Pool, Proposal
 from evolve_dag.records import Step, Trajectory
@@ -616,3 +616,67 @@ def test_partial_rewards_teach_and_equal_ones_do_not() -> None:
     equal = mine(data(0.5, 0.5))
     assert equal.statistics["mixed_groups"] == 0
     assert equal.effect(SHARED_STATE, "open_fitting") is None
+
+
+EMPTY = [search(name, "no results") for name in ("Bado", "Keli", "Zano")]
+SHORT, LONG = search("Rato", ONE), search("the mayor of the home of person Bado Keli", ONE)
+
+
+def stuck(seed: int, tasks: int, success: dict[tuple[int, str], float]) -> list[Trajectory]:
+    """One or two searches find nothing, then a coin decides between a short and a long one. ``success``: (how many found
+    nothing, what was done then) -> chance."""
+    draw = random.Random(seed)
+    found = []
+    for task in range(tasks):
+        times = draw.choice((1, 2))
+        for rollout in range(4):
+            what = draw.choice(("search_short", "search_long"))
+            steps = [*EMPTY[:times], SHORT if what == "search_short" else LONG, answer("Rato Miku")]
+            found.append(trajectory(f"t{task}", rollout, steps, float(draw.random() < success[times, what])))
+    return found
+
+
+TURNS = {(1, "search_short"): 0.8, (1, "search_long"): 0.2, (2, "search_short"): 0.2, (2, "search_long"): 0.8}
+"""What pays after the first failure harms after the second."""
+
+
+def test_what_hangs_on_how_often_a_thing_came_is_found_where_it_is_asked_for() -> None:
+    data = stuck(1, 120, TURNS)
+    assert not [p for p in mine(data).patterns if ("observation", "empty") in p.condition and p.action == "search_long"]
+    texts = [p.text for p in mine(data, history=True).patterns]
+    assert "Broad: when a search returns no results and this comes twice in a row, search the whole question." in texts
+    assert not any("no results" in text and "twice" in text and text.startswith("Narrow") for text in texts)
+
+
+def test_what_is_longer_ago_is_seldom_found_where_there_is_nothing() -> None:
+    null = dict.fromkeys(TURNS, 0.5)
+    found = [mine(stuck(s, 25, null), min_support=5, min_lift=0.0, history=True).patterns for s in range(100)]
+    back = [any(f in HISTORY for p in patterns for f, _ in p.condition) for patterns in found]
+    assert sum(back) / len(back) <= 0.10
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_longer_ago_takes_no_evidence_from_the_rest(seed: int) -> None:
+    data = stuck(
+        seed, 40, {(1, "search_short"): 0.8, (1, "search_long"): 0.3, (2, "search_short"): 0.8, (2, "search_long"): 0.3}
+    )
+    plain, back = mine(data), mine(data, history=True)
+    assert not any(f in HISTORY for condition in plain.evidence.situations for f, _ in condition)
+    assert {(p.condition, p.action, p.effect) for p in plain.patterns} <= {
+        (p.condition, p.action, p.effect) for p in back.patterns
+    }
+    assert {c: m for c, m in back.evidence.situations.items() if not looks_back([dict(c)])} == plain.evidence.situations
+
+
+def test_nights_add_up_for_what_is_longer_ago() -> None:
+    settings = ContrastExtraction(history=True, min_support=5)
+    pool, evidence = Pool(), None
+    for night in range(1, 6):
+        found = extract(
+            stuck(night, 14, TURNS), pool, granularity="principle", settings=settings, iteration=night, seed=0, before=evidence
+        )
+        assert found.evidence is not None
+        pool, evidence = found.pool, Evidence.from_json(found.evidence.to_json())
+    twice = [i for i in pool.active.items if i.condition.get("in_row") == "twice"]
+    assert [i.text.split(":")[0] for i in twice] == ["Broad"]
+    assert not ContrastExtraction().history

@@ -110,7 +110,7 @@ def test_lexical_selector_has_the_right_item_among_its_choice_after_a_page(page:
 def test_lexical_selector_knows_nothing_of_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: select(LexicalSelector(3), steps) for name, steps in (("a", []), ("b", EMPTY), ("c", LISTING), ("d", PART))}
 
-    def broken(*_: object) -> dict[str, str]:
+    def broken(*_: object, **__: object) -> dict[str, str]:
         raise AssertionError("the lexical selector looked at the features")
 
     monkeypatch.setattr("evolve_dag.experience.features.Tracker", broken)  # every feature is read from one
@@ -173,3 +173,12 @@ def test_a_row_makes_its_selector() -> None:
         (LexicalSelection(max_items=2), LexicalSelector(2)),
     ):
         assert part_of("selector", settings).make(settings, Roles(Experiment(experiment="x")), 0) == expected
+
+
+def test_an_item_that_looks_back_is_chosen_where_it_holds() -> None:
+    condition = {"observation": "empty", "in_row": "twice"}
+    pool = Pool((*POOL.items, ExperienceItem("p0011", render(condition, "search_long"), "principle", condition, {"lift": 0.2})))
+    selector = StateSelector(3)
+    assert select(selector, EMPTY, pool) == ("p0002",)
+    assert select(selector, [search("x", "no results"), search("y", "no results")], pool) == ("p0002", "p0011")
+    assert "in_row" not in asyncio.run(selector.select(QUESTION, EMPTY, POOL)).rationale, "nobody asks"
