@@ -37,6 +37,7 @@ from evolve_dag.environments.pocket.script import (
 from evolve_dag.environments.pocket.tokenizer import CONTROL, build_tokenizer
 from evolve_dag.environments.pocket.tools import PocketTools
 from evolve_dag.environments.pocket.world import LAW, World, other_law, title
+from evolve_dag.experience.extraction.instance import CASE, case_text
 from evolve_dag.experience.phrases import all_phrases
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.folders import POCKET
@@ -227,6 +228,30 @@ def test_actions_of_transcripts_are_well_formed(some_transcripts: list) -> None:
         assert parse_action(actions[-1].content).answer is not None
         announced += any(LAST_STEP in m.content for m in transcript.messages)
     assert announced > 20
+
+
+def test_a_decision_ends_with_the_first_action_behind_cases() -> None:
+    source = transcripts(Random(3), itertools.count(10**6), decisions=1.0)
+    recalled = missed = 0
+    for transcript in itertools.islice(source, 400):
+        *before, last = transcript.messages
+        cases = [line for m in before for line in m.content.splitlines() if m.role != "assistant" and line.startswith(CASE)]
+        question = next(m.content.splitlines()[0] for m in before if m.role == "user")
+        own = [case for case in cases if case.startswith(case_text(question, "").removesuffix("."))]
+        assert cases
+        assert last.role == "assistant"
+        assert transcript.targets[-1]
+        answer = parse_action(last.content).answer
+        if own and answer is not None and own[0] == case_text(question, answer):
+            recalled += 1
+        missed += not own
+    assert 120 < recalled < 280
+    assert 120 < missed < 280
+
+
+def test_without_decisions_pretraining_is_as_it_was() -> None:
+    plain, none = (transcripts(Random(3), itertools.count(10**6), **kw) for kw in ({}, {"decisions": 0.0}))
+    assert list(itertools.islice(plain, 50)) == list(itertools.islice(none, 50))
 
 
 def test_tokenizer_reads_back_what_it_wrote(some_transcripts: list) -> None:

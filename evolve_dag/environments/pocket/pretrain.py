@@ -63,6 +63,8 @@ class PretrainSettings:
     """What stands in the context of a transcript, and how often."""
     dwell_on_marks: bool = False
     """Transcripts that meet marks and rows often (:data:`~evolve_dag.environments.pocket.script.DWELL_ON_MARKS`)."""
+    decisions: float = 0.0
+    """Share of the transcripts that end with the decision whether a case in the context is that of the question."""
     until: float = 1.0
     """Share of the schedule after which the stage ends."""
     start: str | None = None
@@ -163,7 +165,7 @@ def batches(rank: int, settings: PretrainSettings, encode: Encoder, modes: Mappi
     rng = Random(f"{settings.seed}/{rank}/{sorted(modes)}")
     seeds = itertools.count(PRETRAINING_SEEDS + settings.seed * 10_000_000 + rank * 1_000_000 + len(modes) * 100_000)
     curriculum = DWELL_ON_MARKS if settings.dwell_on_marks else None
-    source = (encode(t) for t in transcripts(rng, seeds, modes=modes, curriculum=curriculum))
+    source = (encode(t) for t in transcripts(rng, seeds, modes=modes, curriculum=curriculum, decisions=settings.decisions))
     while True:
         documents = [d for d in itertools.islice(source, 1000) if len(d[0]) <= settings.longest]
         documents.sort(key=lambda d: len(d[0]) + rng.random() * 8)
@@ -224,8 +226,9 @@ def _worker(rank: int, settings: PretrainSettings, out: str, port: int) -> None:
         nll_N = F.cross_entropy(model.lm_head(hidden_N_D), x_B_T[:, 1:][keep], reduction="none")
         roles_N = roles_B_T[keep]
         action = roles_N == ACTION
-        ((nll_N * weights[roles_N]).sum() / action.sum()).backward()
-        loss = nll_N.detach()[action].mean()
+        written = action.sum().clamp(min=1)  # a batch may hold nothing but slips
+        ((nll_N * weights[roles_N]).sum() / written).backward()
+        loss = nll_N.detach()[action].sum() / written
         count = float(sum(len(ids) for ids, _ in batch))
         flat = torch.cat([p.grad.reshape(-1) for p in parameters] + [torch.tensor([loss.item(), count])])
         if world > 1:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from evolve_dag.environments.pocket.language import (
@@ -32,7 +32,7 @@ from evolve_dag.environments.pocket.language import (
     state_of_mark,
 )
 from evolve_dag.environments.pocket.world import LAW, MINIMUM_MATCH, RESULTS, Entity, Law, Question, World, other_law, title
-from evolve_dag.experience.extraction.instance import case_text
+from evolve_dag.experience.extraction.instance import CASE, case_text
 from evolve_dag.plain import LAST_STEP
 from evolve_dag.records import Message
 
@@ -93,8 +93,6 @@ OBEDIENCE = 0.97
 """Chance that an item about the current state is followed."""
 RECALL = 0.93
 """Chance that the case of the very question is recalled when it stands in the context."""
-NEAR_MISS = 0.1
-"""Chance that a case of another question is about the same entity."""
 SLIP = 0.05
 """Chance that a name is copied wrongly, so that reading it again is known; a slip itself is never a target."""
 
@@ -315,10 +313,14 @@ class Curriculum:
     """Layers that such a beginning passes as well: one is drawn."""
     told: float = 0.6
     """Chance that an item about the very state stands there in mode ``step``, at marks and rows."""
+    near_miss: float = 0.1
+    """Chance that a case of another question is about the same entity."""
 
 
 DWELL_ON_MARKS = Curriculum(skipped=0.75, layers=(0, 0, 0, 5), told=0.88)
 """Marks and rows are met often, mostly with an item that says what to do."""
+DECIDE_ON_CASES = Curriculum(skipped=0.0, near_miss=0.3)
+"""Nothing is played for the agent, so that every decision whether a case is that of the question is learned."""
 
 WORLD_DEPTHS = (0.28, 0.12, 0.12, 0.12, 0.12, 0.12, 0.12)
 """Shares of depths among the facts of a pretraining world; the last is rows."""
@@ -418,7 +420,7 @@ class TranscriptWriter:
         others: list[str] = []
         while len(others) < count:
             other = world.question(self.rng)
-            if self.rng.random() < NEAR_MISS:  # a near miss: same entity, another relation (or the other way round)
+            if self.rng.random() < self.curriculum.near_miss:  # same entity, another relation (or the other way round)
                 attributes = [a for a, _ in KINDS[world.resolve(question.reference)[0]]]
                 chain = (self.rng.choice(attributes),)
                 if chain == question.relations:
@@ -498,6 +500,20 @@ class TranscriptWriter:
             content, role = agent.observe(tool, argument), "tool"
         return Transcript(tuple(messages), tuple(targets), mode, success)
 
+    def decision(self, world: World, search: FastSearch) -> Transcript:
+        """A transcript that ends with the first action behind cases: recalling the right one, or whatever else is done where
+        none is. Short ones show more of them: whole episodes with cases hold one such decision in some 400 tokens."""
+        while True:
+            transcript = self.write(world, search)
+            read, end = False, 0
+            for place, message in enumerate(transcript.messages):
+                read = read or (message.role != "assistant" and CASE in message.content)
+                if read and message.role == "assistant":
+                    end = place + 1
+                    break
+            if end and transcript.targets[end - 1]:
+                return replace(transcript, messages=transcript.messages[:end], targets=transcript.targets[:end])
+
     def _misspell(self, thought: str, argument: str) -> tuple[str, str]:
         """Thought and argument with one word of the name replaced in both, as the policy itself errs."""
         wrong = self.rng.choice([w for w in argument.split() if w in NAME_WORDS])
@@ -512,11 +528,18 @@ def transcripts(
     per_world: int = 40,
     modes: Mapping[str, float] = MODES,
     curriculum: Curriculum | None = None,
+    decisions: float = 0.0,
 ) -> Iterator[Transcript]:
-    """Endless transcripts, ``per_world`` from each world; paraphrases that are held out never occur."""
-    writer = TranscriptWriter(rng, PhraseBank(held_out=False), modes, curriculum)
+    """Endless transcripts, ``per_world`` from each world; paraphrases that are held out never occur.
+
+    Args:
+        decisions: share of them that end with the decision whether a case in the context is that of the question.
+    """
+    bank = PhraseBank(held_out=False)
+    writer = TranscriptWriter(rng, bank, modes, curriculum)
+    deciding = TranscriptWriter(rng, bank, {"case": 1.0}, DECIDE_ON_CASES)
     for seed in world_seeds:
         world = World(seed, law=other_law(Random(seed)), depths=WORLD_DEPTHS)
         search = FastSearch(world, lenient=rng.random() < LENIENT_SHARE)
         for _ in range(per_world):
-            yield writer.write(world, search)
+            yield deciding.decision(world, search) if decisions and rng.random() < decisions else writer.write(world, search)

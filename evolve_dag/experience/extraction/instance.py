@@ -16,6 +16,9 @@ from evolve_dag.experience.pool import Pool, Proposal, lift
 from evolve_dag.plain import one_line
 from evolve_dag.records import Step, Trajectory, solved
 
+CASE = "Case:"
+"""Begins every case."""
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -50,12 +53,12 @@ class Cases:
 
 def case_text(question: str, answer: str, path: Sequence[str] = ()) -> str:
     """``Case: <question> answer <answer>.``, with ``path`` (calls as ``tool argument``) when given."""
-    return f"Case: {_asked(question)} answer {' '.join(answer.split())}.{f' {_path(path)}' if path else ''}"
+    return f"{CASE} {_asked(question)} answer {' '.join(answer.split())}.{f' {_path(path)}' if path else ''}"
 
 
 def played_text(question: str, beginning: str, path: Sequence[str]) -> str:
     """``Case: <question> <beginning> path <calls>.``, of an episode without an answer."""
-    return " ".join(part for part in (f"Case: {_asked(question)}", one_line(beginning), _path(path)) if part)
+    return " ".join(part for part in (f"{CASE} {_asked(question)}", one_line(beginning), _path(path)) if part)
 
 
 def _asked(question: str) -> str:
