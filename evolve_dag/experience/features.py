@@ -533,9 +533,9 @@ def features(question: str, steps: Sequence[Step], *, history: bool = False) -> 
     return Tracker(question, steps, history=history).features()
 
 
-def looks_back(conditions: Iterable[Iterable[str]]) -> bool:
-    """Whether one of ``conditions``, each given by its features, tells of :data:`HISTORY`."""
-    return any(feature in HISTORY for condition in conditions for feature in condition)
+def looks_back(condition: Iterable[str]) -> bool:
+    """Whether a condition, given by its features, tells of :data:`HISTORY`."""
+    return any(feature in HISTORY for feature in condition)
 
 
 def action(question: str, before: Sequence[Step], step: Step) -> str:

@@ -77,7 +77,7 @@ def habits(items: Sequence[ExperienceItem], trajectories: Sequence[Trajectory]) 
         i.id: (set(i.condition.items()), action) for i in items if i.condition and (action := action_of(i.text)) is not None
     }
     found: dict[str, list[tuple[str, float]]] = {item_id: [] for item_id in known}
-    history = looks_back(item.condition for item in items if item.id in known)
+    history = any(looks_back(item.condition) for item in items)
     for trajectory in trajectories:
         for choice in choices(trajectory, history=history):
             for item_id, (condition, action) in known.items():

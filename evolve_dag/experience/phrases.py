@@ -17,7 +17,7 @@ Phrases added to the agreed ones, because every feature value must have one:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from evolve_dag.errors import DataError
 from evolve_dag.experience.features import DID, OWN
@@ -53,11 +53,11 @@ ADDITIONS: Mapping[tuple[str, str], str] = {
 """(feature, value) -> phrase for what the opening phrase does not say; joined with 'and'."""
 
 LONGER_AGO: Mapping[tuple[str, str], str] = {
-    ("in_row", "once"): "nothing like it came just before",
-    ("in_row", "twice"): "this comes twice in a row",
-    ("in_row", "more"): "this comes three times in a row or more",
+    ("in_row", "once"): "not just before",
+    ("in_row", "twice"): "twice in a row",
+    ("in_row", "more"): "three times or more in a row",
     ("shown", "yes"): "the asked value was shown before",
-    ("shown", "no"): "the asked value was not shown before",
+    ("shown", "no"): "the asked value was never shown",
 }
 """The same for what is longer ago; what the last step did is said by its strategy. The pocket policy does not know
 these words."""
@@ -129,7 +129,7 @@ def situation_text(condition: Mapping[str, str]) -> str:
     left = {f: v for f, v in condition.items() if f not in predicates and f not in ("tool", "listed", "shared_name")}
     said = {**ADDITIONS, **LONGER_AGO}
     if (led := strategy(left.get("led", ""))) is not None:
-        said["led", left["led"]] = f"the last step was to {led[1]}"
+        said["led", left["led"]] = f"that after you {led[1]}"
     unknown = [f"{feature}={value}" for feature, value in left.items() if (feature, value) not in said]
     if unknown:
         raise DataError(f"no phrase for {', '.join(unknown)}", "add it to phrases.ADDITIONS")
@@ -147,6 +147,11 @@ def render(condition: Mapping[str, str], action: str) -> str:
     if advice is None:
         raise DataError(f"no phrase for the action {action!r}", f"one of {', '.join(STRATEGIES)}, use:<tool>, or did:<words>")
     return f"{advice[0]}: when {situation_text(condition)}, {advice[1]}."
+
+
+def speakable(condition: Mapping[str, str] | Sequence[tuple[str, str]], action: str) -> bool:
+    """Whether the principle has no more than :data:`MAX_WORDS`."""
+    return len(render(dict(condition), action).split()) <= MAX_WORDS
 
 
 def split(text: str) -> tuple[str, str, str] | None:

@@ -18,7 +18,8 @@ situation goes when a special case of it clearly asks for something else, and a 
 general one that stays.
 
 Where it is asked for, situations also tell of what is longer ago. They are a family of their own for the rate of false
-discoveries, so that what is found without them is found with them.
+discoveries, so that what is significant without them is so with them. Of these only what can be said in a principle is asked,
+and nothing twice: not what the same trajectories show as a more general situation.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from evolve_dag.experience.extraction.evidence import Effect, Evidence, Moments,
 from evolve_dag.experience.extraction.seen import Seen
 from evolve_dag.experience.extraction.situations import LATTICE, Condition, compatible, condition_of, described, entangled
 from evolve_dag.experience.features import DID, OWN, choices, looks_back
-from evolve_dag.experience.phrases import render, strategy
+from evolve_dag.experience.phrases import render, speakable, strategy
 from evolve_dag.records import Trajectory
 
 MIN_OTHERS = 5
@@ -148,6 +149,8 @@ def mine(
         support, others = evidence.actions[condition, action].count, evidence.others(condition, action).count
         if strategy(action) is None or support < min_support or others < MIN_OTHERS:
             continue
+        if looks_back(dict(condition)) and (seen.copies(condition, action) or not speakable(condition, action)):
+            continue
         effect = effect_of(evidence, condition, action, confidence)
         if effect is not None:
             tested[condition, action] = effect
@@ -188,7 +191,7 @@ def mine(
 
 def _found(tested: Mapping[tuple[Condition, str], Effect], rate: float) -> dict[tuple[Condition, str], Effect]:
     """Discoveries at ``rate`` among the situations that tell of what is longer ago, and among the others."""
-    back = {key: effect for key, effect in tested.items() if looks_back([dict(key[0])])}
+    back = {key: effect for key, effect in tested.items() if looks_back(dict(key[0]))}
     plain = {key: effect for key, effect in tested.items() if key not in back}
     return discoveries(plain, rate) | discoveries(back, rate)
 
@@ -345,7 +348,8 @@ def _agreeing(patterns: Sequence[tuple[Condition, str, Effect]], mined: Mined) -
     """Of what goes together with much else: the strongest first, and none that says otherwise where a stronger one holds."""
     kept: list[tuple[Condition, str]] = []
     for condition, action, _ in sorted(patterns, key=lambda p: -p[2].low):
-        if not entangled(condition) or all(a == action or not mined.meet(c, condition) for c, a in kept):
+        others = [c for c, a in kept if a != action and (entangled(c) or entangled(condition))]
+        if not any(mined.meet(c, condition) for c in others):
             kept.append((condition, action))
     return [(condition, action) for condition, action, _ in patterns if (condition, action) in kept]
 

@@ -40,7 +40,7 @@ def placebo(mined: Pool, edits: Sequence[PoolEdit], trajectories: Sequence[Traje
     Raises:
         DataError: an item was not mined: its text is not of the form of a principle.
     """
-    history = looks_back(item.condition for item in mined.items)
+    history = any(looks_back(item.condition) for item in mined.items)
     walked = [one for t in trajectories for one in walk(t, history=history)]
     taken = list(dict.fromkeys((tuple(state.items()), action) for state, action in walked))
     known = {edit.item_id: edit.after for edit in edits if edit.operation == "add" and edit.after is not None}

@@ -55,7 +55,7 @@ def reconcile(mined: Mined, pool: Pool) -> list[Proposal]:
                 beaten = mined.clearly_better(pattern.condition, pattern.action, action, among=len(known))
             else:  # what holds for a part of the pattern's moments goes only if it was put to the test there again, and lost
                 part = condition_of(dict((*condition, *pattern.condition)))
-                overlap = part == condition or (looks_back([dict(part)]) and compatible(condition, pattern.condition))
+                overlap = part == condition or (looks_back(dict(part)) and compatible(condition, pattern.condition))
                 beaten = overlap and mined.clearly_better(part, pattern.action, action, measured=True, among=len(known))
             if beaten:
                 delete(item, f"contradicted by: {pattern.text} (lift {shown_as(pattern.effect)})", pattern.trajectory_ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from evolve_dag.experience.extraction.evidence import Evidence, Key, Moments
@@ -69,6 +69,20 @@ class Seen:
             for action in self._named:
                 if action not in able:
                     self.barred.setdefault((condition, action), set()).add(place)
+
+    def copies(self, condition: Condition, action: str) -> bool:
+        """Whether tonight a more general situation is shown by the same trajectories, and so is the action in it."""
+        stand, act = self.situations[condition], self.actions[condition, action]
+        return any(
+            self.situations[wider] == stand and self.actions.get((wider, action)) == act for wider in self._wider(condition)
+        )
+
+    def _wider(self, condition: Condition) -> Iterator[Condition]:
+        """The situations that leave one more thing open."""
+        for place in range(len(condition)):
+            wider = (*condition[:place], *condition[place + 1 :])
+            if wider in self.situations:
+                yield wider
 
     def said(self, condition: Condition, action: str, named: frozenset[str]) -> list[Condition]:
         """``condition`` with every value of the features ``named`` that the action was taken at: the evidence of all of them

@@ -4,7 +4,7 @@ They are the base (kind of observation; for a page with ``evidence``, and where 
 the lattice grows with what pages say) alone, or with one or two of ``listed``/``shared_name``, ``evidence``, ``repeat`` and
 what the environment says itself (``env:...``).
 
-The language grows where it is asked to (:func:`grown`): the base, alone or with one of these, and what is longer ago.
+The language grows where it is asked to (:func:`grown`): each of them with what is longer ago.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def condition_of(mapping: Mapping[str, str]) -> Condition:
 
 def situations_of(state: Mapping[str, str]) -> Iterator[Condition]:
     """Every situation of the lattice that holds in ``state``, the most general first."""
-    for condition in _lattice(state, 2):
+    for condition in _lattice(state):
         # That something was answered is no situation: what the environment says of it is never left open altogether.
         if state["observation"] != "described" or any(name.startswith(OWN) for name, _ in condition):
             yield condition
@@ -37,16 +37,14 @@ def situations_of(state: Mapping[str, str]) -> Iterator[Condition]:
 
 def grown(state: Mapping[str, str]) -> Iterator[Condition]:
     """Situations of ``state`` that tell of what is longer ago (:data:`~evolve_dag.experience.features.HISTORY`) as well; none
-    where the state does not. All of them together, too: who says something else of the same moments is judged there. A step
-    that was refused is nothing that a principle can say."""
+    where the state does not. A step that was refused is nothing that a principle can say."""
     ago = [(name, state[name]) for name in HISTORY if state.get(name, "none") not in ("none", "malformed")]
-    for condition in _lattice(state, 1) if ago else ():
+    for condition in situations_of(state) if ago else ():
         for count in range(1, len(ago) + 1):
             yield from (condition_of(dict((*condition, *told))) for told in combinations(ago, count))
 
 
-def _lattice(state: Mapping[str, str], most: int) -> Iterator[Condition]:
-    """The base with at most ``most`` others."""
+def _lattice(state: Mapping[str, str]) -> Iterator[Condition]:
     base = {"observation": state["observation"]}
     if state["observation"] == "page":
         # What a page shows of the question is never left open: advice for any page would also hold under a mark that no one
@@ -67,7 +65,7 @@ def _lattice(state: Mapping[str, str], most: int) -> Iterator[Condition]:
     for first in options:
         for one in first:
             yield condition_of({**base, **one})
-    for first, second in combinations(options, 2) if most > 1 else ():
+    for first, second in combinations(options, 2):
         for one in first:
             for two in second:
                 yield condition_of({**base, **one, **two})
@@ -81,7 +79,7 @@ def described(condition: Condition) -> bool:
 def entangled(condition: Condition) -> bool:
     """Whether it speaks of what goes together with much else, so that the same moments can be told in several words: what an
     environment says itself, what is longer ago."""
-    return described(condition) or looks_back([dict(condition)])
+    return described(condition) or looks_back(dict(condition))
 
 
 def compatible(a: Condition, b: Condition) -> bool:

@@ -28,7 +28,7 @@ class StateSelector:
     async def select(self, question: str, steps: Sequence[Step], pool: Pool) -> Selection:
         if answer_demanded(question, steps):
             return ONLY_ANSWER
-        state = features(question, steps, history=looks_back(item.condition for item in pool.items))
+        state = features(question, steps, history=any(looks_back(item.condition) for item in pool.items))
         shown = " ".join(f"{name}={value}" for name, value in state.items())
         fitting = [i for i in pool.items if i.condition and all(state.get(f) == v for f, v in i.condition.items())]
         fitting.sort(key=lambda i: (-len(i.condition), -lift(i), i.id))
