@@ -573,21 +573,25 @@ def pretrain(
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: the folder in the package")] = None,
     seed: Annotated[int, typer.Option(min=0, max=MOST)] = 0,
     scale: Annotated[float, typer.Option(min=0.001, max=10, help="Share of the tokens that the shipped weights saw")] = 1.0,
-    processes: Annotated[int, typer.Option(min=1, help="One thread each; decides the result, as the seed does")] = 2,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="One thread each; decides the result, as the seed does. Default: as it was made")
+    ] = None,
+    cases: Annotated[bool, typer.Option("--cases", help="Make `pocket-cases`, which goes on from `pocket`")] = False,
     measure: Annotated[bool, typer.Option(help="Measure copying, obedience and recall afterwards (measured.json)")] = True,
 ) -> None:
-    """Make the weights of the pocket policy anew (about 50 minutes on 2 cores)."""
+    """Make the weights of the pocket policy anew (about 50 minutes on 2 cores, with --cases 15)."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from evolve_dag.environments.pocket.pretrain import pretrain_recipe
-    from evolve_dag.inference.folders import POCKET
+    from evolve_dag.environments.pocket.pretrain import CASES, RECIPE, pretrain_recipe
+    from evolve_dag.inference.folders import POCKET, POCKET_CASES
 
-    folder = out or POCKET
+    folder = out or (POCKET_CASES if cases else POCKET)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with _interruptible("the weights were not written"), Progress(*columns, console=_console(stderr=True)) as bars:
         task = bars.add_task("pretraining", total=1.0)
         pretrain_recipe(
             folder,
+            CASES if cases else RECIPE,
             seed=seed,
             scale=scale,
             processes=processes,

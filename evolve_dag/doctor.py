@@ -238,13 +238,21 @@ def _threads() -> Iterator[Finding]:
 
 
 def _weights() -> Iterator[Finding]:
-    from evolve_dag.config.schema import TransformersModelSettings
-    from evolve_dag.inference.folders import folder_digest, model_folder
+    from evolve_dag.inference.folders import shipped
 
+    for name in shipped():
+        yield from _shipped(name)
+
+
+def _shipped(name: str) -> Iterator[Finding]:
+    from evolve_dag.config.schema import TransformersModelSettings
+    from evolve_dag.inference.folders import folder_digest, model_folder, pretraining
+
+    subject = f"{name} weights"
     try:
-        folder = model_folder(TransformersModelSettings())
+        folder = model_folder(TransformersModelSettings(path=name))
     except EvolveError as error:
-        yield Finding("broken", "pocket weights", f"{error.what}; {error.remedy}")
+        yield Finding("broken", subject, f"{error.what}; {error.remedy}")
         return
     from safetensors import SafetensorError, safe_open
 
@@ -254,19 +262,21 @@ def _weights() -> Iterator[Finding]:
             with safe_open(path, framework="numpy") as weights:
                 count = len(weights.keys())
     except (SafetensorError, OSError) as error:
-        yield Finding("broken", "pocket weights", f"{path}: {error}: make them anew with `evolve pocket pretrain`")
+        yield Finding(
+            "broken", subject, f"{path}: {error}: make them anew with `{pretraining(name)}`, or reinstall the package"
+        )
         return
     record = folder / "pretraining.json"
     expected = json.loads(record.read_text(encoding="utf-8")).get("digest") if record.is_file() else None
     if expected is not None and expected != digest:
         yield Finding(
             "broken",
-            "pocket weights",
+            subject,
             f"{folder}: digest {digest[:12]}..., recorded is {expected[:12]}...: reinstall the package",
         )
         return
     checked = "as recorded" if expected else "no digest recorded beside them"
-    yield Finding("ok", "pocket weights", f"{count} tensors, digest {digest[:12]}..., {checked}")
+    yield Finding("ok", subject, f"{count} tensors, digest {digest[:12]}..., {checked}")
 
 
 def _configs(found: Mapping[Entry, Experiment], mistakes: Sequence[ConfigError]) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from evolve_dag.config.outside import beside
 from evolve_dag.config.parts import CHOICES, UNUSABLE, Chosen, chosen
-from evolve_dag.config.schema import Experiment, contradictions
+from evolve_dag.config.schema import SHIPPED, Experiment, contradictions
 from evolve_dag.config.section import PATH, PROGRAM, S, Section, marked
 from evolve_dag.config.yamlfile import read_mapping
 from evolve_dag.errors import ConfigError
@@ -169,7 +169,7 @@ def _absolute(section: S, prefix: str, base: Callable[[str], Path], mistakes: li
         key, value = f"{prefix}{name}", getattr(section, name)
         if isinstance(value, Section):
             changes[name] = _absolute(value, f"{key}.", base, mistakes)
-        elif (marked(field, PATH) and value and value != "pocket") or (marked(field, PROGRAM) and "/" in value):
+        elif (marked(field, PATH) and value and value not in SHIPPED) or (marked(field, PROGRAM) and "/" in value):
             place = base(key).parent / value
             try:
                 changes[name] = str(place.resolve() if marked(field, PATH) else place.parent.resolve() / place.name)

@@ -71,11 +71,15 @@ class ModelSettings(Section):
     """Where it runs."""
 
 
+SHIPPED = ("pocket", "pocket-cases")
+"""What ``models.policy.path`` calls the policies that ship with the package."""
+
+
 class PolicySettings(ModelSettings):
     """A model whose weights we hold: a policy must be one."""
 
     path: str = Field(json_schema_extra=PATH)
-    """Folder that ``from_pretrained`` reads; ``pocket`` is the policy that ships with the package."""
+    """Folder that ``from_pretrained`` reads; ``pocket`` and ``pocket-cases`` are the policies that ship with the package."""
     dtype: Literal["float32", "bfloat16", "float16"]
     """Number format of the weights."""
     quantize: Literal["none", "nf4"] = Field("none", json_schema_extra=IDENTITY)
@@ -88,7 +92,8 @@ class TransformersModelSettings(PolicySettings):
     backend: Literal["transformers"] = "transformers"
     """In this process, through transformers."""
     path: str = Field("pocket", json_schema_extra=PATH)
-    """``pocket`` (the policy that ships with the package) or a folder that ``from_pretrained`` reads."""
+    """``pocket`` (the policy that ships with the package), ``pocket-cases`` (the same, taught to recall a case) or a folder
+    that ``from_pretrained`` reads."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the weights."""
     quantize: Literal["none", "nf4"] = Field("none", json_schema_extra=IDENTITY)

@@ -7,17 +7,29 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
-from evolve_dag.config.schema import PolicySettings, VllmModelSettings
+from evolve_dag.config.schema import SHIPPED, PolicySettings, VllmModelSettings
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.chat import switches_thought
 
 POCKET = Path(__file__).resolve().parent.parent / "environments" / "pocket" / "model"
 """The policy that ships with the package."""
+POCKET_CASES = POCKET.with_name("model_cases")
+"""The same, taught to recall a case that stands in its context."""
+
+
+def shipped() -> dict[str, Path]:
+    """Folders of the policies that ship with the package, by what ``models.policy.path`` calls them."""
+    return dict(zip(SHIPPED, (POCKET, POCKET_CASES), strict=True))
+
+
+def pretraining(name: str) -> str:
+    """The command that makes the weights of a policy that ships."""
+    return f"evolve pocket pretrain{'' if name == 'pocket' else ' --cases'}"
 
 
 def place(settings: PolicySettings) -> Path:
     """Where a model's files should lie."""
-    return POCKET if settings.path == "pocket" else Path(settings.path)
+    return shipped().get(settings.path) or Path(settings.path)
 
 
 def model_folder(settings: PolicySettings) -> Path:
@@ -29,8 +41,8 @@ def model_folder(settings: PolicySettings) -> Path:
     folder = place(settings)
     if not any(folder.glob("*.safetensors")):
         remedy = (
-            "make the weights: `evolve pocket pretrain`"
-            if settings.path == "pocket"
+            f"make the weights: `{pretraining(settings.path)}`"
+            if settings.path in SHIPPED
             else "set models.policy.path to a folder with config.json, tokenizer.json and *.safetensors"
         )
         raise ModelError(f"{settings.path}: no weights (*.safetensors) there", remedy)
@@ -54,9 +66,9 @@ def longest_context(settings: PolicySettings, folder: Path) -> int:
 
 
 def is_pocket(settings: PolicySettings) -> bool:
-    """Is it the policy that ships with the package, wherever its folder lies?"""
+    """Is it a policy that ships with the package, wherever its folder lies?"""
     folder = Path(settings.path)
-    return settings.path == "pocket" or (folder.is_dir() and folder_digest(folder) == folder_digest(POCKET))
+    return settings.path in SHIPPED or (folder.is_dir() and folder_digest(folder) in map(folder_digest, shipped().values()))
 
 
 def base_identity(settings: PolicySettings) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from evolve_dag.config.schema import Experiment
+from evolve_dag.config.schema import SHIPPED, Experiment
 from evolve_dag.errors import EvolveError
 from evolve_dag.inference.folders import is_pocket, longest_context, place
 
@@ -16,7 +16,7 @@ of a million parameters, at 2.5e-3 (docs/adr/0019-drills.md)."""
 def warnings(experiment: Experiment) -> Iterator[str]:
     """What to say about it; nothing of the policy that ships."""
     policy, rollout, rate = experiment.models.policy, experiment.rollout, experiment.distillation.learning_rate
-    if policy.path == "pocket":
+    if policy.path in SHIPPED:
         return
     if rate > HIGHEST_RATE and not is_pocket(policy):
         yield (

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evolve_dag.config.parts import CHOICES, part_of
-from evolve_dag.config.schema import Experiment, OpenAIModelSettings, VllmModelSettings
+from evolve_dag.config.schema import SHIPPED, Experiment, OpenAIModelSettings, VllmModelSettings
 from evolve_dag.config.section import PATH, PROGRAM, Section, marked
 from evolve_dag.errors import DataError, EvolveError
 from evolve_dag.secrecy import read_key
@@ -39,7 +39,7 @@ def absent_files(experiment: Experiment) -> list[str]:
             experiment.warmup is not None and key in ("models.policy.path", "warmup.base")
         ):
             continue
-        if of_model and value != "pocket" and not any(Path(value).glob("*.safetensors")):
+        if of_model and value not in SHIPPED and not any(Path(value).glob("*.safetensors")):
             found.append(f"{key}: {value}: no model there (config.json, tokenizer.json, *.safetensors)")
         elif not of_model and not Path(value).exists():
             found.append(f"{key}: {value}: no such file or folder")

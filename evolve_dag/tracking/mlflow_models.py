@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag.inference.folders import POCKET, folder_digest
+from evolve_dag.inference.folders import folder_digest, shipped
 from evolve_dag.store.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAJECTORIES
 from evolve_dag.tracking.mlflow_facts import IterationFacts, version
 from evolve_dag.tracking.mlflow_policy import DEFAULTS, write_policy
@@ -102,10 +102,8 @@ def point_champion(client: MlflowClient, name: str, champion: IterationFacts | N
 def description(facts: IterationFacts, experiment: Experiment | None) -> dict[str, Any]:
     """``policy.json`` of the model."""
     base = str(facts.artifacts["policy"].summary["base"])
-    if folder_digest(POCKET).startswith(base.split(":")[1]):
-        path = "pocket"
-    else:
-        path = experiment.models.policy.path if experiment is not None else ""
+    own = (name for name, folder in shipped().items() if folder_digest(folder).startswith(base.split(":")[1]))
+    path = next(own, experiment.models.policy.path if experiment is not None else "")
     trajectories = facts.artifacts["trajectories"].frame(TRAJECTORIES)
     rollout = facts.artifacts["trajectories"].manifest.config.get("rollout") or {}
     return {

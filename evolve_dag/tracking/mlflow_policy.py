@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import DataError, ModelError
-from evolve_dag.inference.folders import POCKET, folder_digest
+from evolve_dag.inference.folders import folder_digest, shipped
 
 if TYPE_CHECKING:
     from evolve_dag.inference.transformers import TransformersModel
@@ -36,8 +36,8 @@ def write_policy(folder: Path, adapter: Path, names: Sequence[str], description:
         folder: made here.
         adapter: folder of the adapter artifact.
         names: files of the artifact to take.
-        description: ``base`` (identity), ``path`` (``pocket`` or a folder), ``dtype``, ``quantize``, ``system`` (system
-            message), ``max_tokens``, and what else a reader should know.
+        description: ``base`` (identity), ``path`` (``pocket``, ``pocket-cases`` or a folder), ``dtype``, ``quantize``,
+            ``system`` (system message), ``max_tokens``, and what else a reader should know.
     """
     (folder / ADAPTER).mkdir(parents=True)
     for name in names:
@@ -123,7 +123,7 @@ def base_folder(identity: str, path: str) -> Path:
         ModelError: it is not there, or holds other weights.
     """
     digest = identity.split(":")[1]
-    places = [os.environ.get(BASE_VARIABLE, ""), "" if path == "pocket" else path, str(POCKET)]
+    places = [os.environ.get(BASE_VARIABLE, ""), "" if path in shipped() else path, *map(str, shipped().values())]
     seen = []
     for place in filter(None, places):
         folder = Path(place)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolve_dag.config.parts import identity
 from evolve_dag.errors import ConfigError, ModelError
-from evolve_dag.inference.folders import base_identity, model_folder
+from evolve_dag.inference.folders import base_identity, model_folder, shipped
 from evolve_dag.store.artifacts import Store
 
 if TYPE_CHECKING:
@@ -71,10 +71,10 @@ def target(experiment: Experiment) -> Path:
     """Where the model lies, or would lie.
 
     Raises:
-        ConfigError: the policy is the one that ships, which is no folder to write to, or the model to start from.
+        ConfigError: the policy is one that ships, which is no folder to write to, or the model to start from.
     """
     path = experiment.models.policy.path
-    if path == "pocket" or Path(path) == Path(section(experiment).base):
+    if path in shipped() or Path(path) == Path(section(experiment).base):
         raise ConfigError(f"models.policy.path: {path}: a warm-up cannot write there", "name a folder of its own")
     return Path(path)
 

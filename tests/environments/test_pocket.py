@@ -12,6 +12,7 @@ import pytest
 
 from evolve_dag.agent.actions import parse_action
 from evolve_dag.agent.loop import LAST_STEP
+from evolve_dag.config.schema import SHIPPED
 from evolve_dag.environments.pocket.language import (
     KINDS,
     MARKS,
@@ -26,10 +27,12 @@ from evolve_dag.environments.pocket.measure import headroom
 from evolve_dag.environments.pocket.pretrain import ACTION, SLIP, Encoder, PretrainSettings, pretrain
 from evolve_dag.environments.pocket.script import (
     GROUP_MOVES,
+    LENIENT_SHARE,
     MOVES,
     WORLD_DEPTHS,
     FastSearch,
     ScriptedAgent,
+    TranscriptWriter,
     moves,
     taught,
     transcripts,
@@ -40,7 +43,7 @@ from evolve_dag.environments.pocket.world import LAW, World, other_law, title
 from evolve_dag.experience.extraction.instance import CASE, case_text
 from evolve_dag.experience.phrases import all_phrases
 from evolve_dag.inference.chat import ChatFormat
-from evolve_dag.inference.folders import POCKET
+from evolve_dag.inference.folders import POCKET, POCKET_CASES, shipped
 from evolve_dag.records import Message, ToolCall
 
 
@@ -249,9 +252,12 @@ def test_a_decision_ends_with_the_first_action_behind_cases() -> None:
     assert 120 < missed < 280
 
 
-def test_without_decisions_pretraining_is_as_it_was() -> None:
-    plain, none = (transcripts(Random(3), itertools.count(10**6), **kw) for kw in ({}, {"decisions": 0.0}))
-    assert list(itertools.islice(plain, 50)) == list(itertools.islice(none, 50))
+def test_without_decisions_nothing_else_is_drawn() -> None:
+    rng, made = Random(3), transcripts(Random(3), itertools.count(10**6))
+    writer = TranscriptWriter(rng, PhraseBank(held_out=False))
+    world = World(10**6, law=other_law(Random(10**6)), depths=WORLD_DEPTHS)
+    search = FastSearch(world, lenient=rng.random() < LENIENT_SHARE)
+    assert list(itertools.islice(made, 20)) == [writer.write(world, search) for _ in range(20)]
 
 
 def test_tokenizer_reads_back_what_it_wrote(some_transcripts: list) -> None:
@@ -297,18 +303,25 @@ def test_shipped_weights_belong_to_this_code() -> None:
     """A change of the language without new weights would feed the policy wrong token ids."""
     from transformers import AutoTokenizer
 
-    shipped = AutoTokenizer.from_pretrained(POCKET)
-    assert shipped.get_vocab() == build_tokenizer().get_vocab()
-    assert (POCKET / "model.safetensors").stat().st_size < 12_000_000
+    for folder in shipped().values():
+        assert AutoTokenizer.from_pretrained(folder).get_vocab() == build_tokenizer().get_vocab()
+    assert sum((folder / "model.safetensors").stat().st_size for folder in shipped().values()) < 12_000_000
 
 
-def test_model_card_holds_the_measured_figures() -> None:
-    measured = json.loads((POCKET / "measured.json").read_text())
-    card = (POCKET.parents[3] / "docs/pocket_model_card.md").read_text()
+@pytest.mark.parametrize("name", SHIPPED)
+def test_model_card_holds_the_measured_figures(name: str) -> None:
+    measured = json.loads((shipped()[name] / "measured.json").read_text())
+    card = (POCKET.parents[3] / f"docs/{name.replace('-', '_')}_model_card.md").read_text()
+    assert f"`{name}`" in card
     for key in ("copy_accuracy", "obedience_mean", "obedience_seen_mean", "obedience_law_mean"):
         assert f"{measured[key]:.3f}" in card, key
     assert f"{measured['recall']['right_case']:.2f}" in card
     assert f"{measured['recall']['wrong_case']:.2f}" in card
+
+
+def test_one_of_the_shipped_policies_recalls_cases() -> None:
+    recall = json.loads((POCKET_CASES / "measured.json").read_text())["recall"]
+    assert recall["right_case"] > 10 * recall["wrong_case"]
 
 
 def test_pretraining_is_seeded_and_writes_a_loadable_model(tmp_path) -> None:

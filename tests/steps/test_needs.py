@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from evolve_dag.config.loading import load_experiment
-from evolve_dag.config.schema import Experiment
+from evolve_dag.config.schema import SHIPPED, Experiment
 from evolve_dag.errors import DataError, ModelError
+from evolve_dag.inference.folders import is_pocket
 from evolve_dag.lineage.planning import plan
 from evolve_dag.steps.needs import absent_files, absent_programs, require_files, unset_keys
 from evolve_dag.steps.preflight import preflight
@@ -44,6 +45,14 @@ def test_what_is_there_or_not_read_is_not_missing(tmp_path: Path) -> None:
     assert absent_files(of(tmp_path, "environment: {kind: tools, tools: [file], files: gone}\n" + TASKS))[0].startswith(
         f"environment.files: {tmp_path}/gone: no such"
     )
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_policy_that_ships_is_there(tmp_path: Path, name: str) -> None:
+    experiment = of(tmp_path, f"extends: {CONFIGS / 'pocket.yaml'}\nmodels: {{policy: {{path: {name}}}}}\n")
+    assert experiment.models.policy.path == name, "a name, no folder beside the file"
+    assert absent_files(experiment) == []
+    assert is_pocket(experiment.models.policy)
 
 
 TASKS = "tasks: {train: {path: a}, development: {path: b}, held_out: {path: c}}\n"

@@ -327,13 +327,14 @@ def test_a_loaded_champion_says_what_the_policy_says(store: Store, monkeypatch: 
 
 
 def test_an_adapter_refuses_other_weights(tmp_path: Path) -> None:
-    from evolve_dag.inference.folders import POCKET, folder_digest
+    from evolve_dag.inference.folders import folder_digest, shipped
     from evolve_dag.tracking.mlflow_policy import base_folder
 
     (tmp_path / "model.safetensors").write_bytes(b"other weights")
     other = f"sha256:{folder_digest(tmp_path)[:32]}:float32"
     assert base_folder(other, str(tmp_path)) == tmp_path
-    assert base_folder(f"sha256:{folder_digest(POCKET)[:32]}:float32", str(tmp_path)) == POCKET
+    for folder in shipped().values():
+        assert base_folder(f"sha256:{folder_digest(folder)[:32]}:float32", str(tmp_path)) == folder
     (tmp_path / "model.safetensors").write_bytes(b"changed weights")
     with pytest.raises(ModelError, match="EVOLVE_BASE_MODEL"):
         base_folder(other, str(tmp_path))

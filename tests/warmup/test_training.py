@@ -98,6 +98,7 @@ def test_what_somebody_else_put_there_stays(experiment: Load, tmp_path: Path) ->
         ({"world": 10}, {}, ConfigError, r"tasks.train.world: 11 is a world of the warm-up"),
         (None, {}, ConfigError, "no section `warmup`"),
         ({}, {"models": {}}, ConfigError, "cannot write there"),
+        ({}, {"models": {"policy": {"path": "pocket-cases"}}}, ConfigError, "cannot write there"),
         ({"base": "/nowhere"}, {}, ModelError, "no weights"),
         ({}, {"environment": {"kind": "pocket"}}, ConfigError, "with a state"),
     ],

@@ -18,7 +18,7 @@ from random import Random
 from typing import Any
 
 from evolve_dag.environments.pocket.language import GROUPS, SYSTEM_PROMPT, PhraseBank, state_of_mark
-from evolve_dag.environments.pocket.pretrain import RECIPE, Encoder
+from evolve_dag.environments.pocket.pretrain import CASES, RECIPE, Encoder
 from evolve_dag.environments.pocket.script import (
     GROUP_MOVES,
     HABIT,
@@ -320,9 +320,14 @@ def model_card(measured: dict[str, Any], made: dict[str, Any]) -> str:
     )
     recall = measured["recall"]
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    decided = made["settings"].get("decisions", 0.0) > 0
+    stages = (*RECIPE, *CASES) if decided else RECIPE
     return template.format(
-        stages=len(RECIPE),
-        tokens=sum(stage.tokens * stage.until for stage in RECIPE) / 1e6,
+        name="the pocket policy that recalls cases (`pocket-cases`)" if decided else "the pocket policy (`pocket`)",
+        deciding=DECIDING if decided else "",
+        recall_limit=RECALL_LIMITED if decided else NO_RECALL,
+        stages=len(stages),
+        tokens=sum(stage.tokens * stage.until for stage in stages) / 1e6,
         parameters=made["parameters"] / 1e6,
         megabytes=made["parameters"] * 4 / 1e6,
         law=measured["obedience_law_mean"],
@@ -343,6 +348,15 @@ def model_card(measured: dict[str, Any], made: dict[str, Any]) -> str:
         obeyed=obeyed,
         indifference=indifference,
     )
+
+
+DECIDING = "; the last stages, which go on from `pocket`, show little but whether a case is that of the question"
+NO_RECALL = """\
+- **Recall does not work.** The transcripts show it in one of ten and fewer, and most decisions where no case is the right one
+  are played for the agent and not learned: a policy that sees cases often answers at once, and mostly wrong. The aim was at
+  least 0.60 for the right case and at most 0.05 for a wrong one. `pocket-cases` is the same policy after five million tokens of
+  such decisions ([its card](pocket_cases_model_card.md)); experiments with instance-level experience want that one."""
+RECALL_LIMITED = "- A case is recalled by its very question. What a case says of other questions was never taught."
 
 
 def _shares(habit: Any) -> str:

@@ -22,7 +22,7 @@ from evolve_dag.environments.pocket.muon import Muon
 from evolve_dag.environments.pocket.script import DWELL_ON_MARKS, MODES, SIMPLE_MODES, Transcript, transcripts
 from evolve_dag.environments.pocket.tokenizer import END_OF_TURN, PAD, build_tokenizer
 from evolve_dag.environments.pocket.world import PRETRAINING_SEEDS
-from evolve_dag.inference.folders import folder_digest
+from evolve_dag.inference.folders import POCKET, folder_digest
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ class PretrainSettings:
     until: float = 1.0
     """Share of the schedule after which the stage ends."""
     start: str | None = None
-    """Folder of a model to continue from; None starts anew."""
+    """Folder of a model to continue from, or ``pocket``; None starts anew."""
     hidden: int = 128
     layers: int = 5
     heads: int = 4
@@ -91,6 +91,22 @@ RECIPE = (
     ),
 )
 """Stages that made the shipped weights: all modes, then one that dwells on marks and what is said about them."""
+_DECIDING = PretrainSettings(
+    seed=77,
+    tokens=3_000_000,
+    processes=1,
+    simple_share=0.0,
+    decay_from=0.3,
+    warmup_steps=20,
+    muon_rate=0.01,
+    adam_rate=1.5e-3,
+    dwell_on_marks=True,
+    modes={"none": 0.15, "step": 0.6, "global": 0.25},
+    decisions=0.85,
+    start="pocket",
+)
+CASES = (_DECIDING, replace(_DECIDING, seed=78, tokens=2_000_000, muon_rate=0.007, adam_rate=1e-3))
+"""Stages that follow for ``pocket-cases``, in one process: mostly decisions whether a case is that of the question."""
 
 
 class Encoder:
@@ -175,7 +191,7 @@ def batches(rank: int, settings: PretrainSettings, encode: Encoder, modes: Mappi
                 groups.append([])
             groups[-1].append(document)
         rng.shuffle(groups)
-        yield from groups
+        yield from (group for group in groups if any(ACTION in roles for _, roles in group))  # some hold nothing but slips
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
@@ -204,7 +220,7 @@ def _worker(rank: int, settings: PretrainSettings, out: str, port: int) -> None:
     torch.manual_seed(settings.seed)
     model = new_model(settings, len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
     if settings.start is not None:
-        model = model.from_pretrained(settings.start)
+        model = model.from_pretrained(POCKET if settings.start == "pocket" else settings.start)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     parameters = matrices + rest
@@ -226,9 +242,8 @@ def _worker(rank: int, settings: PretrainSettings, out: str, port: int) -> None:
         nll_N = F.cross_entropy(model.lm_head(hidden_N_D), x_B_T[:, 1:][keep], reduction="none")
         roles_N = roles_B_T[keep]
         action = roles_N == ACTION
-        written = action.sum().clamp(min=1)  # a batch may hold nothing but slips
-        ((nll_N * weights[roles_N]).sum() / written).backward()
-        loss = nll_N.detach()[action].sum() / written
+        ((nll_N * weights[roles_N]).sum() / action.sum()).backward()
+        loss = nll_N.detach()[action].mean()
         count = float(sum(len(ids) for ids, _ in batch))
         flat = torch.cat([p.grad.reshape(-1) for p in parameters] + [torch.tensor([loss.item(), count])])
         if world > 1:
@@ -324,30 +339,31 @@ def pretrain(out: Path, settings: PretrainSettings, on_progress: Callable[[dict[
 
 def pretrain_recipe(
     out: Path,
+    recipe: Sequence[PretrainSettings] = RECIPE,
     *,
     seed: int = 0,
     scale: float = 1.0,
-    processes: int = 2,
+    processes: int | None = None,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> Path:
-    """Run :data:`RECIPE`: the weights that ship, up to the machine's rounding.
+    """Run a recipe, :data:`RECIPE` or :data:`CASES`: the weights that ship, up to the machine's rounding.
 
     Args:
         out: folder to write.
         seed: for base policies of another draw.
         scale: share of the recipe's tokens.
-        processes: one thread each; decides the result, as the seed does.
+        processes: one thread each; decides the result, as the seed does. None: as many as the recipe says.
         on_progress: gets every line of progress, with ``stage`` and with ``done`` over the whole recipe.
     """
-    total = sum(stage.tokens * stage.until for stage in RECIPE)
+    total = sum(stage.tokens * stage.until for stage in recipe)
     before = 0
-    for number, stage in enumerate(RECIPE):
+    for number, stage in enumerate(recipe):
         settings = replace(
             stage,
-            seed=stage.seed + len(RECIPE) * seed,
+            seed=stage.seed + len(recipe) * seed,
             tokens=int(stage.tokens * scale),
-            processes=processes,
-            start=str(out) if number else None,
+            processes=processes or stage.processes,
+            start=str(out) if number else stage.start,
         )
 
         def report(line: dict[str, Any], number: int = number, before: int = before) -> None:
