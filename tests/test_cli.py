@@ -221,11 +221,11 @@ def test_doctor_finds_broken_weights(tmp_path: Path, monkeypatch: pytest.MonkeyP
     from evolve_dag.inference import folders
 
     monkeypatch.setattr(folders, "POCKET", tmp_path)
-    [missing] = doctor._shipped("pocket")
+    missing, _ = doctor._weights()
     assert missing.state == "broken"
     assert "evolve pocket pretrain" in missing.text
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 20)
-    [corrupt] = doctor._shipped("pocket")
+    corrupt, _ = doctor._weights()
     assert corrupt.state == "broken"
     assert "model.safetensors" in corrupt.text
 
@@ -239,10 +239,10 @@ def test_doctor_holds_the_weights_against_their_recorded_digest(tmp_path: Path, 
     monkeypatch.setattr(folders, "POCKET", tmp_path)
     save_file({"w": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
     (tmp_path / "pretraining.json").write_text(json.dumps({"digest": folders.folder_digest(tmp_path)}))
-    [sound] = doctor._shipped("pocket")
+    sound, _ = doctor._weights()
     assert (sound.state, "as recorded" in sound.text) == ("ok", True)
     save_file({"w": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
-    [changed] = doctor._shipped("pocket")
+    changed, _ = doctor._weights()
     assert changed.state == "broken"
 
 

@@ -53,7 +53,7 @@ from functools import lru_cache
 
 from evolve_dag.plain import LAST_STEP
 from evolve_dag.protocols import CAN, OR
-from evolve_dag.records import Step, ToolCall, Trajectory
+from evolve_dag.records import ExperienceItem, Step, ToolCall, Trajectory
 
 FEATURES: tuple[str, ...] = ("tool", "observation", "listed", "shared_name", "evidence", "mark", "repeat", "depth")
 """Names of the features, in the order in which a condition shows them."""
@@ -435,7 +435,6 @@ class Tracker:
         """The situation before the next step."""
         last = self.last
         evidence = "asked" if self._asked else "part" if self._question.relations & last.keys else "none"
-        history = {"led": self._led, "in_row": _TIMES[min(self._in_row, 3)], "shown": "yes" if self._shown else "no"}
         return {
             "tool": self._tool,
             "observation": last.kind,
@@ -446,8 +445,13 @@ class Tracker:
             "repeat": "yes" if self._repeated else "no",
             "depth": "early" if self._count < 3 else "middle" if self._count < 6 else "late",
             **last.own,
-            **(history if self._history else {}),
+            **(self._ago if self._history else {}),
         }
+
+    @property
+    def _ago(self) -> dict[str, str]:
+        """What is longer ago: :data:`HISTORY`."""
+        return {"led": self._led, "in_row": _TIMES[min(self._in_row, 3)], "shown": "yes" if self._shown else "no"}
 
     @property
     def _asked(self) -> bool:
@@ -536,6 +540,11 @@ def features(question: str, steps: Sequence[Step], *, history: bool = False) -> 
 def looks_back(condition: Iterable[str]) -> bool:
     """Whether a condition, given by its features, tells of :data:`HISTORY`."""
     return any(feature in HISTORY for feature in condition)
+
+
+def any_looks_back(items: Iterable[ExperienceItem]) -> bool:
+    """Whether the situation of one of them does: then situations have to be read with their history."""
+    return any(looks_back(item.condition) for item in items)
 
 
 def action(question: str, before: Sequence[Step], step: Step) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evolve_dag.evaluation.intervals import Interval, wilson
-from evolve_dag.experience.features import choices, looks_back
+from evolve_dag.experience.features import any_looks_back, choices
 from evolve_dag.experience.phrases import action_of
 from evolve_dag.experience.pool import Pool, Proposal
 from evolve_dag.records import ExperienceItem, Trajectory
@@ -77,7 +77,7 @@ def habits(items: Sequence[ExperienceItem], trajectories: Sequence[Trajectory]) 
         i.id: (set(i.condition.items()), action) for i in items if i.condition and (action := action_of(i.text)) is not None
     }
     found: dict[str, list[tuple[str, float]]] = {item_id: [] for item_id in known}
-    history = any(looks_back(item.condition) for item in items)
+    history = any_looks_back(items)
     for trajectory in trajectories:
         for choice in choices(trajectory, history=history):
             for item_id, (condition, action) in known.items():

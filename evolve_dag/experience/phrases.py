@@ -17,7 +17,7 @@ Phrases added to the agreed ones, because every feature value must have one:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from evolve_dag.errors import DataError
 from evolve_dag.experience.features import DID, OWN
@@ -147,11 +147,6 @@ def render(condition: Mapping[str, str], action: str) -> str:
     if advice is None:
         raise DataError(f"no phrase for the action {action!r}", f"one of {', '.join(STRATEGIES)}, use:<tool>, or did:<words>")
     return f"{advice[0]}: when {situation_text(condition)}, {advice[1]}."
-
-
-def speakable(condition: Mapping[str, str] | Sequence[tuple[str, str]], action: str) -> bool:
-    """Whether the principle has no more than :data:`MAX_WORDS`."""
-    return len(render(dict(condition), action).split()) <= MAX_WORDS
 
 
 def split(text: str) -> tuple[str, str, str] | None:

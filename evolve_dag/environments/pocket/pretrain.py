@@ -22,7 +22,7 @@ from evolve_dag.environments.pocket.muon import Muon
 from evolve_dag.environments.pocket.script import DWELL_ON_MARKS, MODES, SIMPLE_MODES, Transcript, transcripts
 from evolve_dag.environments.pocket.tokenizer import END_OF_TURN, PAD, build_tokenizer
 from evolve_dag.environments.pocket.world import PRETRAINING_SEEDS
-from evolve_dag.inference.folders import POCKET, folder_digest
+from evolve_dag.inference.folders import folder_digest, shipped
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ class PretrainSettings:
     until: float = 1.0
     """Share of the schedule after which the stage ends."""
     start: str | None = None
-    """Folder of a model to continue from, or ``pocket``; None starts anew."""
+    """Folder of a model to continue from, or the name of one that ships; None starts anew."""
     hidden: int = 128
     layers: int = 5
     heads: int = 4
@@ -220,7 +220,7 @@ def _worker(rank: int, settings: PretrainSettings, out: str, port: int) -> None:
     torch.manual_seed(settings.seed)
     model = new_model(settings, len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
     if settings.start is not None:
-        model = model.from_pretrained(POCKET if settings.start == "pocket" else settings.start)
+        model = model.from_pretrained(shipped().get(settings.start, settings.start))
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     parameters = matrices + rest

@@ -33,7 +33,8 @@ from evolve_dag.experience.extraction.evidence import Effect, Evidence, Moments,
 from evolve_dag.experience.extraction.seen import Seen
 from evolve_dag.experience.extraction.situations import LATTICE, Condition, compatible, condition_of, described, entangled
 from evolve_dag.experience.features import DID, OWN, choices, looks_back
-from evolve_dag.experience.phrases import render, speakable, strategy
+from evolve_dag.experience.phrases import render, strategy
+from evolve_dag.experience.pool import principle_problems
 from evolve_dag.records import Trajectory
 
 MIN_OTHERS = 5
@@ -149,7 +150,9 @@ def mine(
         support, others = evidence.actions[condition, action].count, evidence.others(condition, action).count
         if strategy(action) is None or support < min_support or others < MIN_OTHERS:
             continue
-        if looks_back(dict(condition)) and (seen.copies(condition, action) or not speakable(condition, action)):
+        if looks_back(dict(condition)) and (
+            seen.copies(condition, action) or principle_problems(render(dict(condition), action))
+        ):
             continue
         effect = effect_of(evidence, condition, action, confidence)
         if effect is not None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from evolve_dag.errors import DataError
-from evolve_dag.experience.features import looks_back, walk
+from evolve_dag.experience.features import any_looks_back, walk
 from evolve_dag.experience.phrases import STRATEGIES, action_of, split, strategy
 from evolve_dag.experience.pool import Pool
 from evolve_dag.records import PoolEdit, Trajectory
@@ -40,9 +40,9 @@ def placebo(mined: Pool, edits: Sequence[PoolEdit], trajectories: Sequence[Traje
     Raises:
         DataError: an item was not mined: its text is not of the form of a principle.
     """
-    history = any(looks_back(item.condition) for item in mined.items)
-    walked = [one for t in trajectories for one in walk(t, history=history)]
-    taken = list(dict.fromkeys((tuple(state.items()), action) for state, action in walked))
+    history = any_looks_back(mined.items)
+    walks = (walk(trajectory, history=history) for trajectory in trajectories)
+    taken = list(dict.fromkeys((tuple(state.items()), action) for one in walks for state, action in one))
     known = {edit.item_id: edit.after for edit in edits if edit.operation == "add" and edit.after is not None}
     known |= {item.id: item.text for item in mined.items}
     conditions = {item.id: item.condition for item in mined.items}

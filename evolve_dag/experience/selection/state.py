@@ -8,7 +8,7 @@ from typing import Literal
 
 from evolve_dag.config.parts import SelectionSettings
 from evolve_dag.config.schema import Experiment
-from evolve_dag.experience.features import answer_demanded, features, looks_back
+from evolve_dag.experience.features import answer_demanded, any_looks_back, features
 from evolve_dag.experience.pool import Pool, lift
 from evolve_dag.experience.selection.base import ONLY_ANSWER, STOP_WORDS, TOKEN, Selection, SelectorPart
 from evolve_dag.records import ExperienceItem, Step
@@ -28,7 +28,7 @@ class StateSelector:
     async def select(self, question: str, steps: Sequence[Step], pool: Pool) -> Selection:
         if answer_demanded(question, steps):
             return ONLY_ANSWER
-        state = features(question, steps, history=any(looks_back(item.condition) for item in pool.items))
+        state = features(question, steps, history=any_looks_back(pool.items))
         shown = " ".join(f"{name}={value}" for name, value in state.items())
         fitting = [i for i in pool.items if i.condition and all(state.get(f) == v for f, v in i.condition.items())]
         fitting.sort(key=lambda i: (-len(i.condition), -lift(i), i.id))
