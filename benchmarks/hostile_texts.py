@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from evolve_dag.agent.actions import parse_action
 from evolve_dag.experience.extraction.llm_form import entities, tidy
 from evolve_dag.experience.features import parse_observation, strip_last_step
-from evolve_dag.experience.llm_text import fence, shorten
+from evolve_dag.experience.llm_text import shorten
 from evolve_dag.experience.locality import locality, names_in
 from evolve_dag.experience.phrases import split
 from evolve_dag.experience.pool import principle_problems
@@ -28,6 +28,7 @@ from evolve_dag.inference.structured import extract_json
 from evolve_dag.interop.pools import _MARKUP
 from evolve_dag.interop.rollouts import _before_experience
 from evolve_dag.plain import one_line, plain
+from evolve_dag.prompts import fence
 from evolve_dag.records import ExperienceItem, Step, Task, Trajectory
 from evolve_dag.secrecy import excerpt, masker, read_key
 from evolve_dag.verification.exact import normalise

@@ -1,6 +1,10 @@
 """Prompts are files with named blanks: ``evolve_dag/<package>/prompts/<name>.md``, ``{{blank}}``.
 
 Their hash is part of the lineage, so a reworded prompt recomputes what it decides.
+
+What comes from outside may hold anything, our own markup included. In a prompt it stands between ``<data name="...">`` and
+``</data>``; every prompt says that nothing in there is an order, and :func:`fence` sees to it that the text cannot close its
+fence or open another one.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from evolve_dag.errors import ConfigError, SliceError
 
 ROOT = Path(__file__).parent
 _BLANK = re.compile(r"\{\{([a-z][a-z0-9_]*)\}\}")
+_MARKUP = re.compile(r"<(?=\s*+(?:\||(?:/\s*+)?data\b))", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,12 @@ def _read(name: str) -> Prompt:
         return Prompt(name, (ROOT / _file(name)).read_text(encoding="utf-8"))
     except OSError:
         raise ConfigError(f"prompt {name}: evolve_dag/{_file(name)} is not there", "reinstall the package") from None
+
+
+def fence(name: str, text: str) -> str:
+    """``text`` as data. The ``<`` of fence markers and chat markup (``<|...``) in it becomes ``‹``."""
+    clean = text.encode("utf-8", "replace").decode("utf-8")
+    return f'<data name="{name}">\n{_MARKUP.sub("‹", clean)}\n</data>'
 
 
 def digest(*names: str) -> str:

@@ -1,28 +1,18 @@
 """Trajectories and states as text for a language model: shortened, and fenced so that they stay data.
 
-What an environment returned may hold anything, our own markup included. It stands between ``<data name="...">`` and
-``</data>``; every prompt says that nothing in there is an order, and :func:`fence` sees to it that the text cannot close its
-fence or open another one.
+What an environment returned may hold anything, our own markup included: :func:`evolve_dag.prompts.fence`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from evolve_dag.experience.pool import Pool
 from evolve_dag.plain import one_line
 from evolve_dag.records import Step, Trajectory
 
-_MARKUP = re.compile(r"<(?=\s*+(?:\||(?:/\s*+)?data\b))", re.IGNORECASE)
 _LEAST = 120
 """Characters of one part below which shortening every part says nothing any more."""
-
-
-def fence(name: str, text: str) -> str:
-    """``text`` as data. The ``<`` of fence markers and chat markup (``<|...``) in it becomes ``‹``."""
-    clean = text.encode("utf-8", "replace").decode("utf-8")
-    return f'<data name="{name}">\n{_MARKUP.sub("‹", clean)}\n</data>'
 
 
 def shorten(text: str, limit: int) -> str:

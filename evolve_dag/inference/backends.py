@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from evolve_dag.config.schema import (
     TransformersModelSettings,
     VllmModelSettings,
 )
+from evolve_dag.config.section import RUNTIME, marked
 from evolve_dag.errors import ModelError, exhausted, out_of_memory
 from evolve_dag.inference.folders import base_identity, model_folder
 from evolve_dag.inference.ledger import Ledger, metered
@@ -158,10 +161,21 @@ def _transformers(settings: TransformersModelSettings, opening: Opening) -> Lang
 
 TRANSFORMERS = BackendPart(settings=TransformersModelSettings, make=_transformers, identity=base_identity)
 VLLM = BackendPart(settings=VllmModelSettings, make=_vllm, identity=base_identity, variables=("VLLM_API_KEY",))
+
+
+def _openai_identity(settings: OpenAIModelSettings) -> str:
+    """The name, and what else decides an answer where it is not the usual: a judge that may think is another one."""
+    fields = {name: field for name, field in type(settings).model_fields.items() if name not in ("backend", "model")}
+    usual = {name: field.default for name, field in fields.items() if not marked(field, RUNTIME)}
+    kept = {name: value for name, default in usual.items() if (value := getattr(settings, name)) != default}
+    text = json.dumps(kept, sort_keys=True, default=str)
+    return f"openai:{settings.model}" + (f" {hashlib.sha256(text.encode()).hexdigest()[:16]}" if kept else "")
+
+
 OPENAI = BackendPart(
     settings=OpenAIModelSettings,
     make=_openai,
-    identity=lambda settings: f"openai:{settings.model}",
+    identity=_openai_identity,
     keeps_ledger=True,
     variables=("OPENAI_API_KEY",),
 )

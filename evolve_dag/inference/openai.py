@@ -43,6 +43,8 @@ CHARACTERS_PER_TOKEN = 32
 _TRY_AGAIN = frozenset({408, 409, 425, 429})
 _BOUNDS = frozenset({"pattern", "minLength", "maxLength", "minItems", "maxItems"})
 """Keywords that many endpoints refuse in a schema, OpenAI among them for some models; nobody judges an answer by them."""
+_BROKEN_OFF = frozenset({"insufficient_system_resource", "error", "abort"})
+"""What DeepSeek, gateways and vLLM call the end of an answer that is not whole."""
 _OWN_FIELDS = ("messages", "model", "stream")
 _TOO_LONG = re.compile(
     r"context[ _]?(?:length|window|size)|maximum (?:context|model) length|max_model_len|longer than the maximum|"
@@ -74,8 +76,8 @@ class OpenAIModel:
             there are others; where all refuse the call fails.
 
     Raises:
-        ModelError: the key's environment variable is not set though the endpoint is not a local one, an address is no
-            http(s) address, or ``extra`` holds a field that is ours.
+        UnreachableError: the key's environment variable is not set though the endpoint is not a local one.
+        ModelError: an address is no http(s) address, or ``extra`` holds a field that is ours.
     """
 
     def __init__(
@@ -225,14 +227,20 @@ class OpenAIModel:
             raise _TransientError(f"{endpoint.name}: the answer holds no choice with a message") from None
         usage = tally.add(answer.get("usage"))
         finish = choice.get("finish_reason")
+        refusal = message.get("refusal")
+        if finish == "content_filter" or (refusal and not text.strip()):
+            told = f"{endpoint.name} withheld the answer: {refusal or 'content filter'}"
+            raise self._refusal(told, "change the request or the model")
+        if finish in _BROKEN_OFF:
+            raise _TransientError(f"{endpoint.name}: the answer was broken off ({finish})")
         if not text.strip():
-            refusal = message.get("refusal")
-            if finish == "content_filter" or refusal:
-                raise self._refusal(
-                    f"{endpoint.name} withheld the answer: {refusal or 'content filter'}", "change the request or the model"
-                )
             if finish != "length":
                 raise _TransientError(f"{endpoint.name}: the answer is empty")
+            raise self._refusal(
+                f"{endpoint.name}: {request.sampling.max_tokens} tokens and no answer, as of a model that thinks first",
+                f"let it think less, or not at all: models.{self._role}.extra, e.g. thinking: {{type: disabled}} (DeepSeek) or "
+                "chat_template_kwargs: {enable_thinking: false} (Qwen3)",
+            )
         reason: Literal["stop", "length"] = "length" if finish == "length" else "stop"
         most = CHARACTERS_PER_TOKEN * request.sampling.max_tokens
         if len(text) > most:
@@ -272,8 +280,8 @@ class OpenAIModel:
         if status not in _TRY_AGAIN and status < 500:
             raise self._refusal(
                 problem,
-                f"the endpoint does not take the request: see models.{self._role}.structured (now {self.settings.structured}) "
-                "and .extra, where a field set to null is not sent",
+                f"the endpoint does not take the request: see models.{self._role}.model (now {self.settings.model}), "
+                f".structured (now {self.settings.structured}) and .extra, where a field set to null is not sent",
             )
         return _TransientError(problem, retry_after(headers))
 
@@ -333,7 +341,7 @@ class OpenAIModel:
         for address in settings.endpoints:
             host = host_of(address, f"models.{self._role}.endpoints")
             if not self._key and not is_local(host):
-                raise self._refusal(
+                raise self._unreachable(
                     f"the environment variable {settings.key} is not set",
                     f"put the key of {public_name(address)} there, or name another variable in models.{self._role}.key",
                 )
@@ -442,8 +450,11 @@ class _Connections:
                 trust_env=not is_local(host),  # a proxy of the environment cannot reach this machine
             ),
         )
-        if not host.endswith("openai.com"):  # the client takes these from the environment and would tell them to anyone
-            client.organization = client.project = None
+        if f".{host}".endswith(".openai.com"):
+            return client
+        # The client takes these from the environment and would tell them to anyone.
+        client.organization = client.project = None
+        client._custom_headers = {}  # of OPENAI_CUSTOM_HEADERS: we give none
         return client
 
     @asynccontextmanager

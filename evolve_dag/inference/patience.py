@@ -1,10 +1,14 @@
-"""How long an endpoint that is busy asks to be left alone."""
+"""How long an endpoint that is busy asks to be left alone, and how much is made without one that cannot be asked."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+
+MOST_UNREACHABLE = 0.1
+"""Share of what a step asks for (episodes of a condition, calls of an extraction) that it may be made without, since a model
+could not be asked: some requests break an endpoint every time."""
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

@@ -40,13 +40,16 @@ from evolve_dag.seeds import stable_hash
 from evolve_dag.steps import teacher_check
 from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import (
+    ANSWERED,
     INJECTION_KEYS,
     TASK_KEYS,
     adapter_folder,
+    answered,
     experience_source,
     open_policy,
     open_pool,
     open_teacher,
+    require_judged,
     roll_out,
     selector_statistics,
     with_teacher_views,
@@ -184,6 +187,7 @@ def _ask(context: StepContext, split: Split, model: LanguageModel, pool: Pool, b
     else:
         own = load_trajectories(context.inputs["trajectories"])
         trajectories = context.roles.run(with_teacher_views(own, source, experiment.runtime.concurrency))
+        require_judged("teacher views", trajectories, on_trial=True)
     checked = teacher_check.check(context, split, model, source, left, trajectories, before)
     return _Attempt(trajectories, source, checked)
 
@@ -255,7 +259,8 @@ def _drill(pattern: InjectionPattern, texts: Mapping[Place, str]) -> Inject:
 
 
 def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
-    """That the student never sees experience, and that both views hold the actions that were sampled."""
+    """That the student never sees experience, that both views hold the actions that were sampled, what the teacher's
+    check found, and whether who was asked did answer."""
     artifact.verify()
     rows, retention, drilled = (load_contexts(artifact.path / part) for part in ("", RETENTION, DRILLS))
     found = trajectories_from_frames(artifact.frame(TRAJECTORIES), artifact.frame(STEPS))
@@ -296,6 +301,7 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
     }
     yield Verdict("same_actions", not other_ids, evidence)
     yield teacher_check.verdict(artifact)
+    yield answered(artifact)
 
 
 def _unread(experiment: Experiment) -> tuple[str, ...]:
@@ -339,6 +345,7 @@ SPEC = StepSpec(
             blocking=True,
         ),
         Check("teacher", "With experience the teacher is not below the student, and no item lowers its success."),
+        ANSWERED,
     ),
     hidden=frozenset({"findings", "not_taught"}),
     examine=examine,

@@ -15,7 +15,7 @@ from evolve_dag.experience.locality import locality, trajectory_detail
 from evolve_dag.experience.pool import Pool, Proposal, counted
 from evolve_dag.records import PoolEdit, Task, Trajectory
 from evolve_dag.steps.body import StepContext
-from evolve_dag.steps.policies import open_policy, open_pool
+from evolve_dag.steps.policies import ANSWERED, answered, open_policy, open_pool
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
 from evolve_dag.store.frames import edits_to_frame, items_from_frame, items_to_frame, load_trajectories
@@ -106,7 +106,7 @@ def _extract(
 
 
 def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
-    """The cap of the pool, and what its principles keep of trajectories."""
+    """The cap of the pool, what its principles keep of trajectories, and whether who was asked did answer."""
     items = items_from_frame(artifact.frame(ITEMS))
     cap, distinct = experiment.extraction.cap, len({item.id for item in items})
     active = sum(item.active for item in items)
@@ -115,6 +115,7 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
     objections = {item.id: trajectory_detail(item.text) for item in items if item.granularity == "principle"}
     wrong = {item_id: mistakes for item_id, mistakes in objections.items() if mistakes}
     yield Verdict("detail", not wrong, {"items": len(items), "wrong": wrong})
+    yield answered(artifact)
 
 
 SPEC = StepSpec(
@@ -133,6 +134,7 @@ SPEC = StepSpec(
             blocking=True,
         ),
         Check("detail", "No principle holds trajectory detail: no address, no number, no entity."),
+        ANSWERED,
     ),
     examine=examine,
     tables=(

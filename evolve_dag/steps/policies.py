@@ -17,11 +17,12 @@ from evolve_dag.errors import PartError, UnjudgedError, UnreachableError
 from evolve_dag.evaluation.gate import LEAST_JUDGED
 from evolve_dag.inference.backends import identity, open_backend, open_transformers
 from evolve_dag.inference.ledger import metered
+from evolve_dag.inference.patience import MOST_UNREACHABLE
 from evolve_dag.protocols import LanguageModel
 from evolve_dag.records import Finding, Task, Trajectory, withdrawn
 from evolve_dag.secrecy import describe_error
-from evolve_dag.steps.spec import Verdict
-from evolve_dag.store.layout import POOL
+from evolve_dag.steps.spec import Check, Verdict
+from evolve_dag.store.layout import CALLS, POOL
 from evolve_dag.tasks.suites import load_tasks_of
 
 if TYPE_CHECKING:
@@ -243,11 +244,6 @@ def _played(context: StepContext, conditions: Sequence[Condition], concurrency: 
     return found
 
 
-MOST_UNREACHABLE = 0.1
-"""Share of the episodes of a condition for which a model could not be asked, and which a step may be made without: some
-requests break an endpoint every time."""
-
-
 def unreachable(trajectories: Sequence[Trajectory]) -> list[str]:
     """What is told of the episodes that say nothing, since a model could not be asked."""
     told = [t.error for t in trajectories if t.reward is None and t.error is not None]
@@ -263,7 +259,7 @@ def require_judged(label: str, trajectories: Sequence[Trajectory], on_trial: boo
 
     Raises:
         UnjudgedError: fewer than half of the episodes have a verdict, or a model could not be asked for more than
-            :data:`MOST_UNREACHABLE` of them.
+            :data:`~evolve_dag.inference.patience.MOST_UNREACHABLE` of them.
     """
     lost = [t.error or "the verifier gave none" for t in trajectories if t.reward is None]
     few = not on_trial and len(trajectories) - len(lost) < LEAST_JUDGED * len(trajectories)
@@ -304,7 +300,8 @@ async def with_teacher_views(
 ) -> list[Trajectory]:
     """Student trajectories with what the teacher would have had in its context recorded in every step.
 
-    One for which a selector from outside fails is ``failed``, as it is where the teacher acts: nothing is learned from it.
+    One for which a selector from outside fails, or the model that selects cannot be asked, is ``failed``, as it is where the
+    teacher acts: nothing is learned from it.
 
     Args:
         concurrency: trajectories at a time, since a selector may ask a model.
@@ -315,7 +312,7 @@ async def with_teacher_views(
     async def viewed(trajectory: Trajectory) -> Trajectory:
         try:
             return await _with_teacher_view(trajectory, source)
-        except PartError as error:
+        except (PartError, UnreachableError) as error:
             return replace(trajectory, status="failed", reward=None, error=describe_error(error))
 
     return await each(viewed, trajectories, concurrency)
@@ -358,3 +355,20 @@ def judged(artifact: Artifact, file: str) -> Verdict:
     failed = int((frame["status"] == "failed").sum())
     evidence = {"episodes": frame.height, "judged": known, "share": share, "failed_episodes": failed}
     return Verdict("judged", share >= LEAST_JUDGED, evidence)
+
+
+ANSWERED = Check("answered", f"At most {MOST_UNREACHABLE:.0%} of the calls to models behind endpoints failed.")
+
+
+def answered(artifact: Artifact) -> Verdict:
+    """Whether the models that a step asked did answer; where one did not something else stood in, or something is missing."""
+    if CALLS not in artifact.manifest.files:
+        return Verdict(ANSWERED.name, True, {"calls": 0})
+    calls = artifact.frame(CALLS).select("role", "purpose", "outcome", "error")
+    failed = calls.filter(calls["outcome"] == "error")
+    whose = Counter(f"{role}: {purpose}" for role, purpose in failed.select("role", "purpose").iter_rows())
+    evidence: dict[str, Any] = {"calls": calls.height, "failed": failed.height}
+    if failed.height:
+        ((error, _),) = Counter(failed["error"].to_list()).most_common(1)
+        evidence |= {"failed_by": dict(whose.most_common()), "most_often": error or ""}
+    return Verdict(ANSWERED.name, failed.height <= MOST_UNREACHABLE * calls.height, evidence)

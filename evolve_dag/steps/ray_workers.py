@@ -213,9 +213,9 @@ class Player:
             memory = Memory(store.root / "cache" / "memory.sqlite")
             with Roles(shown, ledger=self._ledger, memory=memory) as roles, prompts.only(names):
                 split = load_split(shown, self._playing.split, roles)
-                if isinstance(split.environment, Checked):
-                    split.environment.check()
                 with open_policy(store, self._playing.adapter, roles) as model:
+                    if isinstance(split.environment, Checked):
+                        split.environment.check()
                     roles.run(self._serve(shown, split, model))
         except Exception as error:
             if self._ready.done():

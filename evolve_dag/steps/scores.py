@@ -24,10 +24,12 @@ from evolve_dag.records import Score, Trajectory
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import (
+    ANSWERED,
     INJECTION_KEYS,
     TASK_KEYS,
     Rollouts,
     adapter_folder,
+    answered,
     began_with,
     by_id,
     checked_pool,
@@ -262,8 +264,9 @@ def _distinct(trajectories: list[Trajectory], scores: list[Score]) -> list[Traje
 
 
 def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
-    """Whether enough could be judged."""
+    """Whether enough could be judged, and who was asked did answer."""
     yield judged(artifact, SCORES)
+    yield answered(artifact)
 
 
 def _unread(experiment: Experiment) -> tuple[str, ...]:
@@ -286,7 +289,7 @@ SPEC = StepSpec(
     unread=_unread,
     derived=("evaluation.bootstrap",),
     guard=check_disjoint,
-    checks=(Check("judged", f"At least {LEAST_JUDGED:.0%} of the episodes could be judged."),),
+    checks=(Check("judged", f"At least {LEAST_JUDGED:.0%} of the episodes could be judged."), ANSWERED),
     examine=examine,
     tables=(
         Table(

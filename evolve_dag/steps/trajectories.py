@@ -10,7 +10,7 @@ from evolve_dag.evaluation.metrics import counts
 from evolve_dag.records import Trajectory
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import Playing, StepContext
-from evolve_dag.steps.policies import TASK_KEYS, fan_out, judged, open_policy, roll_out
+from evolve_dag.steps.policies import ANSWERED, TASK_KEYS, answered, fan_out, judged, open_policy, roll_out
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
 from evolve_dag.store.frames import save_trajectories
@@ -39,8 +39,9 @@ def _roll_out(context: StepContext) -> list[Trajectory]:
 
 
 def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
-    """Whether enough could be judged."""
+    """Whether enough could be judged, and who was asked did answer."""
     yield judged(artifact, TRAJECTORIES)
+    yield answered(artifact)
 
 
 def _unread(experiment: Experiment) -> tuple[str, ...]:
@@ -59,7 +60,7 @@ SPEC = StepSpec(
     iteration=True,
     unread=_unread,
     guard=check_disjoint,
-    checks=(Check("judged", f"At least {LEAST_JUDGED:.0%} of the trajectories could be judged."),),
+    checks=(Check("judged", f"At least {LEAST_JUDGED:.0%} of the trajectories could be judged."), ANSWERED),
     examine=examine,
     tables=(Table(TRAJECTORIES, ("task_id", "question", "answer", "reward", "status", "turns", "tokens")),),
 )

@@ -13,8 +13,8 @@ from web_fakes import Heard, Reply, Web
 
 from evolve_dag.environments.web.guard import Guard
 from evolve_dag.environments.web.search import Searcher, listing, read_searxng, read_serper
-from evolve_dag.environments.web.services import MAX_PAUSE, Service
-from evolve_dag.errors import ConfigError, ModelError
+from evolve_dag.environments.web.services import MAX_PAUSE, UNANSWERED, Service
+from evolve_dag.errors import ConfigError, ModelError, UnreachableError
 from evolve_dag.protocols import ToolError
 
 JSON = {"Content-Type": "application/json"}
@@ -167,6 +167,7 @@ def test_a_service_that_hangs_or_is_gone(web: Web) -> None:
     web.pages["/search"] = slow
     with pytest.raises(ToolError, match=r"did not answer within 0\.05 seconds"):
         asyncio.run(serper(web, seconds=0.05).ask("search", "x"))
+    assert len(web.heard) == UNANSWERED
     with web_fakes.serve() as gone:
         pass
     with pytest.raises(ToolError, match="cannot be reached") as caught:
@@ -185,7 +186,7 @@ def test_a_service_that_hangs_or_is_gone(web: Web) -> None:
 def test_what_no_call_can_mend_is_no_observation(web: Web, reply: Reply, says: str) -> None:
     """As an observation it would turn every episode into a wrong answer."""
     web.pages["/search"] = reply
-    with pytest.raises(ModelError, match=says) as caught:
+    with pytest.raises(UnreachableError, match=says) as caught:
         asyncio.run(serper(web).ask("search", "x"))
     assert len(web.heard) == 1
     assert "k-e-y" not in str(caught.value)

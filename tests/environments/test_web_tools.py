@@ -14,7 +14,7 @@ from web_fakes import Reply, Web
 from evolve_dag.agent import sessions
 from evolve_dag.agent.actions import validate_call
 from evolve_dag.agent.loop import LAST_STEP, run_episode
-from evolve_dag.config.schema import RolloutSettings
+from evolve_dag.config.schema import OpenAIModelSettings, RolloutSettings
 from evolve_dag.environments.web import sandbox, tools
 from evolve_dag.environments.web.guard import Guard
 from evolve_dag.environments.web.sandbox import Outcome
@@ -25,6 +25,7 @@ from evolve_dag.errors import ConfigError, ModelError
 from evolve_dag.experience.injection import Injector
 from evolve_dag.experience.pool import Pool
 from evolve_dag.inference.chat import GRAMMAR_TAGS, ChatFormat
+from evolve_dag.inference.openai import OpenAIModel
 from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.plain import GLOBAL_HEADING, RESERVED, STEP_HEADING
 from evolve_dag.protocols import Environment, ToolError
@@ -246,6 +247,17 @@ def test_only_what_is_used_must_be_there(monkeypatch: pytest.MonkeyPatch, tmp_pa
     ToolsWorld(settings(tools=["visit"], summarize=False), extractor=None, identity="", memory=None).check()
     monkeypatch.setenv("SERPER_API_KEY", "k")
     ToolsWorld(settings(tools=["search", "scholar"]), extractor=None, identity="", memory=None).check()
+
+
+def test_a_key_that_is_not_set_is_told_before_the_first_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DEEPSEEK_API_KEY", raising=False)
+
+    def opened() -> OpenAIModel:
+        far = OpenAIModelSettings(model="m", endpoints=("https://api.deepseek.com/v1",), key="DEEPSEEK_API_KEY")
+        return OpenAIModel(far, role="extractor")
+
+    with pytest.raises(ConfigError, match="DEEPSEEK_API_KEY is not set"):
+        ToolsWorld(settings(tools=["visit"], summarize=True), extractor=opened, identity="", memory=None).check()
 
 
 # ---------------------------------------------------------------- programs

@@ -109,12 +109,18 @@ def test_many_hangs_do_not_use_up_the_connections() -> None:
 @pytest.mark.parametrize(
     ("fault", "named"),
     [
-        (Fault("400", message="unknown field seed"), "models.judge.structured"),
+        (Fault("400", message="unknown field seed"), ".structured (now json_schema) and .extra"),
         (Fault("401"), "TEST_ENDPOINT_KEY"),
         (Fault("403"), "TEST_ENDPOINT_KEY"),
         (Fault("404", message="no such model"), "models.judge.model"),
         (Fault("429", message="You exceeded your current quota, please check your plan"), "credit"),
+        (
+            Fault("400", message="the supported model names are a and b, you passed some-model"),
+            "models.judge.model (now some-model)",
+        ),
         (Fault("filter"), "change the request"),
+        (Fault("filter_late"), "change the request"),
+        (Fault("length"), "let it think less, or not at all: models.judge.extra"),
     ],
 )
 def test_what_asking_again_cannot_mend_is_not_asked_again(fault: Fault, named: str) -> None:
@@ -446,11 +452,29 @@ def test_a_limit_of_the_experiment_that_the_endpoint_does_not_know_is_refused_at
 
 
 def test_an_answer_far_over_the_limit_is_cut_and_counts_as_cut_off() -> None:
-    with Endpoint(script=in_order(Fault("over_long"), Fault("length"))) as server:
-        long, none = ask(build(server.url, concurrency=1), *numbered(2))
+    with Endpoint(script=in_order(Fault("over_long"))) as server:
+        (long,) = ask(build(server.url), REQUEST)
     assert (len(long.text), long.finish_reason) == (CHARACTERS_PER_TOKEN * 64, "length")
-    assert (none.text, none.finish_reason) == ("", "length")  # a reasoning model that thought too long: not a fault
+    assert server.served.requests == 1
+
+
+@pytest.mark.parametrize("reason", ["insufficient_system_resource", "error", "abort"])
+def test_half_an_answer_is_asked_for_again(reason: str) -> None:
+    with Endpoint(script=in_order(Fault("broken_off", message=reason))) as server:
+        (whole,) = ask(build(server.url), REQUEST)
+    assert whole.text == echo(server.arrivals[-1].body)
     assert server.served.requests == 2
+
+
+def test_no_header_that_is_meant_for_openai_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client takes these from the environment by itself."""
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-meant-for-openai")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "project-meant-for-openai")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Gateway: meant-for-openai\nAuthorization: Bearer meant-for-openai")
+    with Endpoint(key=SECRET) as server:
+        ask(build(server.url), REQUEST)
+    (arrival,) = server.arrivals
+    assert "meant-for-openai" not in str(arrival.headers)
 
 
 def test_a_request_that_is_too_long_keeps_head_and_tail_and_says_so() -> None:

@@ -47,6 +47,17 @@ def test_everything_runs_in_one_loop_and_leaving_closes_models_and_loop(model: C
     assert first.is_closed()
 
 
+def test_what_decides_an_answer_is_part_of_who_gave_it() -> None:
+    def identity(**changes: Any) -> str:
+        model = {"backend": "openai", "model": "m", **changes}
+        return Roles(Experiment.model_validate({"experiment": "x", "models": {"selector": model}})).identity("selector")
+
+    usual = identity()
+    assert usual == identity(concurrency=3, key="OTHER", endpoints=["http://127.0.0.1:9/v1"]) == "openai:m"
+    others = [identity(extra={"seed": None}), identity(structured="none"), identity(context_tokens=4096), identity(model="n")]
+    assert len({usual, *others}) == 5
+
+
 def test_a_fault_inside_closes_them_too(model: Closing) -> None:
     async def broken() -> Any:
         raise ZeroDivisionError

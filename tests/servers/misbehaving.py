@@ -53,7 +53,9 @@ class Fault:
 
     - ``hang``: no answer for ``seconds``; ``close``: the connection ends without a word; ``cut``: it ends half-way through
     - ``wrong_json``: the body is no JSON; ``wrong_shape``: JSON without an answer; ``in_200``: an error with status 200
-    - ``empty``: an answer of no characters; ``length``: nothing but a spent budget; ``filter``: withheld by a content filter
+    - ``empty``: an answer of no characters; ``length``: nothing but a spent budget; ``filter``: withheld by a content filter;
+      ``filter_late``: half of it is
+    - ``broken_off``: half of the answer, with a ``finish_reason`` of the server's own
     - ``over_long``: far more text than was asked for; ``context``: the request is too long for the model
     """
     retry_after: str | None = None
@@ -282,6 +284,10 @@ class Endpoint:
             text, finish = "", "length"
         elif kind == "filter":
             text, finish = "", "content_filter"
+        elif kind == "broken_off":
+            text, finish = text[: len(text) // 2], fault.message
+        elif kind == "filter_late":
+            text, finish = text[: len(text) // 2], "content_filter"
         elif kind == "empty":
             text = ""
         usage = {"prompt_tokens": prompt, "completion_tokens": count(text), "total_tokens": prompt + count(text)}

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from small_lineage import copy_of, small
 
@@ -15,16 +16,18 @@ from evolve_dag.config.fence import Fence
 from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.schema import Experiment, RolloutSettings
 from evolve_dag.environments.fenced import FencedEnvironment
-from evolve_dag.errors import ConfigError, ModelError, PartError, UnjudgedError
+from evolve_dag.errors import ConfigError, ModelError, PartError, UnjudgedError, UnreachableError
 from evolve_dag.experience.pool import Pool
 from evolve_dag.experience.selection.base import FencedSelector, Selection
 from evolve_dag.inference.backends import FencedModel
 from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.protocols import Injected, Request, Sampling
-from evolve_dag.records import Message, Step, Task, ToolCall, Trajectory
+from evolve_dag.records import Call, Message, Step, Task, ToolCall, Trajectory
 from evolve_dag.steps import base
-from evolve_dag.steps.policies import require_judged, with_teacher_views
+from evolve_dag.steps.policies import answered, require_judged, with_teacher_views
 from evolve_dag.store.artifacts import Store
+from evolve_dag.store.frames import calls_to_frame
+from evolve_dag.store.layout import CALLS
 from evolve_dag.tasks.suites import load_split
 from evolve_dag.verification.base import FencedVerifier
 
@@ -106,6 +109,28 @@ def test_a_night_is_not_made_of_what_an_outage_left_of_it(errors: list[str | Non
             require_judged("rollouts", episodes, on_trial)
 
 
+@pytest.mark.parametrize(("failed", "passed"), [(0, True), (2, True), (3, False), (20, False)])
+def test_calls_that_fail_are_told(failed: int, passed: bool) -> None:
+    """What stands in for an answer (the beginning of a page, a lexical choice) must not go unseen."""
+
+    class Made:
+        class manifest:  # noqa: N801
+            files = (CALLS,)
+
+        def frame(self, name: str) -> pl.DataFrame:
+            def call(error: str | None) -> Call:
+                return Call("extractor", "m", "page", "error" if error else "ok", 1, 1, 0, 1, 0.1, None, error, 0)
+
+            return calls_to_frame([call("no answer within 180 s" if n < failed else None) for n in range(20)])
+
+    verdict = answered(Made())  # type: ignore[arg-type]
+    assert verdict.passed is passed
+    assert verdict.evidence["failed"] == failed
+    if failed:
+        assert verdict.evidence["failed_by"] == {"extractor: page": failed}
+        assert verdict.evidence["most_often"] == "no answer within 180 s"
+
+
 def test_a_trajectory_whose_selector_fails_is_failed_and_the_others_stand() -> None:
     steps = (Step(0, "look", (), ()), Step(1, "answer", (), ()))
     made = [Trajectory(name, "t", 0, 0, "", "?", steps, "answered", "a", 1.0) for name in ("good", "bad")]
@@ -114,6 +139,17 @@ def test_a_trajectory_whose_selector_fails_is_failed_and_the_others_stand() -> N
     assert (bad.status, bad.reward) == ("failed", None)
     assert "selector odd (file): KeyError" in str(bad.error)
     assert bad.steps == steps
+
+
+def test_a_trajectory_whose_selector_cannot_be_asked_counts_as_one_of_an_outage() -> None:
+    class Down:
+        async def prepare(self, trajectory: Trajectory) -> Injected:
+            raise UnreachableError("selector model m: the account has no credit left")
+
+    made = [Trajectory("a", "t", 0, 0, "", "?", (Step(0, "look", (), ()),), "answered", "a", 1.0)]
+    viewed = asyncio.run(with_teacher_views(made, Down(), 2))
+    with pytest.raises(UnjudgedError, match="no credit left"):
+        require_judged("teacher views", viewed, on_trial=True)
 
 
 def test_the_views_of_several_trajectories_are_made_at_once_and_no_more_than_asked() -> None:

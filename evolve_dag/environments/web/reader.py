@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
@@ -14,11 +15,13 @@ from evolve_dag import prompts
 from evolve_dag.environments.web.fetch import Fetched, RefusedError, fetch
 from evolve_dag.environments.web.guard import Guard
 from evolve_dag.environments.web.services import Service
-from evolve_dag.errors import ExhaustedError
+from evolve_dag.errors import ExhaustedError, UnreachableError
+from evolve_dag.inference.ledger import purpose
 from evolve_dag.plain import head, one_line, plain
+from evolve_dag.prompts import fence
 from evolve_dag.protocols import Request, Sampling, ToolError
 from evolve_dag.records import Message
-from evolve_dag.secrecy import read_key
+from evolve_dag.secrecy import describe_error, read_key
 from evolve_dag.store.memory import Memory
 
 if TYPE_CHECKING:
@@ -30,6 +33,8 @@ JINA_KEY = "JINA_API_KEY"
 PROMPT = "environments/web/page_summary"
 SUMMARY_TOKENS = 600
 PARSE_SECONDS = 20.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +140,8 @@ class JinaReader:
         """
         target = await self.guard.check(url)
         key = read_key(JINA_KEY, self.environment)
-        headers = {"Accept": "application/json", "X-Timeout": str(max(1, int(self.seconds)))}
-        headers |= {"Authorization": f"Bearer {key}"} if key else {}
+        # No X-Timeout: from 20 seconds on the reader then waits for a page to fall silent, which many never do, and we hang up.
+        headers = {"Accept": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         service = self.service or Service("the reader", self.seconds)
         answer = await service.ask(
             "GET",
@@ -165,7 +170,11 @@ class Summarizer:
     memory: Memory | None
 
     async def summarize(self, page: ReadPage, goal: str) -> str:
-        """The observation. When the model fails, the beginning of the page, and a line that says so; that is not remembered."""
+        """The observation. When the model fails, the beginning of the page, and a line that says so; that is not remembered.
+
+        Raises:
+            UnreachableError: there is no model to be asked.
+        """
         key = Memory.key_of("summary", page.title, page.text, goal, self.identity(), prompts.digest(PROMPT))
         known = self.memory.get("web", key) if self.memory is not None else None
         if known is None:
@@ -178,14 +187,18 @@ class Summarizer:
         return f"{page.title_line}\n{known}"
 
     async def _ask(self, page: ReadPage, goal: str) -> str | None:
-        prompt = prompts.load(PROMPT).fill(goal=one_line(goal, 1000), url=one_line(page.url, 500), page=plain(page.text))
+        prompt = prompts.load(PROMPT).fill(
+            goal=one_line(goal, 1000), url=one_line(page.url, 500), page=fence("page", plain(page.text))
+        )
         try:
-            completion = await self.model().generate(
-                Request((Message("user", prompt),), Sampling(temperature=0.0, max_tokens=SUMMARY_TOKENS))
-            )
-        except ExhaustedError:
-            raise
-        except Exception:  # whatever the model's failure is: the page is there, and the policy can read it itself
+            with purpose("page"):
+                completion = await self.model().generate(
+                    Request((Message("user", prompt),), Sampling(temperature=0.0, max_tokens=SUMMARY_TOKENS))
+                )
+        except (ExhaustedError, UnreachableError):
+            raise  # every page would be cut short: whoever plays the episode writes down why it is lost
+        except Exception as problem:  # whatever the model's failure is: the page is there, and the policy can read it itself
+            log.warning("a page was not summed up: %s", describe_error(problem))
             return None
         # A model that thinks aloud ends its thoughts with this tag.
         return completion.text.rpartition("</think>")[2].strip() or None

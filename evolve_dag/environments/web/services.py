@@ -12,13 +12,15 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import UnreachableError
 from evolve_dag.inference.patience import retry_after
 from evolve_dag.protocols import ToolError
 from evolve_dag.secrecy import without_keys
 
 MAX_BYTES = 10_000_000
 ATTEMPTS = 5
+UNANSWERED = 2
+"""Attempts that may end without an answer in time: an episode has not the time for five of them."""
 MAX_PAUSE = 30.0
 """Longest pause between two attempts, whatever ``Retry-After`` says."""
 
@@ -54,15 +56,20 @@ class Service:
 
         Raises:
             ToolError: no answer after all attempts, or one that is no JSON. Never holds a key.
-            ModelError: the service does not accept the key, or its account is empty: no call can succeed.
+            UnreachableError: the service does not accept the key, or its account is empty: no call can succeed, and that says
+                nothing about whoever called.
         """
-        problem = ""
+        problem, late, made = "", 0, 0
         for attempt in range(self.attempts):
             wait: float | None = None
+            made += 1
             try:
                 status, after, body = await self._once(method, url, headers or {}, content, parameters)
             except TimeoutError:
                 problem = f"did not answer within {self.seconds:g} seconds"
+                late += 1
+                if late == UNANSWERED:
+                    break
             except ConnectionError as error:
                 problem = str(error)
             else:
@@ -72,11 +79,11 @@ class Service:
                     except (ValueError, RecursionError):
                         problem = "answered with something that is not JSON"
                 elif _no_credit(status, body) and refused(status) is None:
-                    raise ModelError(
+                    raise UnreachableError(
                         f"{self.name} has no credit left (status {status})", "fill the account, or name another service"
                     )
                 elif status in (401, 403) and refused(status) is None:
-                    raise ModelError(
+                    raise UnreachableError(
                         f"{self.name} does not accept the key (status {status})",
                         "set the right key in its environment variable; docs/configuration.md names it",
                     )
@@ -88,7 +95,7 @@ class Service:
             if attempt + 1 < self.attempts:
                 jittered = self.pause * 2**attempt * random.uniform(0.5, 1.0)
                 await self.sleep(min(MAX_PAUSE, max(jittered, wait or 0.0)))
-        raise ToolError(f"{self.name} {problem}; {self.attempts} attempts were made, try another way")
+        raise ToolError(f"{self.name} {problem}; {made} attempts were made, try another way")
 
     async def _once(
         self,

@@ -245,6 +245,8 @@ class ToolsWorld:
                 attempt(lambda: need("markitdown"))
             if self.settings.sums_up and self._summarizer is None:
                 found.append(ConfigError("environment.summarize: no model to sum pages up with", "set models.extractor"))
+            if self._summarizer is not None:
+                attempt(self._summarizer.model)  # its key is not set, its folder is not there
         if "python" in tools:
             attempt(open_sandbox)
         if "file" in tools:

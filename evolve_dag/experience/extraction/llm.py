@@ -35,8 +35,9 @@ from evolve_dag.experience.extraction.llm_edits import Lesson, PoolEditor, union
 from evolve_dag.experience.extraction.llm_form import Form, entities
 from evolve_dag.experience.extraction.llm_plans import Candidate, Tally
 from evolve_dag.experience.features import strip_last_step
-from evolve_dag.experience.llm_text import fence, fit, shorten, trajectory_text
+from evolve_dag.experience.llm_text import fit, shorten, trajectory_text
 from evolve_dag.experience.pool import Pool, counted, same_words
+from evolve_dag.prompts import fence
 from evolve_dag.protocols import LanguageModel
 from evolve_dag.records import Granularity, Task, Trajectory, solved
 from evolve_dag.store.memory import Memory
@@ -111,6 +112,7 @@ async def extract_with_llm(
 
     Raises:
         ModelError: every call failed.
+        UnreachableError: for too many there was no model to be asked.
     """
     groups = _groups(trajectories, tasks)
     mixed = [group for group in groups if group.mixed]
@@ -137,7 +139,7 @@ async def extract_with_llm(
         batch = [lesson for g in mixed[start : start + settings.batch_tasks] if (lesson := lessons[g.task_id]) is not None]
         await editor.take_in(batch)
     await editor.consolidate((), union(lesson.names for lesson in lessons.values() if lesson))
-    asker.raise_if_nothing_came_back()
+    asker.raise_if_too_little_came_back()
 
     edits = tuple(editor.edits)
     after = Pool(editor.pool.items, pool.version + bool(edits), editor.pool.next_number)  # one extraction, one version

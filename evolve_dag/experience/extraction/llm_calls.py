@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 from evolve_dag import prompts
 from evolve_dag.agent.together import together
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import ModelError, UnreachableError
 from evolve_dag.experience.extraction.llm_plans import Tally
 from evolve_dag.inference.ledger import purpose
+from evolve_dag.inference.patience import MOST_UNREACHABLE
 from evolve_dag.inference.structured import ask_json, extract_json
 from evolve_dag.protocols import LanguageModel, Request, Sampling
 from evolve_dag.records import Message
@@ -58,17 +59,27 @@ class Asker:
         self.max_tokens = max_tokens
         """Most tokens of one answer."""
         self._tally = tally
-        self.answered = 0
-        """Calls that came back; remembered answers are no calls."""
+        self.answered = self.remembered = self.unreachable = 0
+        """Calls that came back, were not made, and could not be."""
         self.error: ModelError | None = None
         """The last failure."""
 
-    def raise_if_nothing_came_back(self) -> None:
-        """Raises:
-        ModelError: there were calls, and all of them failed.
+    def raise_if_too_little_came_back(self) -> None:
+        """What an outage leaves of an extraction would stand for good.
+
+        Raises:
+            ModelError: there were calls, and all of them failed.
+            UnreachableError: for more than one, and more than :data:`~evolve_dag.inference.patience.MOST_UNREACHABLE` of all,
+                there was no model to be asked. What was answered is remembered.
         """
-        if self.error is not None and not self.answered:
+        if self.error is None:
+            return
+        came = self.answered + self.remembered
+        if not came:
             raise ModelError(f"extraction: every call to the model failed: {self.error.what}", self.error.remedy)
+        if self.unreachable > max(1, MOST_UNREACHABLE * (came + self.unreachable)):
+            lost = f"for {self.unreachable} of {came + self.unreachable} calls there was no model to be asked"
+            raise UnreachableError(f"extraction: {lost}: {self.error.what}", self.error.remedy)
 
     async def text(self, name: str, key: tuple[object, ...], blanks: Mapping[str, object]) -> str:
         """The model's answer as plain text, reasoning left out; '' (counted as ``unreadable``) when there is none.
@@ -134,6 +145,7 @@ class Asker:
         )
         remembered = Memory.key_of(self._identity, prompts.digest(full), content, asdict(sampling), schema)
         if self._memory is not None and (known := self._memory.get(SPACE, remembered)) is not None:
+            self.remembered += 1
             return json.loads(known)
         async with self._free:
             try:
@@ -141,6 +153,7 @@ class Asker:
                     value = await ask((Message("user", content),), sampling)
             except ModelError as error:
                 self._tally["failed_calls"] += 1
+                self.unreachable += isinstance(error, UnreachableError)
                 self.error = error
                 raise
         self.answered += 1

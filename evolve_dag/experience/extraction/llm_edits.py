@@ -16,9 +16,10 @@ from evolve_dag.experience.extraction import llm_plans as plans
 from evolve_dag.experience.extraction.llm_calls import Asker, in_order
 from evolve_dag.experience.extraction.llm_form import Form
 from evolve_dag.experience.extraction.llm_plans import Candidate, Tally
-from evolve_dag.experience.llm_text import fence, pool_text
+from evolve_dag.experience.llm_text import pool_text
 from evolve_dag.experience.pool import Pool, Proposal, same_words
 from evolve_dag.plain import one_line
+from evolve_dag.prompts import fence
 from evolve_dag.records import Granularity, PoolEdit
 
 

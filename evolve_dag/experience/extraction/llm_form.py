@@ -17,11 +17,12 @@ from evolve_dag.experience.extraction import llm_plans as plans
 from evolve_dag.experience.extraction.llm_calls import Asker
 from evolve_dag.experience.extraction.llm_guides import ExtractionGuides
 from evolve_dag.experience.features import STOP_WORDS
-from evolve_dag.experience.llm_text import fence, shorten
+from evolve_dag.experience.llm_text import shorten
 from evolve_dag.experience.locality import names_in, task_names
 from evolve_dag.experience.phrases import MAX_WORDS
 from evolve_dag.experience.pool import principle_problems
 from evolve_dag.plain import one_line
+from evolve_dag.prompts import fence
 from evolve_dag.records import Granularity, Task, Trajectory
 
 INSTANCE_WORDS = 120

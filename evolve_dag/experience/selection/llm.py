@@ -18,11 +18,11 @@ from pydantic import Field
 from evolve_dag import prompts
 from evolve_dag.config.parts import SelectionSettings
 from evolve_dag.config.section import MOST
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import ModelError, UnreachableError
 from evolve_dag.experience.extraction.llm_guides import choice
 from evolve_dag.experience.extraction.llm_plans import entries, known_id
 from evolve_dag.experience.features import answer_demanded, strip_last_step
-from evolve_dag.experience.llm_text import fence, pool_text, shorten, state_text
+from evolve_dag.experience.llm_text import pool_text, shorten, state_text
 from evolve_dag.experience.pool import Pool
 from evolve_dag.experience.selection.base import ONLY_ANSWER, Selection, SelectorPart
 from evolve_dag.experience.selection.lexical import LexicalSelector
@@ -30,6 +30,7 @@ from evolve_dag.inference.ledger import purpose
 from evolve_dag.inference.roles import Roles
 from evolve_dag.inference.structured import ask_json, extract_json
 from evolve_dag.plain import one_line
+from evolve_dag.prompts import fence
 from evolve_dag.protocols import LanguageModel, Sampling
 from evolve_dag.records import Message, Step
 from evolve_dag.store.memory import Memory
@@ -210,6 +211,8 @@ class LLMSelector:
                 answer = await ask_json(
                     self._model(), (Message("user", content),), SCHEMA, self._sampling, check=check, repairs=1, guide=guide
                 )
+        except UnreachableError:
+            raise  # every step would be the lexical selector's: whoever plays the episode writes down why it is lost
         except ModelError:
             return _Asked(None, _FAILED)
         value = answer.value if answer.ok else extract_json(answer.text)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pool_replay import outline, replay
 
 from evolve_dag import prompts
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import ModelError, UnreachableError
 from evolve_dag.experience.extraction.llm import prompt_names
 from evolve_dag.experience.extraction.llm_form import INSTANCE_WORDS, entities, form_problems, tidy
 from evolve_dag.experience.extraction.llm_plans import (
@@ -32,9 +32,10 @@ from evolve_dag.experience.extraction.llm_plans import (
     read_decisions,
     read_reconciliation,
 )
-from evolve_dag.experience.llm_text import fence, fit, pool_text, shorten, state_text, trajectory_text
+from evolve_dag.experience.llm_text import fit, pool_text, shorten, state_text, trajectory_text
 from evolve_dag.experience.pool import Pool, Proposal
 from evolve_dag.inference.ledger import Ledger, metered
+from evolve_dag.prompts import fence
 from evolve_dag.records import Message, Task
 from evolve_dag.store.memory import Memory
 
@@ -653,6 +654,32 @@ def test_a_failed_reconciliation_loses_nothing() -> None:
 def test_when_all_calls_fail_the_step_fails() -> None:
     with pytest.raises(ModelError, match=r"every call .* 503"):
         run(Extractor(failing("summary")), groups(0, 1))
+
+
+def test_an_outage_in_the_middle_makes_no_pool_and_what_was_answered_is_not_asked_again(tmp_path: Path) -> None:
+    """An empty pool of a night without money would stand for good."""
+    memory = Memory(tmp_path / "memory.sqlite")
+    calls = 0
+
+    def reply(messages: Sequence[Message]) -> Any:
+        nonlocal calls
+        calls += 1
+        return UnreachableError("no credit left") if calls > 3 else Extractor()._answers["summary"]
+
+    with pytest.raises(UnreachableError, match=r"for \d of \d+ calls there was no model .*no credit left"):
+        run(Extractor({"summary": reply}), groups(0, 1, 2), memory=memory)
+    again = Extractor()
+    assert run(again, groups(0, 1, 2), memory=memory) == run(Extractor(), groups(0, 1, 2))
+    assert [kind for kind, _ in again.calls].count("summary") == 3
+
+
+def test_one_request_that_breaks_the_endpoint_every_time_loses_its_group_only() -> None:
+    def reply(messages: Sequence[Message]) -> Any:
+        return UnreachableError("500") if "stream" in messages[0].content else Extractor()._answers["critique"](messages)
+
+    found = run(Extractor({"critique": reply}), groups(0, 1, 2))
+    assert found.statistics["failed_calls"] == 1
+    assert len(found.pool) == 2
 
 
 def test_without_a_mixed_group_nobody_is_asked_and_nothing_fails() -> None:

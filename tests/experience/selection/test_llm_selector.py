@@ -13,7 +13,7 @@ from extractor_script import Extractor, data, group, groups, pool_of, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import ModelError, UnreachableError
 from evolve_dag.experience.extraction.llm_guides import choice
 from evolve_dag.experience.injection import Injector
 from evolve_dag.experience.pool import Pool
@@ -222,6 +222,12 @@ def test_an_endpoint_that_fails_is_counted_apart_and_asked_again(tmp_path: Path)
     assert +chooser.statistics == {"asked": 1, "failed_calls": 1}
     assert choose(chooser).ids == tuple(GOOD["ids"])
     assert +chooser.statistics == {"asked": 2, "failed_calls": 1}
+
+
+def test_a_model_that_cannot_be_asked_at_all_is_nobody_s_choice() -> None:
+    """Else a night would be the lexical selector's from the moment at which the money ran out."""
+    with pytest.raises(UnreachableError, match="no credit"):
+        choose(selector(replies(UnreachableError("no credit"))))
 
 
 def test_a_model_that_cannot_be_opened_is_a_failed_call() -> None:
