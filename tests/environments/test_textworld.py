@@ -18,7 +18,8 @@ from evolve_dag.agent.rollouts import gather_rollouts
 from evolve_dag.agent.sessions import checked_result
 from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.schema import RolloutSettings, TaskSplit, WarmupSettings
-from evolve_dag.environments.textworld.tools import TEXTWORLD, VERSION, TextWorldEnvironment, TextWorlds, TextWorldSession
+from evolve_dag.environments.textworld.families import FAMILIES
+from evolve_dag.environments.textworld.tools import TEXTWORLD, TextWorldEnvironment, TextWorlds, TextWorldSession
 from evolve_dag.errors import ConfigError, ModelError
 from evolve_dag.experience.extraction.mining import ContrastExtraction, extract
 from evolve_dag.experience.pool import Pool
@@ -72,7 +73,7 @@ def test_mistakes_in_the_file(changes: dict[str, Any], told: str, tmp_path: Path
 
 def test_its_own_version_is_in_the_digests_of_what_plays_it() -> None:
     file = load_experiment(CONFIGS / "textworld_coin.yaml")
-    assert decisive(SPEC, file)["environment"]["kind"] == f"textworld {VERSION}"
+    assert decisive(SPEC, file)["environment"]["kind"] == f"textworld {FAMILIES['coin'].version}"
 
 
 def test_a_warm_up_shares_no_games_with_a_later_night(tmp_path: Path) -> None:
@@ -230,6 +231,28 @@ def test_the_instance_arms_hold_the_games_that_were_won_in_mixed_groups(textworl
     assert all(any(item.text.endswith(way) for item in pool.items) for way in ways)
     chosen = asyncio.run(StateSelector(2).select("Play.", [], pool))
     assert set(chosen.ids) == set(pool.ids), "it is read before the first command"
+
+
+@pytest.mark.parametrize("name", ["development", "held_out"])
+def test_what_is_measured_in_cooking_cooks_what_training_never_cooks(textworld: Any, name: str) -> None:
+    """Of the games of other numbers a fifth had a way to the meal that some game of training had, letter for letter."""
+    from textworld.challenges.tw_cooking.cooking import FOODS_SPLITS
+
+    settings = TextWorldEnvironment(family="cooking")
+    environment = TextWorlds(settings)
+
+    def foods(split: str, world: int) -> list[str]:
+        tasks = TEXTWORLD.tasks(settings, TaskSplit(world=world, count=12), split)  # type: ignore[misc]
+        return [environment.open(task, 0)._play.game.metadata["ingredients"][0][0] for task in tasks]
+
+    known = set(FOODS_SPLITS["train"])
+    assert known.issuperset(foods("train", 5))
+    assert known.issuperset(foods("warmup", 6))
+    assert known.isdisjoint(foods(name, 7))
+    one = environment.open(TEXTWORLD.tasks(settings, TaskSplit(world=7, count=1), name)[0], 0)  # type: ignore[misc]
+    while one.expert:
+        enter(one, one.expert)
+    assert one.reward(None) == 1.0
 
 
 def test_what_cannot_be_done_is_told_and_counts(textworld: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from evolve_dag.environments.textworld.games import Play, coin, cooking
@@ -28,8 +28,8 @@ _DIRECTION = re.compile(r"^\s*((?:fry|roast|grill) .+|prepare meal)$", re.M)
 class Family:
     """What its games have in common."""
 
-    make: Callable[[int], Game]
-    """The game of a number."""
+    make: Callable[[int, str], Game]
+    """The game of a number, and of a part of the family's words."""
     goal: str
     """What is to be done, the same in every game."""
     listed: re.Pattern[str]
@@ -40,6 +40,10 @@ class Family:
     """(play, features before a command, the command) -> what it comes to, in words that hold in every game."""
     read: Callable[[Play, str], str] = lambda play, command: ""
     """(play, command) -> what a command shows that changes nothing."""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """Split -> the part of the family's words that its games have, where it is not that of training."""
+    version: str = "4"
+    """Raise it when the same turns would become another episode; the steps' versions stand for all environments."""
     first: str = ""
     """A command that a good player gives first and that TextWorld's shortest way leaves out."""
 
@@ -104,6 +108,8 @@ FAMILIES: Mapping[str, Family] = {
         _cooking_features,
         _cooking_did,
         _cookbook,
+        {"development": "valid", "held_out": "test"},
+        "5",
         "examine cookbook",
     ),
 }

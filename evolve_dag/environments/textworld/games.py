@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import count as counting
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import ModelError
@@ -23,10 +24,17 @@ _LOCK = threading.RLock()
 """TextWorld keeps grammars and rules in globals, and its parser is not meant for several threads; episodes take turns."""
 KEPT = 1024
 """Games kept in memory."""
+_FURTHER = 10_000_000
+"""From a number that is not taken to the one that is tried in its place; hundreds of them stay within the 32 bits of a seed."""
 
 
-def coin(number: int) -> Game:
-    """TextWorld's Coin Collector: a chain of four rooms, a dead end beside each of them, a coin in the last."""
+TRAINING = "train"
+"""TextWorld's name for the part of a family's words that training has."""
+
+
+def coin(number: int, part: str = TRAINING) -> Game:
+    """TextWorld's Coin Collector: a chain of four rooms, a dead end beside each of them, a coin in the last. Its words have no
+    parts: two games are hardly ever alike."""
     from textworld import GameOptions
     from textworld.challenges.tw_coin_collector import coin_collector
     from textworld.generator.data import KnowledgeBase
@@ -39,15 +47,25 @@ def coin(number: int) -> Game:
     return coin_collector.make_game("simple", options)
 
 
-def cooking(number: int) -> Game:
-    """TextWorld's Cooking: in one kitchen, one ingredient of a recipe that stands in the cookbook, to be fetched and cooked."""
+def cooking(number: int, part: str = TRAINING) -> Game:
+    """TextWorld's Cooking: in one kitchen, one ingredient of a recipe that stands in the cookbook, to be fetched and cooked.
+
+    There are so few recipes and kitchens that games of other numbers are alike. So what is measured cooks what training never
+    cooks: with TextWorld's parts ``valid`` and ``test``, which hold foods of training as well, a number is drawn on until the
+    recipe asks for a food that training does not have.
+    """
     from textworld import GameOptions
     from textworld.challenges.tw_cooking import cooking as challenge
 
-    options = GameOptions()
-    options.seeds = number
-    skills = {"recipe": 1, "take": 1, "cook": True, "cut": False, "open": False, "drop": False, "go": 1}
-    return challenge.make({**skills, "recipe_seed": number + 1, "split": "train"}, options)
+    skills = {"recipe": 1, "take": 1, "cook": True, "cut": False, "open": False, "drop": False, "go": 1, "split": part}
+    known = frozenset(challenge.FOODS_SPLITS[TRAINING])
+    for seed in counting(number, _FURTHER):
+        options = GameOptions()
+        options.seeds = seed
+        game = challenge.make({**skills, "recipe_seed": seed + 1}, options)
+        if part == TRAINING or known.isdisjoint(name for name, *_ in game.metadata["ingredients"]):
+            return game
+    raise AssertionError("counting does not end")
 
 
 @lru_cache(maxsize=1)
@@ -67,9 +85,9 @@ def need_textworld() -> None:
 
 
 @lru_cache(maxsize=KEPT)
-def _built(make: Callable[[int], Game], number: int) -> Game:
+def _built(make: Callable[[int, str], Game], number: int, part: str) -> Game:
     with _in_memory():
-        return make(number)
+        return make(number, part)
 
 
 @contextmanager
@@ -121,15 +139,16 @@ class Play:
     Args:
         make: the family's maker.
         number: of the game in its family.
+        part: of the family's words.
 
     Raises:
         ModelError: TextWorld is not installed.
     """
 
-    def __init__(self, make: Callable[[int], Game], number: int) -> None:
+    def __init__(self, make: Callable[[int, str], Game], number: int, part: str = TRAINING) -> None:
         need_textworld()
         with _LOCK:
-            self.game = _built(make, number)
+            self.game = _built(make, number, part)
             self._env, self._state = _played(self.game)
         self._seen = {self._place}
 

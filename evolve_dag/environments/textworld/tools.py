@@ -10,12 +10,10 @@ from evolve_dag.config.parts import EnvironmentSettings
 from evolve_dag.config.schema import Experiment, TaskSplit
 from evolve_dag.environments.base import EnvironmentPart, tool_prompt, world_tasks
 from evolve_dag.environments.textworld.families import FAMILIES, Family
-from evolve_dag.environments.textworld.games import Play, need_textworld
+from evolve_dag.environments.textworld.games import TRAINING, Play, need_textworld
 from evolve_dag.protocols import CAN, OR, Session, ToolResult, ToolSpec
 from evolve_dag.records import Task, ToolCall
 
-VERSION = "4"
-"""Raise it when the same turns would become another episode; the steps' versions stand for all environments."""
 GAMES = 1000
 """Numbers of games that a world has: world w holds the games w * 1000 to w * 1000 + 999."""
 STREAM_WORLDS = 10_000
@@ -49,6 +47,7 @@ class TextWorldSession(Session):
 
     Args:
         number: of the game in its family.
+        part: of the family's words.
 
     Raises:
         ModelError: TextWorld is not installed.
@@ -57,10 +56,10 @@ class TextWorldSession(Session):
     tools: tuple[ToolSpec, ...] = ()
     system_prompt: str = ""
 
-    def __init__(self, settings: TextWorldEnvironment, number: int) -> None:
+    def __init__(self, settings: TextWorldEnvironment, number: int, part: str = TRAINING) -> None:
         self._settings = settings
         self._family: Family = FAMILIES[settings.family]
-        self._play = Play(self._family.make, number)
+        self._play = Play(self._family.make, number, part)
         self._done: tuple[str, ...] = ()
         self._count = 0
         plain = "command" if settings.form == "plain" else ""
@@ -129,13 +128,15 @@ class TextWorlds:
 
     def open(self, task: Task, seed: int) -> TextWorldSession:
         """The game from its beginning; it has no chance in it, so ``seed`` decides nothing."""
-        return TextWorldSession(self._settings, int(task.metadata["game"]))
+        return TextWorldSession(self._settings, int(task.metadata["game"]), str(task.metadata.get("part", TRAINING)))
 
 
 def _tasks(settings: TextWorldEnvironment, split: TaskSplit, name: str) -> tuple[Task, ...]:
     first = (split.world or 0) * GAMES
     numbers = range(first, first + (split.count or 0))
-    return tuple(Task(f"game-{n}", QUESTION, "", f"textworld/{name}", {"game": str(n)}) for n in numbers)
+    parts = FAMILIES[settings.family].parts
+    part = {"part": parts[name]} if name in parts else {}
+    return tuple(Task(f"game-{n}", QUESTION, "", f"textworld/{name}", {"game": str(n), **part}) for n in numbers)
 
 
 def _mistakes(settings: TextWorldEnvironment, experiment: Experiment) -> list[tuple[str, str]]:
@@ -169,5 +170,5 @@ TEXTWORLD = EnvironmentPart(
     mistakes=_mistakes,
     libraries={"textworld": "textworld"},
     check=lambda settings: need_textworld(),
-    data=lambda settings: VERSION,
+    data=lambda settings: FAMILIES[settings.family].version,
 )
