@@ -122,6 +122,6 @@ def _value(section: Section, name: str, key: str, part: Slice) -> Any:
 def _content(section: Section, field: FieldInfo, path: str, key: str) -> str:
     if isinstance(section, PolicySettings):
         return f"{base_identity(section)} {turns_of(section)}".rstrip()
-    if isinstance(section, TaskSplit) and section.stream:
-        return rows_digest(section, key)
+    if isinstance(section, TaskSplit) and (section.stream or section.percent is not None):
+        return rows_digest(section, key)  # a row that falls into another part is no change
     return folder_digest(path, key) if marked(field, FOLDER) else file_digest(path, key)

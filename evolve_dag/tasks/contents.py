@@ -38,7 +38,7 @@ def folder_digest(path: str, key: str) -> str:
 
 
 def rows_digest(split: TaskSplit, key: str) -> str:
-    """Hash of the tasks that one iteration of a stream takes, whatever else the file holds.
+    """Hash of the tasks that a split takes (of a stream, in its iteration), whatever else the file holds.
 
     Raises:
         DataError: there is no such file, or a row is broken.

@@ -11,7 +11,7 @@ from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.schema import Experiment
 from evolve_dag.environments.pocket.tools import STREAM_WORLDS
 from evolve_dag.errors import ConfigError, DataError, OrderError
-from evolve_dag.steps.base import resolve, run_step, settings
+from evolve_dag.steps.base import STEP_ORDER, resolve, run_step, settings
 from evolve_dag.store.artifacts import Store
 from evolve_dag.tasks.jsonl import in_percent
 from evolve_dag.tasks.streams import FILE, facts_of, files_read, of_iteration
@@ -190,6 +190,21 @@ def test_splits_of_one_file_beside_a_stream_share_no_task_whatever_is_appended(t
     later = {task.question for task in load_tasks_of(found, "development")}
     assert kept < later
     assert not later & {question for k in range(1, 19) for question in asked(found, k)}
+
+
+def test_an_appended_row_changes_what_its_own_part_is_for_and_no_finished_night(tmp_path: Path) -> None:
+    def appended(low: int, high: int) -> str:
+        return next(row for row in rows(100, 900).splitlines() if in_percent(json.loads(row)["question"], low, high))
+
+    (tmp_path / "all.jsonl").write_text(rows(0, 60))
+    part = "{path: all.jsonl, count: 5, percent: [0, 80], stream: true}", "corpus", "{path: all.jsonl, percent: [80, 100]}"
+    found = experiment(tmp_path, *part)
+    night = of_iteration(found, 2)
+    before = {step: settings(step, night) for step in STEP_ORDER}
+    for low, high, changed in ((0, 80, set()), (80, 100, {"scores"})):
+        with (tmp_path / "all.jsonl").open("a") as file:
+            file.write(f"{appended(low, high)}\n")
+        assert {step for step in STEP_ORDER if settings(step, night) != before[step]} == changed
 
 
 def test_the_same_question_in_other_letters_falls_into_the_same_part(tmp_path: Path) -> None:
