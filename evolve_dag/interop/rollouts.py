@@ -16,6 +16,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,8 +38,10 @@ from evolve_dag.jsonlines import Mistake, kind_of, read_objects, refuse
 from evolve_dag.plain import plain
 from evolve_dag.records import Granularity, Step, Task, ToolCall, Trajectory, TrajectoryStatus
 from evolve_dag.secrecy import describe_error
+from evolve_dag.store.artifacts import WAIT_SECONDS
 from evolve_dag.store.jsonvalues import is_finite
 from evolve_dag.store.layout import TASKS
+from evolve_dag.store.locks import locked
 from evolve_dag.tasks.formats import as_text
 from evolve_dag.tasks.jsonl import folded, question_id
 
@@ -533,19 +536,26 @@ def import_file(
         raise DataError(f"{path}: holds rollouts, which have no granularity", "leave --granularity out")
     if kind == "pool":
         found = read_pool(path, granularity=granularity)
-        digest = artifact_of(found.pool, store, path.name, renamed=found.renamed)
+        with _importing(store, lineage):
+            digest = artifact_of(found.pool, store, path.name, renamed=found.renamed)
+            _refer(store, lineage, "experience", digest)
         principles = sum(item.granularity == "principle" for item in found.pool.items)
         facts: dict[str, Any] = {"items": len(found.pool), "principles": principles, "renamed": dict(found.renamed)}
-        _refer(store, lineage, "experience", digest)
         return Report(kind, path.name, digest, lineage, facts, found.notes, found.pool.ids)
     rolled = read_rollouts(path)
-    digest = artifact_of_rollouts(rolled, store, path)
-    _refer(store, lineage, "trajectories", digest)
+    with _importing(store, lineage):
+        digest = artifact_of_rollouts(rolled, store, path)
+        _refer(store, lineage, "trajectories", digest)
     judged = sum(t.reward is not None for t in rolled.trajectories)
     ids = tuple(dict.fromkeys(t.task_id for t in rolled.trajectories))
     facts = {"trajectories": len(rolled.trajectories), "tasks": len(ids), "judged": judged}
     file = store.open("trajectories", digest).file(TASKS)
     return Report(kind, path.name, digest, lineage, facts, rolled.notes, ids, file)
+
+
+def _importing(store: Store, lineage: str) -> AbstractContextManager[None]:
+    """One import at a time: two would take the same number. By this name `evolve gc` holds the lineage while it removes."""
+    return locked(store.root, f"experiment-{lineage}", f"something is being imported as {lineage!r}", WAIT_SECONDS)
 
 
 def _refer(store: Store, lineage: str, kind: str, digest: str) -> None:

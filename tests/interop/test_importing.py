@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from evolve_dag.lineage import garbage
 from evolve_dag.lineage.trace import render, trace
 from evolve_dag.records import ExperienceItem, Step, ToolCall
 from evolve_dag.steps.policies import open_pool
-from evolve_dag.store.artifacts import Store
+from evolve_dag.store.artifacts import Ref, Store
 from evolve_dag.store.frames import edits_from_frame, load_trajectories
 from evolve_dag.store.query import run_sql
 from evolve_dag.tasks.jsonl import question_id, tasks_from
@@ -219,6 +222,34 @@ def test_an_imported_pool_is_an_experience_artifact(tmp_path: Path) -> None:
     assert not garbage.find(store).removable  # nobody needs it yet, and it is not garbage
     import_file(write(tmp_path / "other.json", [LOOSE]), store, experiment="web")
     assert [ref.iteration for ref in store.refs("web-imported")] == [1, 2]
+
+
+def test_two_imports_at_once_keep_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, together, real = Store(tmp_path / "store"), threading.Barrier(2), Store.refs
+
+    def both_at_once(self: Store, experiment: str | None = None) -> list[Ref]:
+        found = real(self, experiment)
+        with suppress(threading.BrokenBarrierError):  # where one waits for the other there are never two
+            together.wait(0.5)
+        return found
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor() as pool:
+        patch.setattr(Store, "refs", both_at_once)
+        files = [write(tmp_path / f"{n}.json", {"G0": text}) for n, text in enumerate((PRINCIPLE, LOOSE))]
+        made = {done.digest for done in pool.map(lambda file: import_file(file, store), files)}
+    assert {ref.digest for ref in store.refs("imported")} == made
+    assert not garbage.find(store).removable
+
+
+def test_an_import_waits_for_gc(tmp_path: Path) -> None:
+    """What stands in the store already may be what is about to be removed."""
+    store = Store(tmp_path / "store")
+    file = write(tmp_path / "e.json", {"G0": PRINCIPLE})
+    with ThreadPoolExecutor() as pool, store.lock("imported"):
+        going_on = pool.submit(import_file, file, store)
+        with pytest.raises(TimeoutError):
+            going_on.result(0.3)
+    assert [ref.digest for ref in store.refs("imported")] == [going_on.result().digest]
 
 
 # -- rollouts
