@@ -7,7 +7,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import cycle, takewhile
 from multiprocessing.connection import Connection, wait
@@ -162,14 +162,15 @@ class Worker:
         if not self.process.is_alive():
             self._start()
         self._log, self._busy = job.log, True
-        self.connection.send(job)
+        with suppress(ConnectionError):  # it has died since: its outcome tells
+            self.connection.send(job)
 
     def outcome(self) -> Done:
         """What became of the job that it had."""
         self._busy = False
         try:
             done: Done = self.connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the second: it died with the job unread, or in the middle of its answer
             self.process.join()
             code = self.process.exitcode or 0
             how = f"killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"

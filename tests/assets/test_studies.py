@@ -98,6 +98,23 @@ def test_a_cell_that_fails_or_takes_its_process_down_costs_itself_only(place: Pa
     assert (finished.iterations, finished.made, finished.failed) == (3, 2, {})
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_worker_killed_before_it_reads_its_job_costs_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    worker = studies.Worker(study_workers.fake)  # it imports for seconds, so it has not read yet
+    job = studies.Job(tmp_path, tmp_path / "x.yaml", 1, tmp_path / "x.log")
+    if begun:
+        worker.begin(job)
+    worker.process.kill()
+    worker.process.join()
+    if not begun:
+        monkeypatch.setattr(worker.process, "is_alive", lambda: True)  # as when it dies just after the look
+        worker.begin(job)
+    assert "killed by signal 9 (SIGKILL)" in (worker.outcome().failure or "")
+    worker.end()
+
+
 @pytest.mark.usefixtures("light")
 def test_the_gpus_of_a_machine_are_dealt_out(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     content = yaml.safe_load(study.file.read_text())
