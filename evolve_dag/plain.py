@@ -46,6 +46,11 @@ def plain(text: str) -> str:
     return "\n".join(f"{QUOTE}{line}" if _poses(line) else line for line in text.split("\n"))
 
 
+def whole(text: str) -> str:
+    """``text`` as Unicode: half a character, which JSON can spell (``\\ud83d``) and no file takes, becomes U+FFFD."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def head(text: str, characters: int) -> str:
     """The beginning of ``text``, at most about ``characters``; says that it was cut."""
     if len(text) <= characters:

@@ -21,6 +21,7 @@ from evolve_dag.experience.locality import trajectory_detail
 from evolve_dag.experience.phrases import MAX_WORDS
 from evolve_dag.experience.pool import ITEM_ID, Pool, counted
 from evolve_dag.jsonlines import kind_of, read_objects, refuse, refuse_all
+from evolve_dag.plain import whole
 from evolve_dag.records import ExperienceItem, Granularity, PoolEdit
 from evolve_dag.store.disk import read_bytes
 from evolve_dag.store.jsonvalues import is_finite
@@ -63,9 +64,10 @@ def pool_from_file(path: str | Path) -> Pool:
 def read_pool(path: str | Path, *, granularity: Granularity | None = None) -> ImportedPool:
     """A pool file.
 
-    Texts are taken as they are. An item is what ``granularity`` says, else what the file says (``granularity`` of the item, or
-    beside the items for all of them); where neither says anything, an item with trajectory detail is instance-level and any
-    other is a principle, however it is phrased. An id that cannot be ours, or no id, gets the next number.
+    Texts are taken as they are, but for half characters (:func:`~evolve_dag.plain.whole`). An item is what ``granularity``
+    says, else what the file says (``granularity`` of the item, or beside the items for all of them); where neither says
+    anything, an item with trajectory detail is instance-level and any other is a principle, however it is phrased. An id that
+    cannot be ours, or no id, gets the next number.
 
     Raises:
         DataError: the file is missing, empty, a web page or not JSON; or lists every broken item with its place.
@@ -81,7 +83,7 @@ def read_pool(path: str | Path, *, granularity: Granularity | None = None) -> Im
         text = read_text(path)
         content = read_json(path, text)
         if isinstance(content, dict) and {"version", "next_number"} & content.keys():
-            ours = Pool.from_json(text, str(path))
+            ours = Pool.from_json(whole(json.dumps(content, ensure_ascii=False)), str(path))
             items = tuple(replace(i, granularity=granularity or i.granularity) for i in ours.items)
             return ImportedPool(replace(ours, items=items), {}, ())
     entries = _entries(content)
@@ -112,13 +114,13 @@ def _entries(content: Any, stated: Any = None) -> list[_Entry]:
         if content.get("granularity") in _GRANULARITIES:  # else it is an item that bears this id
             stated = content["granularity"]
             content = {key: value for key, value in content.items() if key != "granularity"}
-        return [_Entry(f"item {key!r}", key, value, _said(value, stated)) for key, value in content.items()]
+        return [_Entry(f"item {key!r}", whole(key), value, _said(value, stated)) for key, value in content.items()]
     if not isinstance(content, list):
         return []
     found = []
     for number, value in enumerate(content, 1):
         own = value.get("id") if isinstance(value, dict) else None
-        own = str(own) if isinstance(own, (str, int)) and not isinstance(own, bool) else None
+        own = whole(str(own)) if isinstance(own, (str, int)) and not isinstance(own, bool) else None
         found.append(_Entry(f"item {number}{f' ({own})' if own else ''}", own, value, _said(value, stated)))
     return found
 
@@ -193,6 +195,7 @@ def _item_text(entry: _Entry) -> str | None:
         value = next((value[key] for key in _TEXTS if isinstance(value.get(key), str)), None)
     if not isinstance(value, str):
         return None
+    value = whole(value)
     # Step-wise evaluation wants the id in the text, too: "[G0]. Prioritize ..."
     listed = LISTED.match(value)
     return value[listed.end() :] if listed and listed[1] == entry.id else value

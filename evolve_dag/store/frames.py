@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from evolve_dag.errors import DataError
+from evolve_dag.plain import whole
 from evolve_dag.records import Call, ExperienceItem, PoolEdit, Score, Step, ToolCall, Trajectory
 from evolve_dag.store.jsonvalues import from_values, to_values
 from evolve_dag.store.layout import CALLS, EDITS, ITEMS, SCORES, STEPS, TRAJECTORIES
@@ -322,9 +323,7 @@ def _refuse_repeats(ids: Sequence[str], where: str) -> None:
 
 
 def _unicode(value: str | None) -> str | None:
-    if value is None or value.isascii():
-        return value
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return None if value is None else whole(value)
 
 
 def _mapping_to_text(mapping: Mapping[str, Any], where: str) -> str:

@@ -57,7 +57,8 @@ def _tasks_digest(split: str, size: int, modified: int) -> str:
 
 
 def _text_digest(text: str) -> str:
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+    content = text.encode("utf-8", "surrogatepass")  # a row may hold half a character, as JSON spells it
+    return f"sha256:{hashlib.sha256(content).hexdigest()[:32]}"
 
 
 def _file_digest(path: Path, key: str) -> str:

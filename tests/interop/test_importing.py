@@ -185,6 +185,24 @@ def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
         detect(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"\ud83d": PRINCIPLE, "G1": "Read \ud83d first."},
+        [{"id": "\ud83d", "text": PRINCIPLE}, {"id": "G1", "text": "Read \ud83d first."}],
+        json.loads(Pool((ExperienceItem("p1", PRINCIPLE, "principle"), ExperienceItem("p2", LOOSE, "principle"))).to_json()),
+    ],
+)
+def test_half_an_emoji_is_a_replacement_character(tmp_path: Path, content: Any) -> None:
+    if "items" in content:
+        content["items"][1]["text"] = "Read \ud83d first."
+    store = Store(tmp_path / "store")
+    done = import_file(write(tmp_path / "e.json", content), store, kind="pool")
+    pool = open_pool(store.open("experience", done.digest))
+    assert [item.text for item in pool.items] == [PRINCIPLE, "Read \ufffd first."]
+    assert run_sql(store, "select text from items").height == 2
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     content=st.dictionaries(st.text(max_size=6), st.text(min_size=1, max_size=40).filter(str.strip), min_size=1, max_size=8),

@@ -207,6 +207,12 @@ def test_an_appended_row_changes_what_its_own_part_is_for_and_no_finished_night(
         assert {step for step in STEP_ORDER if settings(step, night) != before[step]} == changed
 
 
+def test_half_an_emoji_in_a_row_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"question": "Who is \\ud83d?", "answer": "x"}\n' + rows(0, 3))
+    found = of_iteration(experiment(tmp_path, "{path: train.jsonl, count: 2, stream: true}"), 1)
+    assert settings("trajectories", found) == settings("trajectories", found)
+
+
 def test_the_same_question_in_other_letters_falls_into_the_same_part(tmp_path: Path) -> None:
     def part_of(question: str) -> list[int]:
         return [low for low in range(100) if in_percent(question, low, low + 1)]
