@@ -7,12 +7,14 @@ Every suite is a row mapping over one reader (JSONL, JSON, Parquet, CSV, XLSX), 
 from __future__ import annotations
 
 import base64
+import codecs
 import csv
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -273,6 +275,33 @@ def read_rows(path: Path) -> tuple[Rows, list[Mistake]]:
     return [(n, row) for n, row, wrong in told if wrong is None], [(n, wrong) for n, _, wrong in told if wrong is not None]
 
 
+BLANK = 1024
+"""Bytes from which on a file of text is not looked into to see whether a row is in it."""
+
+
+def without_rows(path: Path) -> bool:
+    """Whether a file holds no row and no mistake: nothing, a header alone, an empty list or table.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    stat = path.stat()
+    return _without_rows(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _without_rows(path: Path, size: int, modified: int) -> bool:
+    if size < BLANK and not path.read_bytes().removeprefix(codecs.BOM_UTF8).strip():
+        return True
+    ending = path.suffix.lower()
+    if ending not in _READERS or (size >= BLANK and ending not in (".parquet", ".xlsx")):
+        return False
+    try:
+        return _rows_of_parquet(path) == 0 if ending == ".parquet" else not any(True for _ in _READERS[ending](path))
+    except Exception:  # what is wrong with it is told where it is read
+        return False
+
+
 def _row_mistake(row: Any) -> str | None:
     if not isinstance(row, Mapping):
         return "not an object"
@@ -292,6 +321,12 @@ def _read_parquet(path: Path) -> Iterable[Any]:
     import polars as pl
 
     return pl.read_parquet(path, glob=False).to_dicts()
+
+
+def _rows_of_parquet(path: Path) -> int:
+    import polars as pl
+
+    return int(pl.scan_parquet(path, glob=False).select(pl.len()).collect().item())
 
 
 def _read_csv(path: Path, **dialect: Any) -> Iterable[Any]:
@@ -316,7 +351,7 @@ def _read_xlsx(path: Path) -> Iterable[Any]:
         ) from None
     lines = load_workbook(path, read_only=True, data_only=True).worksheets[0].iter_rows(values_only=True)
     names = [str(name) for name in next(lines, ())]
-    return [dict(zip(names, line, strict=False)) for line in lines if any(cell is not None for cell in line)]
+    yield from (dict(zip(names, line, strict=False)) for line in lines if any(cell is not None for cell in line))
 
 
 _READERS: Mapping[str, Callable[[Path], Iterable[Any]]] = {

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from evolve_dag.config.parts import part_of
 from evolve_dag.config.schema import Experiment, TaskSplit
 from evolve_dag.errors import DataError, OrderError, StoreError
+from evolve_dag.tasks.formats import without_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -89,7 +90,7 @@ def _of_files(split: TaskSplit, iteration: int, experiment: str, read: Sequence[
     try:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
         left = [name for name in names if name > max(read, default="")]
-        empty = [name for name in left if _is_empty(folder / name)]
+        empty = [name for name in left if without_rows(folder / name)]  # a day on which nothing came in
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed: {error.strerror}", "correct tasks.train.path") from error
     fresh = [name for name in left if name not in empty]
@@ -109,12 +110,3 @@ def _passed_over(late: Sequence[str], empty: Sequence[str]) -> Iterator[str]:
         yield f"; passed over, since they sort before what was read: {', '.join(late)}"
     if empty:
         yield f"; passed over, since they are empty: {', '.join(empty)}"
-
-
-def _is_empty(file: Path) -> bool:
-    """A day on which nothing came in; no night is spent on it."""
-    return file.stat().st_size < BLANK and not file.read_bytes().strip()
-
-
-BLANK = 1024
-"""Bytes from which on a file of tasks is not looked into to see whether it is blank."""

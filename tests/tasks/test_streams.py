@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from evolve_dag.config.loading import load_experiment
@@ -124,6 +126,49 @@ def test_a_day_without_tasks_is_passed_over(tmp_path: Path, nothing: str) -> Non
     assert asked(found, 2) == ["Who is 10?", "Who is 11?"]
     with pytest.raises(OrderError, match=r"holds 2 files, .*; passed over, since they are empty: 2026-11-02\.jsonl"):
         of_iteration(found, 3)
+
+
+def table(path: Path, questions: Sequence[str]) -> None:
+    """A file of any kind that has a header."""
+    rows = {"question": questions, "answer": ["x"] * len(questions)}
+    match path.suffix:
+        case ".parquet":
+            pl.DataFrame(rows, schema={"question": pl.String(), "answer": pl.String()}).write_parquet(path)
+        case ".xlsx":
+            book = pytest.importorskip("openpyxl").Workbook()
+            for line in (tuple(rows), *zip(*rows.values(), strict=True)):
+                book.active.append(line)
+            book.save(path)
+        case ".json":
+            path.write_text(json.dumps([dict(zip(rows, line, strict=True)) for line in zip(*rows.values(), strict=True)]))
+        case _:
+            lines = [tuple(rows), *zip(*rows.values(), strict=True)]
+            path.write_text("".join(("\t" if path.suffix == ".tsv" else ",").join(line) + "\n" for line in lines), "utf-8-sig")
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "json", "parquet", "xlsx"])
+def test_a_day_with_a_header_alone_is_passed_over(tmp_path: Path, ending: str) -> None:
+    days = tmp_path / "days"
+    days.mkdir()
+    for day, questions in enumerate((["Who is 0?"], [], ["Who is 10?"]), 1):
+        table(days / f"{day}.{ending}", questions)
+    (days / "4.jsonl").write_bytes(b"\xef\xbb\xbf\n")
+    found = experiment(tmp_path, "{path: days, stream: true}")
+    assert [asked(found, k) for k in (1, 2)] == [["Who is 0?"], ["Who is 10?"]]
+    with pytest.raises(OrderError, match=rf"holds 2 files, .*; passed over, since they are empty: 2\.{ending}, 4\.jsonl"):
+        of_iteration(found, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("2.json", "["), ("2.parquet", "PAR1"), ("2.xlsx", "x"), ("2.csv", "question\na,b\n")]
+)
+def test_a_broken_day_is_not_an_empty_one(tmp_path: Path, name: str, content: str) -> None:
+    days = tmp_path / "days"
+    days.mkdir()
+    (days / "1.jsonl").write_text(rows(0, 1))
+    (days / name).write_text(content)
+    with pytest.raises(DataError, match=name):
+        asked(experiment(tmp_path, "{path: days, stream: true}"), 2)
 
 
 def test_files_that_were_read_stay_with_their_nights(tmp_path: Path) -> None:
