@@ -124,11 +124,12 @@ def warmup(config: ConfigArgument, json: JsonOption = False, store: StoreOption 
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from evolve_dag.config.loading import load_experiment
+    from evolve_dag.config import registry
     from evolve_dag.warmup.estimate import estimate
     from evolve_dag.warmup.training import warm_up
 
-    experiment, console = load_experiment(config), _console(stderr=True)
+    # So that `evolve gc` knows who goes on with it after a kill.
+    experiment, console = registry.register(_root(store), config), _console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with _interruptible("run the same command to go on"), Progress(*columns, console=console) as bars:
         tasks: dict[str, TaskID] = {}

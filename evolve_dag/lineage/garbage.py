@@ -3,7 +3,8 @@
 An artifact is *kept* when one of these leads to it:
 
 - a reference of any iteration of any experiment (``refs/``), also of iterations that wait to be run again;
-- what a registered experiment asks for under its present file (:func:`evolve_dag.lineage.planning.plan`), even before a run;
+- what a registered experiment asks for under its present file (:func:`evolve_dag.lineage.planning.plan`), even before a run,
+  and the model of its warm-up;
 - a digest that MLflow was told: 32 hex digits in any file under ``tracking/``, the record of what was sent;
 - another artifact that is kept: its inputs, and every digest that its manifest, its decision or its policy names (so the
   adapter and the pool of a champion stay, however long ago they were promoted).
@@ -22,18 +23,19 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from evolve_dag.config import registry
-from evolve_dag.errors import ConcurrencyError, EvolveError, StoreError
+from evolve_dag.errors import ConcurrencyError, EvolveError, ModelError, StoreError
 from evolve_dag.lineage import planning
 from evolve_dag.store import graph, locks
 from evolve_dag.store.artifacts import DIGEST, Store
 from evolve_dag.store.disk import TEMPORARY
+from evolve_dag.warmup import folder
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -147,10 +149,12 @@ def find(
         named = [part for part in path.stem.split("-") if DIGEST.fullmatch(part)]
         if any(digest not in kept_all for digest in named) and now - _touched(path) >= least:
             removable.append(_removable("cache", "audit", path.stem, path))
+    trash = [_removable("trash", "", path.name, path) for path in sorted((store.root / TRASH).glob("*"))]
+    gone = {one.path for one in (*removable, *trash)}
     for path in sorted(store.root.rglob(f".*{TEMPORARY}")):
-        if now - _touched(path) >= max(RECENT_SECONDS, least):
+        if gone.isdisjoint(path.parents) and now - _touched(path) >= max(RECENT_SECONDS, least):
             removable.append(_removable("temporary", "", path.name, path))
-    removable += [_removable("trash", "", path.name, path) for path in sorted((store.root / TRASH).glob("*"))]
+    removable += trash
     return Found(
         tuple(removable),
         len(kept_all),
@@ -280,6 +284,10 @@ def _expected(store: Store, notes: list[str]) -> tuple[set[str], set[str]]:
     for entry in registry.entries(store.root):
         try:
             experiment = entry.load()
+            if experiment.warmup is not None:  # first: without the model nothing behind it can be planned
+                with suppress(ModelError):  # the one to start from is missing
+                    wanted.add(warmed := folder.digest(experiment))
+                    to_make.add(warmed)
             last = max((ref.iteration for ref in store.refs(entry.name)), default=1)
             planned = planning.plan(experiment, store, max(experiment.iterations, last))
         except EvolveError as error:
@@ -356,10 +364,10 @@ def _size(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
     total = 0
-    for folder, _, names in os.walk(path):
+    for place, _, names in os.walk(path):
         for name in names:
             try:
-                total += (Path(folder) / name).lstat().st_size
+                total += (Path(place) / name).lstat().st_size
             except FileNotFoundError:
                 continue
     return total

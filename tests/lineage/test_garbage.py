@@ -18,11 +18,13 @@ from typer.testing import CliRunner
 from evolve_dag import cli
 from evolve_dag.config import registry
 from evolve_dag.errors import ConcurrencyError, StoreError
+from evolve_dag.inference.folders import POCKET
 from evolve_dag.lineage import audit, garbage
 from evolve_dag.lineage.planning import plan
 from evolve_dag.lineage.trace import trace
 from evolve_dag.steps.base import STEP_ORDER, resolve
 from evolve_dag.store.artifacts import Store
+from evolve_dag.warmup import folder
 
 
 @pytest.fixture
@@ -265,6 +267,26 @@ def test_work_that_is_resumed_if_the_gate_decides_as_before_stays(store: Store, 
     assert digests(garbage.find(store), "work") == set()
 
 
+def test_a_warm_up_that_was_killed_is_gone_on_with(store: Store, tmp_path: Path) -> None:
+    """Before there is a model nothing of the experiment can be planned."""
+    shutil.copytree(POCKET, tmp_path / "base")
+    asked = {"models": {"policy": {"path": "made"}}, "warmup": {"base": "base", "world": 500}, "tasks": WORLDS}
+    (tmp_path / "warmed.yaml").write_text(json.dumps(asked))
+    digest = folder.digest(registry.register(store.root, tmp_path / "warmed.yaml"))
+    stale = "a" * 32
+    for one in (digest, stale):
+        (store.root / "work" / "warmup" / one / "journals").mkdir(parents=True)
+        age(store.root / "work" / "warmup" / one, 7200)
+    found, _ = garbage.remove(store)
+    assert digests(found, "work") == {stale}
+    made = folder.config(registry.load(store.root, "warmed"))
+    with store.build(folder.KIND, digest, code_version=folder.VERSION, config=made, inputs={}):
+        pass
+    assert not digests(garbage.find(store)), "it was killed before the model was put where the file wants it"
+    shutil.rmtree(tmp_path / "base")
+    assert digests(garbage.find(store)) == {digest}, "nobody can ask for it any more"
+
+
 def test_measurements_of_what_is_gone_go_too(store: Store) -> None:
     run(experiment(), store)
     contexts, adapter = (store.ref("quick", 1, kind).digest for kind in ("contexts", "adapter"))
@@ -290,6 +312,17 @@ def test_what_a_killed_process_was_about_to_write_goes_after_an_hour(store: Stor
     assert [one.path for one in removed.removed if one.what == "temporary"] == left[:1]
     assert not left[0].exists()
     assert left[1].exists()
+
+
+def test_what_goes_with_its_folder_is_named_once(store: Store) -> None:
+    left = [store.root / "work" / "scores" / ("a" * 32), store.root / "trash" / "b"]
+    for path in left:
+        path.mkdir(parents=True)
+        (path / ".x.json.17.23.tmp").touch()
+        age(path, 7200)
+    found, removed = garbage.remove(store)
+    assert [one.path for one in found.removable] == left
+    assert (removed.removed, removed.left) == (found.removable, ())
 
 
 def test_what_is_young_can_be_left(store: Store) -> None:

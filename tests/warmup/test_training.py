@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from evolve_dag import cli
+from evolve_dag.config import registry
 from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import ConfigError, ModelError
 from evolve_dag.inference.folders import model_folder
 from evolve_dag.steps import base
 from evolve_dag.store.artifacts import Store
-from evolve_dag.warmup import folder
+from evolve_dag.warmup import folder, training
 from evolve_dag.warmup.training import warm_up
 
 Load = Callable[..., Experiment]
@@ -68,6 +71,21 @@ def test_a_kill_costs_the_round_it_was_in_and_nothing_shows(experiment: Load, tm
     assert trained.count("round 1: training") == seen.count("round 1: training")
     assert [(one.reward, one.loss) for one in made.rounds] == [(one.reward, one.loss) for one in expected.rounds]
     assert weights(made.folder) == before
+
+
+def test_the_command_puts_the_experiment_on_record_first(
+    experiment: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`evolve gc` goes by that: what a killed warm-up has done stays."""
+
+    def made(asked: Experiment, store: Store, *_: object) -> training.WarmedUp:
+        assert registry.load(store.root, "warmed") == asked
+        return training.WarmedUp(tmp_path / "warm", folder.digest(asked), (), made=True)
+
+    experiment()
+    monkeypatch.setattr(training, "warm_up", made)
+    result = CliRunner().invoke(cli.app, ["warmup", str(tmp_path / "warmed.yaml"), "--store", str(tmp_path / "store")])
+    assert result.exit_code == 0, result.exception
 
 
 def test_it_ends_where_the_target_is_reached(experiment: Load, tmp_path: Path) -> None:
