@@ -323,6 +323,18 @@ def test_a_registered_file_that_now_names_another_experiment_is_told(tmp_path: P
         registry.load(tmp_path, "mine")
 
 
+def test_an_experiment_file_that_is_a_link_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the name of the link, and extends what lies beside the link."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "recipe.yaml").write_text("extends: base.yaml\n")
+    (tmp_path / "base.yaml").write_text("description: mine\n")
+    (tmp_path / "mine.yaml").symlink_to("shared/recipe.yaml")
+    assert registry.load(tmp_path, registry.register(tmp_path, tmp_path / "mine.yaml").experiment).description == "mine"
+    monkeypatch.chdir(tmp_path)
+    (found,) = (entry for entry in registry.scan(Path())[0] if entry.name == "mine")
+    assert (found.config, found.load().description) == (tmp_path / "mine.yaml", "mine")
+
+
 def test_two_files_of_one_name_the_first_keeps_it(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("experiment: same\n")
     (tmp_path / "b.yaml").write_text("experiment: same\n")

@@ -110,7 +110,7 @@ def scan(folder: Path) -> tuple[dict[Entry, Experiment], list[ConfigError]]:
             mistakes.append(ConfigError(what, "give it its own with `experiment: <name>`"))
             continue
         files[name] = path
-        found[Entry(name, path.resolve())] = experiment
+        found[Entry(name, _absolute(path))] = experiment
     return found, mistakes
 
 
@@ -123,7 +123,7 @@ def register(root: Path, config: Path, seed: int | None = None) -> Experiment:
     """
     experiment = load_seeded(config, seed)
     own_name = seed is None or load_seeded(config).experiment == experiment.experiment
-    entry = Entry(experiment.experiment, config.resolve(), None if own_name else seed)
+    entry = Entry(experiment.experiment, _absolute(config), None if own_name else seed)
     known = _read(_file(root, entry.name))
     if known is not None and known.config != entry.config:
         claim = _claim(known)
@@ -135,6 +135,11 @@ def register(root: Path, config: Path, seed: int | None = None) -> Experiment:
     if known != entry:
         _write(root, entry)
     return experiment
+
+
+def _absolute(config: Path) -> Path:
+    """Where a file lies; of a link its own place, since its name is the experiment's and what it extends lies beside it."""
+    return config.parent.resolve() / config.name
 
 
 def _claim(entry: Entry) -> Experiment | None:
