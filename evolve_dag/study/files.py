@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import yaml
-
 from evolve_dag.config import registry
+from evolve_dag.config.yamlfile import to_yaml
 from evolve_dag.errors import ConfigError, EvolveError, StoreError
 from evolve_dag.store.disk import pretty, write_atomic
 from evolve_dag.store.faults import disk_error
@@ -83,4 +82,4 @@ def write(root: Path, study: Study) -> None:
 def _content(study: Study, cell: Cell) -> bytes:
     head = f"# Written by `evolve study {study.file.name}`: arm {cell.arm}, seed {cell.seed}. Change that file, not this one.\n"
     values = cell.experiment.model_dump(mode="json")
-    return (head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)).encode()
+    return (head + to_yaml(values)).encode()

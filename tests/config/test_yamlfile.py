@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.schema import Experiment
-from evolve_dag.config.yamlfile import read_mapping
+from evolve_dag.config.yamlfile import read_mapping, to_yaml
 from evolve_dag.errors import ConfigError
 from evolve_dag.records import LARGEST_SEED
+
+AMBIGUOUS = ("3e-4", "+.5", "1.5e5", "5.", ".inf", "010", "1_000", "1:30", "2026-01-01", "yes", "null", "~", "<<", "=", "", " ")
 
 
 def written(folder: Path, text: str) -> Path:
     path = folder / "hostile.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -99,6 +104,22 @@ def test_anchors_merges_and_numbers_of_yaml_1_2_are_read(tmp_path: Path) -> None
     assert experiment.tasks.development.world == 2
     assert experiment.distillation.learning_rate == 7e-4
     assert (experiment.seed, experiment.description, experiment.tracking.mlflow) == (0, "2026-11-24", False)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(
+        st.text(),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.sampled_from(AMBIGUOUS),
+            lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(AMBIGUOUS), inner),
+            max_leaves=8,
+        ),
+    )
+)
+@example({text: text for text in AMBIGUOUS})
+def test_what_is_written_is_read_as_it_was(tmp_path: Path, values: dict[str, Any]) -> None:
+    assert read_mapping(written(tmp_path, to_yaml(values))) == (values, [])
 
 
 def test_a_device_a_pipe_and_a_folder_are_no_files(tmp_path: Path) -> None:

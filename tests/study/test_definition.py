@@ -11,6 +11,7 @@ from studies import study, write
 from evolve_dag.config.loading import load_experiment
 from evolve_dag.environments.pocket.tools import STREAM_WORLDS
 from evolve_dag.errors import ConfigError
+from evolve_dag.study import files
 from evolve_dag.study.definition import Choice, load_study
 
 WORLDS = (("development", 200), ("held_out", 300))
@@ -33,6 +34,14 @@ def test_a_cell_is_an_experiment_with_the_worlds_of_its_seed(tmp_path: Path) -> 
     assert (tasks.train.count, tasks.held_out.count, tasks.train.stream) == (12, 9, True)
     assert (e.seed, e.iterations, e.rollout.temperature, e.runtime.threads) == (5, 2, 0.0, 3)
     assert found.reference == "plain"
+
+
+def test_a_text_that_looks_like_a_number_is_text_in_the_file_of_a_cell_too(tmp_path: Path) -> None:
+    path = write(tmp_path, arms={"plain": {"config": "arm.yaml", "set": {"description": "3e-4"}}})
+    path.write_text(path.read_text().replace("3e-4", "'3e-4'"))
+    found = load_study(path)
+    files.write(tmp_path / "store", found)
+    assert load_experiment(files.cell_file(tmp_path / "store", found, found.cells[0])) == found.cells[0].experiment
 
 
 def test_worlds_of_a_stream_lie_below_the_next_ones(tmp_path: Path) -> None:
