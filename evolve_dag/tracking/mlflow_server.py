@@ -71,7 +71,8 @@ def is_server(uri: str) -> bool:
 
 
 def shown(uri: str) -> str:
-    """The address without user and password."""
+    """The address without user and password, which may also stand in its query."""
+    uri = uri.partition("?")[0]
     parts = urlsplit(uri)
     if "@" not in parts.netloc:
         return uri

@@ -126,6 +126,13 @@ def test_the_record_outlives_a_torn_line_and_forgets_on_demand(tmp_path: Path) -
 def test_addresses_lose_their_passwords() -> None:
     assert shown("postgresql://u:p@host:5432/db") == "postgresql://host:5432/db"
     assert shown("sqlite:////a/b@c/mlflow.db") == "sqlite:////a/b@c/mlflow.db"
+    assert shown("postgresql://host/mlflow?user=u&password=p") == "postgresql://host/mlflow"
+    assert shown("https://u:p@host/mlflow?token=p") == "https://host/mlflow"
+
+
+def test_a_password_in_the_query_of_an_address_is_not_written_down(tmp_path: Path) -> None:
+    record = SentRecord(tmp_path, "postgresql://host/mlflow?user=me&password=password-here")
+    assert json.loads(record.path.read_text())["value"] == "postgresql://host/mlflow"
 
 
 def test_the_store_has_a_database_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
