@@ -340,6 +340,7 @@ def sql(
     store: StoreOption = None,
 ) -> None:
     """Ask the store in SQL (DuckDB)."""
+    from evolve_dag.plain import printable
     from evolve_dag.store.query import run_sql
 
     frame = run_sql(_store(store), query)
@@ -361,11 +362,10 @@ def sql(
 
     table = Table(box=box.SIMPLE_HEAD)
     for name, kind in frame.schema.items():
-        table.add_column(Text(name), justify="right" if kind.is_numeric() else "left")
+        table.add_column(Text(printable(name)), justify="right" if kind.is_numeric() else "left")
     for row in frame.head(rows).iter_rows():
-        table.add_row(
-            *(Text("" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)) for value in row)
-        )
+        cells = ("" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value) for value in row)
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     _console().print(table)
     if frame.height > rows:
         print(f"{rows} of {frame.height} rows: --rows {frame.height} shows all")

@@ -26,6 +26,7 @@ RESERVED = (STEP_HEADING, GLOBAL_HEADING, LAST_STEP)
 QUOTE = "> "
 _BREAKS = re.compile(r"\r\n|[\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1b\x1f\x7f-\x9f]")
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _UNSEEN = frozenset({"Cc", "Cf", "Cn", "Co", "Mn", "Me", "Zs", "Zl", "Zp"})
 """Categories of characters that show nothing, or only a mark on the one before."""
 _BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0\ufffc\U0001d159")
@@ -49,6 +50,11 @@ def plain(text: str) -> str:
 def whole(text: str) -> str:
     """``text`` as Unicode: half a character, which JSON can spell (``\\ud83d``) and no file takes, becomes U+FFFD."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def printable(text: str) -> str:
+    """``text`` for a terminal, which would obey its control characters: U+FFFD stands for each but tabs and line feeds."""
+    return _OBEYED.sub("\ufffd", text)
 
 
 def head(text: str, characters: int) -> str:

@@ -181,6 +181,9 @@ def test_sql_prints_tables_and_csv(tmp_path: Path) -> None:
     table = CliRunner().invoke(cli.app, ["sql", "select 1.5 as number, 'a' as word", "--store", str(tmp_path)])
     assert "number" in table.output
     assert "1.5" in table.output
+    obeyed = CliRunner().invoke(cli.app, ["sql", "select chr(27) || '[2J' as word", "--store", str(tmp_path)])
+    assert "\ufffd[2J" in obeyed.output
+    assert "\x1b" not in obeyed.output
     csv = CliRunner().invoke(cli.app, ["sql", "select [1, 2] as list, 'a' as word", "--csv", "--store", str(tmp_path)])
     assert csv.output.splitlines() == ["list,word", '"[1, 2]",a']
     cut = CliRunner().invoke(cli.app, ["sql", "select * from range(9)", "--rows", "2", "--store", str(tmp_path)])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from evolve_dag import plain as module
 from evolve_dag.experience import injection
-from evolve_dag.plain import GLOBAL_HEADING, LAST_STEP, QUOTE, RESERVED, STEP_HEADING, head, one_line, plain
+from evolve_dag.plain import GLOBAL_HEADING, LAST_STEP, QUOTE, RESERVED, STEP_HEADING, head, one_line, plain, printable, whole
 
 BLANKS = "\u115f\u1160\u2800\u3164\uffa0"
 UNSEEN = [
@@ -123,3 +123,17 @@ def test_heads_and_lines_are_short(content: str, characters: int) -> None:
     assert len(head(content, characters)) <= characters + 40 or len(content) <= characters
     assert len(one_line(content, characters)) <= characters
     assert len(one_line(content).splitlines()) <= 1
+
+
+@given(st.text(st.characters()))
+def test_a_terminal_gets_text_alone(text: str) -> None:
+    shown = printable(text)
+    assert len(shown) == len(text)
+    assert all(a == b or (unicodedata.category(a) == "Cc" and b == "\ufffd") for a, b in zip(text, shown, strict=True))
+    assert {one for one in shown if unicodedata.category(one) == "Cc"} <= {"\t", "\n"}
+
+
+@given(st.text())
+def test_text_is_whole_and_half_a_character_is_replaced(text: str) -> None:
+    assert whole(text) == text
+    assert whole(f"{text}\ud83d.") == f"{text}\ufffd."

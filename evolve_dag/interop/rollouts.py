@@ -35,7 +35,7 @@ from evolve_dag.interop.pools import (
     read_text,
 )
 from evolve_dag.jsonlines import Mistake, kind_of, read_objects, refuse
-from evolve_dag.plain import plain
+from evolve_dag.plain import plain, printable
 from evolve_dag.records import Granularity, Step, Task, ToolCall, Trajectory, TrajectoryStatus
 from evolve_dag.secrecy import describe_error
 from evolve_dag.store.artifacts import WAIT_SECONDS
@@ -508,7 +508,8 @@ class Report:
             first = f"{self.source}: {self.facts['trajectories']} rollouts of {self.facts['tasks']} tasks, {judged}"
             ask = f"select id, status, reward, turns from trajectories where digest = '{self.digest}'"
             more = [f"trajectories {self.digest[:12]}", f"its tasks, for tasks.<split>.path: {self.file}"]
-        return [first, *(f"note: {note}" for note in self.notes), *more, f'evolve sql "{ask}"']
+        lines = [first, *(f"note: {note}" for note in self.notes), *more, f'evolve sql "{ask}"']
+        return [printable(line) for line in lines]  # names and ids are the file's
 
 
 def import_file(

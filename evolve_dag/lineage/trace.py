@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import DataError
+from evolve_dag.plain import printable
 from evolve_dag.steps.base import STEP_ORDER
 from evolve_dag.store.artifacts import Artifact, Store
 from evolve_dag.store.graph import reach
@@ -123,9 +124,9 @@ def render(traced: Trace) -> RenderableType:
 
     def line(node: TraceNode) -> Text:  # Text, not markup: labels hold what models wrote
         text = Text(node.kind if node.kind not in ("group", "more") else "", style="bold cyan")
-        text.append(f" {node.label}" if text else node.label, style="default")
+        text.append(printable(f" {node.label}" if text else node.label), style="default")
         facts = ", ".join(f"{name} {_short(value)}" for name, value in node.facts.items() if value not in (None, "", [], {}))
-        return text.append(f"  ({facts})", style="dim") if facts else text
+        return text.append(printable(f"  ({facts})"), style="dim") if facts else text
 
     parts: list[RenderableType] = []
     for heading, root in (("origins", traced.origins), ("uses", traced.uses)):

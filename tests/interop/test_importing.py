@@ -242,6 +242,14 @@ def test_an_imported_pool_is_an_experience_artifact(tmp_path: Path) -> None:
     assert [ref.iteration for ref in store.refs("web-imported")] == [1, 2]
 
 
+def test_what_a_terminal_would_obey_is_not_sent_to_it(tmp_path: Path) -> None:
+    rows = [{"id": "\x9b2J", "question": f"Who is {n}?", "response": "x", "reward": 1.0} for n in range(2)]
+    done = import_file(write_lines(tmp_path / "r.jsonl", rows), Store(tmp_path / "store"))
+    assert "\x9b2J is" in done.notes[0]
+    assert "\ufffd2J is" in done.lines()[1]
+    assert "\x9b" not in "".join(done.lines())
+
+
 def test_two_imports_at_once_keep_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, together, real = Store(tmp_path / "store"), threading.Barrier(2), Store.refs
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from rich.console import Console
 
 from evolve_dag.errors import DataError
 from evolve_dag.lineage.trace import SHOWN, Trace, TraceNode, render, trace
@@ -233,6 +234,14 @@ def test_two_lineages_with_one_item_id_stay_apart(tmp_path: Path) -> None:
 
 def test_model_text_is_not_markup(world: tuple[Store, dict[str, Artifact]]) -> None:
     assert "[bold]search[/bold]" in show(trace(world[0], world[1]["contexts1"].digest))
+
+
+def test_what_a_terminal_would_obey_is_not_sent_to_it() -> None:
+    nodes = TraceNode("item", "p1", "p1: \x1b[2J\x9b2J", {"answer": "\x1b]0;title\x07"})
+    printed = io.StringIO()
+    Console(file=printed, force_terminal=False).print(render(Trace("p1", nodes, nodes)))
+    assert not set(printed.getvalue()) & set("\x1b\x9b\x07")
+    assert "p1: \ufffd[2J\ufffd2J" in printed.getvalue()
 
 
 def test_json_form(world: tuple[Store, dict[str, Artifact]]) -> None:
