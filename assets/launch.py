@@ -27,6 +27,7 @@ from evolve_dag.steps import base
 from evolve_dag.steps.needs import require_files
 from evolve_dag.steps.preflight import preflight
 from evolve_dag.store.artifacts import Store
+from evolve_dag.store.disk import write_atomic
 from evolve_dag.store.faults import chain, damaged_databases, explained, is_disk_error
 from evolve_dag.store.mirror import open_store
 
@@ -86,7 +87,7 @@ def prepare_home(root: Path) -> Path:
             # Not every dagster.yaml in a working folder is ours: only what these assets need is taken over.
             content = {key: value for key, value in dict(found or {}).items() if key in INSTANCE}
             if not target.exists() or _is_ours(target, content):
-                target.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+                write_atomic(target, yaml.safe_dump(content, sort_keys=False).encode())
     except yaml.YAMLError as error:
         raise ConfigError(f"dagster.yaml: not valid YAML: {error}", "mend it, or run from another folder") from None
     except OSError as error:
@@ -97,8 +98,8 @@ def prepare_home(root: Path) -> Path:
 
 
 def _is_ours(target: Path, content: dict[str, Any]) -> bool:
-    """Whether settings were written by an earlier version of this package and never touched: ours, but fewer."""
-    present = yaml.safe_load(target.read_text(encoding="utf-8"))
+    """Whether settings were written by an earlier version of this package and never touched: ours, but fewer; or none."""
+    present = yaml.safe_load(target.read_text(encoding="utf-8") or "{}")  # empty: left by a kill or a full disk
     if not isinstance(present, dict) or not present.keys() < content.keys():
         return False
     return all(content[key] == value for key, value in present.items())

@@ -209,6 +209,9 @@ def test_settings_of_an_earlier_version_get_what_is_new_and_only_those(place: Pa
     target.write_text(yaml.safe_dump(earlier))
     launch.prepare_home(place / "store")
     assert yaml.safe_load(target.read_text()) == launch.INSTANCE
+    target.write_text("")
+    launch.prepare_home(place / "store")
+    assert yaml.safe_load(target.read_text()) == launch.INSTANCE, "an empty file is what a full disk leaves"
     touched = {**earlier, "telemetry": {"enabled": True}}
     target.write_text(yaml.safe_dump(touched))
     launch.prepare_home(place / "store")
