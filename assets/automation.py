@@ -21,6 +21,7 @@ from evolve_dag.config import registry, scheduling
 from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import ConfigError, EvolveError
 from evolve_dag.steps.base import resolve, settings_digest
+from evolve_dag.store.artifacts import Store
 from evolve_dag.store.mirror import open_store
 
 UNTIL_TAG = "evolve/until"
@@ -40,10 +41,10 @@ settings_job = dg.define_asset_job(
 )
 
 
-def settings_events(instance: dg.DagsterInstance, experiment: Experiment) -> Iterator[dg.AssetMaterialization]:
+def settings_events(instance: dg.DagsterInstance, experiment: Experiment, store: Store) -> Iterator[dg.AssetMaterialization]:
     """Config slices whose data version differs from what Dagster has last heard of."""
     for step in CONFIGURED_STEPS:
-        version = settings_digest(step, experiment)
+        version = settings_digest(step, experiment, store)
         if recorded_version(instance, settings_key(step), experiment.experiment) != version:
             yield dg.AssetMaterialization(
                 settings_key(step),
@@ -92,7 +93,7 @@ def config_watch(context: dg.SensorEvaluationContext, store: StoreResource) -> d
     events: list[dg.AssetMaterialization] = []
     for experiment in experiments:
         try:
-            events += settings_events(context.instance, experiment)
+            events += settings_events(context.instance, experiment, store.open())
         except EvolveError as error:  # a file of tasks or a model that it names is missing
             problems.append(f"{experiment.experiment}: {error.what}")
     for problem in problems:

@@ -231,7 +231,7 @@ def _run(config: Path, *, seed: int | None, iterations: int | None, root: Path, 
             _end_dead_runs(instance, name)
             recovery.clear_locks(instance, root)
             partitions.add_partitions(instance, [name], count)
-            if any(True for _ in automation.settings_events(instance, experiment)):
+            if any(True for _ in automation.settings_events(instance, experiment, store)):
                 _execute(root, session, instance, automation.settings_job.name, name, name)
             runs = 0
             for k in range(1, count + 1):

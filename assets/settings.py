@@ -52,7 +52,7 @@ def _settings_asset(step: str) -> dg.AssetsDefinition:
         with failures():
             experiment = session.experiment(store.path, context.partition_key)
             return dg.MaterializeResult(
-                data_version=dg.DataVersion(settings_digest(step, experiment)),
+                data_version=dg.DataVersion(settings_digest(step, experiment, store.open())),
                 metadata=settings_metadata(step, experiment),
             )
 

@@ -67,9 +67,14 @@ def settings(name: str, experiment: Experiment) -> dict[str, Any]:
     return decisive(SPECS[name], experiment)
 
 
-def settings_digest(name: str, experiment: Experiment) -> str:
-    """Digest of the config slice alone, for the config assets."""
-    return Store.digest_of(f"config/{name}", "1", settings(name, of_iteration(experiment, 1)), {})
+def settings_digest(name: str, experiment: Experiment, store: Store | None = None) -> str:
+    """Digest of the config slice alone, for the config assets.
+
+    Args:
+        store: where a stream's first night keeps the file that it took; None: as before the first night.
+    """
+    first = of_iteration(experiment, 1) if store is None else of_lineage(experiment, 1, store)
+    return Store.digest_of(f"config/{name}", "1", settings(name, first), {})
 
 
 def sources(name: str) -> list[StepSpec]:

@@ -13,7 +13,7 @@ from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.schema import Experiment
 from evolve_dag.environments.pocket.tools import STREAM_WORLDS
 from evolve_dag.errors import ConfigError, DataError, OrderError
-from evolve_dag.steps.base import STEP_ORDER, resolve, run_step, settings
+from evolve_dag.steps.base import STEP_ORDER, resolve, run_step, settings, settings_digest
 from evolve_dag.store.artifacts import Store
 from evolve_dag.tasks.jsonl import in_percent
 from evolve_dag.tasks.streams import FILE, facts_of, files_read, of_iteration
@@ -193,6 +193,21 @@ def test_files_that_were_read_stay_with_their_nights(tmp_path: Path) -> None:
         of_iteration(found, 4, read)
     store.set_ref("experiment", 1, "trajectories", made, **{FILE: "elsewhere/1.jsonl"})
     assert files_read(found, store) == (), "another folder is another stream"
+
+
+def test_a_late_file_changes_no_config_asset_of_a_lineage_that_has_begun(tmp_path: Path) -> None:
+    days = tmp_path / "days"
+    days.mkdir()
+    (days / "2.jsonl").write_text(rows(20, 1))
+    found, store = experiment(tmp_path, "{path: days, stream: true}"), Store(tmp_path / "store")
+    made = store.digest_of("trajectories", "1", {}, {})
+    with store.build("trajectories", made, code_version="1", config={}, inputs={}):
+        pass
+    store.set_ref("experiment", 1, "trajectories", made, **facts_of(found, of_iteration(found, 1)))
+    before = settings_digest("trajectories", found, store)
+    assert before == settings_digest("trajectories", found), "nor does the first night itself"
+    (days / "1.jsonl").write_text(rows(10, 1))
+    assert settings_digest("trajectories", found, store) == before != settings_digest("trajectories", found)
 
 
 def test_a_file_may_ask_again_what_an_earlier_one_asked(tmp_path: Path) -> None:
