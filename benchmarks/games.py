@@ -1,10 +1,13 @@
 """What TextWorld's games cost, and what they are worth to players that need no model.
 
     python benchmarks/games.py --games 100
+    python benchmarks/games.py --alike 0 1 2 4
 
 CPU seconds, those of child processes included. The players: one that does anything that is listed; the script of the warm-up
 without advice, at several skills (what a model scores that imitates it); one that follows the pool that ships to the letter
-wherever an item is chosen, and else does anything (what a perfect reader gets out of it). Needs `evolve-dag[textworld]`.
+wherever an item is chosen, and else does anything (what a perfect reader gets out of it). `--alike`: held-out games of seed S
+(world 300 + S) whose way to the full score is, letter for letter, that of a training game of three nights (world 100 + S) or of
+the warm-up (world 1). Needs `evolve-dag[textworld]`.
 """
 
 from __future__ import annotations
@@ -16,10 +19,17 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from evolve_dag.config.schema import WarmupSettings
+from evolve_dag.config.schema import TaskSplit, WarmupSettings
 from evolve_dag.environments.textworld.families import FAMILIES
 from evolve_dag.environments.textworld.games import Play
-from evolve_dag.environments.textworld.tools import GAMES, TextWorldEnvironment, TextWorldSession
+from evolve_dag.environments.textworld.tools import (
+    GAMES,
+    STREAM_WORLDS,
+    TEXTWORLD,
+    TextWorldEnvironment,
+    TextWorlds,
+    TextWorldSession,
+)
 from evolve_dag.experience.pool import Pool
 from evolve_dag.experience.selection.state import StateSelector
 from evolve_dag.records import Step, ToolCall
@@ -85,10 +95,41 @@ def worth(family: str, player: Player, games: int) -> str:
     return f"reward {sum(rewards) / games:.1%}, won {won:.1%}, {commands / games:.1f} commands"
 
 
+def ways(family: str, split: str, world: int, count: int) -> list[tuple[str, ...]]:
+    """What a good player is told and does, from the first line to the last, in each game of a world."""
+    settings = TextWorldEnvironment(family=family)
+    environment, found = TextWorlds(settings), []
+    for task in TEXTWORLD.tasks(settings, TaskSplit(world=world, count=count), split):
+        game = environment.open(task, 0)
+        way, over = [game.system_prompt], False
+        while game.expert and not over:
+            way.append(game.expert)
+            result = game.call(ToolCall("act", {"command": game.expert}))
+            way.append(result.text)
+            over = result.done
+        found.append(tuple(way))
+    return found
+
+
+def alike(family: str, seed: int) -> str:
+    """How many of 200 held-out games training has, too."""
+    warmed = set(ways(family, "warmup", 1, 96))
+    trained = {way for night in range(3) for way in ways(family, "train", 100 + seed + STREAM_WORLDS * night, 48)}
+    held_out = ways(family, "held_out", 300 + seed, 200)
+    seen = sum(way in trained | warmed for way in held_out)
+    return f"seed {seed}: {seen} of 200 held-out games are like one of training or warm-up, {len(set(held_out))} are distinct"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--games", type=int, default=100)
-    games = parser.parse_args().games
+    parser.add_argument("--alike", type=int, nargs="+", metavar="SEED")
+    arguments = parser.parse_args()
+    for family, seed in [(family, seed) for family in FAMILIES for seed in arguments.alike or ()]:
+        print(f"{family}, {alike(family, seed)}", flush=True)
+    if arguments.alike:
+        return
+    games = arguments.games
     for family, row in FAMILIES.items():
         begun = cpu()
         Play(row.make, 1)
