@@ -1,7 +1,8 @@
 """How much of each experience item is inside the weights: teacher to student, before and after each iteration.
 
 For every learned step of iteration k the contexts artifact holds what the teacher policy(k), with experience in its context,
-would have done: its log-probabilities on the action tokens. A student without experience is laid beside it, KL(teacher ||
+would have done: its log-probabilities on the action tokens. The teacher is the one that adapter(k) was trained on: at its
+``distillation.teacher_temperature``, where it read experience. A student without experience is laid beside it, KL(teacher ||
 student) per action token: policy(k) itself *before* training, the candidate adapter(k) *after*, and the policy that the
 lineage holds *now*. What is gone of the divergence is what the weights have taken over (METHOD: what no one measured)::
 
@@ -10,7 +11,8 @@ lineage holds *now*. What is gone of the divergence is what the weights have tak
 A step with several items counts for each of them, so items that always stand together cannot be told apart. The steps are
 those that were trained on: the share says what was learned there, held-out success says what it is good for.
 
-A measurement is a function of two digests, so it is kept: ``<store>/cache/audit/<contexts>-<adapter or base>.json``.
+A measurement is a function of two digests and the temperature, so it is kept:
+``<store>/cache/audit/<contexts>-<adapter or base>.json``, with ``-<temperature>`` at the end of the name where it is not 1.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from evolve_dag.distillation.dataset import DistillationRow
     from evolve_dag.store.artifacts import Artifact, Store
 
-FORMAT = 1
+FORMAT = 2
 BASE = "base"
 """Stands for the bare base model in the name of a measurement."""
 ALL, NONE = "", "-"
@@ -66,6 +68,8 @@ class Measurement:
     """Digest; None for the bare base model."""
     by: Mapping[str, Mapping[str, Sums]]
     """Item id (or :data:`ALL`, :data:`NONE`) -> task id -> sums."""
+    temperature: float = 1.0
+    """Of the teacher, where it read experience."""
 
     def mean(self, item: str = ALL) -> float | None:
         """Nats per action token at the steps of ``item``; None without a step."""
@@ -95,6 +99,8 @@ class Internalized:
     """Of ``share``, 95%, bootstrapped over tasks."""
     interval_now: Interval | None = None
     """Of ``share_now``."""
+    temperature: float = 1.0
+    """Of the teacher that adapter(k) was trained on, where it read experience."""
 
     @property
     def share(self) -> float | None:
@@ -127,6 +133,8 @@ class _Iteration:
     base: str
     adapter: str
     now: str | None
+    temperature: float
+    """Of the teacher that the adapter was trained on."""
 
 
 def measure(experiment: Experiment, store: Store, say: Callable[[str], object] | None = None) -> Audit:
@@ -145,7 +153,7 @@ def measure(experiment: Experiment, store: Store, say: Callable[[str], object] |
     for one in _iterations(store, experiment.experiment):
         contexts[one.contexts.digest] = one
         students = wanted.setdefault(one.contexts.digest, [])
-        students += [s for s in (one.entering, one.adapter, one.now) if _read(store, one.contexts.digest, s) is None]
+        students += [s for s in (one.entering, one.adapter, one.now) if _read(store, one, s) is None]
     todo = [(digest, student) for digest, students in wanted.items() for student in dict.fromkeys(students)]
     if todo:
         _measure(experiment, store, contexts, todo, say)
@@ -162,14 +170,14 @@ def read(store: Store, experiment: str) -> Audit:
     items: list[Internalized] = []
     notes: list[str] = []
     for one in _iterations(store, experiment):
-        before, after = (_read(store, one.contexts.digest, student) for student in (one.entering, one.adapter))
+        before, after = (_read(store, one, student) for student in (one.entering, one.adapter))
         if before is None or after is None:
             notes.append(f"iteration {one.number} is not measured: evolve audit {experiment}")
             continue
         if ALL not in before.by:
             notes.append(f"iteration {one.number} has no learned step that a teacher scored")
             continue
-        now = _read(store, one.contexts.digest, one.now)
+        now = _read(store, one, one.now)
         texts = _texts(store, one.contexts.inputs.get("experience"))
         rows = [_internalized(name, one.number, texts.get(name, ""), before, after, now) for name in before.by]
         items += sorted(rows, key=lambda row: (row.item != ALL, row.item == NONE, -row.before * row.tokens, row.item))
@@ -198,6 +206,7 @@ def to_dict(audited: Audit) -> dict[str, Any]:
                 "interval": one.interval,
                 "share_now": one.share_now,
                 "interval_now": one.interval_now,
+                "teacher_temperature": one.temperature,
             }
             for one in audited.items
         ],
@@ -230,6 +239,8 @@ def render(audited: Audit) -> RenderableType:
             style="bold" if one.item == ALL else "",
         )
     lines: list[RenderableType] = [table] if audited.items else []
+    sharp = sorted({one.temperature for one in audited.items} - {1.0})
+    lines += [Text(f"The teacher is the one trained on: where it reads experience, at temperature {one:g}.") for one in sharp]
     return Group(*lines, *(Text(note, style="yellow") for note in audited.notes))
 
 
@@ -268,7 +279,7 @@ def _measure(
     import torch
 
     from evolve_dag.distillation.batch import step_divergences
-    from evolve_dag.distillation.dataset import load_contexts
+    from evolve_dag.distillation.dataset import load_contexts, sharpened
     from evolve_dag.distillation.trainer import load_model
     from evolve_dag.inference.folders import base_identity, model_folder
 
@@ -290,14 +301,15 @@ def _measure(
             one = contexts[digest]
             if loaded is None or loaded[0] != digest:
                 one.contexts.verify()
-                loaded = (digest, [row for row in load_contexts(one.contexts.path) if row.teacher is not None])
+                taught = [row for row in load_contexts(one.contexts.path) if row.teacher is not None]
+                loaded = (digest, sharpened(taught, one.temperature))
             rows = loaded[1]
             if say is not None:
                 say(f"{experiment.experiment} iteration {one.number}: {_called(student)} on {len(rows)} trajectories")
             with_adapter = _Worn(model, store, student)
             with with_adapter as worn:
                 divergences = step_divergences(worn, rows) if rows else []
-            _write(store, Measurement(digest, student, sums(rows, divergences)))
+            _write(store, Measurement(digest, student, sums(rows, divergences), one.temperature))
     finally:
         torch.set_num_threads(threads)
 
@@ -347,8 +359,15 @@ def _iterations(store: Store, experiment: str) -> Iterator[_Iteration]:
         policy = found["policy"].manifest.config.get("policy")
         if not isinstance(policy, Mapping):
             raise DataError(f"{found['policy'].path}: names no policy", "run the experiment again")
-        adapter = found["adapter"].digest
-        yield _Iteration(number, found["contexts"], policy.get("adapter"), str(policy.get("base")), adapter, _now(sound))
+        adapter, base = found["adapter"], str(policy.get("base"))
+        at = _temperature(adapter)
+        yield _Iteration(number, found["contexts"], policy.get("adapter"), base, adapter.digest, _now(sound), at)
+
+
+def _temperature(adapter: Artifact) -> float:
+    """``distillation.teacher_temperature`` of an adapter; 1 where it was trained on what was sampled, without a teacher."""
+    settings = adapter.manifest.config.get("distillation")
+    return float(settings.get("teacher_temperature", 1.0)) if isinstance(settings, Mapping) else 1.0
 
 
 def _now(sound: list[tuple[int, dict[str, Artifact]]]) -> str | None:
@@ -377,6 +396,7 @@ def _internalized(
         now=None if now is None else max(0.0, now.mean(item) or 0.0),
         interval=_interval(before.by[item], after.by.get(item, {})),
         interval_now=None if now is None else _interval(before.by[item], now.by.get(item, {})),
+        temperature=before.temperature,
     )
 
 
@@ -403,15 +423,17 @@ def _texts(store: Store, experience: str | None) -> dict[str, str]:
     return dict(zip(frame["id"].to_list(), frame["text"].to_list(), strict=True))
 
 
-def _file(store: Store, contexts: str, adapter: str | None) -> Path:
-    return store.root / "cache" / "audit" / f"{contexts}-{adapter or BASE}.json"
+def _file(store: Store, contexts: str, adapter: str | None, temperature: float) -> Path:
+    at = "" if temperature == 1 else f"-{temperature:g}"
+    return store.root / "cache" / "audit" / f"{contexts}-{adapter or BASE}{at}.json"
 
 
-def _read(store: Store, contexts: str, adapter: str | None) -> Measurement | None:
+def _read(store: Store, one: _Iteration, adapter: str | None) -> Measurement | None:
     """A kept measurement; None when there is none, or it cannot be read (it is made anew then)."""
+    key = FORMAT, one.contexts.digest, adapter, one.temperature
     try:
-        content = json.loads(_file(store, contexts, adapter).read_text(encoding="utf-8"))
-        if (content["format"], content["contexts"], content["adapter"]) != (FORMAT, contexts, adapter):
+        content = json.loads(_file(store, *key[1:]).read_text(encoding="utf-8"))
+        if tuple(content[name] for name in ("format", "contexts", "adapter", "teacher_temperature")) != key:
             return None
         by = {
             item: {task: Sums(int(steps), int(tokens), float(nats)) for task, (steps, tokens, nats) in tasks.items()}
@@ -419,15 +441,16 @@ def _read(store: Store, contexts: str, adapter: str | None) -> Measurement | Non
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Measurement(contexts, adapter, by)
+    return Measurement(one.contexts.digest, adapter, by, one.temperature)
 
 
 def _write(store: Store, measured: Measurement) -> None:
-    path = _file(store, measured.contexts, measured.adapter)
+    path = _file(store, measured.contexts, measured.adapter, measured.temperature)
     content = {
         "format": FORMAT,
         "contexts": measured.contexts,
         "adapter": measured.adapter,
+        "teacher_temperature": measured.temperature,
         "items": {
             item: {task: [one.steps, one.tokens, one.nats] for task, one in tasks.items()}
             for item, tasks in measured.by.items()

@@ -9,17 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from quick_lineages import experiment as quick
 from quick_lineages import fake_steps, run
+from rich.console import Console
 from small_lineage import SMALL, copy_of, iterate
 from typer.testing import CliRunner
 
 from evolve_dag import cli
 from evolve_dag.config.schema import Experiment
 from evolve_dag.distillation.alignment import StudentRow
-from evolve_dag.distillation.dataset import DistillationRow, StepView, load_contexts
+from evolve_dag.distillation.dataset import DistillationRow, StepView, load_contexts, sharpened
 from evolve_dag.errors import ConfigError, OrderError
 from evolve_dag.lineage import audit
 from evolve_dag.lineage.audit import ALL, NONE, Internalized, Measurement, Sums, sums
@@ -53,6 +55,16 @@ def artifact(store: Store, kind: str) -> Artifact:
     ref = store.ref("audited", 1, kind)
     assert ref is not None
     return store.open(kind, ref.digest)
+
+
+def by_step(row: DistillationRow, student: DistillationRow) -> tuple[float, ...]:
+    """Mean KL(teacher of ``row`` || teacher of ``student``) at every step, nats."""
+    assert row.teacher is not None
+    assert student.teacher is not None
+    p_N_K, q_N_K = (np.column_stack([one.logprobs, one.tail]) for one in (row.teacher, student.teacher))
+    nats_N = (np.exp(p_N_K) * (p_N_K - q_N_K)).sum(axis=1)
+    ends = np.cumsum([end - start for start, end in row.row.spans])
+    return tuple(float(nats.mean()) for nats in np.split(nats_N, ends[:-1]))
 
 
 def row(name: str, spans: tuple[tuple[int, int], ...], selected: tuple[tuple[str, ...], ...]) -> DistillationRow:
@@ -120,6 +132,54 @@ def test_before_is_where_the_training_curve_begins(made: Store, measured: audit.
     assert everything.interval is not None
     assert everything.share is not None
     assert everything.interval[0] <= everything.share <= everything.interval[1]
+
+
+@pytest.fixture(scope="module")
+def sharp(small_lineage: Store, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Store]:
+    """The same, trained on the teacher at temperature 0.5."""
+    changed = AUDITED | {"distillation": DISTILLATION | {"teacher_temperature": 0.5}}
+    experiment = Experiment.model_validate(changed)
+    store = copy_of(small_lineage, tmp_path_factory.mktemp("sharp") / "store")
+    for step in ("policy", "trajectories", "experience", "contexts", "adapter"):
+        run_step(step, experiment, 1, store)
+    return experiment, store
+
+
+def test_the_teacher_is_the_one_that_was_trained_on(sharp: tuple[Experiment, Store], measured: audit.Audit) -> None:
+    experiment, store = sharp
+    found = audit.measure(experiment, store)
+    [everything] = [one for one in found.items if one.item == ALL]
+    curve = artifact(store, "adapter").frame("curve.parquet")
+    assert everything.before == pytest.approx(curve["divergence"][0], rel=1e-3)
+    assert everything.before > measured.items[0].before, "it is surer than at temperature 1"
+    assert {one["teacher_temperature"] for one in audit.to_dict(found)["items"]} == {0.5}
+    names = {path.name for path in (store.root / "cache" / "audit").iterdir()}
+    assert names == {
+        f"{artifact(store, 'contexts').digest}-{of}-0.5.json" for of in ("base", artifact(store, "adapter").digest)
+    }
+    console = Console(width=200)
+    with console.capture() as told:
+        console.print(audit.render(found))
+    assert "at temperature 0.5" in told.get()
+
+
+def test_a_student_that_equals_the_teacher_it_was_trained_on_has_all_of_it(
+    sharp: tuple[Experiment, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment, store = sharp
+    store = copy_of(store, tmp_path / "store")
+    shutil.rmtree(store.root / "cache" / "audit", ignore_errors=True)
+    stored = load_contexts(artifact(store, "contexts").path)
+    taught = sharpened(stored, 0.5)
+
+    def divergences(model: Any, rows: list[DistillationRow]) -> list[tuple[float, ...]]:
+        """The student is the teacher at temperature 1 before training, and the one that was trained on after."""
+        return [by_step(*pair) for pair in zip(rows, taught if hasattr(model, "peft_config") else stored, strict=True)]
+
+    monkeypatch.setattr("evolve_dag.distillation.batch.step_divergences", divergences)
+    found = audit.measure(experiment, store).items
+    assert found[0].before > 0
+    assert [one.share for one in found if one.item != NONE] == [pytest.approx(1.0, abs=1e-6)] * (len(found) - 1)
 
 
 def test_items_add_up_to_what_the_contexts_hold(made: Store, measured: audit.Audit) -> None:
