@@ -47,6 +47,11 @@ class Contrast:
     naive: Estimate | None = None
     """Where the other side is the best of several: the difference to the one that looks best on all tasks."""
 
+    @property
+    def itself(self) -> bool:
+        """Whether the best of the arm's own iterations is the one that is asked about: there is no difference to estimate."""
+        return self.question == "best" and self.against == str(self.iteration)
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:

@@ -16,7 +16,7 @@ from evolve_dag.study.findings import QUESTIONS, Findings
 from evolve_dag.study.published import SOURCE, compared
 from evolve_dag.study.results import breakdowns
 from evolve_dag.study.statistics import Estimate
-from evolve_dag.study.tables import BEST, CONDITIONS, DIFFERS, HOLLOW, METHOD, at, said, shown_contrasts, unjudged
+from evolve_dag.study.tables import BEST, CONDITIONS, DIFFERS, HOLLOW, ITSELF, METHOD, at, said, shown_contrasts, unjudged
 from evolve_dag.study.what_differs import as_stated, what_differs
 
 SECTIONS = {
@@ -81,6 +81,7 @@ def render(findings: Findings) -> str:
         DIFFERS=DIFFERS.replace("`", "").replace("*", ""),
         differing=[(c, as_stated(c.here), as_stated(c.there), said(findings, c)) for c in what_differs(results.study)],
         BEST=BEST,
+        ITSELF=ITSELF,
         QUESTIONS=QUESTIONS,
         SOURCE=SOURCE,
     )

@@ -97,16 +97,20 @@ def difference(a: Column, b: Column, *, shared: bool = False) -> Estimate | None
 def against_best(policy: Column, others: Mapping[str, Column], *, shared: bool = False) -> AgainstBest | None:
     """``policy`` against the best of ``others``, which may hold it too; None where they share no task.
 
-    Tasks are split into two fixed halves. The choice is made anew in every resample, so its own uncertainty is in the interval.
+    Tasks are split into two fixed halves. The choice is made anew in every resample, so its own uncertainty is in the interval;
+    each half gets the invented tasks of :func:`difference`. Of a single other nothing is chosen: that is :func:`difference`.
     """
+    if len(others) == 1:
+        [(only, other)] = others.items()
+        found = difference(policy, other, shared=shared)
+        return None if found is None else AgainstBest((only, only), found, found, only)
     stacked = _aligned(policy, others)
     halves = {seed: _halved(whole) for seed, whole in stacked.items()}
     if not halves or any(len(half.tasks) == 0 for pair in halves.values() for half in pair):
         return None
     names = list(others)
-    draws_H = [_Draws({seed: pair[h] for seed, pair in halves.items()}, shared) for h in (0, 1)]
     means_S_H_C = np.array([[half.rewards.mean(axis=1) for half in pair] for pair in halves.values()])
-    drawn_H_R_C = [np.mean([draws_H[h].columns(pair[h], seed) for seed, pair in halves.items()], axis=0) for h in (0, 1)]
+    drawn_H_R_C = [_drawn({seed: pair[h] for seed, pair in halves.items()}, shared, h) for h in (0, 1)]
     chosen = [int(means_S_H_C[:, 1 - h, 1:].mean(axis=0).argmax()) for h in (0, 1)]
     gaps_S = np.mean([means_S_H_C[:, h, 0] - means_S_H_C[:, h, 1 + chosen[h]] for h in (0, 1)], axis=0)
     drawn_R = np.mean([_gap(drawn_H_R_C[h], drawn_H_R_C[1 - h]) for h in (0, 1)], axis=0)
@@ -135,11 +139,12 @@ class _Values(NamedTuple):
 
 
 class _Draws:
-    """Resampled tasks: of every seed its own, or, where seeds share them, the same in all of them."""
+    """Resampled tasks: of every seed its own, or, where seeds share them, the same in all of them. Those of another ``half``
+    are drawn for themselves."""
 
-    def __init__(self, values: Mapping[int, _Values], shared: bool) -> None:
+    def __init__(self, values: Mapping[int, _Values], shared: bool, half: int = 0) -> None:
         named = [task for own in values.values() for task in own.tasks]
-        self.shared = shared
+        self.shared, self.half = shared, half
         self.place = {task: i for i, task in enumerate(sorted(set(named)))} if shared else {}
         self.tasks = len(self.place) if shared else len(named)
         """Different ones."""
@@ -149,12 +154,12 @@ class _Draws:
         return self.columns(_Values(own.tasks, own.rewards[None, :]), seed)[:, 0]
 
     def columns(self, own: _Values, seed: int) -> Floats:
-        """(RESAMPLES, C) means of the same resampled tasks in every column. Draws follow from the seed and the number of tasks
-        alone; a draw that holds none of a seed's tasks counts as all of them."""
+        """(RESAMPLES, C) means of the same resampled tasks in every column. Draws follow from the seed, the number of
+        tasks and the half alone; a draw that holds none of a seed's tasks counts as all of them."""
         if not self.shared:
             count = len(own.tasks)
-            return _weights(seed, count, RESAMPLES) @ own.rewards.T / count
-        weights_R_T = _weights(0, len(self.place), RESAMPLES)[:, [self.place[task] for task in own.tasks]]
+            return _weights(seed, count, RESAMPLES, self.half) @ own.rewards.T / count
+        weights_R_T = _weights(0, len(self.place), RESAMPLES, self.half)[:, [self.place[task] for task in own.tasks]]
         weights_R_T = np.where(weights_R_T.any(axis=1, keepdims=True), weights_R_T, np.float32(1))
         return weights_R_T @ own.rewards.T / weights_R_T.sum(axis=1, keepdims=True)
 
@@ -188,9 +193,9 @@ def _student(by_seed: Mapping[int, float], tasks: Interval, *, shared: bool) -> 
 
 
 @lru_cache(maxsize=32)
-def _weights(seed: int, count: int, resamples: int) -> NDArray[np.float32]:
+def _weights(seed: int, count: int, resamples: int, half: int) -> NDArray[np.float32]:
     """(resamples, count) how often each task is drawn. A report asks for the same ones a thousand times."""
-    generator = np.random.default_rng([seed, count])
+    generator = np.random.default_rng([seed, count, half])
     return generator.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float32)
 
 
@@ -218,6 +223,19 @@ def _halved(whole: _Values) -> tuple[_Values, _Values]:
         for mask_T in (~half_T, half_T)
     )
     return first, second
+
+
+def _drawn(half: Mapping[int, _Values], shared: bool, number: int) -> Floats:
+    """(R, C) means over seeds of the resampled tasks of one half, two invented ones of each seed among them: one that the first
+    column wins and one that it loses, whichever other it is laid beside."""
+    invented = {}
+    for seed, own in half.items():
+        pair_C_2 = np.repeat([[0.0, 1.0]], len(own.rewards), axis=0)
+        pair_C_2[0] = 1.0, 0.0
+        invented[seed] = _Values([*own.tasks, *_INVENTED], np.hstack([own.rewards, pair_C_2]))
+    draws = _Draws(invented, shared, number)
+    means_R_C: Floats = np.mean([draws.columns(own, seed) for seed, own in invented.items()], axis=0)
+    return means_R_C
 
 
 def _gap(measured_R_C: Floats, choosing_R_C: Floats) -> Floats:

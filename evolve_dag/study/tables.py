@@ -54,6 +54,8 @@ BEST = (
     "resample: so the luck of the one that was chosen is not taken for a difference. The naive figure chooses and measures on "
     "all tasks, and is too low by that luck."
 )
+ITSELF = "it is its own best"
+"""In place of a difference, where the best on all tasks is the one that is asked about."""
 
 
 def write(findings: Findings, folder: Path) -> list[Path]:
@@ -258,10 +260,10 @@ def shown_contrasts(findings: Findings, question: ContrastKind) -> list[Contrast
 def _contrasts(question: ContrastKind, asked: Sequence[Contrast]) -> list[str]:
     heads = ["arm", "iteration", "against", "difference (over tasks; over seeds)", "verdict over tasks"]
     naive = any(c.naive for c in asked)
-    rows = [
-        [c.arm, str(c.iteration), c.against, points(c.difference), c.difference.verdict, *([points(c.naive)] if naive else [])]
-        for c in asked
-    ]
+    rows = []
+    for c in asked:
+        told = [ITSELF, "–", "–"] if c.itself else [points(c.difference), c.difference.verdict, points(c.naive)]
+        rows.append([c.arm, str(c.iteration), c.against, *told[: 3 if naive else 2]])
     return _table([*heads, *(["naive"] if naive else [])], rows)
 
 

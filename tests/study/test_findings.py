@@ -155,6 +155,17 @@ def test_markdown_says_what_is_missing_and_how_the_best_was_chosen(found: Findin
             assert line.count("|") == lines[number - 1].count("|") == lines[number + 1].count("|")
 
 
+def test_where_the_last_is_its_own_best_no_interval_is_told(found: Findings, html: str) -> None:
+    asked = {contrast.arm: contrast for contrast in found.asked("best")}
+    assert {arm: contrast.itself for arm, contrast in asked.items()} == {"plain": True, "flat": False, "peak": False}
+    assert not any(contrast.itself for contrast in found.contrasts if contrast.question != "best")
+    lines = [line for line in tables.markdown(found).splitlines() if tables.ITSELF in line]
+    assert lines == ["| plain | 3 | 3 | it is its own best | – | – |"]
+    assert html.count(tables.ITSELF) == 1
+    assert asked["flat"].difference.value == 0, "what is held in both is the same"
+    assert asked["flat"].difference.tasks[0] < 0 < asked["flat"].difference.tasks[1]
+
+
 def test_the_papers_figures_stand_beside_ours_with_their_source(found: Findings) -> None:
     claims = published.compared(found)
     assert published.SOURCE == "arXiv:2606.04703"

@@ -170,9 +170,35 @@ def test_the_best_itself_is_not_below_the_best() -> None:
     found = against_best(nights["2"], nights)
     assert found is not None
     assert found.honest.value == 0
+    assert found.honest.tasks[0] < 0 < found.honest.tasks[1]
     assert found.best == "2"
 
 
+def test_the_best_of_one_is_that_one() -> None:
+    rng = np.random.default_rng(7)
+    a, b = drawn(rng, 0.5, 0.6), drawn(rng, 0.4, 0.4)
+    found = against_best(a, {"b": b})
+    assert found is not None
+    assert found.honest == found.naive == difference(a, b)
+    assert (found.best, found.chosen) == ("b", ("b", "b"))
+    assert against_best(a, {"b": {9: {"x": 1.0}}}) is None
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("others", [1, 2, 4])
+def test_results_that_equal_the_best_are_not_certain_ones(others: int, shared: bool) -> None:
+    same = drawn(np.random.default_rng(8), 0.5, 0.5)
+    same[2] = same[1]
+    found = against_best(same, {str(k): same for k in range(others)}, shared=shared)
+    plain = difference(same, same, shared=shared)
+    assert found is not None
+    assert plain is not None
+    assert found.honest.value == 0
+    for ours, widths in ((found.honest.tasks, plain.tasks), (found.honest.seeds, plain.seeds)):
+        assert ours[0] < 0 < ours[1]
+        assert ours[1] - ours[0] == pytest.approx((widths[1] - widths[0]) * (1 if others == 1 else 2**0.5), rel=0.25)
+
+
 def test_too_few_tasks_to_choose_by_one_half_and_measure_on_the_other() -> None:
-    assert against_best(column([1.0]), {"1": column([1.0])}) is None
+    assert against_best(column([1.0]), {"1": column([1.0]), "2": column([0.0])}) is None
     assert against_best({}, {"1": column([1.0])}) is None
