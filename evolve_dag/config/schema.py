@@ -328,7 +328,8 @@ class DistillationSettings(Section):
     jsd_weight: float = Field(0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of ``divergence: jsd``."""
     refresh: int = Field(1, ge=1, le=MOST)
-    """Times that ``source: student`` samples anew while training; 1 uses the stored trajectories only."""
+    """Parts of training, equally long, under ``source: student``: the first learns from the stored trajectories, each other one
+    from what the student, as it is then, does on its share of the tasks. 1: from the stored trajectories only."""
 
 
 class WarmupSettings(Section):

@@ -330,8 +330,9 @@ class _Run:
         for number in range(self.round, self.settings.refresh):
             if number > self.round and resample is not None:
                 self._refresh(number, resample, checkpoint)
-            begin, until = (total * at // self.settings.refresh for at in (number, number + 1))
-            for rows in islice(self._stream(), len(self.curve) - begin, until - begin):
+            # Where no round brought other rows, passes over those that are there go on: none of them may be left out.
+            began, until = (total * at // self.settings.refresh for at in (self.rows_of, number + 1))
+            for rows in islice(self._stream(), len(self.curve) - began, until - began):
                 if self._learned(passes):
                     return
                 with self.forward.ready():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from math import isfinite
@@ -17,6 +17,7 @@ from evolve_dag.distillation.launch import Request, train
 from evolve_dag.distillation.trainer import CurvePoint
 from evolve_dag.inference.folders import model_folder
 from evolve_dag.inference.freed import give_back
+from evolve_dag.records import Task
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import Silent, StepContext
 from evolve_dag.steps.contexts import DRILLS, RETENTION, score
@@ -142,6 +143,12 @@ def _curve_schema() -> dict[str, Any]:
     }
 
 
+def share_of(tasks: Sequence[Task], number: int, refresh: int) -> Sequence[Task]:
+    """The tasks of round ``number``, from 1, of the ``refresh - 1`` that sample anew: all of them come about once, in shares as
+    even as can be. Fewer tasks than rounds: those without a share of their own take all."""
+    return tasks[number - 1 :: refresh - 1] or tasks
+
+
 class _Resample:
     """Fresh student trajectories while training, scored by the teacher policy(k) (METHOD: on_policy)."""
 
@@ -164,8 +171,7 @@ class _Resample:
         actor = TransformersModel.load(
             student, model_folder(experiment.models.policy), threads=runtime.threads, max_batch=runtime.concurrency
         )
-        refresh = experiment.distillation.refresh
-        tasks = self.split.tasks[number - 1 :: refresh] or self.split.tasks
+        tasks = share_of(self.split.tasks, number, experiment.distillation.refresh)
         with closing(actor, context.roles):
             trajectories = context.roles.run(
                 gather_rollouts(
@@ -209,21 +215,23 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
 
 
 def _unread(experiment: Experiment) -> tuple[str, ...]:
-    """What decided the contexts alone, keys of other divergences, and what concerns rows or a teacher that are not there."""
+    """What decided the contexts alone, keys of other divergences, and what concerns rows, a teacher or a sampling that are not
+    there."""
     settings, divergence = experiment.distillation, part("divergence", experiment.regime.divergence)
     own = divergence.keys
     others = {key for name in CHOICES["divergence"].rows for key in part("divergence", name).keys if key not in own}
     alone = experiment.injection == "none" or not (settings.retention or settings.drills)
     weight = ("retention_weight",) if alone else ()
     sharp = ("teacher_temperature",) if divergence.loss is None else ()
-    return tuple(f"distillation.{key}" for key in ("top_k", "retention", "drills", *weight, *sharp, *others))
+    keys = tuple(f"distillation.{key}" for key in ("top_k", "retention", "drills", *weight, *sharp, *others))
+    return keys if settings.refresh > 1 else (*keys, "tasks.train")
 
 
 SPEC = StepSpec(
     "adapter",
     "LoRA weights that make the student without experience act like the teacher with it, and the training curve.",
     version="10",
-    config=("seed", "regime.divergence", "distillation"),
+    config=("seed", "regime.divergence", "distillation", "tasks.train"),
     inputs=("policy", "experience", "contexts"),
     run=run,
     kinds=frozenset({"pytorch", "huggingface"}),

@@ -221,6 +221,35 @@ def test_fresh_trajectories_come_at_even_points_from_the_current_student(
     assert mean_divergence(adapted(trained, result.adapter), fresh) < asked[1][1]
 
 
+def test_where_nothing_new_is_kept_passes_go_on(trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path) -> None:
+    whole = run(trained, rows, tmp_path / "whole", epochs=3)
+    anew = run(trained, rows, tmp_path / "anew", epochs=3, refresh=4, resample=lambda number, student: [])
+    assert (anew.refreshes, anew.empty_refreshes) == (3, 3)
+    weights = "adapter_model.safetensors"
+    assert (anew.adapter / weights).read_bytes() == (whole.adapter / weights).read_bytes()
+    assert anew.tokens == 3 * sum(row.tokens for row in rows), "every row once per epoch"
+
+
+def test_a_round_that_keeps_nothing_goes_on_where_the_one_before_ended(
+    trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = make_scored_rows(trained, range(100, 118), STEP_WISE)
+    seen: dict[int, list[str]] = {}
+    step = trainer_module._Run._step
+
+    def watched(self: Any, rows: Any, at: int, total: int, number: int) -> CurvePoint:
+        seen.setdefault(number, []).extend(row.row.trajectory_id for row in rows)
+        return step(self, rows, at, total, number)
+
+    monkeypatch.setattr(trainer_module._Run, "_step", watched)
+    kept = {1: fresh, 2: [], 3: fresh[:2]}
+    run(trained, rows, tmp_path, epochs=2, refresh=4, tokens_per_batch=128, resample=lambda number, student: kept[number])
+    assert 0 < len(seen[1]) < len(fresh), "part of a pass"
+    first = (seen[1] + seen[2])[: len(fresh)]
+    assert sorted(first) == sorted(row.row.trajectory_id for row in fresh), "one pass over both rounds"
+    assert set(seen[3]) == {row.row.trajectory_id for row in fresh[:2]}, "other rows begin with a pass of their own"
+
+
 def test_refresh_without_a_sampler_is_a_mistake(trained: torch.nn.Module, rows: list[DistillationRow], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="refresh is 2, but nothing can sample"):
         run(trained, rows, tmp_path, refresh=2)

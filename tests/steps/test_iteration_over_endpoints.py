@@ -23,6 +23,8 @@ from evolve_dag.agent import rollouts
 from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import UnjudgedError
 from evolve_dag.inference.openai import OpenAIModel
+from evolve_dag.records import Task
+from evolve_dag.steps.adapter import share_of
 from evolve_dag.steps.base import STEP_ORDER, resolve, run_step
 from evolve_dag.store.artifacts import Artifact, Store
 from evolve_dag.store.layout import CALLS
@@ -185,6 +187,15 @@ def test_an_outage_while_trajectories_are_sampled_anew_stops_the_training(tmp_pa
     with Endpoint(helper) as back:
         made = run_step("adapter", experiment(back.url, **anew), 1, store).artifact
     assert made.summary["refreshes"] == 1
+
+
+@pytest.mark.parametrize("refresh", [2, 3, 4, 7])
+def test_every_task_is_asked_once_while_trajectories_are_sampled_anew(refresh: int) -> None:
+    tasks = [Task(str(n), f"{n}?", "x") for n in range(11)]
+    shares = [share_of(tasks, number, refresh) for number in range(1, refresh)]
+    assert sorted((task for share in shares for task in share), key=tasks.index) == tasks
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert share_of(tasks[:1], 2, 3) == tasks[:1], "fewer tasks than rounds"
 
 
 KEY = "Zq9vK2xWb7LmT4YpRg6N"

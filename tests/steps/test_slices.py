@@ -32,6 +32,7 @@ LLM = {
     "models": {"extractor": OPENAI, "selector": OPENAI, "judge": OPENAI},
     "verification": {"kind": "judge"},
 }
+REFRESHED = {"regime": "on_policy", "distillation": {"refresh": 2}}
 NAMES = ("train", "development", "held_out")
 
 
@@ -68,6 +69,8 @@ def touched(old: Experiment, new: Experiment) -> set[str]:
         ({"distillation": {"retention": 0.0, "drills": 0.1}}, {"distillation": {"retention_weight": 2.0}}, {"adapter"}),
         ({}, {"distillation": {"teacher_temperature": 0.5}}, {"adapter"}),
         ({"regime": {"divergence": "cross_entropy"}}, {"distillation": {"teacher_temperature": 0.5}}, set()),
+        ({"regime": "on_policy"}, {"tasks": {"train": {"count": 5}}}, {"trajectories", "contexts"}),
+        (REFRESHED, {"tasks": {"train": {"count": 5}}}, {"trajectories", "contexts", "adapter"}),
         ({}, {"regime": {"refused": True}}, {"contexts"}),
         ({}, {"evaluation": {"ceiling": True}}, {"scores"}),
         ({"evaluation": {"with_experience": False, "ceiling": True}}, {"selection": {"max_items": 2}}, {"contexts", "scores"}),
