@@ -81,6 +81,8 @@ class Night:
     champion: tuple[Floats, Floats] | None = None
     """Success of candidate and champion on the tasks that were judged for both; None where the champion is the best, or the
     candidate is the champion unchanged."""
+    same: bool = False
+    """Candidate and best champion have the same weights, so that nothing can have been lost."""
 
 
 def decide(
@@ -92,6 +94,7 @@ def decide(
     iteration: int = 1,
     standing: Standing = Standing(),
     champion: Sequence[Score] = (),
+    same: bool = False,
 ) -> GateDecision:
     """Promote the candidate unless it lost something, or those since the best did.
 
@@ -109,6 +112,7 @@ def decide(
         iteration: the candidate's.
         standing: who holds, who is the best, and the evidence so far.
         champion: scores of the champion, where it is neither the best nor what the candidate is.
+        same: the candidate is the best champion: nothing was trained, and that one held.
 
     Raises:
         DataError: the two sides are not scores of the same tasks, or a side holds a rollout twice.
@@ -117,7 +121,8 @@ def decide(
         _refuse_duplicates(name, scores)
     for name, scores in (("best champion", best), *([("champion", champion)] if champion else [])):
         _refuse_mismatch({s.task_id for s in candidate}, {s.task_id for s in scores}, name)
-    return decide_on(_night(candidate, best, champion), settings, seed, iteration=iteration, standing=standing)
+    night = replace(_night(candidate, best, champion), same=same)
+    return decide_on(night, settings, seed, iteration=iteration, standing=standing)
 
 
 def decide_on(
@@ -138,7 +143,7 @@ def decide_on(
     if bad:
         return GateDecision("keep", bad, evidence, after)
     good = [finding.sentence for finding in findings if finding.sentence]
-    good += [drift.sentence] if after.nights > 1 else []
+    good += [drift.sentence] if after.nights > 1 or night.same else []
     if _better(evidence):
         anew = Capital(after.capital).restarted()
         new_best = Standing(iteration, iteration, capital=anew.logs, began=anew.total)
@@ -273,6 +278,12 @@ def _drift(night: Night, settings: GateSettings, standing: Standing, *, declined
     losses_T = night.best - night.candidate
     needed = 1 / (1 - settings.confidence)
     before = Capital(standing.capital) if standing.capital else Capital()
+    if night.same:
+        # To bet on it could only cost the margin. Whether it is left out is known before the bet, so no bet is chosen by how it
+        # went, and the bound on false alarms stands.
+        sentence = f"nothing is lost against the best champion, which the candidate is: evidence {before.total:.2g} as before"
+        known = {"drift_evidence": before.total, "drift_needed": needed, "drift_nights": standing.nights}
+        return _Finding(sentence, False, known | {"drift_loss": standing.lost, "drift_detectable": None}), standing
     capital = before.after(losses_T, settings.margin)
     if declined:
         capital = capital.at_most(max(before.total, 1 / needed) * MOST_OF_A_DECLINED)

@@ -13,7 +13,7 @@ from evolve_dag.agent.loop import NOT_JUDGED
 from evolve_dag.agent.rollouts import Condition, gather_conditions, judged_here, played_here
 from evolve_dag.agent.together import each
 from evolve_dag.config.parts import part_of
-from evolve_dag.errors import PartError, UnjudgedError, UnreachableError
+from evolve_dag.errors import AwayError, PartError, StoreError, UnjudgedError, UnreachableError
 from evolve_dag.evaluation.gate import LEAST_JUDGED
 from evolve_dag.inference.backends import identity, open_backend, open_transformers
 from evolve_dag.inference.ledger import metered
@@ -123,6 +123,25 @@ def began_with(store: Store, adapter: Artifact) -> str | None:
     """Digest of the adapter that the training of this one began with; None: the bare base model."""
     began: str | None = store.read("policy", adapter.manifest.inputs["policy"]).summary["adapter"]
     return began
+
+
+def same_weights(store: Store, adapter: str | None) -> str | None:
+    """The first adapter with the weights of ``adapter``: one that training left as it was is the one that entered.
+
+    Raises:
+        AwayError: which one that is cannot be told now.
+    """
+    while adapter is not None:
+        try:
+            found = store.read("adapter", adapter)
+            if not found.summary.get("unchanged"):
+                break
+            adapter = began_with(store, found)
+        except AwayError:
+            raise
+        except StoreError:  # whoever opens it says so
+            break
+    return adapter
 
 
 def open_pool(artifact: Artifact | None, name: str = POOL) -> Pool:

@@ -15,7 +15,7 @@ from evolve_dag.evaluation.gate import GateDecision, decide, gate_from_json, gat
 from evolve_dag.experience.pool import Proposal
 from evolve_dag.records import Finding, PolicyRef, Standing
 from evolve_dag.steps.body import StepContext
-from evolve_dag.steps.policies import findings_of, open_pool
+from evolve_dag.steps.policies import findings_of, open_pool, same_weights
 from evolve_dag.steps.scores import AGAINST, DEVELOPMENT
 from evolve_dag.steps.spec import Check, StepSpec, Verdict
 from evolve_dag.store.artifacts import Artifact
@@ -33,7 +33,17 @@ def run(context: StepContext) -> None:
         gone.append(f"{_gone(standing)}: the champion is the best from now on")
         standing = _champion_alone(context.entering)
     experiment, iteration = context.experiment, context.iteration
-    gate = decide(candidate, best, experiment.gate, experiment.seed, iteration=iteration, standing=standing, champion=champion)
+    tonight, of_best = (same_weights(context.store, one) for one in (context.inputs["adapter"].digest, standing.adapter))
+    gate = decide(
+        candidate,
+        best,
+        experiment.gate,
+        experiment.seed,
+        iteration=iteration,
+        standing=standing,
+        champion=champion,
+        same=tonight == of_best,
+    )
     if gate.decision == "restore" and (lost := _missing(context, gate.standing)):
         because = f"{_gone(gate.standing)} ({lost}), so the champion stays and is the best from now on"
         gate = replace(gate, decision="keep", reasons=(*gate.reasons, because), standing=_champion_alone(context.entering))
@@ -124,7 +134,7 @@ SPEC = StepSpec(
     "promotion",
     "The gate's decision with its reasons: `promote`, `keep` (the champion stays) or `restore` (the best champion so far comes "
     "back). Commits the policy of the next iteration.",
-    version="8",
+    version="9",
     config=("gate", "seed"),
     inputs=("policy", "experience", "contexts", "adapter", "scores"),
     standing=tuple(field.name for field in fields(Standing)),

@@ -30,7 +30,6 @@ from evolve_dag.steps.policies import (
     Rollouts,
     adapter_folder,
     answered,
-    began_with,
     by_id,
     checked_pool,
     experience_source,
@@ -38,11 +37,12 @@ from evolve_dag.steps.policies import (
     judged,
     open_policy,
     roll_out_together,
+    same_weights,
     selector_statistics,
     without_choice,
 )
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
-from evolve_dag.store.artifacts import Artifact, Store
+from evolve_dag.store.artifacts import Artifact
 from evolve_dag.store.frames import load_trajectories, save_trajectories, scores_to_frame
 from evolve_dag.store.layout import SCORES, SUMMARY
 from evolve_dag.tasks.suites import Split, check_disjoint, left_out, load_split
@@ -146,7 +146,7 @@ def _evaluate(context: StepContext, splits: Mapping[str, Split]) -> tuple[Episod
 def _asked(context: StepContext, pool: Pool, best: str | None) -> list[_Asked]:
     """Every condition, of whom. An adapter that training left as it was is the one that entered: the same weights."""
     experiment, settings = context.experiment, context.experiment.evaluation
-    entering, best = (_weights(context.store, one) for one in (context.entering.adapter, best))
+    entering, best = (same_weights(context.store, one) for one in (context.entering.adapter, best))
     made = context.inputs["adapter"]
     candidate = entering if made.summary.get("unchanged") else made.digest
     teaches = injects(experiment, pool)
@@ -200,19 +200,6 @@ def _scored_alike(context: StepContext, earlier: Artifact) -> bool:
     keys = {*context.config, *manifest.config} - set(NIGHTLY)
     asked_alike = all(context.config.get(key) == manifest.config.get(key) for key in keys)
     return asked_alike and base == earlier_base and manifest.code_version == SPEC.version
-
-
-def _weights(store: Store, adapter: str | None) -> str | None:
-    """The first adapter with the weights of ``adapter``: one that training left as it was is the one that entered."""
-    while adapter is not None:
-        try:
-            found = store.read("adapter", adapter)
-            if not found.summary.get("unchanged"):
-                break
-            adapter = began_with(store, found)
-        except StoreError:  # whoever opens it says so
-            break
-    return adapter
 
 
 def _rollouts(context: StepContext, splits: Mapping[str, Split], asked: _Asked, source: ExperienceSource | None) -> Rollouts:

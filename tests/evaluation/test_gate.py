@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -307,6 +308,25 @@ def test_one_night_that_went_wrong_is_no_drift() -> None:
 def test_nights_that_all_go_wrong_are_one() -> None:
     decisions = [d.decision for d in through([(5, 5), *[(60, 0)] * 4])]
     assert decisions == ["promote", "keep", "keep", "restore", "keep"]
+
+
+def test_nights_without_training_spend_no_evidence() -> None:
+    """Ten nights whose candidate is the best champion itself, then a slow loss: it is seen as soon as without them."""
+    idle = lost(0)
+    standing = through([(7, 3)])[-1].standing
+    after = standing
+    for k in range(2, 12):
+        d = decide(*idle, SETTINGS, 0, iteration=k, standing=after, same=True)
+        assert d.decision == "promote"
+        assert d.evidence["drift_nights"] == 1
+        assert "the best champion, which the candidate is" in d.reasons[-1]
+        after = d.standing
+    assert after == replace(standing, champion=11)
+    at = [d.decision for d in through([(7, 3)] * 20, after, first=12)].index("restore")
+    assert at == [d.decision for d in through([(7, 3)] * 20, standing, first=2)].index("restore")
+    first = decide(*idle, SETTINGS, 0, iteration=1, same=True)
+    assert first.standing == Standing(champion=1), "nothing has been bet yet"
+    assert gate_from_json(json.loads(json.dumps(gate_to_json(first)))) == first
 
 
 def test_there_is_nothing_to_go_back_to_while_the_best_holds() -> None:

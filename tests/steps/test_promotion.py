@@ -61,11 +61,17 @@ def nights(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return given
 
 
+IDLE = (0, 0)
+"""The outcome of a night in which nothing was trained."""
+
+
 def write(name: str, context: StepContext, outcomes: tuple[tuple[int, int], ...]) -> None:
     inputs = {kind: artifact.digest for kind, artifact in context.inputs.items()}
     (context.build.path / "made.json").write_text(json.dumps({"of": inputs, "iteration": context.iteration}))
     if name == "policy":
         context.build.note(adapter=context.entering.adapter, experience=context.entering.experience, base="b")
+    elif name == "adapter":
+        context.build.note(unchanged=outcomes[context.iteration - 1] == IDLE)
     elif name == "experience":
         (context.build.path / "pool.json").write_text(Pool(next_number=10 * context.iteration + 1).to_json())
     elif name == "scores":
@@ -184,6 +190,19 @@ def test_the_candidate_is_compared_with_the_best_not_with_the_last(store: Store,
     made = store.open("scores", digest(store, 3, "scores")).summary
     assert (made[AGAINST], made["reference"]) == (1, digest(store, 1, "adapter"))
     assert entering_policy(experiment(), 4, store).adapter == digest(store, 3, "adapter")
+
+
+def test_a_night_in_which_nothing_was_trained_is_not_bet_on(store: Store, nights: Callable[..., None]) -> None:
+    nights(IDLE, BETTER, IDLE, IDLE, SLIGHTLY, IDLE)
+    standings = []
+    for k in range(1, 7):
+        assert run(experiment(), store, k) == ["promote"]
+        standings.append(entering_policy(experiment(), k + 1, store).standing)
+    first, better, idle, again, slightly, other = standings
+    assert (first.champion, first.nights, first.capital) == (1, 0, ())
+    assert (idle.champion, again.champion) == (3, 4)
+    assert replace(again, champion=2) == replace(idle, champion=2) == better, "the best itself, by another digest"
+    assert (slightly.nights, other.nights) == (1, 2), "whoever came after it is another one, also untrained"
 
 
 def test_how_sure_the_gate_is_does_not_touch_the_next_iteration(store: Store, nights: Callable[..., None]) -> None:
