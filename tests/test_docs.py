@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from small_lineage import copy_of, small
 
 from evolve_dag.config.loading import load_experiment
@@ -102,6 +103,13 @@ def test_the_page_on_extending_names_what_there_is() -> None:
     page = (ROOT / "docs/extending.md").read_text()
     for kind, choice in CHOICES.items():
         assert f"| `{group(kind)}` | `{choice.row}` |" in page
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs/study").glob("*/study_*.yaml")), ids=lambda file: file.parent.name)
+def test_the_file_of_a_study_makes_the_seeds_that_its_report_is_of(file: Path) -> None:
+    with (file.parent / "success.csv").open() as report:
+        told = {int(row["seed"]) for row in csv.DictReader(report) if row["seed"]}
+    assert told <= set(yaml.safe_load(file.read_text())["seeds"])
 
 
 def test_figures_of_the_readme_are_those_that_were_measured() -> None:
