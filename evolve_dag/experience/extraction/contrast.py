@@ -129,7 +129,9 @@ def mine(
         before: evidence of earlier iterations, faded; what nobody did in ``trajectories`` is not found from it alone.
         min_support: trajectories that must show a pattern.
         min_lift: least lift.
-        confidence: level of the interval whose lower end must be above zero.
+        confidence: 1 less the share of false ones that is expected at most among what one-sided tests find
+            (:func:`~evolve_dag.experience.extraction.evidence.discoveries`). Also the level of the two-sided intervals, which
+            may just include zero where more than half of what is tested is found.
         seed: decides which 50 trajectories stand for a pattern that has more.
         history: situations may tell of what is longer ago (:func:`~evolve_dag.experience.extraction.situations.grown`).
     """

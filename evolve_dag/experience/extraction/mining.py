@@ -30,7 +30,9 @@ class ContrastExtraction(ExtractionSettings):
     min_lift: float = Field(0.05, ge=0.0)
     """Least gain in group-centred success of the action over the others in the same state."""
     confidence: float = Field(0.95, gt=0.5, lt=1.0)
-    """Level at which the lower end of the lift's interval must be above zero."""
+    """1 less the share of false ones that is expected at most among what is found (Benjamini-Hochberg on one-sided tests that
+    the lift is above zero). Also the level of the lift's two-sided interval, which may just include zero where more than half
+    of what is tested is found."""
     memory: float = Field(0.8, ge=0, le=1)
     """What evidence of the iteration before still counts, of two before its square, and so on; 0: none."""
     history: bool = False

@@ -12,7 +12,7 @@ import pytest
 from experience_builders import QUESTION, answer, malformed, search, trajectory, visit
 
 from evolve_dag.experience.extraction.contrast import MAX_TRAJECTORY_IDS, Mined, mine
-from evolve_dag.experience.extraction.evidence import Effect, Evidence, Moments, discoveries
+from evolve_dag.experience.extraction.evidence import Effect, Evidence, Moments, discoveries, welch
 from evolve_dag.experience.extraction.mining import ContrastExtraction, extract
 from evolve_dag.experience.extraction.reconcile import reconcile, subsumed
 from evolve_dag.experience.extraction.situations import condition_of, situations_of
@@ -224,6 +224,20 @@ def test_false_discoveries_are_held_down() -> None:
     assert [dict(c)["observation"] for c, _ in discoveries(effects, 0.05)] == ["2", "3", "0"]
     assert discoveries(effects, 0.01) == {}
     assert discoveries({}, 0.05) == {}
+
+
+def test_where_most_is_found_an_interval_may_just_include_zero() -> None:
+    """12 of 20 against 6 of 20: 97% one-sided, so the two-sided interval of 95% begins below zero. A rate of false discoveries
+    is held, not a level of each interval."""
+    acted, others, all_of_them = (Moments(n, won, won, won) for n, won in ((20, 12), (20, 6), (40, 18)))
+    weak = Effect(20, 20, *welch(acted, others, all_of_them.variance, 0.95))
+    assert 0.025 < weak.p < 0.05
+    assert weak.low < 0
+    strong = replace(weak, p=0.001)
+    effects = {((("observation", str(n)),), "search_short"): effect for n, effect in enumerate((weak, strong, strong))}
+    assert discoveries(effects, 0.05) == effects
+    nothing = {((("observation", str(n)),), "search_short"): replace(weak, p=0.9) for n in range(3, 9)}
+    assert weak not in discoveries(effects | nothing, 0.05).values(), "among much that is nothing it is not believed"
 
 
 def test_moments_match_a_plain_computation() -> None:
