@@ -22,15 +22,17 @@ from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import Silent, StepContext
 from evolve_dag.steps.contexts import DRILLS, RETENTION, score
 from evolve_dag.steps.policies import (
+    ANSWERED,
     adapter_folder,
+    answered,
     checked_pool,
     closing,
     experience_source,
     open_policy,
     open_teacher,
     require_judged,
+    teacher_views,
     trainings,
-    with_teacher_views,
 )
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
@@ -191,7 +193,7 @@ class _Resample:
         with ExitStack() as opened:
             policy = opened.enter_context(open_policy(context.store, adapter, context.roles))
             source = experience_source(experiment, self.pool, context.roles)
-            trajectories = context.roles.run(with_teacher_views(trajectories, source, runtime.concurrency))
+            trajectories = teacher_views(context, trajectories, source, f"teacher views, round {number}")
             kept = select_rows(trajectories, experiment.regime.rejection).kept
             if experiment.models.policy.backend != "transformers":
                 opened.close()
@@ -201,7 +203,7 @@ class _Resample:
 
 
 def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
-    """That every loss and every weight is a number."""
+    """That every loss and every weight is a number, and whether who was asked did answer."""
     from safetensors.numpy import load_file
 
     curve = artifact.frame(CURVE)
@@ -212,6 +214,7 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
     skipped = curve.height - taken.height
     evidence = {"broken_tensors": broken, "optimizer_steps": curve.height, "skipped": skipped, "not_finite": bad}
     yield Verdict("finite_loss", not bad and not broken and skipped <= MAX_SKIPPED * curve.height, evidence)
+    yield answered(artifact)
 
 
 def _unread(experiment: Experiment) -> tuple[str, ...]:
@@ -237,7 +240,7 @@ SPEC = StepSpec(
     kinds=frozenset({"pytorch", "huggingface"}),
     iteration=True,
     unread=_unread,
-    checks=(Check("finite_loss", "Every loss of the training curve is a number.", blocking=True),),
+    checks=(Check("finite_loss", "Every loss of the training curve is a number.", blocking=True), ANSWERED),
     examine=examine,
     tables=(
         Table(

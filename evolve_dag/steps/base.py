@@ -34,6 +34,7 @@ from evolve_dag.inference.roles import Roles
 from evolve_dag.records import PolicyRef, Standing
 from evolve_dag.steps import adapter, contexts, experience, policy, promotion, scores, trajectories
 from evolve_dag.steps.body import Body, Progress, RolloutWorkers, Silent, StepContext
+from evolve_dag.steps.policies import EARLIER
 from evolve_dag.steps.slices import decisive, visible
 from evolve_dag.steps.spec import StepSpec
 from evolve_dag.store.artifacts import Artifact, Store
@@ -313,6 +314,7 @@ def make_here(due: Due) -> None:
         if build.artifact is not None:
             return  # another process has made it while this one waited for the lock
         ledger = Ledger(build.ledger_path)
+        earlier = len(ledger.calls())
         memory = Memory(store.root / "cache" / "memory.sqlite")
         shown, names = body_view(name, experiment)
         twin = _twin(expected, store)
@@ -336,7 +338,7 @@ def make_here(due: Due) -> None:
             what = f"{name}: {', '.join(changed)} was installed anew while the step was made, which may be of both"
             raise PartError(what, "run the same command again")
         if totals := ledger.totals():
-            build.note(calls=totals)
+            build.note(calls=totals, **({EARLIER: earlier} if earlier else {}))
             calls_to_frame(ledger.calls()).write_parquet(build.path / CALLS)
 
 

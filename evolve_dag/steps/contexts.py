@@ -49,10 +49,9 @@ from evolve_dag.steps.policies import (
     open_policy,
     open_pool,
     open_teacher,
-    require_judged,
     roll_out,
     selector_statistics,
-    with_teacher_views,
+    teacher_views,
     without_choice,
 )
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
@@ -186,8 +185,7 @@ def _ask(context: StepContext, split: Split, model: LanguageModel, pool: Pool, b
         )
     else:
         own = load_trajectories(context.inputs["trajectories"])
-        trajectories = context.roles.run(with_teacher_views(own, source, experiment.runtime.concurrency))
-        require_judged("teacher views", trajectories, on_trial=True)
+        trajectories = teacher_views(context, own, source, "teacher views")
     checked = teacher_check.check(context, split, model, source, left, trajectories, before)
     return _Attempt(trajectories, source, checked)
 

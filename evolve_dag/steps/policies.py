@@ -314,6 +314,20 @@ def _journal(context: StepContext, name: str) -> Journal:
     return context.build.journal(name.replace(" ", "_"))
 
 
+def teacher_views(
+    context: StepContext, trajectories: Sequence[Trajectory], source: ExperienceSource | None, label: str
+) -> list[Trajectory]:
+    """:func:`with_teacher_views` of a step.
+
+    Raises:
+        UnjudgedError: for too many there was no model that selects.
+    """
+    concurrency = context.experiment.runtime.concurrency
+    viewed = context.roles.run(with_teacher_views(trajectories, source, concurrency))
+    require_judged(label, viewed, on_trial=True)
+    return viewed
+
+
 async def with_teacher_views(
     trajectories: Sequence[Trajectory], source: ExperienceSource | None, concurrency: int
 ) -> list[Trajectory]:
@@ -376,18 +390,31 @@ def judged(artifact: Artifact, file: str) -> Verdict:
     return Verdict("judged", share >= LEAST_JUDGED, evidence)
 
 
-ANSWERED = Check("answered", f"At most {MOST_UNREACHABLE:.0%} of the calls to models behind endpoints failed.")
+ANSWERED = Check(
+    "answered", f"At most {MOST_UNREACHABLE:.0%} of the calls to extractor, selector and judge failed, each by itself."
+)
+EARLIER = "calls_of_earlier_attempts"
+"""Entry of a step's summary: calls from before it was ended and went on. What they were to answer has been asked again."""
 
 
 def answered(artifact: Artifact) -> Verdict:
-    """Whether the models that a step asked did answer; where one did not something else stood in, or something is missing."""
+    """Whether the models that a step asked did answer; where one did not something else stood in, or something is missing.
+
+    What the policy itself is asked is told by its episodes.
+    """
     if CALLS not in artifact.manifest.files:
         return Verdict(ANSWERED.name, True, {"calls": 0})
-    calls = artifact.frame(CALLS).select("role", "purpose", "outcome", "error")
-    failed = calls.filter(calls["outcome"] == "error")
-    whose = Counter(f"{role}: {purpose}" for role, purpose in failed.select("role", "purpose").iter_rows())
-    evidence: dict[str, Any] = {"calls": calls.height, "failed": failed.height}
-    if failed.height:
-        ((error, _),) = Counter(failed["error"].to_list()).most_common(1)
-        evidence |= {"failed_by": dict(whose.most_common()), "most_often": error or ""}
-    return Verdict(ANSWERED.name, failed.height <= MOST_UNREACHABLE * calls.height, evidence)
+    calls = artifact.frame(CALLS).slice(int(artifact.summary.get(EARLIER, 0)))
+    asked, failed, errors = Counter[str](), Counter[str](), Counter[str]()
+    for role, purpose, outcome, error in calls.select("role", "purpose", "outcome", "error").iter_rows():
+        if role != "policy":
+            what = f"{role}: {purpose}".removesuffix(": ")
+            asked[what] += 1
+            if outcome == "error":
+                failed[what] += 1
+                errors[error or ""] += 1
+    evidence: dict[str, Any] = {"calls": asked.total(), "failed": failed.total()}
+    if failed:
+        evidence |= {"failed_of": {what: f"{count} of {asked[what]}" for what, count in failed.most_common()}}
+        evidence |= {"most_often": errors.most_common(1)[0][0]}
+    return Verdict(ANSWERED.name, all(failed[what] <= max(1, MOST_UNREACHABLE * asked[what]) for what in failed), evidence)

@@ -27,7 +27,7 @@ from evolve_dag.steps.policies import (
     open_policy,
     open_teacher,
     roll_out,
-    with_teacher_views,
+    teacher_views,
 )
 from evolve_dag.steps.spec import Verdict
 from evolve_dag.store.artifacts import Artifact
@@ -84,7 +84,7 @@ def check(
     there = [t for t in trajectories if t.task_id in names]
     if experiment.regime.source == "teacher":
         own = [t for t in load_trajectories(context.inputs["trajectories"]) if t.task_id in names]
-        viewed = context.roles.run(with_teacher_views(own, source, experiment.runtime.concurrency))
+        viewed = teacher_views(context, own, source, "teacher check")
         teacher, sampled = there, []
     else:
         viewed = there
@@ -152,9 +152,7 @@ def _alike(context: StepContext, others: Pool, viewed: Sequence[Trajectory]) -> 
         names = {task.id for task in _looked_at(experiment, load_tasks_of(experiment, "train"))}
         own = [t for t in load_trajectories(context.inputs["trajectories"]) if t.task_id in names]
         with open_policy(context.store, adapter, context.roles):  # a selector may ask it
-            again = context.roles.run(
-                with_teacher_views(own, experience_source(experiment, left, context.roles), experiment.runtime.concurrency)
-            )
+            again = teacher_views(context, own, experience_source(experiment, left, context.roles), "items that graduated")
     found: dict[str, list[tuple[str, float]]] = {}
     if viewed or again:
         with open_teacher(adapter_folder(context.store, adapter), context.roles, None) as teacher:

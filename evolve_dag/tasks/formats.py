@@ -279,25 +279,41 @@ BLANK = 1024
 """Bytes from which on a file of text is not looked into to see whether a row is in it."""
 
 
-def without_rows(path: Path) -> bool:
+_QUESTIONS = frozenset({"question", "problem"})
+"""Columns that a header is known by, beside the one that `fields` names."""
+
+
+def without_rows(path: Path, question: str = "question") -> bool:
     """Whether a file holds no row and no mistake: nothing, a header alone, an empty list or table.
+
+    Args:
+        question: the column of the questions; a line that names none may be a task without a header.
 
     Raises:
         OSError: it cannot be read.
     """
     stat = path.stat()
-    return _without_rows(path, stat.st_size, stat.st_mtime_ns)
+    return _without_rows(path, stat.st_size, stat.st_mtime_ns, _QUESTIONS | {question.lower()})
 
 
 @lru_cache(maxsize=4096)
-def _without_rows(path: Path, size: int, modified: int) -> bool:
-    if size < BLANK and not path.read_bytes().removeprefix(codecs.BOM_UTF8).strip():
+def _without_rows(path: Path, size: int, modified: int, questions: frozenset[str]) -> bool:
+    small, ending = size < BLANK, path.suffix.lower()
+    if small and not path.read_bytes().removeprefix(codecs.BOM_UTF8).strip():
         return True
-    ending = path.suffix.lower()
-    if ending not in _READERS or (size >= BLANK and ending not in (".parquet", ".xlsx")):
-        return False
     try:
-        return _rows_of_parquet(path) == 0 if ending == ".parquet" else not any(True for _ in _READERS[ending](path))
+        if ending == ".parquet":
+            return _rows_of_parquet(path) == 0
+        if ending == ".xlsx":
+            first, *others = _sheets(path)
+            names, *lines = first.iter_rows(values_only=True)
+            return not others and not lines and not questions.isdisjoint(str(name).lower() for name in names)
+        text = path.read_text(encoding="utf-8-sig").strip() if small else ""
+        if ending == ".json" and small:
+            content = json.loads(text)
+            return content == [] or (isinstance(content, Mapping) and list(content.values()) == [[]])
+        names = re.split(r"[,\t]", text) if ending in (".csv", ".tsv") and "\n" not in text else []
+        return not questions.isdisjoint(name.strip('" ').lower() for name in names)
     except Exception:  # what is wrong with it is told where it is read
         return False
 
@@ -342,14 +358,18 @@ def _read_tsv(path: Path) -> Iterable[Any]:
         return _read_csv(path, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _read_xlsx(path: Path) -> Iterable[Any]:
+def _sheets(path: Path) -> Any:
     try:
         from openpyxl import load_workbook
     except ImportError:
         raise DataError(
             f"{path}: openpyxl is not installed", "pip install 'evolve-dag[web]', or save the file as CSV"
         ) from None
-    lines = load_workbook(path, read_only=True, data_only=True).worksheets[0].iter_rows(values_only=True)
+    return load_workbook(path, read_only=True, data_only=True).worksheets
+
+
+def _read_xlsx(path: Path) -> Iterable[Any]:
+    lines = _sheets(path)[0].iter_rows(values_only=True)
     names = [str(name) for name in next(lines, ())]
     yield from (dict(zip(names, line, strict=False)) for line in lines if any(cell is not None for cell in line))
 

@@ -90,7 +90,8 @@ def _of_files(split: TaskSplit, iteration: int, experiment: str, read: Sequence[
     try:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
         left = [name for name in names if name > max(read, default="")]
-        empty = [name for name in left if without_rows(folder / name)]  # a day on which nothing came in
+        question = str(split.fields.get("question", "question"))
+        empty = [name for name in left if without_rows(folder / name, question)]  # a day on which nothing came in
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed: {error.strerror}", "correct tasks.train.path") from error
     fresh = [name for name in left if name not in empty]

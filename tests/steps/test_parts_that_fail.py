@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import polars as pl
 import pytest
 from small_lineage import copy_of, small
 
@@ -24,7 +24,7 @@ from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.protocols import Injected, Request, Sampling
 from evolve_dag.records import Call, Message, Step, Task, ToolCall, Trajectory
 from evolve_dag.steps import base
-from evolve_dag.steps.policies import answered, require_judged, with_teacher_views
+from evolve_dag.steps.policies import EARLIER, answered, require_judged, teacher_views, with_teacher_views
 from evolve_dag.store.artifacts import Store
 from evolve_dag.store.frames import calls_to_frame
 from evolve_dag.store.layout import CALLS
@@ -109,26 +109,38 @@ def test_a_night_is_not_made_of_what_an_outage_left_of_it(errors: list[str | Non
             require_judged("rollouts", episodes, on_trial)
 
 
+def made(*calls: tuple[str, str, int, int], earlier: int = 0) -> Any:
+    """An artifact with calls: (role, purpose, how many, how many of them failed)."""
+    rows = [
+        Call(role, "m", purpose, "error" if n < failed else "ok", 1, 1, 0, 1, 0.1, None, "no answer" if n < failed else None, 0)
+        for role, purpose, count, failed in calls
+        for n in range(count)
+    ]
+    manifest = SimpleNamespace(files=(CALLS,))
+    return SimpleNamespace(manifest=manifest, summary={EARLIER: earlier}, frame=lambda name: calls_to_frame(rows))
+
+
 @pytest.mark.parametrize(("failed", "passed"), [(0, True), (2, True), (3, False), (20, False)])
 def test_calls_that_fail_are_told(failed: int, passed: bool) -> None:
     """What stands in for an answer (the beginning of a page, a lexical choice) must not go unseen."""
-
-    class Made:
-        class manifest:  # noqa: N801
-            files = (CALLS,)
-
-        def frame(self, name: str) -> pl.DataFrame:
-            def call(error: str | None) -> Call:
-                return Call("extractor", "m", "page", "error" if error else "ok", 1, 1, 0, 1, 0.1, None, error, 0)
-
-            return calls_to_frame([call("no answer within 180 s" if n < failed else None) for n in range(20)])
-
-    verdict = answered(Made())  # type: ignore[arg-type]
+    verdict = answered(made(("extractor", "page", 20, failed)))
     assert verdict.passed is passed
     assert verdict.evidence["failed"] == failed
     if failed:
-        assert verdict.evidence["failed_by"] == {"extractor: page": failed}
-        assert verdict.evidence["most_often"] == "no answer within 180 s"
+        assert verdict.evidence["failed_of"] == {"extractor: page": f"{failed} of 20"}
+        assert verdict.evidence["most_often"] == "no answer"
+
+
+def test_calls_for_one_purpose_do_not_hide_behind_those_for_another() -> None:
+    assert not answered(made(("judge", "verdict", 500, 0), ("extractor", "page", 40, 20))).passed
+    assert not answered(made(("policy", "", 5000, 0), ("extractor", "page", 40, 20))).passed
+    assert answered(made(("policy", "", 100, 100), ("extractor", "page", 40, 0))).passed  # its overflows are its own affair
+
+
+def test_calls_that_were_asked_again_after_an_outage_are_no_alarm() -> None:
+    outage, after = ("selector", "select", 60, 40), ("selector", "select", 40, 0)
+    assert answered(made(outage, after, earlier=60)).passed
+    assert not answered(made(outage, after)).passed
 
 
 def test_a_trajectory_whose_selector_fails_is_failed_and_the_others_stand() -> None:
@@ -147,9 +159,11 @@ def test_a_trajectory_whose_selector_cannot_be_asked_counts_as_one_of_an_outage(
             raise UnreachableError("selector model m: the account has no credit left")
 
     made = [Trajectory("a", "t", 0, 0, "", "?", (Step(0, "look", (), ()),), "answered", "a", 1.0)]
-    viewed = asyncio.run(with_teacher_views(made, Down(), 2))
-    with pytest.raises(UnjudgedError, match="no credit left"):
-        require_judged("teacher views", viewed, on_trial=True)
+    context: Any = SimpleNamespace(
+        roles=SimpleNamespace(run=asyncio.run), experiment=SimpleNamespace(runtime=SimpleNamespace(concurrency=2))
+    )
+    with pytest.raises(UnjudgedError, match=r"^teacher check: 1 of 1 .* no credit left"):
+        teacher_views(context, made, Down(), "teacher check")
 
 
 def test_the_views_of_several_trajectories_are_made_at_once_and_no_more_than_asked() -> None:

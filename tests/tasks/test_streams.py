@@ -160,8 +160,12 @@ def test_a_day_with_a_header_alone_is_passed_over(tmp_path: Path, ending: str) -
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("2.json", "["), ("2.parquet", "PAR1"), ("2.xlsx", "x"), ("2.csv", "question\na,b\n")]
-)
+    ("name", "content"),
+    [
+        ("2.json", "["), ("2.parquet", "PAR1"), ("2.xlsx", "x"), ("2.csv", "question\na,b\n"), ("2.csv", "what is 2+2,4\n"),
+        ("2.csv", '"question,answer\nq1,a1\n'), ("2.json", '{"items": [], "error": "the service is down"}'), ("2.json", '""'),
+    ],
+)  # fmt: skip
 def test_a_broken_day_is_not_an_empty_one(tmp_path: Path, name: str, content: str) -> None:
     days = tmp_path / "days"
     days.mkdir()

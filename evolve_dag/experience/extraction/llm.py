@@ -21,7 +21,7 @@ from typing import Literal
 from pydantic import Field
 
 from evolve_dag.config.section import MOST
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import ModelError, UnreachableError
 from evolve_dag.experience.extraction import llm_plans as plans
 from evolve_dag.experience.extraction.base import (
     Extraction,
@@ -125,10 +125,14 @@ async def extract_with_llm(
     critic = _Critic(asker, form, granularity=granularity, settings=settings, tally=tally)
     editor = PoolEditor(pool, asker, form, granularity=granularity, cap=settings.cap, iteration=iteration, tally=tally)
 
+    lost = 0
+
     async def learn(group: _Group) -> Lesson | None:
+        nonlocal lost
         try:
             return await critic.learn(group) if group.mixed else None
-        except ModelError:
+        except ModelError as error:
+            lost += isinstance(error, UnreachableError)
             return None  # counted where it was raised
         finally:
             if on_progress is not None:
@@ -139,7 +143,7 @@ async def extract_with_llm(
         batch = [lesson for g in mixed[start : start + settings.batch_tasks] if (lesson := lessons[g.task_id]) is not None]
         await editor.take_in(batch)
     await editor.consolidate((), union(lesson.names for lesson in lessons.values() if lesson))
-    asker.raise_if_too_little_came_back()
+    asker.raise_if_too_little_came_back(lost, len(mixed))
 
     edits = tuple(editor.edits)
     after = Pool(editor.pool.items, pool.version + bool(edits), editor.pool.next_number)  # one extraction, one version

@@ -62,24 +62,29 @@ class Asker:
         self.answered = self.remembered = self.unreachable = 0
         """Calls that came back, were not made, and could not be."""
         self.error: ModelError | None = None
-        """The last failure."""
+        """The last failure; where there was no model to be asked, the last of those."""
 
-    def raise_if_too_little_came_back(self) -> None:
-        """What an outage leaves of an extraction would stand for good.
+    def raise_if_too_little_came_back(self, lost: int, groups: int) -> None:
+        """What an outage leaves of an extraction would stand for good. What was answered is remembered.
+
+        Args:
+            lost: of ``groups``, those of which nothing is learned since there was no model to be asked.
 
         Raises:
-            ModelError: there were calls, and all of them failed.
-            UnreachableError: for more than one, and more than :data:`~evolve_dag.inference.patience.MOST_UNREACHABLE` of all,
-                there was no model to be asked. What was answered is remembered.
+            UnreachableError: for more than one, and more than :data:`~evolve_dag.inference.patience.MOST_UNREACHABLE`, of the
+                calls or of the groups there was no model to be asked, or for all of the calls.
+            ModelError: there were calls, and all of them failed for other reasons.
         """
         if self.error is None:
             return
         came = self.answered + self.remembered
+        kind = UnreachableError if self.unreachable else ModelError
         if not came:
-            raise ModelError(f"extraction: every call to the model failed: {self.error.what}", self.error.remedy)
-        if self.unreachable > max(1, MOST_UNREACHABLE * (came + self.unreachable)):
-            lost = f"for {self.unreachable} of {came + self.unreachable} calls there was no model to be asked"
-            raise UnreachableError(f"extraction: {lost}: {self.error.what}", self.error.remedy)
+            raise kind(f"extraction: every call to the model failed: {self.error.what}", self.error.remedy)
+        for few, all_, what in ((self.unreachable, came + self.unreachable, "calls"), (lost, groups, "groups")):
+            if few > max(1, MOST_UNREACHABLE * all_):
+                told = f"extraction: for {few} of {all_} {what} there was no model to be asked: {self.error.what}"
+                raise UnreachableError(told, self.error.remedy)
 
     async def text(self, name: str, key: tuple[object, ...], blanks: Mapping[str, object]) -> str:
         """The model's answer as plain text, reasoning left out; '' (counted as ``unreadable``) when there is none.
@@ -153,8 +158,9 @@ class Asker:
                     value = await ask((Message("user", content),), sampling)
             except ModelError as error:
                 self._tally["failed_calls"] += 1
-                self.unreachable += isinstance(error, UnreachableError)
-                self.error = error
+                self.unreachable += (outage := isinstance(error, UnreachableError))
+                if outage or not self.unreachable:
+                    self.error = error
                 raise
         self.answered += 1
         if value is None:

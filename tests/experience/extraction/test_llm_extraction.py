@@ -673,6 +673,25 @@ def test_an_outage_in_the_middle_makes_no_pool_and_what_was_answered_is_not_aske
     assert [kind for kind, _ in again.calls].count("summary") == 3
 
 
+def test_an_extractor_that_was_never_there_is_an_outage_too() -> None:
+    """A schedule tries such a night again, and does not wait for a person."""
+    with pytest.raises(UnreachableError, match=r"every call .* down"):
+        run(Extractor({"summary": UnreachableError("down")}), groups(0, 1))
+
+
+def test_few_calls_that_cost_many_groups_are_an_outage() -> None:
+    """One that could not be asked for takes its whole group along, and what would have been asked of it then."""
+    asked = 0
+
+    def reply(messages: Sequence[Message]) -> Any:
+        nonlocal asked
+        asked += 1
+        return UnreachableError("down") if asked <= 3 else Extractor()._answers["critique"](messages)
+
+    with pytest.raises(UnreachableError, match=r"for 3 of 10 groups .* down"):
+        run(Extractor({"critique": reply}), groups(*range(10)))
+
+
 def test_one_request_that_breaks_the_endpoint_every_time_loses_its_group_only() -> None:
     def reply(messages: Sequence[Message]) -> Any:
         return UnreachableError("500") if "stream" in messages[0].content else Extractor()._answers["critique"](messages)
