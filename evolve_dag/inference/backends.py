@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from evolve_dag.inference.ledger import Ledger, metered
 from evolve_dag.inference.outgoing import tokens_of
 from evolve_dag.protocols import Completion, LanguageModel, Request
 from evolve_dag.records import Message
+from evolve_dag.store.memory import Memory
 
 if TYPE_CHECKING:
     from evolve_dag.inference.transformers import TransformersModel
@@ -165,11 +164,10 @@ VLLM = BackendPart(settings=VllmModelSettings, make=_vllm, identity=base_identit
 
 def _openai_identity(settings: OpenAIModelSettings) -> str:
     """The name, and what else decides an answer where it is not the usual: a judge that may think is another one."""
-    fields = {name: field for name, field in type(settings).model_fields.items() if name not in ("backend", "model")}
-    usual = {name: field.default for name, field in fields.items() if not marked(field, RUNTIME)}
-    kept = {name: value for name, default in usual.items() if (value := getattr(settings, name)) != default}
-    text = json.dumps(kept, sort_keys=True, default=str)
-    return f"openai:{settings.model}" + (f" {hashlib.sha256(text.encode()).hexdigest()[:16]}" if kept else "")
+    fields = type(settings).model_fields.items()
+    decides = {name: field.default for name, field in fields if name != "model" and not marked(field, RUNTIME)}
+    unusual = {name: value for name, usual in decides.items() if (value := getattr(settings, name)) != usual}
+    return f"openai:{settings.model}" + (f" {Memory.key_of(unusual)[:16]}" if unusual else "")
 
 
 OPENAI = BackendPart(

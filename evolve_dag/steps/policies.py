@@ -415,6 +415,6 @@ def answered(artifact: Artifact) -> Verdict:
                 errors[error or ""] += 1
     evidence: dict[str, Any] = {"calls": asked.total(), "failed": failed.total()}
     if failed:
-        evidence |= {"failed_of": {what: f"{count} of {asked[what]}" for what, count in failed.most_common()}}
-        evidence |= {"most_often": errors.most_common(1)[0][0]}
+        evidence["failed_of"] = {what: f"{count} of {asked[what]}" for what, count in failed.most_common()}
+        evidence["most_often"] = errors.most_common(1)[0][0]
     return Verdict(ANSWERED.name, all(failed[what] <= max(1, MOST_UNREACHABLE * asked[what]) for what in failed), evidence)

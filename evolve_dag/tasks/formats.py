@@ -277,8 +277,6 @@ def read_rows(path: Path) -> tuple[Rows, list[Mistake]]:
 
 BLANK = 1024
 """Bytes from which on a file of text is not looked into to see whether a row is in it."""
-
-
 _QUESTIONS = frozenset({"question", "problem"})
 """Columns that a header is known by, beside the one that `fields` names."""
 
@@ -298,24 +296,31 @@ def without_rows(path: Path, question: str = "question") -> bool:
 
 @lru_cache(maxsize=4096)
 def _without_rows(path: Path, size: int, modified: int, questions: frozenset[str]) -> bool:
-    small, ending = size < BLANK, path.suffix.lower()
-    if small and not path.read_bytes().removeprefix(codecs.BOM_UTF8).strip():
+    ending = path.suffix.lower()
+    if size >= BLANK and ending not in (".parquet", ".xlsx"):
+        return False
+    if size < BLANK and not path.read_bytes().removeprefix(codecs.BOM_UTF8).strip():
         return True
     try:
-        if ending == ".parquet":
-            return _rows_of_parquet(path) == 0
-        if ending == ".xlsx":
-            first, *others = _sheets(path)
-            names, *lines = first.iter_rows(values_only=True)
-            return not others and not lines and not questions.isdisjoint(str(name).lower() for name in names)
-        text = path.read_text(encoding="utf-8-sig").strip() if small else ""
-        if ending == ".json" and small:
-            content = json.loads(text)
-            return content == [] or (isinstance(content, Mapping) and list(content.values()) == [[]])
-        names = re.split(r"[,\t]", text) if ending in (".csv", ".tsv") and "\n" not in text else []
-        return not questions.isdisjoint(name.strip('" ').lower() for name in names)
+        match ending:
+            case ".parquet":
+                return _rows_of_parquet(path) == 0
+            case ".xlsx":
+                sheets = _sheets(path)
+                lines = sheets[0].iter_rows(values_only=True)
+                header = [str(name) for name in next(lines, ())]
+                more = len(sheets) > 1 or any(True for _ in lines)
+            case ".json":
+                content = json.loads(path.read_text(encoding="utf-8-sig"))
+                return content == [] or (isinstance(content, Mapping) and list(content.values()) == [[]])
+            case ".csv" | ".tsv":
+                text = path.read_text(encoding="utf-8-sig").strip()
+                header, more = re.split(r"[,\t]", text), "\n" in text
+            case _:
+                return False
     except Exception:  # what is wrong with it is told where it is read
         return False
+    return not more and not questions.isdisjoint(name.strip('" ').lower() for name in header)
 
 
 def _row_mistake(row: Any) -> str | None:

@@ -108,8 +108,8 @@ FAMILIES: Mapping[str, Family] = {
         _cooking_features,
         _cooking_did,
         _cookbook,
-        {"development": "valid", "held_out": "test"},
-        "5",
-        "examine cookbook",
+        parts={"development": "valid", "held_out": "test"},
+        version="5",
+        first="examine cookbook",
     ),
 }

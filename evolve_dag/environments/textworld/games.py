@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import count as counting
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import ModelError
@@ -24,15 +23,13 @@ _LOCK = threading.RLock()
 """TextWorld keeps grammars and rules in globals, and its parser is not meant for several threads; episodes take turns."""
 KEPT = 1024
 """Games kept in memory."""
+TRAINING = "train"
+"""TextWorld's name for the part of a family's words that training has."""
 _FURTHER = 10_000_000
 """From a number that is not taken to the one that is tried in its place; hundreds of them stay within the 32 bits of a seed."""
 
 
-TRAINING = "train"
-"""TextWorld's name for the part of a family's words that training has."""
-
-
-def coin(number: int, part: str = TRAINING) -> Game:
+def coin(number: int, part: str) -> Game:
     """TextWorld's Coin Collector: a chain of four rooms, a dead end beside each of them, a coin in the last. Its words have no
     parts: two games are hardly ever alike."""
     from textworld import GameOptions
@@ -47,7 +44,7 @@ def coin(number: int, part: str = TRAINING) -> Game:
     return coin_collector.make_game("simple", options)
 
 
-def cooking(number: int, part: str = TRAINING) -> Game:
+def cooking(number: int, part: str) -> Game:
     """TextWorld's Cooking: in one kitchen, one ingredient of a recipe that stands in the cookbook, to be fetched and cooked.
 
     There are so few recipes and kitchens that games of other numbers are alike. So what is measured cooks what training never
@@ -59,13 +56,13 @@ def cooking(number: int, part: str = TRAINING) -> Game:
 
     skills = {"recipe": 1, "take": 1, "cook": True, "cut": False, "open": False, "drop": False, "go": 1, "split": part}
     known = frozenset(challenge.FOODS_SPLITS[TRAINING])
-    for seed in counting(number, _FURTHER):
+    while True:
         options = GameOptions()
-        options.seeds = seed
-        game = challenge.make({**skills, "recipe_seed": seed + 1}, options)
+        options.seeds = number
+        game = challenge.make({**skills, "recipe_seed": number + 1}, options)
         if part == TRAINING or known.isdisjoint(name for name, *_ in game.metadata["ingredients"]):
             return game
-    raise AssertionError("counting does not end")
+        number += _FURTHER
 
 
 @lru_cache(maxsize=1)

@@ -59,10 +59,9 @@ class Service:
             UnreachableError: the service does not accept the key, or its account is empty: no call can succeed, and that says
                 nothing about whoever called.
         """
-        problem, late, made = "", 0, 0
+        problem, late = "", 0
         for attempt in range(self.attempts):
             wait: float | None = None
-            made += 1
             try:
                 status, after, body = await self._once(method, url, headers or {}, content, parameters)
             except TimeoutError:
@@ -95,7 +94,7 @@ class Service:
             if attempt + 1 < self.attempts:
                 jittered = self.pause * 2**attempt * random.uniform(0.5, 1.0)
                 await self.sleep(min(MAX_PAUSE, max(jittered, wait or 0.0)))
-        raise ToolError(f"{self.name} {problem}; {made} attempts were made, try another way")
+        raise ToolError(f"{self.name} {problem}; {attempt + 1} attempts were made, try another way")
 
     async def _once(
         self,
