@@ -5,6 +5,7 @@ A random model of the pocket policy's shape, or a model's folder; conversations 
     python benchmarks/rollouts.py --episodes 256 --concurrency 128 --threads 1
     python benchmarks/rollouts.py --model models/smollm2-135m --episodes 16 --concurrency 16 --naive-episodes 2
     python benchmarks/rollouts.py --model models/smollm2-135m --episodes 4 --concurrency 1 --naive-episodes 0    # cache alone
+    python benchmarks/rollouts.py --model models/smollm2-135m --episodes 32 --concurrency 32 --naive-episodes 0 --dtype bfloat16
 
 Both sides answer the same conversations in the same process; seconds are CPU seconds of the process, so a busy
 machine blurs them less, and wall seconds are printed beside them.
@@ -150,12 +151,13 @@ def main() -> None:
     parser.add_argument("--naive-episodes", type=int, default=8, help="episodes of the slow side; 0 leaves it out")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model", default="", help="folder of a model, in place of a random one")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="number format of that model")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
     if options.model:
         chat = ChatFormat.from_tokenizer(AutoTokenizer.from_pretrained(options.model))
-        policy = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+        policy = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).eval()
     else:
         chat = ChatFormat.from_tokenizer(tokenizer())
         policy = random_model(chat.vocab_size)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -34,6 +35,8 @@ USABLE = 0.9
 """Share of a device's memory that is planned with: the rest is the driver's, the allocator's, other programs'."""
 CARDS = (24, 48, 80)
 """GiB that GPUs have."""
+WORTH = 2.0
+"""Times that one number format has to be multiplied faster than the other before it is spoken of: norms and attention gain less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ def examine(root: Path, experiment: Experiment | None = None) -> Iterator[Findin
             lambda: _needs(experiment),
             lambda: _recipe(experiment),
             lambda: _memory(experiment),
+            lambda: _number_format(experiment),
         ]
     for check in checks:
         try:
@@ -166,6 +170,43 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
         needed = copies * training.weights * shards + cache_memory(config, policy.dtype, runtime.concurrency * longest)
         text = f"at most, keys and values of {runtime.concurrency} episodes of {longest} tokens"
         yield _against_device("rollouts", needed, text, runtime.device)
+
+
+def _number_format(experiment: Experiment) -> Iterator[Finding]:
+    """Whether this processor multiplies the other number format much faster than that of the policy."""
+    from evolve_dag.config.schema import SHIPPED
+
+    policy = experiment.models.policy
+    usual = policy.backend == "transformers" and policy.quantize == "none" and policy.path not in SHIPPED
+    if not usual or experiment.runtime.device != "cpu" or policy.dtype == "float16":
+        return
+    faster, slower = ("bfloat16", "float32") if policy.dtype == "float32" else ("float32", "bfloat16")
+    gain = _seconds_of_product(slower) / _seconds_of_product(faster)
+    if gain >= WORTH:
+        text = f"this processor multiplies {faster} {gain:.1f} x as fast as {slower}: set models.policy.dtype: {faster}"
+        yield Finding("note", "number format", f"{text} (another base: nothing that was made with {slower} is used again)")
+    else:
+        yield Finding("ok", "number format", f"{policy.dtype}; {faster} would not be multiplied much faster here")
+
+
+def _seconds_of_product(dtype: str, rows: int = 256, width: int = 512, tries: int = 40) -> float:
+    """Of ``rows`` tokens with a layer of ``width`` squared, on one thread; the least of some, since other programs take their
+    share of the processor."""
+    import torch
+
+    kind, before = getattr(torch, dtype), torch.get_num_threads()
+    tokens, weight = torch.ones(rows, width, dtype=kind), torch.ones(width, width, dtype=kind)
+
+    def once() -> float:
+        begun = time.perf_counter()
+        torch.nn.functional.linear(tokens, weight)
+        return time.perf_counter() - begun
+
+    torch.set_num_threads(1)
+    try:
+        return min(once() for _ in range(tries))
+    finally:
+        torch.set_num_threads(before)
 
 
 def _against_device(subject: str, needed: int, text: str, device: str) -> Finding:

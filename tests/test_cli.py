@@ -269,6 +269,36 @@ def test_doctor_calculates_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "nowhere/config.json is not there" in missing.text
 
 
+@pytest.mark.parametrize(
+    ("dtype", "took", "told"),
+    [
+        ("float32", {"float32": 4.0, "bfloat16": 1.0}, "note: this processor multiplies bfloat16 4.0 x as fast as float32"),
+        ("float32", {"float32": 1.0, "bfloat16": 1.0}, "ok: float32; bfloat16 would not be multiplied much faster here"),
+        ("float32", {"float32": 1.0, "bfloat16": 9.0}, "ok: float32"),
+        ("bfloat16", {"float32": 1.0, "bfloat16": 3.0}, "note: this processor multiplies float32 3.0 x as fast as bfloat16"),
+    ],
+)
+def test_doctor_says_which_number_format_is_fast_here(
+    dtype: str, took: dict[str, float], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_seconds_of_product", took.__getitem__)
+    (tmp_path / "model").mkdir()
+    settings = {"experiment": "formats", "models": {"policy": {"path": str(tmp_path / "model"), "dtype": dtype}}}
+    [found] = doctor._number_format(Experiment.model_validate(settings))
+    assert f"{found.state}: {found.text}".startswith(told)
+    assert not list(doctor._number_format(Experiment.model_validate({"experiment": "pocket"})))  # what ships is meant to be float32
+    on_a_card = Experiment.model_validate(settings | {"runtime": {"device": "cuda:0"}})
+    assert not list(doctor._number_format(on_a_card))
+
+
+def test_doctor_times_a_product_without_changing_threads() -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    assert doctor._seconds_of_product("bfloat16", rows=2, width=8, tries=2) > 0
+    assert torch.get_num_threads() == before
+
+
 def test_doctor_looks_for_what_an_experiment_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     judged = {"models": {"judge": {"backend": "openai", "model": "m"}}, "verification": {"kind": "judge"}}
