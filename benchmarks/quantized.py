@@ -28,12 +28,12 @@ from evolve_dag.distillation.alignment import align_all, no_injection
 from evolve_dag.distillation.batch import row_losses, step_divergences
 from evolve_dag.distillation.dataset import DistillationRow, make_rows
 from evolve_dag.distillation.forward import Forward
-from evolve_dag.distillation.lora import fuse
 from evolve_dag.distillation.memory import _Live
 from evolve_dag.distillation.teacher import TeacherScorer
 from evolve_dag.distillation.trainer import load_model
 from evolve_dag.inference.backends import open_transformers
 from evolve_dag.inference.folders import model_folder
+from evolve_dag.inference.lora import fuse
 from evolve_dag.inference.quantization import state_of
 from evolve_dag.inference.roles import Roles
 from evolve_dag.records import Trajectory
@@ -46,7 +46,7 @@ KINDS = {
     "nf4 in bfloat16": ("bfloat16", "nf4", True),
     "nf4 in bfloat16, peft's LoRA": ("bfloat16", "nf4", False),
 }
-"""Name -> number format, how it is kept, whether LoRA is one function with the base (`distillation/lora.py`)."""
+"""Name -> number format, how it is kept, whether LoRA is one function with the base (`inference/lora.py`)."""
 
 
 def held(model: Any) -> tuple[int, int]:

@@ -36,7 +36,7 @@ USABLE = 0.9
 CARDS = (24, 48, 80)
 """GiB that GPUs have."""
 WORTH = 2.0
-"""Times that one number format has to be multiplied faster than the other before it is spoken of: norms and attention gain less."""
+"""Times that one number format has to be multiplied faster than the other before it is told: norms and attention gain less."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import ConfigError, ModelError, StoreError
-from evolve_dag.inference.quantization import is_quantized
 from evolve_dag.inference.quiet import quiet_peft
 from evolve_dag.store.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -108,27 +107,31 @@ def save_adapter(wrapped: Any, folder: Path, *, base: str = "") -> None:
 
 
 def load_adapter(model: nn.Module, folder: Path) -> Any:
-    """Wrap ``model`` with a saved adapter, frozen, for inference.
+    """Wrap ``model`` with a saved adapter, frozen, for inference; in half precision computed as in training.
 
     Raises:
         StoreError: a file is missing or corrupt, or the adapter belongs to another architecture.
     """
+    from evolve_dag.inference.lora import can_merge, wear
+
     config = read_config(folder)
     wrapped = attach(model, rank=config["r"], alpha=config["lora_alpha"], seed=0, init_adapter=folder)
     for parameter in wrapped.parameters():
         parameter.requires_grad_(False)
-    return wrapped.eval()
+    return wrapped.eval() if can_merge(wrapped) else wear(wrapped)
 
 
 def merge(wrapped: Any) -> nn.Module:
-    """Merge a peft model into its base (unmerged LoRA costs rollouts 20-37%); the wrapper must not be used afterwards.
+    """The policy of a peft model, to act; the wrapper must not be used afterwards.
 
-    Over a base in 4 bit the adapter stays beside it (:mod:`evolve_dag.inference.quantization` says why); the wrapper comes back
-    as it is.
+    Merged into its base where that leaves the policy that was trained, since unmerged LoRA costs rollouts 20-37%; else with the
+    adapter beside (:func:`~evolve_dag.inference.lora.can_merge`).
     """
-    if is_quantized(wrapped):
-        kept: nn.Module = wrapped.eval()
-        return kept
+    from evolve_dag.inference.lora import can_merge, wear
+
+    if not can_merge(wrapped):
+        worn: nn.Module = wear(wrapped)
+        return worn
     base = wrapped.merge_and_unload()
     for name in ("peft_config", "_hf_peft_config_loaded"):
         if name in vars(base):

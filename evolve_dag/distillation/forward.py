@@ -57,8 +57,8 @@ class Forward:
     @contextmanager
     def ready(self) -> Iterator[None]:
         """The model takes packed rows meanwhile, and keeps less where that is asked."""
-        from evolve_dag.distillation.lora import narrowed
         from evolve_dag.inference.attention import our_attention
+        from evolve_dag.inference.lora import narrowed
 
         with ExitStack() as meanwhile:
             if self.share:

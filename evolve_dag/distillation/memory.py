@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from evolve_dag.distillation.adapter import attach
 from evolve_dag.distillation.forward import Forward
-from evolve_dag.distillation.lora import fuse
 from evolve_dag.distillation.losses import Teacher, token_losses_from_hidden
 from evolve_dag.inference.kv import bytes_per_token
+from evolve_dag.inference.lora import fuse
 from evolve_dag.inference.quantization import packed, state_of
 
 if TYPE_CHECKING:

@@ -158,7 +158,7 @@ def distill(
     """
     import torch
 
-    from evolve_dag.distillation.lora import fuse
+    from evolve_dag.inference.lora import fuse
 
     require_teachers(rows, regime.divergence)
     if shard:

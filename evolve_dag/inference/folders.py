@@ -77,6 +77,11 @@ def base_identity(settings: PolicySettings) -> str:
     return f"sha256:{folder_digest(model_folder(settings))[:32]}:{settings.dtype}{kept}"
 
 
+def how_worn(settings: PolicySettings) -> dict[str, str]:
+    """How a policy wears its adapter where that is not the plain way, merged into the weights; a part of what it is."""
+    return {} if settings.dtype == "float32" else {"worn": "beside the base"}
+
+
 def turns_of(settings: PolicySettings) -> str:
     """How a model's turns begin where that is not the plain way; a part of what it says that its weights do not tell."""
     folder = model_folder(settings)

@@ -42,7 +42,8 @@ from evolve_dag.inference.chat import ChatFormat, read_chat
 from evolve_dag.inference.freed import give_back
 from evolve_dag.inference.guided import Guide, Guides
 from evolve_dag.inference.kv import RoundCache, SlotPool, bytes_per_token
-from evolve_dag.inference.quantization import is_quantized, pretrained, require
+from evolve_dag.inference.lora import can_merge, wear
+from evolve_dag.inference.quantization import pretrained, require
 from evolve_dag.inference.quiet import quiet_peft
 from evolve_dag.inference.recording import Recording, distribution
 from evolve_dag.protocols import Completion, Request
@@ -158,7 +159,8 @@ class TransformersModel:
                 it from the model's folder.
             adapter_dir: folder of a LoRA adapter that peft wrote.
             quantize: how the weights are kept (``models.policy.quantize``).
-            merge: add adapters into the weights (unmerged they cost 20-37% of a rollout's time), unless these are in 4 bit.
+            merge: add adapters into the weights (unmerged they cost 20-37% of a rollout's time), where these are float32; else
+                they stay beside, or much of what was learned is rounded away.
             threads: CPU threads of a forward pass; None leaves torch's setting.
             max_batch: most calls of one round.
             cache_bytes: memory for keys and values; None takes a quarter of what is available, 2 GiB at most on a CPU.
@@ -170,10 +172,10 @@ class TransformersModel:
         model = _read_model(path_or_model, name, dtype, quantize, device)
         if adapter_dir is not None:
             model = _add_adapter(model, Path(adapter_dir), name, in_memory=isinstance(path_or_model, torch.nn.Module))
-        if merge and hasattr(model, "merge_and_unload") and not is_quantized(model):
+        if merge and hasattr(model, "merge_and_unload"):
             if isinstance(path_or_model, torch.nn.Module) and adapter_dir is None:
                 model = copy.deepcopy(model)  # the caller may be training it
-            model = model.merge_and_unload()
+            model = model.merge_and_unload() if can_merge(model) else wear(model)
         if tokenizer is None or isinstance(tokenizer, (str, Path)):
             tokenizer = _read_tokenizer(tokenizer or path_or_model, name)
         chat = tokenizer if isinstance(tokenizer, ChatFormat) else ChatFormat.from_tokenizer(tokenizer)

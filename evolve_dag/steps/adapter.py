@@ -171,7 +171,11 @@ class _Resample:
         experiment, context = self.context.experiment, self.context
         runtime = experiment.runtime
         actor = TransformersModel.load(
-            student, model_folder(experiment.models.policy), threads=runtime.threads, max_batch=runtime.concurrency
+            student,
+            model_folder(experiment.models.policy),
+            threads=runtime.threads,
+            max_batch=runtime.concurrency,
+            merge=False,  # it came ready to act
         )
         tasks = share_of(self.split.tasks, number, experiment.distillation.refresh)
         with closing(actor, context.roles):
@@ -187,6 +191,8 @@ class _Resample:
                     concurrency=runtime.concurrency,
                 )
             )
+        student.to("meta")  # its memory is the teacher's now; whoever called still holds the module
+        give_back()
         require_judged(f"trajectories sampled anew, round {number}", trajectories)
         self.journal.append({"round": number, "tokens": sum(len(step.token_ids) for t in trajectories for step in t.steps)})
         adapter = context.entering.adapter

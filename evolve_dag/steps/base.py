@@ -28,7 +28,7 @@ from evolve_dag.config.loading import check_iterations
 from evolve_dag.config.parts import altered
 from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import OrderError, PartError, StoreError, no_slice_error
-from evolve_dag.inference.folders import base_identity
+from evolve_dag.inference.folders import base_identity, how_worn
 from evolve_dag.inference.ledger import Ledger
 from evolve_dag.inference.roles import Roles
 from evolve_dag.records import PolicyRef, Standing
@@ -211,7 +211,7 @@ def resolve_from(
     inputs: dict[str, str] = {}
     missing = None
     if name == "policy":
-        config |= {"policy": entering.content}
+        config |= {"policy": entering.content | how_worn(experiment.models.policy)}
     else:
         for upstream in spec.inputs:
             if upstream not in known:

@@ -292,7 +292,8 @@ class _Warmup:
         return self._played(self._tasks(world, count), model, script, what, advice=advice)
 
     def _merged(self, adapter: Path) -> None:
-        """The model with the adapter in its weights, in the build."""
+        """The model with the adapter in its weights, in the build. Added in float32, and rounded afterwards where the model is
+        in half precision: it is not quite what the last round measured then."""
         import torch
         from transformers import AutoTokenizer
 

@@ -14,8 +14,8 @@ from evolve_dag.config.schema import DistillationSettings, VllmModelSettings
 from evolve_dag.distillation import memory
 from evolve_dag.distillation.adapter import attach
 from evolve_dag.distillation.forward import Forward
-from evolve_dag.distillation.lora import fuse
 from evolve_dag.distillation.memory import cache_memory, training_memory
+from evolve_dag.inference.lora import fuse
 
 SETTINGS = DistillationSettings(rank=8, alpha=16, top_k=16)
 ROWS = [300, 200]

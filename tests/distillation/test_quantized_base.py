@@ -20,9 +20,9 @@ from evolve_dag.distillation.batch import step_divergences
 from evolve_dag.distillation.dataset import DistillationRow
 from evolve_dag.distillation.forward import Forward
 from evolve_dag.distillation.launch import Request
-from evolve_dag.distillation.lora import fuse
 from evolve_dag.distillation.memory import training_memory
 from evolve_dag.distillation.trainer import DistillationResult, distill, load_model
+from evolve_dag.inference.lora import fuse
 from evolve_dag.inference.quantization import dense, is_quantized, state_of
 from evolve_dag.store.layout import ADAPTER_WEIGHTS
 

@@ -21,9 +21,9 @@ from evolve_dag.distillation.alignment import align, no_injection, replay_inject
 from evolve_dag.distillation.batch import joined_teacher, row_losses, step_divergences
 from evolve_dag.distillation.dataset import DistillationRow, make_rows
 from evolve_dag.distillation.forward import Forward
-from evolve_dag.distillation.lora import fuse
 from evolve_dag.distillation.trainer import CurvePoint, DistillationResult, distill, learning_rate
 from evolve_dag.errors import AlignmentError, ModelError, StoreError
+from evolve_dag.inference.lora import fuse
 from evolve_dag.inference.prefix_tree import prefix_tree
 
 STEP_WISE = replay_injection("step_wise")

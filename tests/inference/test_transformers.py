@@ -324,6 +324,30 @@ def test_merged_adapter_equals_peft(qwen3: PreTrainedModel, chat: ChatFormat, tm
     assert any(ask(loaded[0], [r])[0].token_ids != ask(load(qwen3, chat), [r])[0].token_ids for r in requests)
 
 
+def test_in_half_precision_an_adapter_stays_beside_the_base(qwen3: PreTrainedModel, chat: ChatFormat, tmp_path: Path) -> None:
+    """Added into the weights, a small one would be lost: so it is here."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = copy.deepcopy(qwen3).to(torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1e-5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    before = {name: value.clone() for name, value in base.named_parameters() if "base_layer" in name}
+    model = TransformersModel.load(tmp_path / "base", chat, adapter_dir=tmp_path / "adapter", dtype="bfloat16", threads=1)
+    assert sum("lora_A" in name for name, _ in model.model.named_parameters()) == len(before)
+    [completion] = ask(model, [question(1)])
+    assert completion.token_ids
+    merged = dict(adapted.merge_and_unload().named_parameters())
+    unchanged = [(value == merged[name.replace(".base_layer", "")]).float().mean().item() for name, value in before.items()]
+    assert len(unchanged) == 2 * 7
+    assert min(unchanged) > 0.9
+
+
 def test_a_model_that_trains_is_copied_with_its_adapter(qwen3: PreTrainedModel, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 

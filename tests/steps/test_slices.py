@@ -100,6 +100,7 @@ def touched(old: Experiment, new: Experiment) -> set[str]:
         ({"granularity": "instance"}, {"extraction": {"cap": 2}}, {"experience"}),
         ({}, {"models": {"judge": OPENAI, "selector": OPENAI, "extractor": OPENAI}}, set()),
         ({}, {"models": {"policy": {"quantize": "nf4"}}}, {"policy"}),
+        ({}, {"models": {"policy": {"dtype": "bfloat16"}}}, {"policy"}),
         (LLM, {"selection": {"temperature": 0.5}}, {"contexts", "scores"}),
         (LLM, {"models": {"selector": OPENAI | {"extra": {"top_k": 1}}}}, {"contexts", "scores"}),
         (LLM, {"models": {"selector": OPENAI | {"timeout_seconds": 9.0}}}, set()),
