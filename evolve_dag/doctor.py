@@ -145,16 +145,20 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
     longest = min(experiment.rollout.reach, longest_context(policy, folder))
     together = max(1, runtime.tokens_per_pass // longest)
     shards = runtime.processes if runtime.shard else 1
-    training = training_memory(
-        config,
-        dtype=policy.dtype,
-        settings=experiment.distillation,
-        rows=[longest] * together,
-        activation_checkpointing=runtime.activation_checkpointing,
-        shards=shards,
-        quantize=policy.quantize,
-        device=runtime.device,
-    )
+    try:
+        training = training_memory(
+            config,
+            dtype=policy.dtype,
+            settings=experiment.distillation,
+            rows=[longest] * together,
+            activation_checkpointing=runtime.activation_checkpointing,
+            shards=shards,
+            quantize=policy.quantize,
+            device=runtime.device,
+        )
+    except RuntimeError as problem:  # products that exist on no tensor without content: a mixture of experts in float32
+        yield Finding("note", "memory", f"{config.model_type} in {policy.dtype} cannot be calculated: {problem}")
+        return
     rows = "1 trajectory" if together == 1 else f"{together} trajectories"
     text = f"passes of {rows} of {longest} tokens" + ", activations computed twice" * runtime.activation_checkpointing
     text += f", in {runtime.processes} processes of {_size(training.peak)}" * (runtime.processes > 1)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 def attach(model: nn.Module, *, rank: int, alpha: float, seed: int, init_adapter: Path | None = None) -> Any:
-    """Wrap ``model`` with trainable LoRA weights on all linear layers but the output layer.
+    """Wrap ``model`` with trainable LoRA weights on all linear layers but the output layer; a mixture's experts, which lie in
+    one tensor, stay as they are.
 
     Without ``init_adapter`` A is random (from ``seed`` alone) and B is 0, so the wrapped model equals the base.
     With it, training continues from its weights.
@@ -40,7 +41,7 @@ def attach(model: nn.Module, *, rank: int, alpha: float, seed: int, init_adapter
         lora_alpha=alpha,
         lora_dropout=0.0,
         bias="none",
-        target_modules="all-linear",
+        target_modules=_linear_layers(model),
         task_type="CAUSAL_LM",
     )
     if init_adapter is not None:
@@ -62,6 +63,19 @@ def attach(model: nn.Module, *, rank: int, alpha: float, seed: int, init_adapter
             detach(wrapped)
             raise
     return wrapped
+
+
+def _linear_layers(model: nn.Module) -> str | list[str]:
+    """What peft is to wrap. Of experts in one tensor it would make layers within layers, with ranks of their own, which neither
+    the function of :mod:`evolve_dag.inference.lora` nor an inference server knows."""
+    import torch
+
+    if all(one.dim() < 3 for one in model.parameters()):
+        return "all-linear"
+    causal: Any = model
+    head = causal.get_output_embeddings()
+    layers = [name for name, one in model.named_modules() if isinstance(one, torch.nn.Linear) and one is not head]
+    return sorted({name.rpartition(".")[2] for name in layers})
 
 
 def detach(wrapped: Any) -> Any:

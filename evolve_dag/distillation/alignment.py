@@ -257,11 +257,17 @@ _VERBATIM = "the chat format must copy token_ids verbatim behind the generation 
 _ONLY_THE_TEXT = "the teacher's view is the clean history plus the recorded text; anything else would be distilled too"
 
 
+def holds_experience(message: Message, text: str) -> bool:
+    """Whether injected text stands in a message, as lines of its own. The policy's turns are its own words, whatever it
+    repeats; and what an environment says within a line, or quotes, is no injection."""
+    return message.role != "assistant" and f"\n{text.strip()}\n" in f"\n{message.content.strip()}\n"
+
+
 def _check_injection(trajectory_id: str, step: int, clean: Sequence[Message], injection: Injection) -> None:
     text = injection.text.strip()
     if text:
         for message in clean:
-            if message.role != "assistant" and text in message.content:
+            if holds_experience(message, text):
                 raise _error(
                     trajectory_id,
                     step,

@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from evolve_dag.errors import ModelError
 from evolve_dag.inference.prefix_tree import Chain, Range, hosts, prefix_tree
 
 ATTENTION = "evolve_grouped"
@@ -45,6 +46,7 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """What the model's layers call; ``query [B, heads, T, D]``, keys and values with as many or fewer heads."""
     if chains is not None:
+        chains.asked += 1
         return _tree_attention(query, key, value, chains, scaling), None
     groups, tokens = query.shape[1] // key.shape[1], query.shape[2]
     if query.device.type != "cpu" or attention_mask is None or dropout or groups == 1:
@@ -66,6 +68,9 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without chains it is or
 
 class Chains:
     """Who sees whom in a packed row: the same for every layer of a forward pass."""
+
+    asked = 0
+    """Layers that used it."""
 
     def __init__(self, chains: Sequence[Chain]) -> None:
         self.lengths = [chain.end - chain.start for chain in chains]
@@ -236,15 +241,24 @@ def packed_states(decoder: Any, sequences: Sequence[Sequence[int]], device: Any)
 
     Returns:
         ``(T, H)``, and per sequence the row in it of each of its tokens.
+
+    Raises:
+        ModelError: the model's layers do not hand on who sees whom.
     """
     tree = prefix_tree(sequences)
+    chains = Chains(tree.chains)
     states = decoder(
         input_ids=torch.from_numpy(tree.ids)[None].to(device),
         position_ids=torch.from_numpy(tree.positions)[None].to(device),
         attention_mask=torch.zeros((1, 1, 1, 1), device=device),  # given, so that the model does not make one of T x T
-        chains=Chains(tree.chains),
+        chains=chains,
         use_cache=False,
     ).last_hidden_state
+    if not chains.asked:  # its layers did not hand it on: every token saw every other
+        raise ModelError(
+            f"{type(decoder).__name__} keeps who sees whom from its layers, so a packed row cannot be computed",
+            "use an architecture whose layers take it (Qwen, Llama, Mistral, SmolLM)",
+        )
     return states[0], list(tree.paths)
 
 

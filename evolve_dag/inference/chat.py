@@ -75,6 +75,7 @@ class ChatFormat:
         end_of_text_id: int | None = None,
         named_ids: Iterable[int] = (),
         opening: str = "",
+        beginning: int | None = None,
         name: str = "tokenizer",
     ) -> None:
         from tokenizers import Tokenizer as FastTokenizer
@@ -113,6 +114,7 @@ class ChatFormat:
         self._headers = {role: self._markup_ids(text) for role, text in _HEADERS.items()}
         # In every turn, those of the history too: what was sampled after it must stand after it.
         self._headers["assistant"] += self._markup_ids(opening)
+        self._beginning = [] if beginning is None else [beginning]
         self._footers = {role: self._markup_ids(text) for role, text in _FOOTERS.items()}
         self._after_end = self._markup_ids("\n")
         self._encode_content = lru_cache(maxsize=_MEMO)(self._encode_content_anew)
@@ -133,7 +135,9 @@ class ChatFormat:
             )
         named = tokenizer.convert_tokens_to_ids(list(tokenizer.special_tokens_map.values()))
         opening = NO_THOUGHT if switches_thought(getattr(tokenizer, "chat_template", None)) else ""
-        return cls(backend, end_of_text_id=tokenizer.eos_token_id, named_ids=named, opening=opening, name=name)
+        beginning = tokenizer.bos_token_id if begins_with_bos(getattr(tokenizer, "chat_template", None)) else None
+        end = tokenizer.eos_token_id
+        return cls(backend, end_of_text_id=end, named_ids=named, opening=opening, beginning=beginning, name=name)
 
     def encode(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation.
@@ -142,14 +146,14 @@ class ChatFormat:
             generation_prompt: end with the header of the assistant's turn, so that the next sampled id is
                 the first of an action.
         """
-        ids = [index for part in self.encode_parts(messages) for index in part]
+        ids = [*self._beginning, *(index for part in self.encode_parts(messages) for index in part)]
         if generation_prompt:
             ids.extend(self._headers["assistant"])
         return ids
 
     def encode_parts(self, messages: Iterable[Message]) -> list[list[int]]:
-        """Ids of each message with its header and footer, in order; their concatenation is :meth:`encode`
-        without the generation prompt."""
+        """Ids of each message with its header and footer, in order; their concatenation, behind the token of the beginning
+        where the model has one, is :meth:`encode` without the generation prompt."""
         return [self._encode_message(message) for message in messages]
 
     def encode_action(self, text: str) -> list[int]:
@@ -210,6 +214,16 @@ def switches_thought(template: str | Mapping[str, str] | None) -> bool:
     """
     texts = template.values() if isinstance(template, Mapping) else [template or ""]
     return any("enable_thinking" in text and NO_THOUGHT.replace("\n", "\\n") in text for text in texts)
+
+
+def begins_with_bos(template: str | Mapping[str, str] | None) -> bool:
+    """Whether a model's conversations begin with its token of the beginning.
+
+    Args:
+        template: its chat template, or several by name. They are read, and never run.
+    """
+    texts = template.values() if isinstance(template, Mapping) else [template or ""]
+    return any(re.search(r"\{\{-?\s*bos_token\b", text) for text in texts)
 
 
 def read_chat(folder: str | Path) -> ChatFormat:

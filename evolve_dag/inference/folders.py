@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from evolve_dag.config.schema import SHIPPED, PolicySettings, VllmModelSettings
 from evolve_dag.errors import ModelError
-from evolve_dag.inference.chat import switches_thought
+from evolve_dag.inference.chat import begins_with_bos, switches_thought
 
 POCKET = Path(__file__).resolve().parent.parent / "environments" / "pocket" / "model"
 """The policy that ships with the package."""
@@ -52,6 +54,8 @@ def model_folder(settings: PolicySettings) -> Path:
 def longest_context(settings: PolicySettings, folder: Path) -> int:
     """Tokens of a context with its answer: what the config of the model in ``folder`` allows, and the engine is asked for.
 
+    In this process the window of a model whose attention slides is the end, since its cache keeps all columns.
+
     Raises:
         ModelError: there is no readable ``config.json``.
     """
@@ -60,9 +64,18 @@ def longest_context(settings: PolicySettings, folder: Path) -> int:
         config = json.loads(path.read_text(encoding="utf-8"))
         config = {**config, **(config.get("text_config") or {})}
         allowed = int(config.get("max_position_embeddings") or 2**31 - 1)
+        window = _window(config)
     except (OSError, ValueError, TypeError) as problem:
         raise ModelError(f"{path}: cannot be read: {problem}", "take a folder that from_pretrained reads") from problem
-    return min(allowed, settings.context_tokens) if isinstance(settings, VllmModelSettings) else allowed
+    return min(allowed, settings.context_tokens) if isinstance(settings, VllmModelSettings) else min(allowed, window)
+
+
+def _window(config: Mapping[str, Any]) -> int:
+    """Tokens that a layer of a model looks back, where one does not look back to the beginning."""
+    if set(config.get("layer_types") or ()) == {"full_attention"} or config.get("use_sliding_window") is False:
+        return 2**31 - 1
+    windows = (config.get(name) for name in ("sliding_window", "attention_chunk_size"))
+    return min([int(one) for one in windows if one is not None], default=2**31 - 1)
 
 
 def is_pocket(settings: PolicySettings) -> bool:
@@ -84,8 +97,9 @@ def how_worn(settings: PolicySettings) -> dict[str, str]:
 
 def turns_of(settings: PolicySettings) -> str:
     """How a model's turns begin where that is not the plain way; a part of what it says that its weights do not tell."""
-    folder = model_folder(settings)
-    return "no thought" if switches_thought(_chat_template(folder)) else ""
+    template = _chat_template(model_folder(settings))
+    ways = {"no thought": switches_thought(template), "a beginning": begins_with_bos(template)}
+    return ", ".join(way for way, there in ways.items() if there)
 
 
 def _chat_template(folder: Path) -> str | dict[str, str]:

@@ -22,6 +22,7 @@ from evolve_dag.distillation.alignment import (
     Kept,
     TeacherContext,
     align_all,
+    holds_experience,
     no_injection,
     replay_injection,
     select_rows,
@@ -272,7 +273,7 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
             where = f"{trajectory.id} step {context.step}"
             if one.row.ids[start:end] != trajectory.steps[context.step].token_ids:
                 other_ids.append(where)
-            if context.injected.strip() and any(context.injected.strip() in message.content for message in history):
+            if context.injected.strip() and any(holds_experience(message, context.injected) for message in history):
                 seen.append(where)
     for one in (
         *retention,

@@ -17,6 +17,7 @@ from evolve_dag.distillation.adapter import (
     save_adapter,
 )
 from evolve_dag.errors import ConfigError, ModelError, StoreError
+from evolve_dag.inference.lora import fuse
 
 IDS = torch.arange(8, 40)[None]
 
@@ -49,6 +50,21 @@ def test_a_new_adapter_changes_nothing_and_stands_on_every_linear_layer() -> Non
     assert not any("lm_head" in name or "embed" in name for name in adapted)
     trainable = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
     assert all("lora_" in name for name in trainable)
+
+
+def test_experts_stay_as_they_are() -> None:
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = Qwen3MoeConfig(vocab_size=368, num_key_value_heads=2, max_position_embeddings=512, **shape, **experts)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    before = logits(model)
+    wrapped = attach(model, rank=4, alpha=8, seed=0)
+    fuse(wrapped)
+    adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in wrapped.named_parameters() if "lora_A" in name}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    torch.testing.assert_close(logits(wrapped), before)
 
 
 def test_initial_weights_follow_the_seed_alone() -> None:

@@ -11,6 +11,7 @@ from evolve_dag.distillation.alignment import (
     TeacherContext,
     align,
     align_all,
+    holds_experience,
     no_injection,
     replay_injection,
     select_rows,
@@ -78,6 +79,17 @@ def test_history_that_holds_experience_is_refused(chat: TinyChat) -> None:
     steps = (replace(clean.steps[0], observation=f"see{clean.steps[1].injected}"), *clean.steps[1:])
     with pytest.raises(AlignmentError, match=r"step 1: .* its tool message"):
         align(replace(clean, steps=steps), chat, STEP_WISE)
+
+
+@pytest.mark.parametrize("said", ["you said: {}", "> {}", "{}, and more"])
+def test_an_environment_may_repeat_what_was_said(chat: TinyChat, said: str) -> None:
+    clean = make_trajectory(chat, 3)
+    hint = clean.steps[1].injected.strip()
+    first = replace(clean.steps[0], observation=said.format(hint))
+    align(replace(clean, steps=(first, *clean.steps[1:])), chat, STEP_WISE)
+    assert not holds_experience(Message("tool", said.format(hint)), hint)
+    assert not holds_experience(Message("assistant", hint), hint)
+    assert holds_experience(Message("tool", f"the page\n{hint}"), f"\n{hint}")
 
 
 def test_an_action_may_quote_its_hint(chat: TinyChat) -> None:

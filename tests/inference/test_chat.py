@@ -84,6 +84,29 @@ def test_a_model_with_a_switch_for_thinking_has_it_off_in_every_turn(template: s
     assert chat.encode(CONVERSATION)[: len(history)] == history
 
 
+BOS = "{{- bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize(("template", "begins"), [(BOS, True), ("{{ messages }}", False), (None, False)])
+def test_a_model_whose_template_begins_with_its_bos_reads_it_once(template: str | None, begins: bool) -> None:
+    tokenizer = tiny_tokenizers.byte_level()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.chat_template = template
+    chat = ChatFormat.from_tokenizer(tokenizer)
+    text = chat.decode(chat.encode(CONVERSATION))
+    assert text.startswith("<s><|im_start|>" if begins else "<|im_start|>")
+    assert text.count("<s>") == begins
+    history = chat.encode(CONVERSATION[:2])
+    assert chat.encode(CONVERSATION)[: len(history)] == history
+    assert chat.decode(chat.encode_parts(CONVERSATION)[0]).startswith("<|im_start|>")  # of one message: no beginning
+
+
+def test_that_it_begins_with_a_bos_is_a_part_of_what_a_model_is(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "chat_template.jinja").write_text(BOS + SWITCH)
+    assert turns_of(TransformersModelSettings(path=str(tmp_path))) == "no thought, a beginning"
+
+
 @pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json", None])
 def test_how_turns_begin_is_a_part_of_what_a_model_is(file: str | None, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")

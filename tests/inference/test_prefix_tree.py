@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from evolve_dag.errors import ModelError
 from evolve_dag.inference import attention
 from evolve_dag.inference.attention import ATTENTION, our_attention, packed_states, padded_states, takes_chains
 from evolve_dag.inference.prefix_tree import hosts, prefix_tree
@@ -163,6 +166,18 @@ def test_the_equality_above_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in (flat_positions, wrong_prefix):
         monkeypatch.setattr(attention, "prefix_tree", wrong)
         assert (states() - expected).abs().max() > 1e-2
+
+
+def test_layers_that_keep_who_sees_whom_to_themselves_are_refused() -> None:
+    """Every token would see every other, and nobody would notice."""
+    decoder = model_of("llama").get_decoder()
+
+    def forgets(**given: Any) -> Any:
+        del given["chains"]
+        return decoder(**given)
+
+    with our_attention(decoder), pytest.raises(ModelError, match="who sees whom"):
+        packed_states(forgets, [[1, 2, 3], [1, 2, 4]], "cpu")
 
 
 def test_who_takes_a_packed_row() -> None:
