@@ -72,8 +72,8 @@ class ClosedError(ModelError):
 
 
 class UnreachableError(ModelError):
-    """A model cannot be asked at all: its endpoint or engine is down, or takes neither key nor account. It says nothing about
-    whoever would have been asked."""
+    """A model or a service (search) cannot be asked at all: its endpoint or engine is down, or takes neither key nor account.
+    It says nothing about whoever asked, or would have been asked."""
 
     passing = True
 

@@ -162,9 +162,17 @@ def test_jina_failures(web: Web) -> None:
     web.pages["/https://e.example/"] = Reply(b"{}", 422)
     with pytest.raises(ToolError, match="could not be read"):
         asyncio.run(jina(web).read("https://e.example/"))
+    for status in (429, 503):  # a page may be what breaks it
+        web.pages["/https://e.example/"] = Reply(b"{}", status)
+        with pytest.raises(ToolError, match=rf"status {status}.*try another way"):
+            asyncio.run(jina(web).read("https://e.example/"))
     web.pages["/https://e.example/"] = Reply(b"{}", 401)
     with pytest.raises(UnreachableError, match="does not accept the key"):
         asyncio.run(jina(web, key="secret-key").read("https://e.example/"))
+    with web_fakes.serve() as gone:
+        pass
+    with pytest.raises(UnreachableError, match="the reader cannot be reached"):
+        asyncio.run(jina(gone).read("https://e.example/"))
 
 
 # ---------------------------------------------------------------- summaries

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,11 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from web_fakes import Heard, Reply, Web
 
+from evolve_dag.agent.loop import run_episode
+from evolve_dag.config.schema import RolloutSettings
 from evolve_dag.environments.web.guard import Guard
 from evolve_dag.environments.web.search import Searcher, listing, read_searxng, read_serper
 from evolve_dag.environments.web.services import MAX_PAUSE, UNANSWERED, Service
-from evolve_dag.errors import ConfigError, ModelError, UnreachableError
+from evolve_dag.environments.web.tools import ToolsEnvironment, ToolsWorld
+from evolve_dag.errors import ConfigError, ModelError, UnjudgedError, UnreachableError
+from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.protocols import ToolError
+from evolve_dag.records import Message, Task, Trajectory
+from evolve_dag.steps.policies import require_judged
+from evolve_dag.verification.exact import ExactVerifier
 
 JSON = {"Content-Type": "application/json"}
 ANSWER = {
@@ -139,11 +147,19 @@ def test_what_passes_is_tried_again(web: Web, reply: Reply) -> None:
         assert 0.5 * 2**number <= pause <= 2**number
 
 
-def test_a_limit_that_lasts_is_told_to_the_policy_and_ends_nothing(web: Web) -> None:
-    """The released code ended its whole process on one 429."""
+@pytest.mark.parametrize(
+    ("reply", "says"),
+    [
+        (answer(b"", 429), r"is overloaded \(status 429\)"),
+        (answer(b"", 503), r"fails \(status 503\)"),
+        (answer(b"<html>"), "answered with something that is not JSON"),
+    ],
+)
+def test_an_outage_that_lasts_is_no_observation(web: Web, reply: Reply, says: str) -> None:
+    """As an observation it made wrong answers of a whole night, which was stored."""
     clock = Clock()
-    web.pages["/search"] = answer(b"", 429)
-    with pytest.raises(ToolError, match=r"Serper is overloaded \(status 429\); 5 attempts were made"):
+    web.pages["/search"] = reply
+    with pytest.raises(UnreachableError, match=f"Serper {says}; 5 attempts were made"):
         asyncio.run(serper(web, clock).ask("search", "x"))
     assert len(web.heard) == 5
     assert len(clock.pauses) == 4
@@ -165,12 +181,12 @@ def test_a_service_that_hangs_or_is_gone(web: Web) -> None:
         return answer(ANSWER)
 
     web.pages["/search"] = slow
-    with pytest.raises(ToolError, match=r"did not answer within 0\.05 seconds"):
+    with pytest.raises(UnreachableError, match=r"did not answer within 0\.05 seconds"):
         asyncio.run(serper(web, seconds=0.05).ask("search", "x"))
     assert len(web.heard) == UNANSWERED
     with web_fakes.serve() as gone:
         pass
-    with pytest.raises(ToolError, match="cannot be reached") as caught:
+    with pytest.raises(UnreachableError, match="cannot be reached") as caught:
         asyncio.run(serper(gone).ask("search", "x"))
     assert "k-e-y" not in str(caught.value)
 
@@ -196,13 +212,44 @@ def test_other_refusals_are_told_at_once(web: Web) -> None:
     web.pages["/search"] = answer({}, 400)
     with pytest.raises(ToolError, match="refuses the call"):
         asyncio.run(serper(web).ask("search", "x"))
-    web.pages["/search"] = answer(b"", 403)
-    with pytest.raises(ToolError, match=r"search\.formats"):
-        asyncio.run(searxng(web).ask("search", "x"))
     web.pages["/search"] = Reply(status=302, headers={"Location": "http://127.0.0.1:9/"})
     with pytest.raises(ToolError, match="status 302"):
         asyncio.run(serper(web).ask("search", "x"))
-    assert len(web.heard) == 3
+    with pytest.raises(ToolError, match="the query is longer than"):
+        asyncio.run(searxng(web).ask("search", "x" * 10_000))
+    assert len(web.heard) == 2
+
+
+def test_an_instance_without_json_is_no_observation(web: Web) -> None:
+    web.pages["/search"] = answer(b"", 403)
+    with pytest.raises(UnreachableError, match=r"SearXNG does not give JSON \(status 403\)") as caught:
+        asyncio.run(searxng(web).ask("search", "x"))
+    assert "search.formats" in caught.value.remedy
+
+
+def test_an_outage_of_the_search_makes_no_night_and_a_call_that_fails_once_does(web: Web) -> None:
+    settings = ToolsEnvironment(tools=("search",), search="searxng", searxng=web.base, summarize=False)
+
+    def script(messages: Sequence[Message]) -> str:
+        if messages[-1].role == "tool":
+            return "<answer>I do not know</answer>"
+        return '<tool_call>\n{"name": "search", "arguments": {"query": "mayor"}}\n</tool_call>'
+
+    async def episodes() -> list[Trajectory]:
+        world = ToolsWorld(settings, extractor=None, identity="", memory=None, searcher=searxng(web))
+        tasks = [Task(f"t{n}", "Who is mayor?", "Rato Miku") for n in range(10)]
+        play = {"environment": world, "verifier": ExactVerifier(), "settings": RolloutSettings(max_steps=4), "seed": 1}
+        return [await run_episode(task, 0, model=ScriptedModel(script), **play) for task in tasks]
+
+    web.pages["/search"] = answer(b"", 503)
+    played = asyncio.run(episodes())
+    assert {(t.status, t.reward) for t in played} == {("failed", None)}
+    with pytest.raises(UnjudgedError, match=r"10 of 10 episodes have no verdict; .*SearXNG fails \(status 503\)"):
+        require_judged("rollouts", played, on_trial=True)
+    web.pages["/search"] = failing(5, answer(b"", 503), {"results": []})
+    played = asyncio.run(episodes())
+    assert [t.reward for t in played] == [None, *[0.0] * 9]
+    require_judged("rollouts", played)
 
 
 def test_a_flood_is_cut_off(web: Web) -> None:

@@ -137,6 +137,7 @@ class JinaReader:
 
         Raises:
             ToolError: it may not be opened, or Jina gave no text of it.
+            UnreachableError: Jina cannot be reached, does not accept the key, or has no credit left.
         """
         target = await self.guard.check(url)
         key = read_key(JINA_KEY, self.environment)
@@ -148,6 +149,7 @@ class JinaReader:
             f"{self.base.rstrip('/')}/{target.url.copy_with(fragment=None)}",
             headers=headers,
             refused=lambda status: None if status in (401, 402) else f"the page could not be read (status {status})",
+            one_page=True,
         )
         data = answer.get("data") if isinstance(answer, dict) else None
         content = data.get("content") if isinstance(data, dict) else None

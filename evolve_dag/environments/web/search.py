@@ -17,6 +17,8 @@ from evolve_dag.secrecy import read_key
 SERPER = "https://google.serper.dev"
 SERPER_KEY = "SERPER_API_KEY"
 SNIPPET_CHARACTERS = 400
+MAX_QUERY = 2_000
+"""Bytes of a query. Instances hang up on a longer address, which must not look like an outage."""
 Kind = Literal["search", "scholar"]
 
 
@@ -68,10 +70,12 @@ class Searcher:
         """The observation: ``10 results`` and a line an entry, or ``no results``.
 
         Raises:
-            ToolError: the provider gave none after all attempts.
-            ModelError: the provider does not accept the key.
+            ToolError: the query is too long, or the provider refuses it.
+            UnreachableError: the provider cannot be asked now, or does not accept the key.
         """
         self.check()
+        if len(query.encode(errors="replace")) > MAX_QUERY:
+            raise ToolError(f"the query is longer than {MAX_QUERY} bytes")
         name = "Serper" if self.provider == "serper" else "SearXNG"
         service = self.service or Service(name, self.seconds)
         found = await (self._serper if self.provider == "serper" else self._searxng)(service, kind, query)
@@ -88,14 +92,11 @@ class Searcher:
         return read_serper(answer)
 
     async def _searxng(self, service: Service, kind: Kind, query: str) -> list[Result]:
-        def refused(status: int) -> str | None:
-            return "SearXNG does not give JSON: its settings.yml must list json under search.formats" if status == 403 else None
-
         answer = await service.ask(
             "GET",
             f"{self.base.rstrip('/')}/search",
             parameters={"q": query, "format": "json"} | ({"categories": "science"} if kind == "scholar" else {}),
-            refused=refused,
+            forbidden=("does not give JSON", "list json under search.formats in its settings.yml"),
         )
         return read_searxng(answer)
 

@@ -23,6 +23,7 @@ UNANSWERED = 2
 """Attempts that may end without an answer in time: an episode has not the time for five of them."""
 MAX_PAUSE = 30.0
 """Longest pause between two attempts, whatever ``Retry-After`` says."""
+KEY = ("does not accept the key", "set the right key in its environment variable; docs/configuration.md names it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +48,26 @@ class Service:
         content: Mapping[str, Any] | None = None,
         parameters: Mapping[str, str] | None = None,
         refused: Callable[[int], str | None] = lambda status: None,
+        forbidden: tuple[str, str] = KEY,
+        one_page: bool = False,
     ) -> Any:
         """The JSON that the service answers with.
 
         Args:
             content: sent as JSON.
             refused: words for the policy for a status that is no fault of the service; None: the usual ones.
+            forbidden: what 401 and 403 say about the service, and the remedy.
+            one_page: whether the call is about one page, which may be what is slow or breaks: then that is told to the policy.
 
         Raises:
-            ToolError: no answer after all attempts, or one that is no JSON. Never holds a key.
-            UnreachableError: the service does not accept the key, or its account is empty: no call can succeed, and that says
-                nothing about whoever called.
+            ToolError: it refuses this call, or its answer is too long; where it is about one page, also that none came.
+            UnreachableError: it is down, hangs, is overloaded or gives no JSON through all attempts, does not accept the
+                key, or has no credit: that says nothing about whoever called. No message holds a key.
         """
-        problem, late = "", 0
+        problem, late, gone = "", 0, False
         for attempt in range(self.attempts):
             wait: float | None = None
+            gone = False
             try:
                 status, after, body = await self._once(method, url, headers or {}, content, parameters)
             except TimeoutError:
@@ -70,7 +76,7 @@ class Service:
                 if late == UNANSWERED:
                     break
             except ConnectionError as error:
-                problem = str(error)
+                problem, gone = str(error), True
             else:
                 if status == 200:
                     try:
@@ -82,10 +88,8 @@ class Service:
                         f"{self.name} has no credit left (status {status})", "fill the account, or name another service"
                     )
                 elif status in (401, 403) and refused(status) is None:
-                    raise UnreachableError(
-                        f"{self.name} does not accept the key (status {status})",
-                        "set the right key in its environment variable; docs/configuration.md names it",
-                    )
+                    what, remedy = forbidden
+                    raise UnreachableError(f"{self.name} {what} (status {status})", remedy)
                 elif status == 429 or status >= 500:
                     problem = "is overloaded (status 429)" if status == 429 else f"fails (status {status})"
                     wait = retry_after({"retry-after": after} if after else {})
@@ -94,7 +98,10 @@ class Service:
             if attempt + 1 < self.attempts:
                 jittered = self.pause * 2**attempt * random.uniform(0.5, 1.0)
                 await self.sleep(min(MAX_PAUSE, max(jittered, wait or 0.0)))
-        raise ToolError(f"{self.name} {problem}; {attempt + 1} attempts were made, try another way")
+        told = f"{self.name} {problem}; {attempt + 1} attempts were made"
+        if one_page and not gone:
+            raise ToolError(f"{told}, try another way")
+        raise UnreachableError(told, f"look whether {self.name} is up and has room for `runtime.concurrency` episodes at once")
 
     async def _once(
         self,
