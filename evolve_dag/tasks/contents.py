@@ -1,4 +1,4 @@
-"""What a user's file holds, as a hash: digests do not depend on where a file lies, only on what is in it."""
+"""What a user's file holds, as a hash or a number: digests do not depend on where a file lies, only on what is in it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from evolve_dag.config.schema import TaskSplit
 from evolve_dag.errors import DataError
 from evolve_dag.store.disk import regular
-from evolve_dag.tasks.formats import load_suite
+from evolve_dag.tasks.formats import load_suite, rows_of
 
 
 def file_digest(path: str, key: str) -> str:
@@ -54,6 +54,23 @@ def rows_digest(split: TaskSplit, key: str) -> str:
 def _tasks_digest(split: str, size: int, modified: int) -> str:
     tasks = load_suite(TaskSplit.model_validate_json(split), suite="stream")
     return _text_digest("\n".join(f"{t.id}\0{t.question}\0{t.answer}\0{sorted(t.metadata.items())}" for t in tasks))
+
+
+def count_rows(split: TaskSplit, key: str) -> int:
+    """How many rows there are for a split, whatever it takes of them.
+
+    Raises:
+        DataError: there is no such file, or it cannot be read.
+    """
+    path = Path(split.path or "")
+    _file_digest(path, key)
+    stat = path.stat()
+    return _count_rows(split.model_copy(update={"skip": 0, "count": None}).model_dump_json(), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _count_rows(split: str, size: int, modified: int) -> int:
+    return len(rows_of(TaskSplit.model_validate_json(split))[0])
 
 
 def _text_digest(text: str) -> str:

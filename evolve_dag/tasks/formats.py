@@ -63,6 +63,23 @@ def load_suite(split: TaskSplit, *, suite: str) -> list[Task]:
     Raises:
         DataError: the file cannot be read, or lists every broken row.
     """
+    objects, mistakes = rows_of(split)
+    told = f"{split.path}, percent {split.percent[0]} to {split.percent[1]}" if split.percent else str(split.path)
+    if not objects and not mistakes:
+        raise DataError(f"{told}: no task falls into that part of the file", "widen the split's percent")
+    if split.stream and not mistakes:
+        earlier, taken = _next_rows(told, objects, split)
+        return tasks_from(told, taken, mistakes, suite=suite, count=None, earlier=earlier)
+    return tasks_from(told, objects, mistakes, suite=suite, count=split.count, skip=split.skip)
+
+
+def rows_of(split: TaskSplit) -> tuple[Rows, list[Mistake]]:
+    """The rows of the part of the file that a split draws from, as ``suite`` or ``fields`` read them, and what is wrong
+    with the others.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     assert split.path is not None
     path = Path(split.path)
     rows, mistakes = read_rows(path)
@@ -77,13 +94,7 @@ def load_suite(split: TaskSplit, *, suite: str) -> list[Task]:
         objects = _once(objects)
     if split.percent is not None:
         objects = [(number, row) for number, row in objects if in_percent(row.get("question"), *split.percent)]
-    told = f"{path}, percent {split.percent[0]} to {split.percent[1]}" if split.percent else str(path)
-    if not objects and not mistakes:
-        raise DataError(f"{told}: no task falls into that part of the file", "widen the split's percent")
-    if split.stream and not mistakes:
-        earlier, taken = _next_rows(told, objects, split)
-        return tasks_from(told, taken, mistakes, suite=suite, count=None, earlier=earlier)
-    return tasks_from(told, objects, mistakes, suite=suite, count=split.count, skip=split.skip)
+    return objects, mistakes
 
 
 def _next_rows(path: str, objects: Rows, split: TaskSplit) -> tuple[Rows, Rows]:

@@ -20,7 +20,7 @@ from evolve_dag.definitions import defs
 from evolve_dag.errors import AwayError, ConcurrencyError, DataError, EvolveError, UnjudgedError, UnreachableError
 from evolve_dag.steps import base
 from evolve_dag.store.artifacts import Store
-from evolve_dag.tasks.streams import files_read
+from evolve_dag.tasks.streams import read_so_far
 
 NIGHT = datetime(2026, 6, 1, 2, 0)
 
@@ -308,7 +308,7 @@ def test_a_file_that_comes_during_a_night_is_not_taken_for_the_one_that_was_read
 
     monkeypatch.setattr(fake, "trajectories", late)
     assert iteration(memory, 2).success
-    assert files_read(registry.load(store.root, "tiny"), store) == ("1.jsonl", "3.jsonl")
+    assert read_so_far(registry.load(store.root, "tiny"), store) == ("1.jsonl", "3.jsonl")
     assert "2.jsonl" in decision(memory).reason
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -16,7 +17,7 @@ from evolve_dag.errors import ConfigError, DataError, OrderError
 from evolve_dag.steps.base import STEP_ORDER, resolve, run_step, settings, settings_digest
 from evolve_dag.store.artifacts import Store
 from evolve_dag.tasks.jsonl import in_percent
-from evolve_dag.tasks.streams import FILE, facts_of, files_read, of_iteration
+from evolve_dag.tasks.streams import FILE, facts_of, of_iteration, of_lineage, read_so_far
 from evolve_dag.tasks.suites import load_tasks_of
 
 
@@ -79,8 +80,55 @@ def test_a_long_file_gives_its_next_rows_and_an_appended_row_changes_no_earlier_
         file.write(rows(7, 3))
     after = [settings("trajectories", of_iteration(found, k)) for k in (1, 2, 3)]
     assert after[:2] == before[:2]
-    assert after[2] != before[2]  # a night that was cut short by the file's end is a longer one now
+    assert after[2] != before[2]  # nobody has made it yet: it is a longer one now
     assert asked(found, 4) == ["Who is 9?"]
+
+
+def finished(store: Store, found: Experiment, iteration: int, **facts: Any) -> None:
+    """A night's trajectories in the store, as :func:`run_step` leaves them; what is read is looked up behind earlier ones."""
+    made = store.digest_of("trajectories", "1", {}, {})
+    with store.build("trajectories", made, code_version="1", config={}, inputs={}):
+        pass
+    facts = facts or facts_of(found, of_lineage(found, iteration, store))
+    store.set_ref("experiment", iteration, "trajectories", made, **facts)
+
+
+def test_a_night_that_the_end_of_the_file_cut_short_stays_and_the_next_one_begins_behind_it(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(rows(0, 5))
+    found, store = experiment(tmp_path, "{path: train.jsonl, count: 3, stream: true}"), Store(tmp_path / "store")
+    before = [settings("trajectories", of_lineage(found, k, store)) for k in (1, 2)]
+    for night in (1, 2, 2):  # a night that is there already is asked for once more
+        finished(store, found, night)
+    with pytest.raises(OrderError, match="holds 5 rows, and this iteration begins with row 6"):
+        load_tasks_of(of_lineage(found, 3, store), "train")
+    for more in (1, 4):
+        (tmp_path / "train.jsonl").write_text(rows(0, 5 + more))
+        assert [settings("trajectories", of_lineage(found, k, store)) for k in (1, 2)] == before
+    nights = [[task.question for task in load_tasks_of(of_lineage(found, k, store), "train")] for k in (2, 3, 4)]
+    assert nights == [["Who is 3?", "Who is 4?"], ["Who is 5?", "Who is 6?", "Who is 7?"], ["Who is 8?"]]
+    (tmp_path / "train.jsonl").write_text(rows(0, 4) + rows(50, 1))
+    assert settings("trajectories", of_lineage(found, 2, store)) != before[1], "a row of its own was edited"
+
+
+def test_a_short_night_of_an_older_version_stays_as_it_was_made(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(rows(0, 5))
+    found, store = experiment(tmp_path, "{path: train.jsonl, count: 3, stream: true}"), Store(tmp_path / "store")
+    for night in (1, 2):
+        finished(store, found, night, recomputed=True)
+    assert read_so_far(found, store) == (None, None)
+    assert of_lineage(found, 2, store).tasks.train.count == 3, "it stands in the digest of that night"
+    finished(store, found, 2)
+    assert read_so_far(found, store) == (None, None)
+    finished(store, found, 1)
+    assert read_so_far(found, store) == (["train.jsonl", 3, 0, 3], None)
+
+
+@pytest.mark.parametrize("fact", ["x", 3, [], ["train.jsonl", 3, 0, "2"], ["train.jsonl", 4, 0, 2], ["train.jsonl", 3, 0, -1]])
+def test_rows_that_were_taken_under_another_rule_do_not_count(tmp_path: Path, fact: Any) -> None:
+    (tmp_path / "train.jsonl").write_text(rows(0, 5))
+    found, store = experiment(tmp_path, "{path: train.jsonl, count: 3, stream: true}"), Store(tmp_path / "store")
+    finished(store, found, 1, tasks_rows=fact)
+    assert [of_lineage(found, k, store).tasks.train.count for k in (1, 2)] == [3, 2]
 
 
 def test_an_edited_row_makes_just_its_own_night_out_of_date(tmp_path: Path) -> None:
@@ -185,18 +233,18 @@ def test_files_that_were_read_stay_with_their_nights(tmp_path: Path) -> None:
     made = store.digest_of("trajectories", "1", {}, {})
     with store.build("trajectories", made, code_version="1", config={}, inputs={}):
         pass
-    assert files_read(found, store) == ()
+    assert read_so_far(found, store) == ()
     store.set_ref("experiment", 2, "trajectories", made, **{FILE: "days/3.jsonl"})
-    assert files_read(found, store) == (), "of nights of an older version nothing is known, so all go by name"
+    assert read_so_far(found, store) == (), "of nights of an older version nothing is known, so all go by name"
     store.set_ref("experiment", 1, "trajectories", made, **facts_of(found, of_iteration(found, 1)))
-    read = files_read(found, store)
+    read = read_so_far(found, store)
     assert read == ("1.jsonl", "3.jsonl")
     paths = [Path(of_iteration(found, k, read).tasks.train.path or "").name for k in (1, 2, 3)]
     assert paths == ["1.jsonl", "3.jsonl", "4.jsonl"]
     with pytest.raises(OrderError, match=r"holds 3 files.*sort before what was read: 2\.jsonl"):
         of_iteration(found, 4, read)
     store.set_ref("experiment", 1, "trajectories", made, **{FILE: "elsewhere/1.jsonl"})
-    assert files_read(found, store) == (), "another folder is another stream"
+    assert read_so_far(found, store) == (), "another folder is another stream"
 
 
 def test_a_late_file_changes_no_config_asset_of_a_lineage_that_has_begun(tmp_path: Path) -> None:
