@@ -31,6 +31,7 @@ _UNSEEN = frozenset({"Cc", "Cf", "Cn", "Co", "Mn", "Me", "Zs", "Zl", "Zp"})
 """Categories of characters that show nothing, or only a mark on the one before."""
 _BLANKS = frozenset("\u115f\u1160\u2800\u3164\uffa0\ufffc\U0001d159")
 """Letters and symbols without ink: fillers of Hangul, the empty pattern of Braille, a note without head."""
+_FIRST_SCRIPT_WITHOUT_SPACES = 0x0E00  # Thai; CJK, kana and hangul come later, and none of them puts spaces around a name
 _LATIN = re.compile(r"(?:.* )?(?:LATIN|REGIONAL INDICATOR)\b.* LETTER (?:SMALL CAPITAL |DOTLESS |OPEN )?([A-Z])(?: WITH .+)?")
 """Names of characters that are drawn as a Latin letter."""
 _ALIKE = str.maketrans("l1|0", "iiio")
@@ -55,6 +56,11 @@ def whole(text: str) -> str:
 def printable(text: str) -> str:
     """``text`` for a terminal, which would obey its control characters: U+FFFD stands for each but tabs and line feeds."""
     return _OBEYED.sub("\ufffd", text)
+
+
+def spaced(character: str) -> bool:
+    """Whether a word boundary must stand beside ``character`` for it to be the edge of a word."""
+    return character.isalnum() and ord(character) < _FIRST_SCRIPT_WITHOUT_SPACES
 
 
 def head(text: str, characters: int) -> str:

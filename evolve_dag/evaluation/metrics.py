@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import DataError
 from evolve_dag.evaluation.intervals import Interval, mean_interval, share_interval
-from evolve_dag.plain import LAST_STEP
+from evolve_dag.plain import LAST_STEP, spaced
 from evolve_dag.records import Score, Step, Task, Trajectory, solved
 from evolve_dag.store.jsonvalues import from_values, to_values
 
@@ -31,7 +31,6 @@ MOST_VALUES = 12
 """A metadata key with more values than this (an id, a URL) is no breakdown."""
 
 _LISTING = re.compile(r"\s*(no|\d+) results?\b", re.IGNORECASE)
-_FIRST_SCRIPT_WITHOUT_SPACES = 0x0E00  # Thai; CJK, kana and hangul come later, and none of them puts spaces around a name
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +102,8 @@ def stands_in(value: str, text: str) -> bool:
     wanted = whole.rstrip(".,;:!?").strip("\"'") or whole
     if not wanted:
         return False
-    before = r"(?<!\w)" if _spaced(wanted[0]) else ""
-    after = r"(?!\w)" if _spaced(wanted[-1]) else ""
+    before = r"(?<!\w)" if spaced(wanted[0]) else ""
+    after = r"(?!\w)" if spaced(wanted[-1]) else ""
     return re.search(before + re.escape(wanted) + after, _normal(text)) is not None
 
 
@@ -328,11 +327,6 @@ def metrics_from_json(content: Mapping[str, Any]) -> Metrics:
 
 def _normal(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def _spaced(character: str) -> bool:
-    """Whether a word boundary must stand beside ``character`` for it to be the edge of a word."""
-    return character.isalnum() and ord(character) < _FIRST_SCRIPT_WITHOUT_SPACES
 
 
 def _before_answer(trajectory: Trajectory) -> list[Step]:

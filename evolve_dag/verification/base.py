@@ -16,10 +16,6 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=VerificationSettings)
 
-READING = "reading 2"
-"""How verdicts of the judge and of mathematics are read; a part of what they are, in digests and in memory: the first reading
-was wrong at times, and what was scored by it does not stand for what is scored now."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifierPart(Part[S]):

@@ -7,9 +7,16 @@ import re
 
 log = logging.getLogger(__name__)
 
-_ANCHOR = re.compile(r"\$|\\boxed|(?<!\\)\\[(\[]")
+_ANCHOR = re.compile(r"(?<!\\)\$|\\boxed|(?<!\\)\\[(\[]")
 _PROSE = re.compile(r"[^\W\d_]{2,}|^\d{1,3}(?: \d{3})+$")
 """A word; and a number as the prose of many countries writes it, which LaTeX takes for a product."""
+_CURRENCY = re.compile(r"(?<!\\)\\\$")
+"""A dollar as LaTeX writes it."""
+_ASCII = {0xFEE0 + code: code for code in range(0x21, 0x7F)}
+"""Full-width forms, as texts in Chinese and Japanese have them, and what they stand for."""
+_UNSPACED = r"[\u0e00-\uffef]"
+_BESIDE = re.compile(rf"(?<={_UNSPACED})(?=[-+(]?\d)|(?<={_UNSPACED}:)(?=[-+(]?\d)|(?<=[\d%)])(?={_UNSPACED})")
+"""Where a number touches a script that is written without spaces, which would be taken for a part of it."""
 
 
 def equal(reference: str, answer: str) -> float | None:
@@ -21,6 +28,7 @@ def equal(reference: str, answer: str) -> float | None:
     from math_verify.errors import TimeoutException
 
     try:
+        reference, answer = (_CURRENCY.sub("", text) for text in (reference, answer))
         gold = parse(_anchored(reference), raise_on_error=True)
         if not gold:
             return 0.0  # no mathematics, and not the same text
@@ -38,7 +46,7 @@ def _readings(answer: str) -> tuple[str, ...]:
     would find the 25 in ``25\\pi``."""
     anchored = _anchored(answer)
     prose = anchored == answer or ("\\" not in answer and _PROSE.search(answer))
-    return (answer, anchored) if prose else (anchored,)
+    return (_BESIDE.sub(" ", answer.translate(_ASCII)), anchored) if prose else (anchored,)
 
 
 def _anchored(text: str) -> str:

@@ -39,7 +39,7 @@ def normalise(text: str) -> str:
 
     - Unicode: compatibility forms (NFKC: full-width letters, ligatures) and case, as in the standard's compatibility
       caseless matching (Unicode, section 3.13, D146); invisible format characters go. Raised digits keep their
-      meaning: "10²" reads "10^2", not "102".
+      meaning: "10²" reads "10^2", not "102". The minus sign is a hyphen, and a curved apostrophe a straight one.
     - White space: runs become one space, ends go.
     - Punctuation around the whole answer: a pair of quotation marks or brackets, and the marks that end a sentence.
       Signs that belong to a value stay: "-5", ".5", "5%", "C#", "$3", the feet of 5' and the factorial of "5!".
@@ -51,7 +51,7 @@ def normalise(text: str) -> str:
     for form in ("NFD", "NFKD", "NFKD"):
         text = unicodedata.normalize(form, text).casefold()
     text = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
-    return _without_signs(" ".join(text.split()))
+    return _without_signs(" ".join(text.translate(_SAME).split()))
 
 
 def _without_signs(text: str) -> str:
@@ -78,6 +78,7 @@ def _is_end_mark(sign: str, before: str) -> bool:
 
 
 _RAISED = re.compile("[⁰¹²³⁴-⁹]+")
+_SAME = str.maketrans("\u2212‘’", "-''")
 _PAIRS = frozenset(
     {
         '""',
@@ -93,8 +94,7 @@ _PAIRS = frozenset(
         "“”",
         "„“",
         "„”",
-        "‘’",
-        "‚‘",
+        "‚'",
         "「」",
         "『』",
         "《》",

@@ -23,7 +23,7 @@ from evolve_dag.protocols import LanguageModel, Request, Sampling
 from evolve_dag.records import Message, Task
 from evolve_dag.secrecy import describe_error
 from evolve_dag.store.memory import Memory
-from evolve_dag.verification.base import READING, VerifierPart
+from evolve_dag.verification.base import VerifierPart
 from evolve_dag.verification.exact import equals, references
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,9 @@ GUIDE = {
     "additionalProperties": False,
 }
 """What a model is held to that can be held: the verdict comes last, so what stands before it must leave it room."""
+READING = "reading 2"
+"""How a verdict is read, a part of what it is, in digests and in memory: the first reading was wrong at times, and what was
+scored by it does not stand for what is scored now."""
 MAX_GIVEN = 4000
 """Characters of an answer that the judge reads; the head and the tail of a longer one."""
 

@@ -14,12 +14,15 @@ from typing import Literal
 from evolve_dag.config.parts import VerificationSettings
 from evolve_dag.errors import ModelError
 from evolve_dag.records import Task
-from evolve_dag.verification.base import READING, VerifierPart
+from evolve_dag.verification.base import VerifierPart
 from evolve_dag.verification.equality import equal
 from evolve_dag.verification.exact import equals, references
 
 log = logging.getLogger(__name__)
 
+READING = "reading 3"
+"""How an answer is read, a part of what verdicts are: what was scored by an earlier reading, which was wrong at times, does not
+stand for what is scored now."""
 SECONDS = 20.0
 """Longest wait for one comparison; the library's own limits are 5 seconds for each of its parts."""
 

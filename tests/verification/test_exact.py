@@ -102,3 +102,12 @@ def test_signs_go_as_they_would_one_after_the_other(text: str) -> None:
             break
         bare = inner.strip()
     assert shown == bare
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference"),
+    [("−5", "-5"), ("10−2", "10-2"), ("don’t", "don't"), ("‘Rato Miku’", "Rato Miku"), ("‚Rato‘", "Rato")],
+)
+def test_a_minus_and_an_apostrophe_are_written_in_two_ways(answer: str, reference: str) -> None:
+    assert normalise(answer) == normalise(reference)
+    assert normalise(reference) == normalise(normalise(answer))
