@@ -76,6 +76,22 @@ def test_a_page_that_cannot_be_parsed_is_an_observation(web: Web, executor: Thre
         asyncio.run(local(web, executor).read(web.base))
 
 
+@pytest.mark.parametrize(
+    ("label", "written", "text"),
+    [
+        ("gb2312", "gbk", "朱镕基 1928"), ("GBK", "gb18030", "𠮷 €"),
+        ("iso-8859-1", "cp1252", "It’s “x” – 5 €"), ("us-ascii", "cp1252", "–"),
+        ("euc-kr", "cp949", "똠방각하"), ("shift_jis", "cp932", "①髙"),
+        ("tis-620", "cp874", "กรุงเทพ…"), ("utf-8", "utf-8", "é"),
+    ],
+)  # fmt: skip
+def test_a_character_set_is_the_larger_one_that_pages_are_written_in(
+    web: Web, executor: ThreadPoolExecutor, label: str, written: str, text: str
+) -> None:
+    web.pages["/"] = Reply(text.encode(written), headers={"Content-Type": f"text/plain; charset={label}"})
+    assert asyncio.run(local(web, executor).read(web.base)).text == text
+
+
 def html(page: str, characters: int = 4000) -> str:
     return documents.to_text(page.encode(), "html", {"url": "https://e.example/", "charset": "utf-8", "characters": characters})
 

@@ -43,6 +43,20 @@ KINDS = {
 }
 """Content type -> kind of document; others are refused before their body is read."""
 
+CHARSETS = {
+    "ascii": "cp1252",
+    "iso8859-1": "cp1252",
+    "iso8859-9": "cp1254",
+    "iso8859-11": "cp874",
+    "tis-620": "cp874",
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "big5": "big5hkscs",
+    "euc_kr": "cp949",
+    "shift_jis": "cp932",
+}
+"""What a server calls its character set -> the larger one that pages are written in (WHATWG, Encoding, section 4.2)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
@@ -206,7 +220,8 @@ def _charset(parameters: str) -> str:
             except (LookupError, ValueError):
                 return ""
             # Python knows codecs that are no character sets (zlib, punycode, unicode_escape).
-            return found if re.match(r"(utf|iso|cp|koi8|gb|big5|euc|shift_jis|ascii|mac|tis|hz|johab|ptcp)", found) else ""
+            known = re.match(r"(utf|iso|cp|koi8|gb|big5|euc|shift_jis|ascii|mac|tis|hz|johab|ptcp)", found)
+            return CHARSETS.get(found, found) if known else ""
     return ""
 
 
