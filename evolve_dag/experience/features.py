@@ -80,7 +80,7 @@ ACTIONS: Mapping[str, str] = {
     "open_unlisted": "opens a title that stands nowhere in a listing or on the last page",
     "search_short": "a free-text call of at most four words",
     "search_long": "a free-text call of more words",
-    "use_tool": "any other call (code, or several arguments)",
+    "use_tool": "any other call (code, or several arguments that are not named for what the tool does)",
     "use:<tool>": "a call, by its tool's name, where that neither searches nor opens nor runs code, or is described",
     "did:<words>": "a call, by what the environment says that it did",
     "answer_highest": "of several rows with a number each, the last observation's, the answer is that with the highest number",
@@ -108,6 +108,7 @@ STOP_WORDS = frozenset(
 _SEARCHERS = frozenset({"search", "query", "find", "lookup", "ask", "scholar", "google", "bing"})
 _OPENERS = frozenset(re.findall(r"\w+", "visit open fetch read browse goto page url link title document file path click get"))
 _RUNNERS = frozenset({"python", "code", "run", "execute", "shell", "bash", "calculator", "interpreter", "sql"})
+_KINDS = {"run": _RUNNERS, "search": _SEARCHERS, "open": _OPENERS}
 
 _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 _MARKUP = re.compile(r"\*\*|[`\"“”«»]")
@@ -364,17 +365,23 @@ def call_name(call: ToolCall) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", call.name)[:40]
 
 
-def _call_kind(call: ToolCall) -> str:
-    """``search``, ``open``, ``run`` or ``unknown``, by the names of tool and argument."""
-    if len(call.arguments) != 1:
-        return "run"
-    tool = set(re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", call.name).lower()))
-    argument = set(re.split(r"[^a-z]+", next(iter(call.arguments)).lower()))
-    for words in (tool, argument):
-        for kind, hints in (("run", _RUNNERS), ("search", _SEARCHERS), ("open", _OPENERS)):
-            if words & hints:
-                return kind
-    return "unknown"
+def _call_kind(call: ToolCall) -> tuple[str, str]:
+    """``search``, ``open``, ``run`` or ``unknown``, by the names of tool and argument, and the argument that says what for."""
+    if len(call.arguments) == 1:
+        ((name, argument),) = call.texts.items()
+        return _kind(call.name) or _kind(name) or "unknown", argument
+    # Of several arguments that which is named for what the tool does: of visit(url, goal) the address.
+    kind = _kind(call.name)
+    told = next((text for name, text in call.texts.items() if _words(name) & _KINDS[kind]), None) if kind else None
+    return ("run", "") if kind is None or told is None else (kind, told)
+
+
+def _kind(name: str) -> str | None:
+    return next((kind for kind, hints in _KINDS.items() if _words(name) & hints), None)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))
 
 
 class Tracker:
@@ -470,10 +477,9 @@ class Tracker:
             return "repeat"
         if step.features or self.last.kind == "described":
             return f"use:{call_name(step.call)}"
-        kind = _call_kind(step.call)
+        kind, argument = _call_kind(step.call)
         if kind == "run":
             return "use_tool"
-        argument = next(iter(step.call.texts.values()))
         plain = normalised(argument)
         rank = self._rank(argument) if kind != "search" else None
         pointed = bool(plain) and plain == self.last.target

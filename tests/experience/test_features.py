@@ -105,6 +105,10 @@ def test_the_pocket_states_differ_pairwise() -> None:
 PYTHON = Step(0, "run", (), (), ToolCall("python", {"code": "1+1"}), observation="2")
 UNKNOWN_OPEN = Step(0, "go", (), (), ToolCall("consult", {"x": "river Bado Keli"}), observation="...")
 UNKNOWN_SEARCH = Step(0, "go", (), (), ToolCall("consult", {"x": "Bado Keli"}), observation="...")
+LISTED = "2 results\n1. Rato Miku: mayor (https://a.example/rato)\n2. Other: x (https://b.example/)"
+BY_ADDRESS = Step(0, "go", (), (), ToolCall("visit", {"goal": "who is it", "url": "https://b.example/"}), observation="...")
+SEARCH_PAGE = Step(0, "go", (), (), ToolCall("web_search", {"page": "2", "query": "mayor of Bado"}), observation="...")
+CLICK = Step(0, "go", (), (), ToolCall("move", {"x": "1", "y": "2"}), observation="...")
 READ = [search("Bado Keli home", SHARED), visit("person Bado Keli", HOME_PAGE)]
 WRONG = [search("x", SHARED), visit("river Bado Keli", WRONG_PAGE)]
 SECOND = "2 results\n1. river Zano Pile: mouth: city Kalo Ne\n2. city Zano Pile: mayor: person Old Mayor"
@@ -132,6 +136,9 @@ ACTION_CASES = [
     ("after a refusal nothing is repeated", [search("x", SHARED), malformed()], search("X", ""), "search_short"),
     ("same argument, other tool", [search("person Bado Keli", ONE)], visit("person Bado Keli", ""), "open_fitting"),
     ("run", [], PYTHON, "use_tool"),
+    ("an address beside a goal", [search("x", LISTED)], BY_ADDRESS, "open_other"),
+    ("words beside a number", [], SEARCH_PAGE, "search_short"),
+    ("several arguments that tell nothing", [], CLICK, "use_tool"),
     ("unknown tool opens a listed title", [search("x", SHARED)], UNKNOWN_OPEN, "open_first"),
     ("told by the environment", [], replace(search("x", SHARED), features={"did": "go on"}), "did:go on"),
     ("unknown tool", [search("x", SHARED)], UNKNOWN_SEARCH, "use:consult"),
