@@ -95,8 +95,8 @@ class LLMSelector:
     """Asks a model for ``min_items`` to ``max_items`` ids and a rationale.
 
     - More ids than ``max_items``: the first ones. Fewer than ``min_items``: taken as they are (``short``); an item that
-      does not fit would be worse. None of the pool, or no readable answer after one repair: the lexical selector
-      (``fallbacks``).
+      does not fit would be worse. An empty list where ``min_items`` is 0: none. Else none of the pool, or no readable answer
+      after one repair: the lexical selector (``fallbacks``).
     - The model cannot be asked: the lexical selector (``failed_calls``); the next question is asked again.
     - Where the pool has no more items than must be chosen, all are, and nobody is asked (``forced``).
 
@@ -201,7 +201,7 @@ class LLMSelector:
     async def _ask(self, key: str, content: str, pool: Pool, least: int, most: int) -> _Asked:
         def check(value: Any) -> str | None:
             ids, unknown, _ = read_choice(value, pool, most)
-            if ids:
+            if ids or (least == 0 and _is_none(value)):
                 return None
             return "none of its ids stands in the pool" if unknown else "it names no id"
 
@@ -218,7 +218,7 @@ class LLMSelector:
         value = answer.value if answer.ok else extract_json(answer.text)
         ids, unknown, rationale = read_choice(value, pool, most)
         self.statistics["unknown_ids"] += unknown
-        if not ids:
+        if not ids and not (least == 0 and _is_none(value)):
             return _Asked(None, "the model chose none of the items" if value is not None else "the model's answer is no choice")
         self.statistics["short"] += len(ids) < least
         selection = Selection(ids, rationale or "no reason given")
@@ -228,6 +228,13 @@ class LLMSelector:
         return _Asked(selection)
 
 
+def _is_none(value: Any) -> bool:
+    """Whether a choice says that no item fits; anything else without an id of the pool is a choice that went wrong."""
+    return (value.get("ids") if isinstance(value, dict) else value) == []
+
+
+NONE_FITS = "none may fit"
+"""How a choice of nothing is read where it is one; in digests, since the lexical selector stood in for it before."""
 _FAILED = "the model could not be asked"
 
 
@@ -240,4 +247,5 @@ LLM = SelectorPart(
     make=_make,
     roles=lambda settings: ("selector",),
     prompts=lambda settings, experiment: (PROMPT,),
+    data=lambda settings: "" if settings.min_items else NONE_FITS,
 )

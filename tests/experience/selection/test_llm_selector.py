@@ -143,6 +143,20 @@ def test_the_bounds_follow_the_pool_and_each_other() -> None:
     assert "Choose 5 to 5 items" in model.requests[0].messages[0].content
 
 
+def test_none_is_a_choice_where_it_may_be_one_and_is_remembered(tmp_path: Path) -> None:
+    memory, none = Memory(tmp_path / "memory.sqlite"), {"ids": [], "rationale": "none fits"}
+    for _ in range(2):
+        found = choose(asked := selector(replies(none), memory, min_items=0))
+        assert (found.ids, found.rationale) == ((), "none fits")
+    assert +asked.statistics == {"remembered": 1}
+    for wrong in ({"ids": ["p9999"], "rationale": "r"}, {"rationale": "r"}):
+        found = choose(asked := selector(replies(wrong, wrong), min_items=0))
+        assert found.ids == lexical().ids
+        assert asked.statistics["fallbacks"] == 1
+    found = choose(selector(replies(none, none), min_items=1))
+    assert found.rationale.startswith("lexical, the model chose none of the items")
+
+
 # --- remembered
 
 
