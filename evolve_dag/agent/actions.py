@@ -18,6 +18,7 @@ from evolve_dag.protocols import ToolSpec
 from evolve_dag.records import ToolCall
 
 _TAG = re.compile(r"</?(?:tool_call|answer)>")
+_OPENING = re.compile(r"<(tool_call|answer)>")
 _MAX_NAME = 40
 """Characters of a name that the policy made up and a message repeats."""
 _MAX_ALLOWED = 200
@@ -78,10 +79,8 @@ def _parse_tagged(text: str, tools: Sequence[ToolSpec], typed: bool) -> ParsedAc
     reasoning, _, rest = text.rpartition("</think>")
     thought = (reasoning + rest[: first.start() if first else len(rest)]).replace("<think>", "").strip()
 
-    calls, outside = _enclosed(body, "tool_call")
-    answers, _ = _enclosed(body, "answer")
-    # An unclosed tag inside a complete call or answer is that one's content, not a second attempt.
-    left_over = _TAG.search(_enclosed(outside, "answer")[1])
+    calls, answers, outside = _enclosed(body)
+    left_over = _TAG.search(outside)
     if calls and answers:
         problem: str | None = "there are both a tool call and an answer"
     elif len(calls) > 1:
@@ -158,19 +157,24 @@ def explain(problem: str) -> str:
     return f"error: {problem}. write one tool call, a json object with name and arguments, or one answer"
 
 
-def _enclosed(text: str, tag: str) -> tuple[list[str], str]:
-    """What stands between ``<tag>`` and the next ``</tag>``, and the text without it. Every character is looked at once,
-    however many tags are never closed."""
-    opening, closing = f"<{tag}>", f"</{tag}>"
-    inside, outside, place = [], [], 0
-    while (start := text.find(opening, place)) >= 0:
-        end = text.find(closing, start + len(opening))
+def _enclosed(text: str) -> tuple[list[str], list[str], str]:
+    """What stands in calls, what in answers, and the text without them. A tag inside of either is its content, no second
+    attempt: a program may print an answer's tags. Every character is looked at a few times, however many tags are never closed.
+    """
+    inside: dict[str, list[str]] = {"tool_call": [], "answer": []}
+    outside, place, closed = [], 0, set(inside)
+    for opening in _OPENING.finditer(text):
+        tag = opening[1]
+        if opening.start() < place or tag not in closed:
+            continue
+        end = text.find(f"</{tag}>", opening.end())
         if end < 0:  # then no later one is closed either
-            break
-        outside.append(text[place:start])
-        inside.append(text[start + len(opening) : end])
-        place = end + len(closing)
-    return inside, "".join([*outside, text[place:]])
+            closed.remove(tag)
+            continue
+        outside.append(text[place : opening.start()])
+        inside[tag].append(text[opening.end() : end])
+        place = end + len(f"</{tag}>")
+    return inside["tool_call"], inside["answer"], "".join([*outside, text[place:]])
 
 
 def _describe_left_over(tag: str) -> str:

@@ -179,11 +179,21 @@ tags = st.lists(st.sampled_from(["<tool_call>", "</tool_call>", "<answer>", "</a
 )
 
 
-@given(tags, st.sampled_from(["tool_call", "answer"]))
+@given(tags)
 @settings(max_examples=300, deadline=None)
-def test_what_is_enclosed_is_what_a_lazy_pattern_finds(text: str, tag: str) -> None:
-    lazy = re.compile(f"<{tag}>(.*?)</{tag}>", re.S)  # takes quadratic time where tags are not closed
-    assert _enclosed(text, tag) == (lazy.findall(text), lazy.sub("", text))
+def test_what_is_enclosed_is_what_a_lazy_pattern_finds(text: str) -> None:
+    lazy = re.compile(r"<(tool_call|answer)>(.*?)</\1>", re.S)  # takes quadratic time where tags are not closed
+    calls, answers = ([inside for tag, inside in lazy.findall(text) if tag == wanted] for wanted in ("tool_call", "answer"))
+    assert _enclosed(text) == (calls, answers, lazy.sub("", text))
+
+
+def test_tags_inside_of_a_call_or_an_answer_are_its_content() -> None:
+    program = "print('<answer>', 5, '</answer>')"
+    call = json.dumps({"name": "python", "arguments": {"code": program}})
+    assert parse_action(f"<tool_call>\n{call}\n</tool_call>").call == ToolCall("python", {"code": program})
+    assert parse_action("<answer>It is <tool_call></tool_call></answer>").answer == "It is <tool_call></tool_call>"
+    both = parse_action(f"<answer>5</answer><tool_call>\n{call}\n</tool_call>")
+    assert both.problem == "there are both a tool call and an answer"
 
 
 def test_arguments_of_a_tool_with_a_schema_keep_their_types() -> None:
