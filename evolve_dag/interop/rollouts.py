@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from evolve_dag.agent.actions import ParsedAction, parse_action
 from evolve_dag.errors import DataError
+from evolve_dag.evaluation.metrics import ALIASES
 from evolve_dag.interop.pools import (
     LISTED,
     Notes,
@@ -43,7 +44,7 @@ from evolve_dag.store.jsonvalues import is_finite
 from evolve_dag.store.layout import TASKS
 from evolve_dag.store.locks import locked
 from evolve_dag.tasks.formats import as_text
-from evolve_dag.tasks.jsonl import folded, question_id
+from evolve_dag.tasks.jsonl import ALIAS_SEPARATOR, folded, question_id
 
 if TYPE_CHECKING:
     from evolve_dag.store.artifacts import Build, Store
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 __all__ = ["artifact_of", "detect", "import_file", "pool_from_file", "read_pool", "read_rollouts", "rollouts_from_file"]
 
 Kind = Literal["pool", "rollouts"]
-VERSION = "2"
+VERSION = "3"
 """Raise it when the same file would become something else."""
 
 _REMEDY = "a rollout a line, with its question, its messages and its answer"
@@ -127,8 +128,11 @@ def read_rollouts(path: str | Path) -> ImportedRollouts:
         rollout = counted[task_id]
         counted[task_id] += 1
         trajectories.append(replace(draft.trajectory, id=f"{task_id}#{rollout}", task_id=task_id, rollout=rollout))
-        if draft.reference:
-            tasks.setdefault(task_id, Task(task_id, draft.trajectory.question, draft.reference, f"imported/{path.stem}"))
+        if draft.references:
+            answer, *others = draft.references
+            aliases = {ALIASES: ALIAS_SEPARATOR.join(others)} if others else {}
+            task = Task(task_id, draft.trajectory.question, answer, f"imported/{path.stem}", aliases)
+            tasks.setdefault(task_id, task)
     return ImportedRollouts(
         tuple(trajectories), tuple(draft.line for draft in drafts), tuple(tasks.values()), noted.lines("rollout")
     )
@@ -159,7 +163,8 @@ def artifact_of_rollouts(found: ImportedRollouts, store: Store, path: str | Path
 
 
 def _save_tasks(build: Build, found: ImportedRollouts) -> None:
-    lines = [json.dumps({"id": t.id, "question": t.question, "answer": t.answer}, ensure_ascii=False) for t in found.tasks]
+    rows = [{"id": t.id, "question": t.question, "answer": t.answer, **t.metadata} for t in found.tasks]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     text = "".join(f"{line}\n" for line in lines)
     (build.path / TASKS).write_bytes(text.encode("utf-8", "replace"))
     places = {t.id: line for t, line in zip(found.trajectories, found.lines, strict=True)}
@@ -177,7 +182,8 @@ class _Draft:
     line: int
     given: str | None
     """Task id that the line bears."""
-    reference: str
+    references: tuple[str, ...]
+    """The reference answer, and behind it others that are right too; () for none."""
     trajectory: Trajectory
 
     @property
@@ -220,7 +226,7 @@ def _draft(line: int, row: Mapping[str, Any], noted: Notes) -> _Draft | None:
     return _Draft(
         line,
         task_id if task_id is not None and _TASK_ID.fullmatch(task_id) else None,
-        _reference(row),
+        _references(row, line, noted),
         Trajectory(
             id="", task_id="", rollout=0, seed=0, system=system, question=question, steps=tuple(steps), status=status,
             answer=answer, reward=reward, error=told, seconds=float(seconds) if is_finite(seconds) else 0.0,
@@ -376,13 +382,18 @@ def _reward(row: Mapping[str, Any]) -> float | None:
     return float(reward)
 
 
-def _reference(row: Mapping[str, Any]) -> str:
-    """The reference answer as text; '' for none."""
-    reference = _first(row, "groundtruth", "ground_truth", "answer", "reference")
-    if isinstance(reference, list) and reference:
-        reference = reference[0]
-    text = as_text(reference)
-    return text.strip() if isinstance(text, str) else ""
+def _references(row: Mapping[str, Any], line: int, noted: Notes) -> tuple[str, ...]:
+    """The reference answers as text."""
+    given = _first(row, "groundtruth", "ground_truth", "answer", "reference")
+    values = given if isinstance(given, list) else [] if given is None else [given]
+    texts = [as_text(str(value) if isinstance(value, bool) else value) for value in values]
+    if not all(isinstance(text, str) for text in texts):
+        noted.add("with a reference answer that is no text, left out", f"line {line}")
+    found = tuple(dict.fromkeys(text.strip() for text in texts if isinstance(text, str) and text.strip()))
+    kept = found[:1] + tuple(text for text in found[1:] if ALIAS_SEPARATOR not in text)
+    if kept != found:
+        noted.add(f"with another right answer that holds {ALIAS_SEPARATOR!r}, left out", f"line {line}")
+    return kept
 
 
 def _messages(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:

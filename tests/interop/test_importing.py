@@ -16,12 +16,13 @@ from pool_replay import outline, replay
 from typer.testing import CliRunner
 
 from evolve_dag import cli
+from evolve_dag.config.schema import TaskSplit
 from evolve_dag.errors import DataError
 from evolve_dag.experience.extraction.mining import ContrastExtraction, extract
 from evolve_dag.experience.injection import assert_clean
 from evolve_dag.experience.pool import Pool
 from evolve_dag.interop.pools import artifact_of, pool_digest, pool_from_file, read_pool
-from evolve_dag.interop.rollouts import detect, import_file, read_rollouts, rollouts_from_file
+from evolve_dag.interop.rollouts import artifact_of_rollouts, detect, import_file, read_rollouts, rollouts_from_file
 from evolve_dag.jsonlines import read_objects
 from evolve_dag.lineage import garbage
 from evolve_dag.lineage.trace import render, trace
@@ -29,7 +30,9 @@ from evolve_dag.records import ExperienceItem, Step, ToolCall
 from evolve_dag.steps.policies import open_pool
 from evolve_dag.store.artifacts import Ref, Store
 from evolve_dag.store.frames import edits_from_frame, load_trajectories
+from evolve_dag.store.layout import TASKS
 from evolve_dag.store.query import run_sql
+from evolve_dag.tasks.formats import load_suite
 from evolve_dag.tasks.jsonl import question_id, tasks_from
 
 PRINCIPLE = "Verify: when a snippet names the answer, open its page first."
@@ -569,3 +572,21 @@ def test_a_step_of_text_alone_is_the_answer(tmp_path: Path) -> None:
     assert trajectory.steps == (Step(0, "Rato Miku", (), (), answer="Rato Miku"),)
     assert trajectory.reward == 1.0
     assert found.tasks[0].answer == "Rato Miku"
+
+
+def test_all_reference_answers_are_kept_and_what_is_none_is_told(tmp_path: Path) -> None:
+    given: list[Any] = [["Washington, D.C.", "Washington", "a|b"], True, {"city": "Bonn"}, None]
+    rows = [{"problem": f"Question {n}?", "groundtruth": value, "response": "x"} for n, value in enumerate(given)]
+    found = read_rollouts(write_lines(tmp_path / "r.jsonl", rows))
+    assert [(task.answer, dict(task.metadata)) for task in found.tasks] == [
+        ("Washington, D.C.", {"aliases": "Washington"}),
+        ("True", {}),
+    ]
+    assert "1 rollout with a reference answer that is no text, left out (line 3)" in found.notes
+    assert "1 rollout with another right answer that holds '|', left out (line 1)" in found.notes
+    store = Store(tmp_path / "store")
+    artifact = store.open("trajectories", artifact_of_rollouts(found, store, tmp_path / "r.jsonl"))
+    split = TaskSplit(path=str(artifact.file(TASKS)))
+    assert [(task.answer, dict(task.metadata)) for task in load_suite(split, suite="s")] == [
+        (task.answer, dict(task.metadata)) for task in found.tasks
+    ]
