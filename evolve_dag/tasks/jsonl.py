@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,8 @@ def in_percent(question: object, low: int, high: int) -> bool:
 
 
 def folded(question: str) -> str:
-    """A question by which two are the same, whatever their white space and case."""
-    return " ".join(question.split()).casefold()
+    """A question by which two are the same, whatever their white space, their case and the encoding of accents (NFC, NFD)."""
+    return " ".join(unicodedata.normalize("NFC", question).split()).casefold()
 
 
 def _draw(seed: int, identifier: str) -> str:

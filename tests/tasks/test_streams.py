@@ -330,6 +330,7 @@ def test_the_same_question_in_other_letters_falls_into_the_same_part(tmp_path: P
         return [low for low in range(100) if in_percent(question, low, low + 1)]
 
     assert part_of("Who is it?") == part_of(" WHO is  it? ")
+    assert part_of("Who is Ren\u00e9?") == part_of("Who is Rene\u0301?")
     assert len(part_of("Who is it?")) == 1
     assert part_of("Who is it?") != part_of("Who is she?")
 
