@@ -23,7 +23,7 @@ from evolve_dag.records import Finding, Task, Trajectory, withdrawn
 from evolve_dag.secrecy import describe_error
 from evolve_dag.steps.spec import Check, Verdict
 from evolve_dag.store.layout import CALLS, POOL
-from evolve_dag.tasks.suites import load_tasks_of
+from evolve_dag.tasks.suites import load_tasks_of, verifier_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -367,7 +367,10 @@ def fan_out(
     context.progress.start(label, len(tasks) * group_size)
     try:
         with workers.open(playing, context.roles.ledger) as (play, concurrency):
-            condition = Condition(tasks, group_size, play, seed, _journal(context, label), lambda _: context.progress.advance())
+            # A verdict that is missing is asked for here: the episode itself is there.
+            judge = judged_here(verifier_of(context.experiment, context.roles))
+            journal = _journal(context, label)
+            condition = Condition(tasks, group_size, play, seed, journal, lambda _: context.progress.advance(), judge)
             (trajectories,) = _played(context, [condition], concurrency)
     finally:
         context.progress.finish()

@@ -40,13 +40,19 @@ def load_split(experiment: Experiment, name: SplitName, roles: Roles | None = No
     Raises:
         DataError: a file of tasks or pages is wrong; lists the lines.
     """
-    environment, verification = experiment.environment, experiment.verification
+    environment = experiment.environment
     place = Place(getattr(experiment.tasks, name), experiment.models.policy, roles)
     return Split(
         load_tasks_of(experiment, name),
         part_of("environment", environment).make(environment, place),
-        part_of("verifier", verification).make(verification, roles),
+        verifier_of(experiment, roles),
     )
+
+
+def verifier_of(experiment: Experiment, roles: Roles | None = None) -> Verifier:
+    """What judges answers; where a model does, ``roles`` asks it."""
+    verifier: Verifier = part_of("verifier", experiment.verification).make(experiment.verification, roles)
+    return verifier
 
 
 def load_tasks_of(experiment: Experiment, name: SplitName) -> tuple[Task, ...]:

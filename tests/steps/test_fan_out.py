@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from small_lineage import small
 
+from evolve_dag.agent.loop import NOT_JUDGED
 from evolve_dag.agent.rollouts import PlayEpisode
 from evolve_dag.inference.ledger import Ledger
 from evolve_dag.records import Call, Step, Task, Trajectory
@@ -28,6 +29,7 @@ class Elsewhere:
     last: int = EPISODES
     played: list[str] = field(default_factory=list)
     asked: list[Playing] = field(default_factory=list)
+    judged: bool = True
 
     @contextmanager
     def open(self, playing: Playing, ledger: Ledger | None) -> Iterator[tuple[PlayEpisode, int]]:
@@ -41,7 +43,8 @@ class Elsewhere:
             assert ledger is not None
             ledger.record(Call("policy", "m", "", "ok", 1, 10, 0, 2, 0.1, None, None, 0))
             steps = (Step(0, "x", (1, 2), (-0.5, -0.5), answer="x"),)
-            return Trajectory(name, task.id, rollout, seed, "s", task.question, steps, "answered", "x", 0.0)
+            reward, error = (0.0, None) if self.judged else (None, f"{NOT_JUDGED}UnreachableError: the judge is down")
+            return Trajectory(name, task.id, rollout, seed, "s", task.question, steps, "answered", "x", reward, error)
 
         yield play, 3
 
@@ -62,3 +65,12 @@ def test_a_kill_costs_what_was_on_its_way_and_nothing_is_counted_twice(tmp_path:
     assert due.digest == base.resolve("trajectories", experiment, 1, store).digest
     assert len(load_trajectories(artifact)) == EPISODES
     assert artifact.summary["calls"]["policy"]["calls"] == EPISODES
+
+
+def test_an_episode_that_lacks_only_its_verdict_is_judged_and_not_played(tmp_path: Path) -> None:
+    store, experiment, workers = Store(tmp_path), small(), Elsewhere(judged=False)
+    base.run_step("policy", experiment, 1, store)
+    due = base.due_step("trajectories", experiment, 1, store, workers=workers)
+    base.make_here(due)
+    assert len(set(workers.played)) == len(workers.played) == EPISODES
+    assert {t.reward for t in load_trajectories(store.open("trajectories", due.digest))} == {0.0}
