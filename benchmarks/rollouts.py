@@ -152,6 +152,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model", default="", help="folder of a model, in place of a random one")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="number format of that model")
+    parser.add_argument("--adapter", help="folder of a LoRA adapter for it: merged in float32, beside it in half precision")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
@@ -163,7 +164,8 @@ def main() -> None:
         policy = random_model(chat.vocab_size)
     scripts = [Script(number) for number in range(options.episodes)]
 
-    model = TransformersModel.load(policy, chat, threads=options.threads, max_batch=options.concurrency)
+    how: dict[str, Any] = {"threads": options.threads, "max_batch": options.concurrency}
+    model = TransformersModel.load(policy, chat, adapter_dir=options.adapter, **how)
     asyncio.run(episodes(model, scripts[:4], 4))  # first calls of every kernel
     model.counters = type(model.counters)()
     batched: dict[str, float] = {"episodes": options.episodes}
