@@ -69,13 +69,10 @@ def _known(
     root: Path, found: Mapping[registry.Entry, Experiment], mistakes: Sequence[ConfigError]
 ) -> tuple[list[Experiment], list[str]]:
     problems = [mistake.what for mistake in mistakes]
-    experiments = {entry.name: experiment for entry, experiment in found.items()}
-    for entry in registry.entries(root):
-        if entry in found:
-            continue
-        experiments.pop(entry.name, None)  # the name is the registered file's, whatever that has come to
+    experiments: dict[str, Experiment] = {}
+    for entry in registry.resolved(root, found).values():
         try:
-            experiments[entry.name] = entry.load()
+            experiments[entry.name] = found[entry] if entry in found else entry.load()
         except EvolveError as error:
             problems.append(error.what)
     return list(experiments.values()), sorted(set(problems))

@@ -19,11 +19,13 @@ from dagster._utils.schedules import schedule_execution_time_iterator
 from evolve_dag.assets import automation, launch
 
 from evolve_dag.config import registry, scheduling
-from evolve_dag.config.schema import Experiment
+from evolve_dag.config.schema import Experiment, ScheduleSettings
 from evolve_dag.errors import ConfigError
 
 DAEMON_SECONDS = 120.0
 """A daemon that was not heard of for longer than this counts as stopped."""
+OVERDUE_SECONDS = 300.0
+"""A tick that is due for longer than this was missed; a daemon makes it within seconds, after a pause within a minute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ def listing(root: Path) -> tuple[list[Line], list[str]]:
                 problem = f"switched on with cron {data.cron_schedule!r}: reload the code location, then switch it on again"
             ticks = instance.get_ticks(remote.get_remote_origin_id(), remote.selector_id, limit=1)
             tick = ticks[0] if ticks else None
+            if on and not problem and isinstance(data, ScheduleInstigatorData):
+                problem = _overdue(instance, settings, data, tick)
             lines.append(
                 Line(
                     name,
@@ -75,7 +79,7 @@ def listing(root: Path) -> tuple[list[Line], list[str]]:
                     on,
                     settings.cron,
                     settings.timezone,
-                    _next(settings.cron, settings.timezone) if on and not problem else None,
+                    _next(settings, get_current_timestamp()) if on and not problem else None,
                     datetime.fromtimestamp(tick.timestamp, _zone(settings.timezone)) if tick is not None else None,
                     _said(instance, tick) if tick is not None else "",
                     problem,
@@ -118,12 +122,16 @@ def _idle(instance: dg.DagsterInstance, experiment: Experiment) -> Iterator[str]
 
 
 def _notes(instance: dg.DagsterInstance) -> Iterator[str]:
-    beats = instance.get_daemon_heartbeats()
-    beat = beats.get("SCHEDULER")
-    if beat is None or get_current_timestamp() - beat.timestamp > DAEMON_SECONDS:
+    if not _ticks(instance):
         yield "nothing ticks yet: start it with `evolve ui`, and leave that running"
         return
     yield "what is newer than the running `evolve ui` (experiment, cron, time zone) is seen after a reload of its code location"
+
+
+def _ticks(instance: dg.DagsterInstance) -> bool:
+    """Whether a daemon that makes the ticks was heard of just now."""
+    beat = instance.get_daemon_heartbeats().get("SCHEDULER")
+    return beat is not None and get_current_timestamp() - beat.timestamp <= DAEMON_SECONDS
 
 
 def _origin(root: Path) -> CodeLocationOrigin:
@@ -155,8 +163,22 @@ def _zone(timezone: str) -> ZoneInfo:
     return ZoneInfo("UTC" if scheduling.check_timezone(timezone) else timezone)
 
 
-def _next(cron: str, timezone: str) -> datetime:
-    return next(iter(schedule_execution_time_iterator(get_current_timestamp(), cron, timezone))).astimezone(_zone(timezone))
+def _next(settings: ScheduleSettings, after: float) -> datetime:
+    times = schedule_execution_time_iterator(after, settings.cron, settings.timezone)
+    return next(iter(times)).astimezone(_zone(settings.timezone))
+
+
+def _overdue(
+    instance: dg.DagsterInstance, settings: ScheduleSettings, data: ScheduleInstigatorData, tick: InstigatorTick | None
+) -> str:
+    """What keeps a schedule that is on from ticking; empty while no tick was missed."""
+    seen = (data.start_timestamp or 0.0, data.last_iteration_timestamp or 0.0, tick.timestamp if tick is not None else 0.0)
+    due = _next(settings, max(seen) + 1)
+    if get_current_timestamp() - due.timestamp() < OVERDUE_SECONDS:
+        return ""
+    # The daemon ticks what the code location had when it was loaded: a file that had a mistake then is not among it.
+    remedy = "reload the code location" if _ticks(instance) else "nothing ticks: start it with `evolve ui`"
+    return f"no tick since {due:%Y-%m-%d %H:%M}, when one was due: {remedy}"
 
 
 def _said(instance: dg.DagsterInstance, tick: InstigatorTick) -> str:

@@ -150,22 +150,34 @@ def _claim(entry: Entry) -> Experiment | None:
         return None
 
 
-def remember(root: Path, found: Iterable[Entry]) -> None:
-    """Write the entries of a configs folder that are not there yet; one that is there stands as long as its file does.
+def resolved(root: Path, found: Iterable[Entry]) -> dict[str, Entry]:
+    """Name -> entry, of the store and of a configs folder: a known one stands as long as its file does.
 
     A file that was renamed or moved is found again by the name in it, together with the lineages of its other seeds.
+    """
+    known = {entry.name: entry for entry in entries(root)}
+    by_name = {entry.name: entry for entry in found}
+    now = dict(known)
+    for name, entry in by_name.items():
+        if name not in known or _has_left(known[name], entry):
+            now[name] = entry
+    for entry in known.values():
+        if entry.seed is not None and not entry.config.exists() and entry.family in by_name:
+            now[entry.name] = replace(entry, config=by_name[entry.family].config)
+    return now
+
+
+def remember(root: Path, found: Iterable[Entry]) -> None:
+    """Write the entries of a configs folder that are not there yet, and those whose file is another by now.
 
     Raises:
         StoreError: the store cannot be written.
     """
     known = {entry.name: entry for entry in entries(root)}
-    by_name = {entry.name: entry for entry in found}
-    for name, entry in by_name.items():
-        if (name in known and _has_left(known[name], entry)) or not _file(root, name).exists():
+    for name, entry in resolved(root, found).items():
+        # A damaged one is not among the known: it stays, `evolve doctor` names it.
+        if entry != known.get(name) and (name in known or not _file(root, name).exists()):
             _write(root, entry)
-    for entry in known.values():
-        if entry.seed is not None and not entry.config.exists() and entry.family in by_name:
-            _write(root, replace(entry, config=by_name[entry.family].config))
 
 
 def _has_left(known: Entry, entry: Entry) -> bool:

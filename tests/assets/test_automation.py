@@ -118,6 +118,8 @@ def test_a_file_that_was_renamed_or_moved_is_found_again_with_its_seeds(place: P
     watch(memory)
     first.rename(first.with_name("b.yaml"))
     assert registry.load(root, "tiny-s5").seed == 5, "also before the watch has looked"
+    assert {e.experiment for e in automation.known_experiments(root)[0]} == {"tiny", "tiny-s5"}
+    assert len(automation.nightly_schedules(root)) == 2, "the code location may be loaded before the watch has looked"
     watch(memory)
     assert {entry.config.name for entry in registry.entries(root)} == {"b.yaml"}
     assert {e.experiment for e in automation.known_experiments(root)[0]} == {"tiny", "tiny-s5"}
@@ -132,6 +134,7 @@ def test_a_name_stays_with_its_file_while_somebody_edits_it(config: Path, memory
     watch(memory)
     assert [entry.config for entry in registry.entries(root)] == [config]
     write_config(config, experiment="another")
+    assert {e.experiment: e.iterations for e in automation.known_experiments(root)[0]} == {"tiny": 3, "another": 2}
     watch(memory)
     assert {entry.name: entry.config for entry in registry.entries(root)} == {"tiny": other, "another": config}
 

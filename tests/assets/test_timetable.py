@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import dagster as dg
@@ -116,6 +117,44 @@ def test_switching_on_again_acknowledges_what_has_failed() -> None:
     assert first > 0
     timetable.switch(ROOT, "tiny", True)
     assert since() > first
+
+
+def set_on_for(seconds: float) -> None:
+    """Make it look as if the one schedule that is on had been switched on that long ago."""
+    with launch.open_instance(ROOT) as instance:
+        [state] = instance.all_instigator_state(instigator_type=InstigatorType.SCHEDULE)
+        data = state.instigator_data
+        assert isinstance(data, ScheduleInstigatorData)
+        assert data.start_timestamp is not None
+        instance.update_instigator_state(
+            state.with_data(ScheduleInstigatorData(data.cron_schedule, data.start_timestamp - seconds))
+        )
+
+
+@pytest.mark.parametrize(("daemon", "remedy"), [(False, "start it with `evolve ui`"), (True, "reload the code location")])
+def test_a_tick_that_was_missed_is_told(daemon: bool, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    timetable.switch(ROOT, "tiny", True)
+    monkeypatch.setattr(timetable, "_ticks", lambda instance: daemon)
+    set_on_for(2 * 86_400)
+    line = next(line for line in timetable.listing(ROOT)[0] if line.experiment == "tiny")
+    assert line.next_tick is None
+    assert "no tick since" in line.problem
+    assert "02:30, when one was due" in line.problem
+    assert line.problem.endswith(remedy)
+    with launch.open_instance(ROOT) as instance:
+        [state] = instance.all_instigator_state(instigator_type=InstigatorType.SCHEDULE)
+        tick = TickData(
+            state.instigator_origin_id,
+            state.name,
+            InstigatorType.SCHEDULE,
+            TickStatus.SKIPPED,
+            time.time(),
+            selector_id=state.selector_id,
+        )
+        instance.create_tick(tick)
+    line = next(line for line in timetable.listing(ROOT)[0] if line.experiment == "tiny")
+    assert line.problem == ""
+    assert line.next_tick is not None
 
 
 def test_a_cron_that_has_changed_since_is_told(place: Path) -> None:
