@@ -288,15 +288,45 @@ def _end_dead_runs(instance: dg.DagsterInstance, name: str) -> None:
         instance.report_run_failed(dead, f"the command that ran {name} ended without a word (killed?)")
 
 
-def workspace_file(home: Path) -> Path:
-    """The ``workspace.yaml`` of the working folder when it is about these assets; else one of our own in Dagster's home.
+def found_workspace(home: Path) -> Path | None:
+    """The ``workspace.yaml`` of the working folder or of Dagster's home that is about these assets; None: neither is."""
+    for path in (Path("workspace.yaml"), home / "workspace.yaml"):
+        if path.is_file() and LOCATION in path.read_text(encoding="utf-8", errors="replace") and not _wrote(path):
+            return path.resolve()
+    return None
 
-    Both give the code location the same name: the state of schedules and sensors is stored under it.
-    """
-    project = Path("workspace.yaml")
-    if project.is_file() and MODULE in project.read_text(encoding="utf-8", errors="replace"):
-        return project.resolve()
-    own = home / "workspace.yaml"
+
+def own_workspace() -> dict[str, Any]:
+    """The workspace for where there is none; its code location has the name of the project's own, under which the state of
+    schedules and sensors is stored."""
     module = {"module_name": MODULE, "attribute": "defs", "location_name": LOCATION, "working_directory": str(Path.cwd())}
-    own.write_text(yaml.safe_dump({"load_from": [{"python_module": module}]}, sort_keys=False), encoding="utf-8")
+    return {"load_from": [{"python_module": module}]}
+
+
+def workspace_file(root: Path) -> Path:
+    """The workspace that ``evolve ui`` loads: what is found, else one of our own, written to the store.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    found = found_workspace(prepare_home(root))
+    if found is not None:
+        return found
+    own = root.resolve() / "dagster" / "evolve_workspace.yaml"
+    try:
+        own.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(own, yaml.safe_dump(own_workspace(), sort_keys=False).encode())
+    except OSError as error:
+        raise StoreError(f"{own}: cannot be written: {error}", "check the folder's permissions and free space") from None
     return own
+
+
+def _wrote(path: Path) -> bool:
+    """Whether an earlier version has written it, for whatever working folder that was in."""
+    try:
+        [entry] = yaml.safe_load(path.read_text(encoding="utf-8"))["load_from"]
+        [own] = own_workspace()["load_from"]
+        where = entry["python_module"]["working_directory"]
+        return bool(entry == {"python_module": own["python_module"] | {"working_directory": where}})
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return False

@@ -8,12 +8,14 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import dagster as dg
+import yaml
+from dagster._check import CheckError
 from dagster._core.remote_origin import CodeLocationOrigin
 from dagster._core.remote_representation.external import RemoteSchedule
 from dagster._core.remote_representation.external_data import ScheduleSnap
 from dagster._core.remote_representation.handle import RepositoryHandle
 from dagster._core.scheduler.instigation import InstigatorTick, ScheduleInstigatorData, TickStatus
-from dagster._core.workspace.load import location_origins_from_yaml_paths
+from dagster._core.workspace.load import location_origins_from_config, location_origins_from_yaml_paths
 from dagster._time import get_current_timestamp
 from dagster._utils.schedules import schedule_execution_time_iterator
 from evolve_dag.assets import automation, launch
@@ -135,9 +137,22 @@ def _ticks(instance: dg.DagsterInstance) -> bool:
 
 
 def _origin(root: Path) -> CodeLocationOrigin:
-    """The code location of the workspace that ``evolve ui`` loads; a schedule's state is stored under its name."""
-    origins = location_origins_from_yaml_paths([str(launch.workspace_file(launch.prepare_home(root)))])
-    return next((origin for origin in origins if origin.location_name == launch.LOCATION), origins[0])
+    """The code location of the workspace that ``evolve ui`` or the daemon loads; a schedule's state is stored under its name.
+
+    Where the workspace gives it the usual name nothing else of it is read: it may name variables that only its servers have.
+    """
+    file = launch.found_workspace(launch.prepare_home(root))
+    own = location_origins_from_config(launch.own_workspace(), str(file))[launch.LOCATION]
+    if file is None:
+        return own
+    try:
+        locations = [one for entry in yaml.safe_load(file.read_text(encoding="utf-8"))["load_from"] for one in entry.values()]
+        if any(isinstance(one, dict) and one.get("location_name") == launch.LOCATION for one in locations):
+            return own
+        return location_origins_from_yaml_paths([str(file)])[0]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, CheckError, dg.DagsterError) as error:
+        remedy = f"mend it, or name its code location: location_name: {launch.LOCATION}"
+        raise ConfigError(f"{file}: not a workspace that can be read: {error}", remedy) from None
 
 
 def _remote(schedule: str, cron: str, timezone: str, origin: CodeLocationOrigin) -> RemoteSchedule:

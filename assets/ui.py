@@ -106,7 +106,6 @@ def serve(root: Path, port: int, mlflow_port: int, *, mlflow: bool = True, say: 
 
 def dagster_service(root: Path, port: int) -> LocalServer:
     """``dagster dev`` on the instance and the store of the command line."""
-    home = launch.prepare_home(root)
     experiments, problems = automation.known_experiments(root)
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
@@ -114,7 +113,7 @@ def dagster_service(root: Path, port: int) -> LocalServer:
         partitions.add_partitions(
             instance, [e.experiment for e in experiments], max((e.iterations for e in experiments), default=0)
         )
-    where = ["-w", str(launch.workspace_file(home)), "-h", HOST, "-p", str(port)]
+    where = ["-w", str(launch.workspace_file(root)), "-h", HOST, "-p", str(port)]
     command = [sys.executable, "-m", "dagster", "dev", "--log-level", "warning", *where]
     # Its SIGTERM is deaf in some shells' background jobs; SIGINT is what it is made for.
     return LocalServer(

@@ -219,13 +219,30 @@ def test_settings_of_an_earlier_version_get_what_is_new_and_only_those(place: Pa
 
 
 def test_the_workspace_is_the_projects_own_or_one_that_names_the_same_location(place: Path) -> None:
-    (place / "workspace.yaml").write_text("load_from: [{python_file: other.py}]")
-    own = launch.workspace_file(place)
-    assert own == place / "workspace.yaml"
+    other = place / "workspace.yaml"
+    other.write_text("load_from: [{python_file: other.py}]")
+    own = launch.workspace_file(ROOT)
+    assert own.is_relative_to(place / ROOT)
     [entry] = yaml.safe_load(own.read_text())["load_from"]
     assert entry["python_module"]["location_name"] == launch.LOCATION
-    (place / "home").mkdir()
-    assert launch.workspace_file(place / "home") == own, "now it is about these assets"
+    assert other.read_text() == "load_from: [{python_file: other.py}]"
+    other.write_text("load_from: [{python_module: evolve_dag.definitions}]")
+    assert launch.workspace_file(ROOT) == other, "now it is about these assets"
+
+
+def test_a_workspace_in_dagsters_home_is_used_and_stays_as_it_is(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = place / "mine"
+    home.mkdir()
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
+    theirs = home / "workspace.yaml"
+    text = (Path(__file__).parents[2] / "docker" / "workspace.yaml").read_text()
+    theirs.write_text(text)
+    assert launch.workspace_file(ROOT) == theirs
+    assert theirs.read_text() == text
+    elsewhere = launch.own_workspace()
+    elsewhere["load_from"][0]["python_module"]["working_directory"] = "/another/folder"
+    theirs.write_text(yaml.safe_dump(elsewhere))
+    assert launch.workspace_file(ROOT) != theirs, "an earlier version has written it, for another working folder"
 
 
 def test_a_dagster_home_of_the_users_own_is_used_as_it_is(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,6 +131,34 @@ def set_on_for(seconds: float) -> None:
         )
 
 
+def test_switching_needs_no_writable_home_and_leaves_a_workspace_as_it_is(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = place / "mine"
+    home.mkdir()
+    text = (Path(__file__).parents[2] / "docker" / "workspace.yaml").read_text()  # names variables that are not set here
+    (home / "workspace.yaml").write_text(text)
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
+    evolve("schedule", "on", "tiny")
+    assert stored() == {selector("nightly_tiny"): True}
+    assert "tiny" in evolve("schedule", "list")
+    assert (home / "workspace.yaml").read_text() == text
+    (home / "workspace.yaml").unlink()
+    evolve("schedule", "off", "tiny")
+    assert stored() == {selector("nightly_tiny"): False}
+    assert not list(home.glob("*workspace*"))
+
+
+def test_a_workspace_that_gives_another_name_is_switched_under_it(place: Path) -> None:
+    (place / "workspace.yaml").write_text("load_from: [{python_module: evolve_dag.definitions}]")
+    timetable.switch(ROOT, "tiny", True)
+    other = InstigatorSelector(
+        location_name="evolve_dag.definitions", repository_name="__repository__", name="nightly_tiny"
+    ).get_id()
+    assert stored() == {other: True}
+    (place / "workspace.yaml").write_text("evolve_dag: [")
+    with pytest.raises(ConfigError, match="not a workspace that can be read"):
+        timetable.switch(ROOT, "tiny", True)
+
+
 @pytest.mark.parametrize(("daemon", "remedy"), [(False, "start it with `evolve ui`"), (True, "reload the code location")])
 def test_a_tick_that_was_missed_is_told(daemon: bool, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     timetable.switch(ROOT, "tiny", True)
