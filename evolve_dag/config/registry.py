@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,8 @@ class Entry:
     """Experiment file, absolute."""
     seed: int | None = None
     """Seed laid over the file's own; None: the file's."""
+    mlflow: bool | None = field(default=None, compare=False)
+    """What ``tracking.mlflow`` said when the file was last read, for where it is gone; None: of an earlier version."""
 
     @property
     def family(self) -> str:
@@ -110,7 +112,7 @@ def scan(folder: Path) -> tuple[dict[Entry, Experiment], list[ConfigError]]:
             mistakes.append(ConfigError(what, "give it its own with `experiment: <name>`"))
             continue
         files[name] = path
-        found[Entry(name, _absolute(path))] = experiment
+        found[Entry(name, _absolute(path), mlflow=experiment.tracking.mlflow)] = experiment
     return found, mistakes
 
 
@@ -123,7 +125,7 @@ def register(root: Path, config: Path, seed: int | None = None) -> Experiment:
     """
     experiment = load_seeded(config, seed)
     own_name = seed is None or load_seeded(config).experiment == experiment.experiment
-    entry = Entry(experiment.experiment, _absolute(config), None if own_name else seed)
+    entry = Entry(experiment.experiment, _absolute(config), None if own_name else seed, experiment.tracking.mlflow)
     known = _read(_file(root, entry.name))
     if known is not None and known.config != entry.config:
         claim = _claim(known)
@@ -132,9 +134,13 @@ def register(root: Path, config: Path, seed: int | None = None) -> Experiment:
                 f"{entry.config}: the experiment name {entry.name!r} belongs to {known.config} in this store",
                 "give one of the two its own name with `experiment: <name>`, or use another --store",
             )
-    if known != entry:
+    if known is None or _differs(known, entry):
         _write(root, entry)
     return experiment
+
+
+def _differs(one: Entry, other: Entry) -> bool:
+    return one != other or one.mlflow != other.mlflow
 
 
 def _absolute(config: Path) -> Path:
@@ -159,16 +165,17 @@ def resolved(root: Path, found: Iterable[Entry]) -> dict[str, Entry]:
     by_name = {entry.name: entry for entry in found}
     now = dict(known)
     for name, entry in by_name.items():
-        if name not in known or _has_left(known[name], entry):
+        if name not in known or known[name] == entry or _has_left(known[name], entry):
             now[name] = entry
     for entry in known.values():
-        if entry.seed is not None and not entry.config.exists() and entry.family in by_name:
-            now[entry.name] = replace(entry, config=by_name[entry.family].config)
+        family = by_name.get(entry.family)
+        if entry.seed is not None and family is not None and (family.config == entry.config or not entry.config.exists()):
+            now[entry.name] = replace(entry, config=family.config, mlflow=family.mlflow)
     return now
 
 
 def remember(root: Path, found: Iterable[Entry]) -> None:
-    """Write the entries of a configs folder that are not there yet, and those whose file is another by now.
+    """Write the entries of a configs folder that are not there yet, and those whose file is another or was edited.
 
     Raises:
         StoreError: the store cannot be written.
@@ -176,15 +183,13 @@ def remember(root: Path, found: Iterable[Entry]) -> None:
     known = {entry.name: entry for entry in entries(root)}
     for name, entry in resolved(root, found).items():
         # A damaged one is not among the known: it stays, `evolve doctor` names it.
-        if entry != known.get(name) and (name in known or not _file(root, name).exists()):
+        if _differs(known[name], entry) if name in known else not _file(root, name).exists():
             _write(root, entry)
 
 
 def _has_left(known: Entry, entry: Entry) -> bool:
     """Whether another file has the name by now: the known one is gone or names another experiment. One that is wrong is being
     edited: it keeps its name."""
-    if known == entry:
-        return False
     try:
         return load_seeded(known.config, known.seed).experiment != known.name
     except ConfigError:
@@ -255,7 +260,8 @@ def _read(path: Path) -> Entry | None:
         name, config, seed = content["name"], content["config"], content["seed"]
         if not isinstance(name, str) or isinstance(seed, bool) or not isinstance(seed, int | None):
             raise TypeError(f"the name {name!r} or the seed {seed!r} is none")
-        return Entry(name, Path(config), seed)
+        mlflow = content.get("mlflow")
+        return Entry(name, Path(config), seed, mlflow if isinstance(mlflow, bool) else None)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -264,7 +270,8 @@ def _read(path: Path) -> Entry | None:
 
 def _write(root: Path, entry: Entry) -> None:
     path = _file(root, entry.name)
-    content = json.dumps({"name": entry.name, "config": str(entry.config), "seed": entry.seed}, indent=1)
+    facts = {"name": entry.name, "config": str(entry.config), "seed": entry.seed, "mlflow": entry.mlflow}
+    content = json.dumps(facts, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, f"{content}\n".encode())

@@ -404,6 +404,8 @@ def run_step(
     remembered = {"recomputed": recomputed, "seconds": round(seconds, 3), **(facts or {})}
     if name == "trajectories":
         remembered |= facts_of(experiment, due.seen)
+    if name == "promotion":
+        remembered["mlflow"] = experiment.tracking.mlflow  # for whom the file is gone, or never was here
     store.set_ref(experiment.experiment, iteration, name, due.digest, **remembered)
     if name == "promotion":
         # The next policy is committed with the promotion itself, so no crash can leave a decision without its policy.

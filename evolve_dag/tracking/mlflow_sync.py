@@ -101,7 +101,8 @@ def sync(store: Store, names: Sequence[str] | None = None, *, again: bool = Fals
 
     Args:
         store: where the artifacts are; only ``<store>/tracking`` (and the own database, ``<store>/mlflow``) is written.
-        names: experiments; None: all that the store knows. One whose file says ``tracking.mlflow: false`` is skipped.
+        names: experiments; None: all that the store knows. One whose file says ``tracking.mlflow: false``, or said so when it
+            was last read, is skipped; one of which nothing says what its file said is sent where it is named.
         again: send everything, also what the record says was sent. What is there already is not doubled.
         progress: told how far it is.
 
@@ -110,7 +111,7 @@ def sync(store: Store, names: Sequence[str] | None = None, *, again: bool = Fals
         ConcurrencyError: another sync of this store did not end within ten minutes.
     """
     sent = Sent()
-    wanted = _wanted(store, names if names is not None else known(store), sent)
+    wanted = _wanted(store, names, sent)
     if not wanted:
         return sent
     with _locked(store.root, WAIT_SECONDS) as held:
@@ -123,21 +124,39 @@ def sync(store: Store, names: Sequence[str] | None = None, *, again: bool = Fals
     return sent
 
 
-def _wanted(store: Store, names: Sequence[str], sent: Sent) -> list[tuple[str, Experiment | None]]:
+def _wanted(store: Store, names: Sequence[str] | None, sent: Sent) -> list[tuple[str, Experiment | None]]:
     """The experiments that may be sent, each as its file stands; None where the file is gone or another experiment's by now."""
     wanted = []
-    for name in names:
+    for name in known(store) if names is None else names:
         try:
-            experiment = registry.find(store.root, name)
+            found = registry.find(store.root, name)
         except EvolveError as error:  # its file may say that nothing is to be sent
             sent.failed.append(f"{name}: nothing is sent while its file is wrong: {error.what}")
         else:
-            if experiment is None or experiment.tracking.mlflow:
-                wanted.append((name, experiment if experiment is not None and experiment.experiment == name else None))
+            experiment = found if found is not None and found.experiment == name else None
+            may = _may_be_sent(store, name) if experiment is None else experiment.tracking.mlflow
+            if may or (may is None and names is not None):
+                wanted.append((name, experiment))
                 continue
-            sent.skipped.append(f"{name}: tracking.mlflow is false")
+            sent.skipped.append(f"{name}: {_why_not(name, experiment, may)}")
         _withdraw(store.root, name)
     return wanted
+
+
+def _may_be_sent(store: Store, name: str) -> bool | None:
+    """What ``tracking.mlflow`` said when the file was last read, here or where the last iteration was made; None: unknown."""
+    here = next((entry.mlflow for entry in registry.entries(store.root) if entry.name == name), None)
+    if here is not None:
+        return here
+    decided = [ref for ref in store.refs(name) if ref.kind == "promotion"]
+    said = max(decided, key=lambda ref: ref.iteration).facts.get("mlflow") if decided else None
+    return said if isinstance(said, bool) else None
+
+
+def _why_not(name: str, experiment: Experiment | None, may: bool | None) -> str:
+    if may is None:
+        return f"its file is gone, and nothing says whether it may be sent: to send it, name it: evolve sync-mlflow {name}"
+    return "tracking.mlflow is false" if experiment is not None else "tracking.mlflow was false when its file was last read"
 
 
 def _send(store: Store, wanted: Sequence[tuple[str, Experiment | None]], sent: Sent, again: bool, progress: Progress) -> None:

@@ -483,6 +483,51 @@ def test_nothing_happens_where_nothing_is_wanted(store: Store, why: str, monkeyp
     assert counts(own_database(store.root)) == before
 
 
+def lose_the_file(store: Store, *, entry: bool | None, ref: bool | None) -> None:
+    """As on another machine, or after the file was removed.
+
+    Args:
+        entry: what the registry knows of ``tracking.mlflow``; None: as an earlier version wrote it.
+        ref: what the newest promotion knows of it.
+    """
+    (store.root.parent / "small.yaml").unlink()
+    path = store.root / "experiments" / "small.json"
+    facts = json.loads(path.read_text())
+    del facts["mlflow"]
+    path.write_text(json.dumps(facts if entry is None else facts | {"mlflow": entry}))
+    known = store.ref("small", 1, "promotion")
+    assert known is not None
+    rest = {key: value for key, value in known.facts.items() if key != "mlflow"}
+    store.set_ref("small", 1, "promotion", known.digest, **rest, **({} if ref is None else {"mlflow": ref}))
+
+
+@pytest.mark.parametrize(
+    ("entry", "ref", "told"),
+    [
+        (True, None, None),
+        (False, True, "small: tracking.mlflow was false when its file was last read"),
+        (None, True, None),
+        (None, False, "small: tracking.mlflow was false when its file was last read"),
+        (None, None, "small: its file is gone, and nothing says whether it may be sent"),
+    ],
+)
+def test_what_a_file_said_counts_when_it_is_gone(store: Store, entry: bool | None, ref: bool | None, told: str | None) -> None:
+    lose_the_file(store, entry=entry, ref=ref)
+    named, all_of_them = mlflow_sync.Sent(), mlflow_sync.Sent()
+    assert bool(mlflow_sync._wanted(store, None, all_of_them)) == (told is None)
+    assert [line.startswith(told or "") for line in all_of_them.skipped] == ([] if told is None else [True])
+    unknown = entry is None and ref is None
+    assert bool(mlflow_sync._wanted(store, ["small"], named)) == (told is None or unknown), "who names it has decided"
+
+
+def test_what_the_file_says_is_kept_for_when_it_is_gone(store: Store) -> None:
+    assert store.ref("small", 1, "promotion").facts["mlflow"] is True  # type: ignore[union-attr]
+    configure(store.root, tracking={"mlflow": False})
+    (store.root.parent / "small.yaml").unlink()
+    assert sync(store).skipped == ["small: tracking.mlflow was false when its file was last read"]
+    assert not any((store.root / "tracking").glob("*.jsonl"))
+
+
 def test_no_secret_reaches_the_server(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = "no results"  # stands in the traces of nearly every episode
     monkeypatch.setenv("EXAMPLE_API_KEY", secret)
