@@ -51,16 +51,23 @@ def failure_watch(context: dg.RunFailureSensorContext, store: StoreResource) -> 
 )
 def restore_watch(context: dg.SensorEvaluationContext, store: StoreResource) -> dg.SensorResult:
     """Looks at every promotion since the last tick, in order; the first tick only notes where it begins."""
-    begun = context.cursor is not None
-    where = dg.AssetRecordsFilter(dg.AssetKey("promotion"), after_storage_id=int(context.cursor or 0))
+    cursor = int(context.cursor or 0)
+    begun = context.cursor is not None and cursor <= _newest(context.instance)
+    where = dg.AssetRecordsFilter(dg.AssetKey("promotion"), after_storage_id=cursor if begun else 0)
     records = context.instance.fetch_materializations(where, limit=EACH_TICK if begun else 1, ascending=begun).records
     lines = []
     for told in filter(None, map(_restored, records if begun else [])):
         line = f"{told['experiment']}: iteration {told['iteration']}: {told['message']}"
         context.log.warning(line)
         lines.append(f"{line}{_posted(context, store.path, told)}")
-    newest = max((record.storage_id for record in records), default=context.cursor or 0)
+    newest = max((record.storage_id for record in records), default=cursor if begun else 0)
     return dg.SensorResult(skip_reason="\n".join(lines) or "no champion was restored", cursor=str(newest))
+
+
+def _newest(instance: dg.DagsterInstance) -> int:
+    """Number of the newest promotion among Dagster's events: below what was seen where the database is another one by now."""
+    newest = instance.fetch_materializations(dg.AssetKey("promotion"), limit=1).records
+    return newest[0].storage_id if newest else 0
 
 
 def _restored(record: dg.EventLogRecord) -> dict[str, Any] | None:

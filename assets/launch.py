@@ -129,11 +129,7 @@ def open_instance(root: Path) -> Iterator[dg.DagsterInstance]:
 def _broken_database(home: Path, error: sqlite3.Error) -> StoreError:
     found = damaged_databases(home) or [home / "history", home / "schedules"]
     names = " and ".join(map(str, found))
-    return StoreError(
-        f"Dagster's database cannot be used: {error} ({names})",
-        f"move {names} away: the history of runs and which schedules are on go with it; `evolve run` puts on record anew what "
-        "the store holds",
-    )
+    return StoreError(f"Dagster's database cannot be used: {error} ({names})", databases.remedy(home, found))
 
 
 class ConsoleSession(Session):

@@ -216,6 +216,17 @@ def test_a_restored_champion_is_posted_once(
     assert len(hook.got) == 1
 
 
+def test_a_database_that_was_made_anew_is_looked_at_from_its_beginning(place: Path, memory: dg.DagsterInstance) -> None:
+    register(place)
+    assert look(memory, "3000") == ("no champion was restored", "0"), "nothing has the number that was seen last"
+    decided(memory, 5, "restore")
+    assert "iteration 5: the best champion" in look(memory, "0")[0]
+    said, cursor = look(memory, "3000")
+    assert said == "no champion was restored", "as at the first look of all"
+    decided(memory, 6, "restore")
+    assert "iteration 6: the best champion" in look(memory, cursor)[0]
+
+
 def test_what_was_restored_before_the_first_look_or_found_again_is_no_news(
     place: Path, memory: dg.DagsterInstance, hook: Hook, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,9 +6,15 @@ import shutil
 import sqlite3
 from pathlib import Path
 
+import dagster as dg
 import pytest
+from dagster._core.definitions.run_request import InstigatorType
+from dagster._core.remote_origin import RemoteInstigatorOrigin, RemoteRepositoryOrigin
+from dagster._core.scheduler.instigation import InstigatorState, InstigatorStatus, SensorInstigatorData
+from dagster._core.workspace.load import location_origins_from_config
 from evolve_dag.assets import databases, launch
 
+from evolve_dag.definitions import defs
 from evolve_dag.errors import StoreError
 
 
@@ -53,7 +59,53 @@ def test_one_that_was_not_made_to_the_end_is_named(whole: Path, tmp_path: Path, 
         connection.execute("DROP TABLE alembic_version")
     with pytest.raises(StoreError, match="not make it to the end") as raised, launch.open_instance(tmp_path / "store"):
         pass
-    assert str((home / name).parent) in raised.value.remedy
+    assert f"move {(home / name).parent} away" in raised.value.remedy
+    assert databases.DATABASES[name] in raised.value.remedy
+
+
+def read_all(root: Path) -> None:
+    with launch.open_instance(root) as instance:
+        instance.get_runs()
+        instance.get_asset_keys()
+        instance.all_instigator_state()
+
+
+@pytest.mark.parametrize("name", databases.DATABASES)
+def test_the_remedy_for_a_damaged_one_says_what_is_lost_and_no_more(whole: Path, tmp_path: Path, name: str) -> None:
+    home = Path(shutil.copytree(whole, tmp_path / "store" / "dagster"))
+    (home / name).write_bytes(b"no database" * 1000)
+    with pytest.raises(StoreError) as raised:
+        read_all(tmp_path / "store")
+    assert f"move {home / name} away (lost with it: {databases.DATABASES[name]})" in raised.value.remedy
+
+
+def sensor_states(instance: dg.DagsterInstance) -> dict[str, tuple[bool, str | None]]:
+    """Name -> whether it is on, and its cursor."""
+    states = instance.all_instigator_state(instigator_type=InstigatorType.SENSOR)
+    return {
+        s.name: (s.is_running, s.instigator_data.cursor) for s in states if isinstance(s.instigator_data, SensorInstigatorData)
+    }
+
+
+def test_a_new_index_is_watched_from_its_beginning(whole: Path, tmp_path: Path) -> None:
+    """Its events are counted from 1: alerts that wait for the number that the old one had come to would be silent for weeks."""
+    home = Path(shutil.copytree(whole, tmp_path / "store" / "dagster"))
+    origin = location_origins_from_config(launch.own_workspace(), "")[launch.LOCATION]
+    with launch.open_instance(tmp_path / "store") as instance:
+        for name in (*databases.COUNTING, "config_watch"):
+            where = RemoteInstigatorOrigin(RemoteRepositoryOrigin(origin, "__repository__"), name)
+            data = SensorInstigatorData(cursor="3000")
+            instance.add_instigator_state(InstigatorState(where, InstigatorType.SENSOR, InstigatorStatus.RUNNING, data))
+    (home / databases.INDEX).unlink()
+    with launch.open_instance(tmp_path / "store") as instance:
+        assert sensor_states(instance) == {
+            **dict.fromkeys(databases.COUNTING, (True, None)),
+            "config_watch": (True, "3000"),
+        }
+
+
+def test_the_sensors_that_count_events_are_the_ones_there_are() -> None:
+    assert set(databases.COUNTING) <= {sensor.name for sensor in defs.sensors or []}
 
 
 def test_a_home_that_keeps_them_elsewhere_is_left_alone(tmp_path: Path) -> None:
