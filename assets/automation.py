@@ -12,7 +12,7 @@ import dagster as dg
 from dagster._core.definitions.run_request import InstigatorType
 from dagster._core.scheduler.instigation import ScheduleInstigatorData
 from dagster._core.storage.tags import PARTITION_NAME_TAG
-from evolve_dag.assets import partitions, recovery
+from evolve_dag.assets import partitions, recovery, switches
 from evolve_dag.assets.loop import loop_assets
 from evolve_dag.assets.resources import PASSING, StoreResource
 from evolve_dag.assets.settings import CONFIGURED_STEPS, settings_assets, settings_key, settings_metadata
@@ -86,6 +86,7 @@ def _known(
 def config_watch(context: dg.SensorEvaluationContext, store: StoreResource) -> dg.SensorResult | dg.SkipReason:
     found, mistakes = registry.scan(registry.configs_folder())
     registry.remember(store.path, found)
+    switches.carry_over(context.instance, {entry.name for entry in registry.entries(store.path)})
     experiments, problems = _known(store.path, found, mistakes)
     events: list[dg.AssetMaterialization] = []
     for experiment in experiments:
@@ -215,9 +216,8 @@ def nightly_schedules(root: Path) -> list[dg.ScheduleDefinition]:
     Dagster reads schedules when it loads the code: a new experiment, cron or time zone needs a reload of the code location.
     """
     experiments = known_experiments(root)[0]
-    names = scheduling.schedule_names(e.experiment for e in experiments)
     return [
-        _nightly_schedule(e, names[e.experiment])
+        _nightly_schedule(e, scheduling.schedule_name(e.experiment))
         for e in experiments
         if scheduling.check_schedule(e.schedule.cron, e.schedule.timezone) is None
     ]

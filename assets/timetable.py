@@ -14,11 +14,11 @@ from dagster._core.remote_origin import CodeLocationOrigin
 from dagster._core.remote_representation.external import RemoteSchedule
 from dagster._core.remote_representation.external_data import ScheduleSnap
 from dagster._core.remote_representation.handle import RepositoryHandle
-from dagster._core.scheduler.instigation import InstigatorTick, ScheduleInstigatorData, TickStatus
+from dagster._core.scheduler.instigation import InstigatorState, InstigatorTick, ScheduleInstigatorData, TickStatus
 from dagster._core.workspace.load import location_origins_from_config, location_origins_from_yaml_paths
 from dagster._time import get_current_timestamp
 from dagster._utils.schedules import schedule_execution_time_iterator
-from evolve_dag.assets import automation, launch
+from evolve_dag.assets import automation, launch, switches
 
 from evolve_dag.config import registry, scheduling
 from evolve_dag.config.schema import Experiment, ScheduleSettings
@@ -57,62 +57,87 @@ class Line:
 def listing(root: Path) -> tuple[list[Line], list[str]]:
     """All schedules, and what is wrong with the experiment files that are left out."""
     experiments, problems = automation.known_experiments(root)
-    names = scheduling.schedule_names(e.experiment for e in experiments)
-    lines = []
     with launch.open_instance(root) as instance:
+        known = {entry.name for entry in registry.entries(root)}
+        switches.carry_over(instance, known | {e.experiment for e in experiments})
         origin = _origin(root)
-        for experiment in sorted(experiments, key=lambda e: e.experiment):
-            name, settings = experiment.experiment, experiment.schedule
-            remote = _remote(names[name], settings.cron, settings.timezone, origin)
-            problem = scheduling.check_schedule(settings.cron, settings.timezone) or ""
-            state = instance.get_instigator_state(remote.get_remote_origin_id(), remote.selector_id)
-            on = state is not None and state.is_running
-            data = state.instigator_data if state is not None else None
-            if on and not problem and isinstance(data, ScheduleInstigatorData) and data.cron_schedule != settings.cron:
-                problem = f"switched on with cron {data.cron_schedule!r}: reload the code location, then switch it on again"
-            ticks = instance.get_ticks(remote.get_remote_origin_id(), remote.selector_id, limit=1)
-            tick = ticks[0] if ticks else None
-            if on and not problem and isinstance(data, ScheduleInstigatorData):
-                problem = _overdue(instance, settings, data, tick)
-            lines.append(
-                Line(
-                    name,
-                    names[name],
-                    on,
-                    settings.cron,
-                    settings.timezone,
-                    _next(settings, get_current_timestamp()) if on and not problem else None,
-                    datetime.fromtimestamp(tick.timestamp, _zone(settings.timezone)) if tick is not None else None,
-                    _said(instance, tick) if tick is not None else "",
-                    problem,
-                )
-            )
-    return lines, problems
+        lines = [_line(instance, experiment, origin) for experiment in experiments]
+        on = switches.switched_on(instance)
+        for name in known - {e.experiment for e in experiments}:
+            state = on.get(scheduling.schedule_name(name))
+            if state is not None:
+                lines.append(_left_on(name, state))
+    return sorted(lines, key=lambda line: line.experiment), problems
 
 
-def switch(root: Path, name: str, on: bool) -> tuple[Line, list[str]]:
-    """Switch an experiment's schedule on or off; returns it and what else has to be done for it to work.
+def _line(instance: dg.DagsterInstance, experiment: Experiment, origin: CodeLocationOrigin) -> Line:
+    name, settings = experiment.experiment, experiment.schedule
+    remote = _remote(scheduling.schedule_name(name), settings.cron, settings.timezone, origin)
+    problem = scheduling.check_schedule(settings.cron, settings.timezone) or ""
+    state = instance.get_instigator_state(remote.get_remote_origin_id(), remote.selector_id)
+    on = state is not None and state.is_running
+    data = state.instigator_data if state is not None else None
+    ticks = instance.get_ticks(remote.get_remote_origin_id(), remote.selector_id, limit=1)
+    tick = ticks[0] if ticks else None
+    if on and not problem and isinstance(data, ScheduleInstigatorData):
+        if data.cron_schedule != settings.cron:
+            problem = f"switched on with cron {data.cron_schedule!r}: reload the code location, then switch it on again"
+        else:
+            problem = _overdue(instance, settings, data, tick)
+    return Line(
+        name,
+        remote.name,
+        on,
+        settings.cron,
+        settings.timezone,
+        _next(settings, get_current_timestamp()) if on and not problem else None,
+        datetime.fromtimestamp(tick.timestamp, _zone(settings.timezone)) if tick is not None else None,
+        _said(instance, tick) if tick is not None else "",
+        problem,
+    )
+
+
+def _left_on(name: str, state: InstigatorState) -> Line:
+    """A schedule that is on and whose experiment file is gone or has a mistake."""
+    data = state.instigator_data
+    cron = str(data.cron_schedule) if isinstance(data, ScheduleInstigatorData) else ""
+    problem = f"on, and its file is gone or has a mistake: mend it, or switch it off: evolve schedule off {name}"
+    return Line(name, state.name, True, cron, "", None, None, "", problem)
+
+
+def switch_on(root: Path, name: str) -> tuple[Line, list[str]]:
+    """Switch an experiment's schedule on; returns it and what else has to be done for it to work.
 
     Switching on what is on already acknowledges an earlier failure: the next tick tries the iteration again.
 
     Raises:
-        ConfigError: no such experiment, or its cron or time zone is wrong.
+        ConfigError: no such experiment, its file is wrong, or its cron or time zone.
     """
     experiment = registry.load(root, name)
     settings = experiment.schedule
     problem = scheduling.check_schedule(settings.cron, settings.timezone)
-    if on and problem:
+    if problem:
         raise ConfigError(f"schedule of {name}: {problem}", "mend `schedule:` in the experiment file")
-    names = scheduling.schedule_names(e.experiment for e in automation.known_experiments(root)[0])
     with launch.open_instance(root) as instance:
-        remote = _remote(names[name], settings.cron, settings.timezone, _origin(root))
-        # Off first, also to switch on: Dagster then notes a new moment of switching on, by which a failure is acknowledged.
+        origin = _origin(root)
+        remote = _remote(scheduling.schedule_name(name), settings.cron, settings.timezone, origin)
+        # Off first: Dagster then notes a new moment of switching on, by which a failure is acknowledged.
         instance.stop_schedule(remote.get_remote_origin_id(), remote.selector_id, remote)
-        if on:
-            instance.start_schedule(remote)
-        notes = [*_idle(instance, experiment), *_notes(instance)] if on else []
-    [line] = [line for line in listing(root)[0] if line.experiment == name]
-    return line, notes
+        instance.start_schedule(remote)
+        return _line(instance, experiment, origin), [*_idle(instance, experiment), *_notes(instance)]
+
+
+def switch_off(root: Path, name: str) -> None:
+    """Switch an experiment's schedule off, whatever its file has come to; one that is off stays so.
+
+    Raises:
+        ConfigError: no such experiment.
+    """
+    known = {entry.name for entry in registry.entries(root)} | {e.experiment for e in automation.known_experiments(root)[0]}
+    with launch.open_instance(root) as instance:
+        switches.carry_over(instance, known)
+        if not switches.switch_off(instance, name) and name not in known:
+            registry.entry_of(root, name)  # tells that there is none
 
 
 def _idle(instance: dg.DagsterInstance, experiment: Experiment) -> Iterator[str]:

@@ -467,13 +467,27 @@ def schedule_list(json: JsonOption = False, store: StoreOption = None) -> None:
 @schedule.command("on")
 def schedule_on(experiment: LineageArgument, store: StoreOption = None) -> None:
     """Run the next iteration of an experiment by itself, at the times that its file says."""
-    _switch(experiment, store, on=True)
+    from evolve_dag.assets.timetable import switch_on
+    from evolve_dag.config import registry
+
+    root = _root(store)
+    name = registry.register(root, Path(experiment)).experiment if registry.is_file(experiment) else experiment
+    line, notes = switch_on(root, name)
+    print(f"{line.experiment}: on, {line.cron} ({line.timezone}), next tick {line.next_tick:%Y-%m-%d %H:%M}")
+    for note in notes:
+        print(f"  {note}")
 
 
 @schedule.command("off")
 def schedule_off(experiment: LineageArgument, store: StoreOption = None) -> None:
-    """Run nothing of an experiment by itself; a run that is going on is not ended."""
-    _switch(experiment, store, on=False)
+    """Run nothing of an experiment by itself; a run that is going on is not ended. Its file may be gone or have a mistake."""
+    from evolve_dag.assets.timetable import switch_off
+    from evolve_dag.config import registry
+
+    root = _root(store)
+    name = registry.name_of(root, Path(experiment)) if registry.is_file(experiment) else experiment
+    switch_off(root, name)
+    print(f"{name}: off")
 
 
 @app.command("import")
@@ -644,21 +658,6 @@ def play(
 # -- inside
 
 
-def _switch(config: str, store: Path | None, *, on: bool) -> None:
-    from evolve_dag.assets.timetable import switch
-    from evolve_dag.config import registry
-
-    root = _root(store)
-    name = registry.register(root, Path(config)).experiment if registry.is_file(config) else config
-    line, notes = switch(root, name, on)
-    if on:
-        print(f"{line.experiment}: on, {line.cron} ({line.timezone}), next tick {line.next_tick:%Y-%m-%d %H:%M}")
-    else:
-        print(f"{line.experiment}: off")
-    for note in notes:
-        print(f"  {note}")
-
-
 def _root(store: Path | None) -> Path:
     from evolve_dag.config.registry import default_store
 
@@ -699,9 +698,10 @@ def _experiment(config: str, seed: int | None, store: Store) -> Experiment:
     """An experiment by its file, or by the name under which the store knows it."""
     from evolve_dag.config import registry
 
-    known = {entry.name: entry for entry in registry.entries(store.root)}
-    if config in known and not registry.is_file(config):
-        return known[config].load() if seed is None else registry.load_seeded(known[config].config, seed)
+    known = config in {entry.name for entry in registry.entries(store.root)}
+    if not registry.is_file(config) and (known or (registry.is_name(config) and not Path(config).exists())):
+        entry = registry.entry_of(store.root, config)
+        return entry.load() if seed is None else registry.load_seeded(entry.config, seed)
     return registry.load_seeded(Path(config), seed)
 
 

@@ -398,3 +398,16 @@ def test_no_message_on_the_terminal_holds_a_secret(
     assert "***" in said
     assert "Zq9v" not in said
     assert "hunter22" not in said
+
+
+def test_a_file_that_was_renamed_is_found_by_the_name_in_it(evolve: Evolve, tmp_path: Path) -> None:
+    file = tmp_path / "configs" / "a.yaml"
+    file.parent.mkdir()
+    file.write_text("experiment: mine\niterations: 1\n")
+    registry.register(tmp_path / ".evolve", file)
+    file.rename(file.with_name("b.yaml"))
+    said = evolve("plan", "mine", "--json", folder=tmp_path)
+    assert said.returncode == 0, said
+    assert json.loads(said.stdout)["experiment"] == "mine"
+    file.with_name("b.yaml").unlink()
+    assert "no experiment 'nobody'" in evolve("plan", "nobody", folder=tmp_path).stderr

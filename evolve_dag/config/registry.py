@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 STORE_VARIABLE = "EVOLVE_STORE"
 CONFIGS_VARIABLE = "EVOLVE_CONFIGS"
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}")
+"""What an experiment may be called, under another seed too; what a command was given may be anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,13 +215,26 @@ def load(root: Path, name: str) -> Experiment:
         ConfigError: nobody registered the name, or its file is wrong.
         StoreError: the registry's entry is damaged.
     """
+    return entry_of(root, name).load()
+
+
+def entry_of(root: Path, name: str) -> Entry:
+    """Where an experiment is defined now.
+
+    Raises:
+        ConfigError: nobody registered the name, or the file in the configs folder that would have it is wrong.
+        StoreError: the registry's entry is damaged.
+    """
     entry = _entry(root, name)
     if entry is None:
+        for path in (configs_folder() / f"{name}.yaml", configs_folder() / f"{name}.yml"):
+            if path.is_file():
+                load_seeded(path)  # tells the mistake that keeps the file from having its name
         raise ConfigError(
             f"no experiment {name!r} in the store {root} or in {configs_folder()}/",
             f"run `evolve run <file>` once, put the file into {configs_folder()}/, or set {CONFIGS_VARIABLE}",
         )
-    return entry.load()
+    return entry
 
 
 def find(root: Path, name: str) -> Experiment | None:
@@ -233,8 +249,25 @@ def find(root: Path, name: str) -> Experiment | None:
     return load_seeded(entry.config, entry.seed) if entry is not None and entry.config.exists() else None
 
 
+def name_of(root: Path, config: Path) -> str:
+    """The experiment of a file; where the file has a mistake, that under which it is on record.
+
+    Raises:
+        ConfigError: the file is wrong, and not on record, or under several names.
+    """
+    try:
+        return load_seeded(config).experiment
+    except ConfigError:
+        names = [entry.name for entry in entries(root) if entry.config == _absolute(config) and entry.seed is None]
+        if len(names) != 1:
+            raise
+        return names[0]
+
+
 def _entry(root: Path, name: str) -> Entry | None:
     """The entry of a name, or that of the configs folder where there is none or its file is gone."""
+    if not _NAME.fullmatch(name):
+        return None
     known = _read(_file(root, name))
     if known is not None and known.config.exists():
         return known
@@ -248,6 +281,11 @@ def _entry(root: Path, name: str) -> Entry | None:
 def is_file(config: str) -> bool:
     """Whether what a command was given is a file, and not the name of an experiment."""
     return os.path.isfile(config)  # noqa: PTH113 - Path.is_file fails where the name is too long for one
+
+
+def is_name(config: str) -> bool:
+    """Whether what a command was given reads as the name of an experiment, and not as that of a file."""
+    return _NAME.fullmatch(config) is not None and not config.endswith((".yaml", ".yml"))
 
 
 def _file(root: Path, name: str) -> Path:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -69,18 +67,28 @@ def check_timezone(timezone: str) -> str | None:
 PREFIX = "nightly_"
 
 
-def schedule_names(experiments: Iterable[str]) -> dict[str, str]:
-    """Experiment -> the name of its schedule: ``principle-step-wise`` -> ``nightly_principle_step_wise``.
+def schedule_name(experiment: str) -> str:
+    """The name of an experiment's schedule: ``own_corpus`` -> ``nightly_own_corpus``.
 
-    Dagster's names know letters, digits and underscores only. Experiments whose names would meet there (``a-b``, ``a_b``)
-    all get a part of their own hash, so that none inherits from the other that it was switched on.
+    Dagster's names know letters, digits and underscores only. A name that holds something else gets a part of its own hash
+    (``a-b`` -> ``nightly_a_b_d44362``), so that none inherits from another (``a_b``) that it was switched on, and none loses it
+    when another comes.
     """
-    plain = {name: PREFIX + re.sub(r"[.-]", "_", name) for name in experiments}
-    taken = Counter(plain.values())
-    return {
-        name: found if taken[found] == 1 else f"{found}_{hashlib.sha256(name.encode()).hexdigest()[:6]}"
-        for name, found in plain.items()
-    }
+    plain = _plain(experiment)
+    return plain if plain == PREFIX + experiment else _hashed(experiment)
+
+
+def former_name(experiment: str) -> str:
+    """What an earlier version may have called the schedule: it gave a hash only to names that met."""
+    return _hashed(experiment) if schedule_name(experiment) == _plain(experiment) else _plain(experiment)
+
+
+def _plain(experiment: str) -> str:
+    return PREFIX + re.sub(r"[.-]", "_", experiment)
+
+
+def _hashed(experiment: str) -> str:
+    return f"{_plain(experiment)}_{hashlib.sha256(experiment.encode()).hexdigest()[:6]}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,9 +84,9 @@ def test_what_launches_runs_is_off_until_somebody_switches_it_on(experiment: Exp
 def test_every_experiment_has_a_schedule_at_the_time_that_its_file_says(config: Path) -> None:
     write_config(config.with_name("my-other.yaml"), schedule={"cron": "30 4 * * mon", "timezone": "Europe/Berlin"})
     found = {s.name: s for s in automation.nightly_schedules(registry.default_store())}
-    assert set(found) == {"nightly_tiny", "nightly_my_other"}
+    assert set(found) == {"nightly_tiny", scheduling.schedule_name("my-other")}
     assert (found["nightly_tiny"].cron_schedule, found["nightly_tiny"].execution_timezone) == ("0 2 * * *", "UTC")
-    other = found["nightly_my_other"]
+    other = found[scheduling.schedule_name("my-other")]
     assert (other.cron_schedule, other.execution_timezone) == ("30 4 * * mon", "Europe/Berlin")
     dg.Definitions.validate_loadable(build(StoreResource(root=str(registry.default_store()))))
 

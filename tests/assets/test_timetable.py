@@ -8,7 +8,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from assets_helpers import write_config
+from assets_helpers import watch, write_config
 from dagster._core.definitions.run_request import InstigatorType
 from dagster._core.definitions.selector import InstigatorSelector
 from dagster._core.scheduler.instigation import ScheduleInstigatorData, TickData, TickStatus
@@ -16,7 +16,7 @@ from evolve_dag.assets import automation, launch, timetable
 from typer.testing import CliRunner
 
 from evolve_dag.cli import app
-from evolve_dag.config import registry
+from evolve_dag.config import registry, scheduling
 from evolve_dag.errors import ConfigError
 
 ROOT = Path(".evolve")
@@ -67,8 +67,7 @@ def test_switching_on_says_when_no_tick_will_run_anything(
     promoted: int, told: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(automation, "promoted_iterations", lambda instance, name: set(range(1, promoted + 1)))
-    assert timetable.switch(ROOT, "tiny", True)[1][:-1] == told
-    assert timetable.switch(ROOT, "tiny", False)[1] == []
+    assert timetable.switch_on(ROOT, "tiny")[1][:-1] == told
 
 
 def test_the_list_shows_all_of_them() -> None:
@@ -83,7 +82,7 @@ def test_the_list_shows_all_of_them() -> None:
 
 
 def test_the_last_decision_is_shown_with_its_reason() -> None:
-    timetable.switch(ROOT, "tiny", True)
+    timetable.switch_on(ROOT, "tiny")
     with launch.open_instance(ROOT) as instance:
         [state] = instance.all_instigator_state(instigator_type=InstigatorType.SCHEDULE)
         told = {"skip_reason": "tiny: all 2 iterations are promoted"}
@@ -112,10 +111,10 @@ def test_switching_on_again_acknowledges_what_has_failed() -> None:
             return automation._switched_on(instance, "nightly_tiny")
 
     assert since() == 0.0
-    timetable.switch(ROOT, "tiny", True)
+    timetable.switch_on(ROOT, "tiny")
     first = since()
     assert first > 0
-    timetable.switch(ROOT, "tiny", True)
+    timetable.switch_on(ROOT, "tiny")
     assert since() > first
 
 
@@ -149,19 +148,19 @@ def test_switching_needs_no_writable_home_and_leaves_a_workspace_as_it_is(place:
 
 def test_a_workspace_that_gives_another_name_is_switched_under_it(place: Path) -> None:
     (place / "workspace.yaml").write_text("load_from: [{python_module: evolve_dag.definitions}]")
-    timetable.switch(ROOT, "tiny", True)
+    timetable.switch_on(ROOT, "tiny")
     other = InstigatorSelector(
         location_name="evolve_dag.definitions", repository_name="__repository__", name="nightly_tiny"
     ).get_id()
     assert stored() == {other: True}
     (place / "workspace.yaml").write_text("evolve_dag: [")
     with pytest.raises(ConfigError, match="not a workspace that can be read"):
-        timetable.switch(ROOT, "tiny", True)
+        timetable.switch_on(ROOT, "tiny")
 
 
 @pytest.mark.parametrize(("daemon", "remedy"), [(False, "start it with `evolve ui`"), (True, "reload the code location")])
 def test_a_tick_that_was_missed_is_told(daemon: bool, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    timetable.switch(ROOT, "tiny", True)
+    timetable.switch_on(ROOT, "tiny")
     monkeypatch.setattr(timetable, "_ticks", lambda instance: daemon)
     set_on_for(2 * 86_400)
     line = next(line for line in timetable.listing(ROOT)[0] if line.experiment == "tiny")
@@ -186,7 +185,7 @@ def test_a_tick_that_was_missed_is_told(daemon: bool, remedy: str, monkeypatch: 
 
 
 def test_a_cron_that_has_changed_since_is_told(place: Path) -> None:
-    timetable.switch(ROOT, "tiny", True)
+    timetable.switch_on(ROOT, "tiny")
     write_config(place / "configs" / "tiny.yaml", schedule={"cron": "0 3 * * *"})
     line = next(line for line in timetable.listing(ROOT)[0] if line.experiment == "tiny")
     assert "switched on with cron '30 2 * * *': reload the code location" in line.problem
@@ -197,8 +196,79 @@ def test_a_cron_that_has_changed_since_is_told(place: Path) -> None:
 
 def test_what_nobody_knows_is_refused() -> None:
     with pytest.raises(ConfigError, match="no experiment 'nope'"):
-        timetable.switch(ROOT, "nope", True)
+        timetable.switch_on(ROOT, "nope")
     assert stored() == {}
+
+
+def test_one_is_switched_off_whatever_its_file_has_come_to(place: Path) -> None:
+    file = place / "configs" / "tiny.yaml"
+    evolve("schedule", "on", str(file))
+    file.write_text("iteratons: 3\n")
+    [line] = [line for line in timetable.listing(ROOT)[0] if line.experiment == "tiny"]
+    assert (line.on, line.next_tick) == (True, None)
+    assert "switch it off: evolve schedule off tiny" in line.problem
+    assert "tiny" in evolve("schedule", "list")
+    assert evolve("schedule", "off", str(file)) == "tiny: off\n"
+    assert stored() == {selector("nightly_tiny"): False}
+    assert "tiny" not in {line.experiment for line in timetable.listing(ROOT)[0]}, "left out, as its mistake says"
+    write_config(file)
+    evolve("schedule", "on", "tiny")
+    file.unlink()
+    assert evolve("schedule", "off", "tiny") == "tiny: off\n"
+    assert stored() == {selector("nightly_tiny"): False}
+    with pytest.raises(ConfigError, match="no experiment 'nope'"):
+        timetable.switch_off(ROOT, "nope")
+
+
+def test_one_whose_file_was_renamed_is_switched_by_its_name(place: Path) -> None:
+    file = write_config(place / "configs" / "a.yaml", experiment="mine")
+    evolve("schedule", "on", str(file))
+    file.rename(file.with_name("b.yaml"))
+    assert evolve("schedule", "on", "mine").startswith("mine: on, ")
+    assert evolve("schedule", "off", "mine") == "mine: off\n"
+
+
+def test_the_mistake_of_the_file_that_would_have_the_name_is_told(place: Path) -> None:
+    (place / "configs" / "small.yaml").write_text("iteratons: 3\n")
+    with pytest.raises(ConfigError, match="iteratons"):
+        timetable.switch_on(ROOT, "small")
+
+
+def test_another_experiment_does_not_switch_one_off(place: Path) -> None:
+    write_config(place / "configs" / "my-exp.yaml")
+    timetable.switch_on(ROOT, "my-exp")
+    write_config(place / "configs" / "my_exp.yaml")
+    assert {line.experiment: line.on for line in timetable.listing(ROOT)[0]}["my-exp"]
+    assert not {line.experiment: line.on for line in timetable.listing(ROOT)[0]}["my_exp"]
+
+
+@pytest.mark.parametrize("by", ["list", "watch"])
+def test_what_is_on_under_the_name_of_an_earlier_version_stays_on(
+    place: Path, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_config(place / "configs" / "my-exp.yaml")
+    with monkeypatch.context() as before:
+        before.setattr(scheduling, "schedule_name", scheduling._plain)
+        timetable.switch_on(ROOT, "my-exp")
+    set_on_for(2 * 86_400)
+    if by == "watch":
+        with launch.open_instance(ROOT) as instance:
+            watch(instance)
+    line = next(line for line in timetable.listing(ROOT)[0] if line.experiment == "my-exp")
+    assert line.on
+    assert line.problem == "", "nothing is made up for"
+    assert stored() == {selector("nightly_my_exp"): False, selector(scheduling.schedule_name("my-exp")): True}
+    timetable.switch_off(ROOT, "my-exp")
+    assert not any(stored().values())
+
+
+def test_a_name_of_before_that_is_another_ones_now_is_left_to_it(place: Path) -> None:
+    write_config(place / "configs" / "my_exp.yaml")
+    timetable.switch_on(ROOT, "my_exp")
+    write_config(place / "configs" / "my-exp.yaml")
+    timetable.listing(ROOT)
+    timetable.switch_off(ROOT, "my-exp")
+    assert stored() == {selector("nightly_my_exp"): True}
 
 
 def test_the_name_under_which_it_is_stored_is_that_of_the_definition() -> None:
