@@ -76,6 +76,10 @@ class Metrics:
     """Share of episodes that never answered."""
     failed: float | None = None
     """Share of episodes that an error ended."""
+    ended: float | None = None
+    """Share of episodes that the environment ended; None also where an earlier version measured."""
+    ended_solved: float | None = None
+    """Share of episodes that the environment ended and that are solved; None as ``ended``."""
     turns: float | None = None
     """Mean assistant turns."""
     tokens: float | None = None
@@ -243,10 +247,13 @@ def measure(
         )
 
     everything = range(len(trajectories))
+    ended, ended_solved = ended_by_environment([t.status for t in trajectories], rewards)
     return Metrics(
         n=len(trajectories),
         tasks=len(set(ids)),
         judged=sum(r is not None for r in rewards),
+        ended=ended,
+        ended_solved=ended_solved,
         solved=_mean([None if r is None else float(solved(r)) for r in rewards]) if partial(rewards) else None,
         **{name: _mean(values) for name, values in (shares | means).items()},
         intervals={
@@ -259,6 +266,12 @@ def measure(
         },
         pass_at=pass_at(ids, rewards),
     )
+
+
+def ended_by_environment(statuses: Sequence[str], rewards: Sequence[float | None]) -> tuple[float, float]:
+    """``ended`` and ``ended_solved`` of :class:`Metrics`; of at least one episode."""
+    found = [reward for status, reward in zip(statuses, rewards, strict=True) if status == "ended"]
+    return len(found) / len(statuses), sum(map(solved, found)) / len(statuses)
 
 
 def partial(rewards: Iterable[float | None]) -> bool:

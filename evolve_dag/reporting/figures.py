@@ -48,17 +48,26 @@ def behaviour(summaries: Sequence[LineageSummary], field: str, *, share: bool) -
 
 
 def endings(summary: LineageSummary) -> Figure:
-    """How the episodes end, as shares that add up to 100%: after reading, premature, forced, unanswered, failed."""
+    """How the episodes end, as shares that add up to 100%: after reading (answered, where there are no tools), ended by the
+    environment, premature, forced, unanswered, failed."""
     rows = [row for row in summary.rows if row.without is not None and row.without.n]
+    found = [row.without for row in rows if row.without]
+    # With tools whoever answers before any call is premature; without them nobody is.
+    without_tools = any((m.no_tool or 0.0) > (m.premature or 0.0) for m in found)
+    by_environment: list[tuple[str, Callable[[Metrics], float]]] = [
+        ("ended, solved", lambda m: m.ended_solved or 0.0),
+        ("ended, not solved", lambda m: (m.ended or 0.0) - (m.ended_solved or 0.0)),
+    ]
     kinds: list[tuple[str, Callable[[Metrics], float]]] = [
-        ("after reading", _grounded),
+        ("answered" if without_tools else "after reading", _grounded),
+        *(by_environment if any(m.ended for m in found) else []),
         ("premature", lambda m: m.premature or 0.0),
         ("forced", lambda m: m.forced or 0.0),
         ("unanswered", lambda m: m.unanswered or 0.0),
         ("failed", lambda m: m.failed or 0.0),
     ]
     data = [
-        bar([_label(row) for row in rows], [100 * share(row.without) for row in rows if row.without], name, slot, "%{y:.1f}%")
+        bar([_label(row) for row in rows], [100 * share(metrics) for metrics in found], name, slot, "%{y:.1f}%")
         for slot, (name, share) in enumerate(kinds)
     ]
     return bars(data, range_=(0, 100), suffix="%")
@@ -288,7 +297,7 @@ def _per_step(summary: LineageSummary, heading: str, value: Callable[[Any], floa
 
 
 def _grounded(metrics: Metrics) -> float:
-    others = (metrics.premature, metrics.forced, metrics.unanswered, metrics.failed)
+    others = (metrics.ended, metrics.premature, metrics.forced, metrics.unanswered, metrics.failed)
     return max(0.0, 1.0 - sum(share or 0.0 for share in others))
 
 

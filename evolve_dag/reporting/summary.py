@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from evolve_dag.errors import DataError, OrderError
 from evolve_dag.evaluation.gate import GateDecision, gate_from_json, gate_to_json
 from evolve_dag.evaluation.intervals import Interval
-from evolve_dag.evaluation.metrics import Metrics, metrics_from_json, metrics_to_json
+from evolve_dag.evaluation.metrics import Metrics, ended_by_environment, metrics_from_json, metrics_to_json
 from evolve_dag.lineage.following import follows
 from evolve_dag.records import ExperienceItem
 from evolve_dag.steps.base import STEP_ORDER
@@ -32,7 +32,7 @@ from evolve_dag.steps.scores import BASE_AT
 from evolve_dag.steps.teacher_check import check_of
 from evolve_dag.store.artifacts import joined_config
 from evolve_dag.store.jsonvalues import to_values
-from evolve_dag.store.layout import CURVE, DECISION, ITEMS, SUMMARY
+from evolve_dag.store.layout import CURVE, DECISION, ITEMS, SCORES, SUMMARY
 
 if TYPE_CHECKING:
     from evolve_dag.experience.teacher_check import TeacherCheck
@@ -507,10 +507,18 @@ def _metrics(scores: Mapping[str, Any], condition: str, artifact: Artifact | Non
     if scores.get(condition) is None:
         return None
     try:
-        return metrics_from_json(scores[condition])
+        found = metrics_from_json(scores[condition])
     except DataError as error:
         where = artifact.path / SUMMARY if artifact else SUMMARY
         raise DataError(f"{where}: {condition}: {error.what}", error.remedy) from error
+    if found.ended is not None or artifact is None or SCORES not in artifact.manifest.files:
+        return found
+    episodes = artifact.frame(SCORES)  # of an earlier version, which did not count them
+    episodes = episodes.filter(episodes["condition"] == condition)
+    if episodes.is_empty():
+        return found
+    ended, ended_solved = ended_by_environment(list(episodes["status"]), list(episodes["reward"]))
+    return replace(found, ended=ended, ended_solved=ended_solved)
 
 
 def _curve(adapter: Artifact | None) -> tuple[Mapping[str, float], ...]:

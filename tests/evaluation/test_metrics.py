@@ -313,7 +313,9 @@ def test_a_broken_file_is_a_data_error(broken: object) -> None:
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["answered", "forced", "unanswered", "failed"]), st.booleans(), st.sampled_from([0.0, 1.0, None])
+            st.sampled_from(["answered", "forced", "ended", "unanswered", "failed"]),
+            st.booleans(),
+            st.sampled_from([0.0, 1.0, None]),
         ),
         min_size=1,
         max_size=20,
@@ -335,4 +337,6 @@ def test_every_episode_ends_in_one_way(rows: list[tuple[TrajectoryStatus, bool, 
     assert m.premature is not None
     assert m.no_tool <= m.premature
     grounded = sum(status == "answered" and read for status, read, _ in rows) / len(rows)
-    assert grounded + m.premature + (m.forced or 0) + (m.unanswered or 0) + (m.failed or 0) == pytest.approx(1.0)
+    others = (m.forced or 0) + (m.ended or 0) + (m.unanswered or 0) + (m.failed or 0)
+    assert grounded + m.premature + others == pytest.approx(1.0)
+    assert m.ended_solved == sum(status == "ended" and reward == 1 for status, _, reward in rows) / len(rows)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from lineages import audited, lineage
 
+from evolve_dag.evaluation.metrics import Metrics
 from evolve_dag.reporting import figures
 from evolve_dag.reporting.drawing import Figure
 from evolve_dag.reporting.summary import IterationRow, LineageSummary
@@ -78,6 +79,27 @@ def test_endings_add_up() -> None:
     figure = figures.endings(ONE[0])
     for column in zip(*(trace["y"] for trace in figure["data"]), strict=True):
         assert sum(column) == pytest.approx(100)
+
+
+def shown(*found: Metrics) -> dict[str, list[float]]:
+    """Way of ending -> percent of the episodes, of the nights that are given."""
+    rows = tuple(IterationRow(k, without=metrics) for k, metrics in enumerate(found, 1))
+    return {trace["name"]: trace["y"] for trace in figures.endings(LineageSummary("x", rows))["data"] if any(trace["y"])}
+
+
+def test_games_that_the_environment_ended_are_not_taken_for_answers_after_reading() -> None:
+    assert shown(Metrics(4, 4, 4, 0.25, premature=0.0, no_tool=0.0, ended=0.75, ended_solved=0.25)) == {
+        "after reading": [25.0],
+        "ended, solved": [25.0],
+        "ended, not solved": [50.0],
+    }
+
+
+def test_where_there_are_no_tools_nothing_was_read() -> None:
+    assert shown(Metrics(4, 4, 4, 0.25, premature=0.0, no_tool=0.75, failed=0.25, ended=0.0)) == {
+        "answered": [75.0],
+        "failed": [25.0],
+    }
 
 
 def test_several_experiments_have_their_own_colours_and_names() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lineages import lineage, metrics
 from evolve_dag.errors import DataError, OrderError, StoreError
 from evolve_dag.evaluation.gate import GateDecision, gate_to_json
 from evolve_dag.evaluation.metrics import metrics_to_json
-from evolve_dag.records import ExperienceItem, Standing
+from evolve_dag.records import ExperienceItem, Score, Standing
 from evolve_dag.reporting.summary import (
     IterationRow,
     LineageSummary,
@@ -28,7 +29,7 @@ from evolve_dag.reporting.summary import (
     summarize,
 )
 from evolve_dag.store.artifacts import Artifact, Build, Store
-from evolve_dag.store.frames import items_to_frame
+from evolve_dag.store.frames import items_to_frame, scores_to_frame
 
 BASE, FIRST, WITH = metrics(0.28, 0.76, 3.9, 0.0), metrics(0.6, 0.3, 4.9, 0.01), metrics(0.7, 0.2, 5.0, 0.01)
 ITEM = ExperienceItem("p-001", "Verify: when a listing shows it, visit the page.", "principle", created=1, updated=1)
@@ -103,6 +104,20 @@ def test_everything_that_the_steps_write_is_read(store: Store) -> None:
     assert summary.settings == {"granularity": "principle", "seed": 7}
     assert summary.command == "evolve run configs/pocket.yaml --iterations 1"
     assert summary.tokens == 1234
+
+
+def test_what_the_environment_ended_is_counted_in_nights_of_an_earlier_version(store: Store) -> None:
+    def scored(build: Build) -> None:
+        write("summary.json", {"without": metrics_to_json(FIRST)})(build)
+        rows = [
+            Score(f"t{n}", 0, "without", float(n == 0), False, "ended" if n < 3 else "failed", 1, 1, None) for n in range(4)
+        ]
+        scores_to_frame([*rows, replace(rows[3], condition="with")]).write_parquet(build.path / "scores.parquet")
+
+    put(store, 1, "scores", scored, confidence=0.95)
+    assert FIRST.ended is None
+    row = summarize(store, "pocket").rows[-1]
+    assert row.without == replace(FIRST, ended=0.75, ended_solved=0.25)
 
 
 def test_the_run_says_what_it_recomputed(store: Store) -> None:
