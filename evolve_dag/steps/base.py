@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def entering_policy(experiment: Experiment, iteration: int | None, store: Store)
             raise OrderError(f"policy[{partition(experiment, iteration)}] is not promoted yet", f"materialize {found} first")
         return found
     newest = _entering(experiment, 1, store)
-    for k in range(2, experiment.iterations + 2):
+    for k in count(2):  # the file may say fewer iterations by now than were made
         found = _entering(experiment, k, store)
         if isinstance(found, str):
             break

@@ -138,6 +138,13 @@ def test_what_was_withdrawn_leaves_with_the_policy_and_stays_with_a_champion(
     assert sorted(third.withdrawn) == ["p0001", "p0002"], "p0007 was in the declined pool only"
 
 
+def test_the_newest_policy_is_found_also_beyond_what_the_file_says(store: Store, nights: Callable[..., None]) -> None:
+    nights(BETTER, BETTER, BETTER)
+    run(experiment(), store, 1, 2, 3)
+    newest = entering_policy(experiment(iterations=1), None, store)
+    assert newest == entering_policy(experiment(), 4, store), "iterations were run by `--iterations 3`, or the file said more"
+
+
 def test_without_findings_a_policy_is_named_as_before(store: Store, nights: Callable[..., None]) -> None:
     nights(BETTER)
     run(experiment(), store, 1)
