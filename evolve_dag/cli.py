@@ -719,9 +719,7 @@ def _summary(config: str, store: Store, seed: int | None = None) -> LineageSumma
     from evolve_dag.config import registry
     from evolve_dag.reporting.summary import summarize
 
-    known = {entry.name: entry for entry in registry.entries(store.root)}
-    path = str(known[config].config) if config in known and not registry.is_file(config) else config
-    return summarize(store, _name(config, seed, store), config=path)
+    return summarize(store, _name(config, seed, store), config=config if registry.is_file(config) else None)
 
 
 def _report_path(summaries: Sequence[LineageSummary], store: Store) -> Path:

@@ -411,3 +411,13 @@ def test_a_file_that_was_renamed_is_found_by_the_name_in_it(evolve: Evolve, tmp_
     assert json.loads(said.stdout)["experiment"] == "mine"
     file.with_name("b.yaml").unlink()
     assert "no experiment 'nobody'" in evolve("plan", "nobody", folder=tmp_path).stderr
+
+
+def test_what_has_to_be_run_first_is_named_with_its_seed(evolve: Evolve, tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    for file in ("configs/small.yaml", "elsewhere.yaml"):
+        (tmp_path / file).write_text("iterations: 1\n")
+        assert f"evolve run {file} --seed 9" in evolve("status", file, "--seed", "9", folder=tmp_path).stderr
+    assert (
+        "evolve run configs/small.yaml --seed 9" in evolve("audit", "configs/small.yaml", "--seed", "9", folder=tmp_path).stderr
+    )

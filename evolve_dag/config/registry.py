@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -262,6 +263,44 @@ def name_of(root: Path, config: Path) -> str:
         if len(names) != 1:
             raise
         return names[0]
+
+
+def run_command(root: Path, name: str, config: str | None = None, seed: int | None = None) -> str:
+    """What makes a lineage: ``evolve run FILE``, with ``--seed N`` where it has another seed than its file.
+
+    Args:
+        config: the file as the user has called it; None: the one on record, or in the configs folder.
+        seed: that its artifacts were made with, for where nothing is on record.
+    """
+    entry = _found(root, name)
+    family, _, number = name.rpartition("-s")
+    if entry is None and family and number.isdecimal():
+        known = _found(root, family) or _named(config, family)
+        if known is not None or number == str(seed):
+            entry = Entry(name, known.config if known is not None else Path(f"configs/{family}.yaml"), int(number))
+    file = config or (_shown(entry.config) if entry is not None else f"configs/{name}.yaml")
+    return f"evolve run {shlex.quote(file)}" + (f" --seed {entry.seed}" if entry is not None and entry.seed is not None else "")
+
+
+def _found(root: Path, name: str) -> Entry | None:
+    with suppress(StoreError):
+        return _entry(root, name)
+    return None
+
+
+def _named(config: str | None, name: str) -> Entry | None:
+    """The entry that a file would have, if it names that experiment."""
+    if config is not None:
+        with suppress(ConfigError):
+            if load_seeded(Path(config)).experiment == name:
+                return Entry(name, _absolute(Path(config)))
+    return None
+
+
+def _shown(config: Path) -> str:
+    """A file as it is called in the working folder."""
+    here = Path.cwd()
+    return str(config.relative_to(here) if config.is_relative_to(here) else config)
 
 
 def _entry(root: Path, name: str) -> Entry | None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evolve_dag.config import registry
 from evolve_dag.errors import ConfigError, DataError, StoreError
 from evolve_dag.lineage.following import follows
 from evolve_dag.store.disk import write_atomic
@@ -347,7 +348,8 @@ def _iterations(store: Store, experiment: str) -> Iterator[_Iteration]:
         by_iteration.setdefault(ref.iteration, {})[ref.kind] = store.open(ref.kind, ref.digest)
     if not by_iteration:
         raise OrderError(
-            f"experiment {experiment!r} has not been run in {store.root}", f"run it first: evolve run configs/{experiment}.yaml"
+            f"experiment {experiment!r} has not been run in {store.root}",
+            f"run it first: {registry.run_command(store.root, experiment)}",
         )
     sound: list[tuple[int, dict[str, Artifact]]] = []
     for number, found in sorted(by_iteration.items()):

@@ -15,12 +15,12 @@ What is read, by kind of artifact (all of it optional, so that a lineage can be 
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from evolve_dag.config import registry
 from evolve_dag.errors import DataError, OrderError
 from evolve_dag.evaluation.gate import GateDecision, gate_from_json, gate_to_json
 from evolve_dag.evaluation.intervals import Interval
@@ -205,7 +205,7 @@ def summarize(
     Args:
         store: where the artifacts are.
         experiment: name of the lineage.
-        config: path of the experiment file, for the command that makes it again.
+        config: path of the experiment file as the user calls it, for the command that makes it again; None: the one on record.
         recomputed: (iteration, step) -> whether this run made it. Without an entry the ref's fact ``recomputed`` is taken.
 
     Raises:
@@ -219,7 +219,7 @@ def summarize(
         have = f"it holds {', '.join(known)}" if known else "it is empty"
         raise OrderError(
             f"experiment {experiment!r} has not been run in {store.root} ({have})",
-            f"run it first: evolve run {shlex.quote(config or f'configs/{experiment}.yaml')}",
+            f"run it first: {registry.run_command(store.root, experiment, config)}",
         )
     by_iteration: dict[int, dict[str, tuple[Ref, Artifact]]] = {}
     for ref in refs:
@@ -249,7 +249,7 @@ def summarize(
         experiment,
         tuple(rows),
         dict(sorted(settings.items())),
-        _command(experiment, config, settings, max(by_iteration)),
+        f"{registry.run_command(store.root, experiment, config, settings.get('seed'))} --iterations {max(by_iteration)}",
         tuple(outdated),
     )
 
@@ -266,15 +266,6 @@ def _base_row(scores: Mapping[str, Any], artifact: Artifact) -> IterationRow:
     found = {own: _metrics(scores, "base", artifact), **others}
     known = {temperature: metrics for temperature, metrics in sorted(found.items()) if metrics is not None}
     return IterationRow(0, without=known.get(own), greedy=known.get(0.0), at_temperature=known)
-
-
-def _command(experiment: str, config: str | None, settings: Mapping[str, Any], iterations: int) -> str:
-    seed = settings.get("seed")
-    # a lineage under another seed than the file's is named <experiment>-s<seed> (evolve_dag.config.registry)
-    seeded = experiment.endswith(f"-s{seed}")
-    name = experiment.removesuffix(f"-s{seed}")
-    file = shlex.quote(config or f"configs/{name}.yaml")
-    return f"evolve run {file} --iterations {iterations}" + (f" --seed {seed}" if seeded else "")
 
 
 def _row(

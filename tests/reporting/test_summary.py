@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from lineages import lineage, metrics
 
+from evolve_dag.config import registry
 from evolve_dag.errors import DataError, OrderError, StoreError
 from evolve_dag.evaluation.gate import GateDecision, gate_to_json
 from evolve_dag.evaluation.metrics import metrics_to_json
@@ -129,9 +130,26 @@ def test_the_run_says_what_it_recomputed(store: Store) -> None:
 def test_another_seed_is_part_of_the_command(store: Store) -> None:
     digest = make(store, "trajectories", seed=7).digest
     store.set_ref("pocket-s7", 1, "trajectories", digest)
-    assert summarize(store, "pocket-s7").command == "evolve run configs/pocket.yaml --iterations 1 --seed 7"
+    assert summarize(store, "pocket-s7").command == "evolve run configs/pocket.yaml --seed 7 --iterations 1"
     odd = "my configs/it's.yaml"
     assert shlex.split(summarize(store, "pocket-s7", config=odd).command)[:3] == ["evolve", "run", odd]
+
+
+def test_the_command_names_the_file_on_record(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = store.root.parent
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv(registry.CONFIGS_VARIABLE, raising=False)
+    (folder / "mine.yaml").write_text("experiment: pocket\n")
+    registry.register(store.root, Path("mine.yaml"))
+    assert summarize(store, "pocket").command == "evolve run mine.yaml --iterations 1"
+    for name in ("pocket-s9", "pocket-s09x"):
+        with pytest.raises(OrderError) as raised:
+            summarize(store, name)
+        seeded = "evolve run mine.yaml --seed 9" if name == "pocket-s9" else f"evolve run configs/{name}.yaml"
+        assert raised.value.remedy == f"run it first: {seeded}"
+    registry.register(store.root, Path("mine.yaml"), seed=9)
+    store.set_ref("pocket-s9", 1, "trajectories", make(store, "trajectories", seed=9).digest)
+    assert summarize(store, "pocket-s9").command == "evolve run mine.yaml --seed 9 --iterations 1"
 
 
 def test_a_lineage_that_has_just_begun(tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def test_an_iteration_is_sent_whole_and_only_once(store: Store, monkeypatch: pyt
         assert nested.data.tags[f"evolve.digest.{kind}"] == store.ref("small", 1, kind).digest  # type: ignore[union-attr]
     assert nested.data.tags["evolve.partition"] == "small|01"
     assert nested.data.tags["evolve.decision"] == "promote"
+    assert "evolve run small.yaml --iterations 1" in parent.data.tags["mlflow.note.content"]
     assert parent.data.params["distillation.learning_rate"] == "0.0007"
     assert parent.data.params["tasks.train.world"] == "13"
     assert parent.data.tags["config.iterations"] == "3"
