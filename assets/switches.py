@@ -31,14 +31,13 @@ def carry_over(instance: dg.DagsterInstance, experiments: Collection[str]) -> No
     """Have schedules that are on under a name that an earlier version gave them be on under the one that they have now.
 
     Args:
-        experiments: all that are known; a name that is another one's now, or was two experiments', is left alone.
+        experiments: all that are known; a former name that several of them may have had says nothing about any of them.
     """
     on = switched_on(instance)
-    taken = {scheduling.schedule_name(name) for name in experiments}
     former = [scheduling.former_name(name) for name in experiments]
     for name in experiments:
         before = scheduling.former_name(name)
-        if before not in on or before in taken or former.count(before) > 1:
+        if before == scheduling.schedule_name(name) or before not in on or former.count(before) > 1:
             continue
         state = on[before]
         origin = state.origin._replace(instigator_name=scheduling.schedule_name(name))

@@ -68,27 +68,19 @@ PREFIX = "nightly_"
 
 
 def schedule_name(experiment: str) -> str:
-    """The name of an experiment's schedule: ``own_corpus`` -> ``nightly_own_corpus``.
+    """The name of an experiment's schedule: ``pocket`` -> ``nightly_pocket``, ``a-b`` -> ``nightly_a_b_d44362``.
 
-    Dagster's names know letters, digits and underscores only. A name that holds something else gets a part of its own hash
-    (``a-b`` -> ``nightly_a_b_d44362``), so that none inherits from another (``a_b``) that it was switched on, and none loses it
-    when another comes.
+    Dagster's names know letters, digits and underscores only. A name with anything but letters and digits gets a part of its
+    hash, so that none inherits from another (``a_b``) that it was switched on, and none loses it when another comes.
     """
-    plain = _plain(experiment)
-    return plain if plain == PREFIX + experiment else _hashed(experiment)
+    if experiment.isalnum():
+        return PREFIX + experiment
+    return f"{former_name(experiment)}_{hashlib.sha256(experiment.encode()).hexdigest()[:6]}"
 
 
 def former_name(experiment: str) -> str:
-    """What an earlier version may have called the schedule: it gave a hash only to names that met."""
-    return _hashed(experiment) if schedule_name(experiment) == _plain(experiment) else _plain(experiment)
-
-
-def _plain(experiment: str) -> str:
+    """What an earlier version called the schedule, where no two experiments met in it."""
     return PREFIX + re.sub(r"[.-]", "_", experiment)
-
-
-def _hashed(experiment: str) -> str:
-    return f"{_plain(experiment)}_{hashlib.sha256(experiment.encode()).hexdigest()[:6]}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,7 +248,7 @@ def test_what_is_on_under_the_name_of_an_earlier_version_stays_on(
 ) -> None:
     write_config(place / "configs" / "my-exp.yaml")
     with monkeypatch.context() as before:
-        before.setattr(scheduling, "schedule_name", scheduling._plain)
+        before.setattr(scheduling, "schedule_name", scheduling.former_name)
         timetable.switch_on(ROOT, "my-exp")
     set_on_for(2 * 86_400)
     if by == "watch":
@@ -262,13 +262,13 @@ def test_what_is_on_under_the_name_of_an_earlier_version_stays_on(
     assert not any(stored().values())
 
 
-def test_a_name_of_before_that_is_another_ones_now_is_left_to_it(place: Path) -> None:
-    write_config(place / "configs" / "my_exp.yaml")
-    timetable.switch_on(ROOT, "my_exp")
+def test_a_former_name_that_two_may_have_had_switches_neither_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_config(place / "configs" / "my-exp.yaml")
-    timetable.listing(ROOT)
-    timetable.switch_off(ROOT, "my-exp")
-    assert stored() == {selector("nightly_my_exp"): True}
+    with monkeypatch.context() as before:
+        before.setattr(scheduling, "schedule_name", scheduling.former_name)
+        timetable.switch_on(ROOT, "my-exp")
+    write_config(place / "configs" / "my_exp.yaml")
+    assert not any(line.on for line in timetable.listing(ROOT)[0])
 
 
 def test_the_name_under_which_it_is_stored_is_that_of_the_definition() -> None:
