@@ -73,13 +73,13 @@ def _product(
 
 
 def _sum(low: Tensor, scale: float, x: Tensor, full: Tensor) -> Tensor:
-    """``low * scale + x @ full`` in half precision, rounded once.
+    """``low * scale + x @ full`` in half precision and in place, rounded once.
 
     The small part comes first, and the product is added to it while its sums are float32 still. The other way round, what is
     less than half a unit in the last place of a product that is rounded already would be lost: nine tenths of what a short
     training had learned (docs/LOG.md).
     """
-    return torch.addmm(low.mul_(scale), x, full)
+    return low.mul_(scale).addmm_(x, full)
 
 
 def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
