@@ -175,7 +175,8 @@ def test_what_is_calculated_is_what_a_step_allocates(tmp_path: Path) -> None:
         held = live.bytes
         forward = Forward(model)
         with forward.ready():
-            loss = memory._loss(forward, SETTINGS, rows)
+            states_T_H, paths = forward.states([[row, *range(tokens - 1)] for row, tokens in enumerate(rows)])
+            loss = memory._loss(forward, SETTINGS, states_T_H, paths)
             loss.backward()
         torch.optim.AdamW(learned).step()
     assert told.weights + told.adapter == pytest.approx(held, rel=0.02)
