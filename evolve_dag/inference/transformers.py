@@ -186,6 +186,7 @@ class TransformersModel:
                 "take the tokenizer that belongs to the model",
             )
         _choose_attention(model)
+        _keep_together(model)
         return cls(model, chat, threads=threads, max_batch=max_batch, cache_bytes=cache_bytes)
 
     @property
@@ -714,6 +715,14 @@ def _choose_attention(model: Any) -> None:
         base.set_attn_implementation("eager")
     elif getattr(base, "_supports_attention_backend", False) and getattr(base, "_supports_sdpa", False):
         base.set_attn_implementation(ATTENTION)
+
+
+def _keep_together(model: Any) -> None:
+    """Of a head in half precision that has no gradients torch makes a copy for every row of a batch whose last positions lie
+    apart, as they do behind a prompt: a third of the time of rollouts with an adapter on a CPU. In float32 it does not."""
+    head = model.get_output_embeddings()
+    if head.weight.dtype != torch.float32:
+        head.register_forward_pre_hook(lambda _, states: (states[0].contiguous(),))
 
 
 def _read_model(path_or_model: str | Path | torch.nn.Module, name: str, dtype: str, quantize: str, device: str) -> Any:

@@ -348,6 +348,18 @@ def test_in_half_precision_an_adapter_stays_beside_the_base(qwen3: PreTrainedMod
     assert min(unchanged) > 0.9
 
 
+@pytest.mark.parametrize(("dtype", "together"), [("bfloat16", True), ("float32", False)])
+def test_in_half_precision_the_head_gets_last_positions_that_lie_together(
+    qwen3: PreTrainedModel, chat: ChatFormat, dtype: str, together: bool
+) -> None:
+    """Where they lie apart torch copies a head without gradients for every row."""
+    model = TransformersModel.load(copy.deepcopy(qwen3).to(getattr(torch, dtype)), chat, threads=1)
+    head, seen = model.model.get_output_embeddings(), list[bool]()
+    head.register_forward_pre_hook(lambda _, states: seen.append(states[0].is_contiguous()))
+    head(torch.zeros(2, 3, head.in_features, dtype=head.weight.dtype)[:, -1:])
+    assert seen == [together]
+
+
 def test_a_model_that_trains_is_copied_with_its_adapter(qwen3: PreTrainedModel, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
