@@ -286,9 +286,8 @@ def test_doctor_says_which_number_format_is_fast_here(
     settings = {"experiment": "formats", "models": {"policy": {"path": str(tmp_path / "model"), "dtype": dtype}}}
     [found] = doctor._number_format(Experiment.model_validate(settings))
     assert f"{found.state}: {found.text}".startswith(told)
-    assert not list(
-        doctor._number_format(Experiment.model_validate({"experiment": "pocket"}))
-    )  # what ships is meant to be in float32
+    ships = Experiment.model_validate({"experiment": "pocket"})  # and is meant to be in float32
+    assert not list(doctor._number_format(ships))
     on_a_card = Experiment.model_validate(settings | {"runtime": {"device": "cuda:0"}})
     assert not list(doctor._number_format(on_a_card))
 

@@ -135,24 +135,6 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     return wrapped.eval() if can_merge(wrapped) else wear(wrapped)
 
 
-def merge(wrapped: Any) -> nn.Module:
-    """The policy of a peft model, to act; the wrapper must not be used afterwards.
-
-    Merged into its base where that leaves the policy that was trained, since unmerged LoRA costs rollouts 20-37%; else with the
-    adapter beside (:func:`~evolve_dag.inference.lora.can_merge`).
-    """
-    from evolve_dag.inference.lora import can_merge, wear
-
-    if not can_merge(wrapped):
-        worn: nn.Module = wear(wrapped)
-        return worn
-    base = wrapped.merge_and_unload()
-    for name in ("peft_config", "_hf_peft_config_loaded"):
-        if name in vars(base):
-            delattr(base, name)
-    return base.eval()
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """The adapter's config.
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from evolve_dag.config.parts import part
 from evolve_dag.config.schema import DistillationSettings, Regime
-from evolve_dag.distillation.adapter import attach, detach, merge, save_adapter
+from evolve_dag.distillation.adapter import attach, detach, save_adapter
 from evolve_dag.distillation.batch import require_teachers, row_losses
 from evolve_dag.distillation.checkpoint import Checkpoint, State, fingerprint
 from evolve_dag.distillation.dataset import DistillationRow, batches
@@ -379,6 +379,8 @@ class _Run:
 
     def _refresh(self, number: int, resample: Resample, checkpoint: Checkpoint | None) -> None:
         import torch
+
+        from evolve_dag.inference.lora import merge
 
         fresh = resample(number, merge(copy.deepcopy(self.wrapped)))
         torch.set_num_threads(self.threads)  # whoever sampled may have set its own

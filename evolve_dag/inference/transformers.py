@@ -37,12 +37,12 @@ from evolve_dag.errors import (
     first_line,
     out_of_memory,
 )
+from evolve_dag.inference import lora
 from evolve_dag.inference.attention import ATTENTION, bare
 from evolve_dag.inference.chat import ChatFormat, read_chat
 from evolve_dag.inference.freed import give_back
 from evolve_dag.inference.guided import Guide, Guides
 from evolve_dag.inference.kv import RoundCache, SlotPool, bytes_per_token
-from evolve_dag.inference.lora import can_merge, wear
 from evolve_dag.inference.quantization import pretrained, require
 from evolve_dag.inference.quiet import quiet_peft
 from evolve_dag.inference.recording import Recording, distribution
@@ -175,7 +175,7 @@ class TransformersModel:
         if merge and hasattr(model, "merge_and_unload"):
             if isinstance(path_or_model, torch.nn.Module) and adapter_dir is None:
                 model = copy.deepcopy(model)  # the caller may be training it
-            model = model.merge_and_unload() if can_merge(model) else wear(model)
+            model = lora.merge(model)
         if tokenizer is None or isinstance(tokenizer, (str, Path)):
             tokenizer = _read_tokenizer(tokenizer or path_or_model, name)
         chat = tokenizer if isinstance(tokenizer, ChatFormat) else ChatFormat.from_tokenizer(tokenizer)

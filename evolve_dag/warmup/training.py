@@ -297,8 +297,9 @@ class _Warmup:
         import torch
         from transformers import AutoTokenizer
 
-        from evolve_dag.distillation.adapter import load_adapter, merge
+        from evolve_dag.distillation.adapter import load_adapter
         from evolve_dag.distillation.trainer import load_model
+        from evolve_dag.inference.lora import merge
 
         source = model_folder(self.start)
         model: Any = merge(load_adapter(load_model(source), adapter))

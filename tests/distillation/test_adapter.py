@@ -13,11 +13,10 @@ from evolve_dag.distillation.adapter import (
     attach,
     detach,
     load_adapter,
-    merge,
     save_adapter,
 )
 from evolve_dag.errors import ConfigError, ModelError, StoreError
-from evolve_dag.inference.lora import fuse
+from evolve_dag.inference.lora import fuse, merge
 
 IDS = torch.arange(8, 40)[None]
 

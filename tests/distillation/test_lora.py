@@ -7,8 +7,8 @@ import pytest
 import torch
 from distillation_fakes import tiny_model
 
-from evolve_dag.distillation.adapter import attach, merge
-from evolve_dag.inference.lora import _wide_product, can_merge, fuse, wear
+from evolve_dag.distillation.adapter import attach
+from evolve_dag.inference.lora import _wide_product, can_merge, fuse, merge, wear
 
 
 def trained_adapter(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

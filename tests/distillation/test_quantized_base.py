@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from evolve_dag.config.schema import DistillationSettings, Regime, RuntimeSettings
 from evolve_dag.distillation import launch, memory
-from evolve_dag.distillation.adapter import attach, detach, load_adapter, merge
+from evolve_dag.distillation.adapter import attach, detach, load_adapter
 from evolve_dag.distillation.alignment import replay_injection
 from evolve_dag.distillation.batch import step_divergences
 from evolve_dag.distillation.dataset import DistillationRow
@@ -22,7 +22,7 @@ from evolve_dag.distillation.forward import Forward
 from evolve_dag.distillation.launch import Request
 from evolve_dag.distillation.memory import training_memory
 from evolve_dag.distillation.trainer import DistillationResult, distill, load_model
-from evolve_dag.inference.lora import fuse
+from evolve_dag.inference.lora import fuse, merge
 from evolve_dag.inference.quantization import dense, is_quantized, state_of
 from evolve_dag.store.layout import ADAPTER_WEIGHTS
 

@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 import evolve_dag.distillation.losses as losses_module
 import evolve_dag.distillation.trainer as trainer_module
 from evolve_dag.config.schema import DistillationSettings, Regime
-from evolve_dag.distillation.adapter import attach, load_adapter, merge
+from evolve_dag.distillation.adapter import attach, load_adapter
 from evolve_dag.distillation.alignment import align, no_injection, replay_injection
 from evolve_dag.distillation.batch import joined_teacher, row_losses, step_divergences
 from evolve_dag.distillation.dataset import DistillationRow, make_rows
 from evolve_dag.distillation.forward import Forward
 from evolve_dag.distillation.trainer import CurvePoint, DistillationResult, distill, learning_rate
 from evolve_dag.errors import AlignmentError, ModelError, StoreError
-from evolve_dag.inference.lora import fuse
+from evolve_dag.inference.lora import fuse, merge
 from evolve_dag.inference.prefix_tree import prefix_tree
 
 STEP_WISE = replay_injection("step_wise")
