@@ -6,8 +6,9 @@ A random model of the pocket policy's shape, or a model's folder; conversations 
     python benchmarks/rollouts.py --model models/smollm2-135m --episodes 16 --concurrency 16 --naive-episodes 2
     python benchmarks/rollouts.py --model models/smollm2-135m --episodes 4 --concurrency 1 --naive-episodes 0    # cache alone
     python benchmarks/rollouts.py --model models/smollm2-135m --episodes 32 --concurrency 32 --naive-episodes 0 --dtype bfloat16
+    python benchmarks/rollouts.py --model models/smollm2-135m --naive-episodes 0 --episodes 24 --vllm .venv-vllm/bin/python
 
-Both sides answer the same conversations in the same process; seconds are CPU seconds of the process, so a busy
+All sides answer the same conversations; seconds are CPU seconds (of the process, and of vLLM's engine below it), so a busy
 machine blurs them less, and wall seconds are printed beside them.
 """
 
@@ -20,15 +21,19 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from evolve_dag.config.schema import RuntimeSettings, VllmModelSettings
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.transformers import TransformersModel
-from evolve_dag.protocols import Request, Sampling
+from evolve_dag.inference.vllm import open_vllm
+from evolve_dag.protocols import LanguageModel, Request, Sampling
 from evolve_dag.records import Message
 
 WORDS = 590
@@ -90,20 +95,25 @@ class Script:
         self.turns = [(rng.randint(*ACTION_TOKENS), words(rng, *OBSERVATION_WORDS)) for _ in range(TURNS)]
 
 
-async def episodes(model: TransformersModel, scripts: list[Script], concurrency: int) -> None:
+async def episodes(model: LanguageModel, scripts: list[Script], concurrency: int) -> int:
+    """Play them, so many at a time; returns the tokens sampled."""
     waiting = iter(list(enumerate(scripts)))
+    sampled = 0
 
     async def work() -> None:
+        nonlocal sampled
         for number, script in waiting:
             messages: tuple[Message, ...] = script.start
             for turn, (length, observation) in enumerate(script.turns):
                 sampling = Sampling(max_tokens=length, seed=number * 100 + turn)
                 completion = await model.generate(Request(messages, sampling, f"s{number}"))
+                sampled += len(completion.token_ids)
                 action = Message("assistant", completion.text, completion.token_ids)
                 messages = (*messages, action, Message("tool", observation))
             model.release(f"s{number}")
 
     await asyncio.gather(*(work() for _ in range(concurrency)))
+    return sampled
 
 
 def one_by_one(model: Any, chat: ChatFormat, scripts: list[Script]) -> int:
@@ -130,11 +140,17 @@ def one_by_one(model: Any, chat: ChatFormat, scripts: list[Script]) -> int:
     return sampled
 
 
+def used() -> float:
+    """CPU seconds of this process and of all below it."""
+    root = psutil.Process()
+    return sum(sum(one.cpu_times()[:2]) for one in (root, *root.children(recursive=True)))
+
+
 @contextmanager
 def clock(into: dict[str, float]) -> Iterator[None]:
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), used()
     yield
-    into["wall_seconds"], into["cpu_seconds"] = time.perf_counter() - wall, time.process_time() - cpu
+    into["wall_seconds"], into["cpu_seconds"] = time.perf_counter() - wall, used() - cpu
 
 
 def rates(facts: dict[str, float]) -> dict[str, float]:
@@ -142,6 +158,20 @@ def rates(facts: dict[str, float]) -> dict[str, float]:
     facts["episodes_per_cpu_second"] = facts["episodes"] / seconds
     facts["sampled_tokens_per_cpu_second"] = facts["sampled_tokens"] / seconds
     return {name: round(value, 3) for name, value in facts.items()}
+
+
+def by_vllm(options: argparse.Namespace, scripts: list[Script]) -> dict[str, float]:
+    """The same episodes, from vLLM's engine in a process of its own; until it is ready nothing is counted."""
+    python = str(Path(options.vllm).absolute())
+    settings = VllmModelSettings(backend="vllm", path=options.model, dtype=options.dtype, python=python, context_tokens=2048)
+    runtime = RuntimeSettings(threads=options.threads, concurrency=options.concurrency)
+    model = open_vllm(settings, runtime=runtime, adapter=Path(options.adapter) if options.adapter else None, check=False)
+    asyncio.run(episodes(model, scripts[:4], 4))
+    facts: dict[str, float] = {"episodes": options.episodes}
+    with clock(facts):
+        facts["sampled_tokens"] = asyncio.run(episodes(model, scripts, options.concurrency))
+    asyncio.run(model.close())
+    return rates(facts)
 
 
 def main() -> None:
@@ -153,6 +183,7 @@ def main() -> None:
     parser.add_argument("--model", default="", help="folder of a model, in place of a random one")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="number format of that model")
     parser.add_argument("--adapter", help="folder of a LoRA adapter for it: merged in float32, beside it in half precision")
+    parser.add_argument("--vllm", help="interpreter with vLLM (make vllm): its engine too; needs --model")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
@@ -182,6 +213,9 @@ def main() -> None:
     }
     asyncio.run(model.close())
     result: dict[str, Any] = {"batched": rates(batched)}
+
+    if options.vllm:
+        result["vllm"] = by_vllm(options, scripts)
 
     if options.naive_episodes:
         policy.set_attn_implementation("sdpa")
