@@ -8,6 +8,7 @@ A launcher (``runtime.launcher``) says where, never what: it is in no digest. Al
 from __future__ import annotations
 
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from pydantic import Field
 
 from evolve_dag.config.parts import LauncherSettings, Part
-from evolve_dag.config.section import MOST, PATH
+from evolve_dag.config.section import MOST, PATH, PROGRAM
 
 if TYPE_CHECKING:
     from dagster import AssetExecutionContext, PipesMessageReader
@@ -78,8 +79,8 @@ class SubprocessSettings(LauncherSettings):
 
     kind: Literal["subprocess"] = "subprocess"
     """In a process of its own on the same machine."""
-    python: str = ""
-    """Interpreter of a virtual environment that holds evolve-dag; empty: this one."""
+    python: str = Field("", json_schema_extra=PROGRAM)
+    """Interpreter of a virtual environment that holds evolve-dag, relative to the file that names it; empty: this one."""
 
 
 class RaySettings(LauncherSettings):
@@ -152,7 +153,7 @@ def _ray(settings: RaySettings) -> Launch:
         client = PipesRayJobClient(address=settings.address or None, message_reader=handover.listen(PipesRayJobMessageReader))
         crew = {"count": settings.workers, "cpus": settings.cpus, "gpus": settings.gpus} if settings.workers else None
         job = SubmitJobParams(
-            entrypoint=" ".join(_command(settings.python)),
+            entrypoint=shlex.join(_command(settings.python)),
             runtime_env={"env_vars": handover.environment},
             entrypoint_num_cpus=0 if crew else settings.cpus,  # the actors compute, the job waits for them
             entrypoint_num_gpus=0 if crew else settings.gpus,

@@ -12,10 +12,12 @@ from pydantic import ValidationError
 
 from evolve_dag.config.outside import beside
 from evolve_dag.config.parts import CHOICES, UNUSABLE, Chosen, chosen
-from evolve_dag.config.schema import SHIPPED, Experiment, contradictions
+from evolve_dag.config.schema import SHIPPED, Experiment, Launchers, PolicySettings, WarmupSettings, contradictions
 from evolve_dag.config.section import PATH, PROGRAM, S, Section, marked
 from evolve_dag.config.yamlfile import read_mapping
 from evolve_dag.errors import ConfigError
+
+LAUNCHER = "runtime.launcher"
 
 
 def load_experiment(path: str | Path) -> Experiment:
@@ -110,7 +112,7 @@ def _merged(
     """What a file says with the mappings laid over it, and where each key comes from; adds to ``mistakes``."""
     merged, origin = _merge_chain(path, (), mistakes)
     for part in over:
-        _overlay(merged, _located(deepcopy(dict(part)), stated_in), "", stated_in, origin)
+        _overlay(merged, _located(_spelled_out(deepcopy(dict(part))), stated_in), "", stated_in, origin)
     return merged, origin
 
 
@@ -136,8 +138,21 @@ def _merge_chain(path: Path, seen: tuple[Path, ...], mistakes: list[str]) -> tup
         base, origin = _merge_chain(path.parent / parent, (*seen, resolved), mistakes)
         if "experiment" not in content:
             base.pop("experiment", None)
-    _overlay(base, _located(content, path), "", path, origin)
+    _overlay(base, _located(_spelled_out(content), path), "", path, origin)
     return base, origin
+
+
+def _spelled_out(content: dict[str, Any]) -> dict[str, Any]:
+    """``content`` with a launcher that is said by its name alone, for all steps or for one, as the mapping that this is short
+    for; changed. Only so can it lie beside the file, and another file's keys be laid over it."""
+    for runtime in _below(content, ["runtime"]):
+        if isinstance(runtime.get("launcher"), str):
+            runtime["launcher"] = {"kind": runtime["launcher"]}
+        for launcher in _below(runtime, ["launcher"]):
+            for step in Launchers.model_fields.keys() & launcher.keys():
+                if isinstance(launcher[step], str):
+                    launcher[step] = {"kind": launcher[step]}
+    return content
 
 
 def _located(content: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -169,13 +184,18 @@ def _absolute(section: S, prefix: str, base: Callable[[str], Path], mistakes: li
         key, value = f"{prefix}{name}", getattr(section, name)
         if isinstance(value, Section):
             changes[name] = _absolute(value, f"{key}.", base, mistakes)
-        elif (marked(field, PATH) and value and value not in SHIPPED) or (marked(field, PROGRAM) and "/" in value):
+        elif (marked(field, PATH) and value and not _ships(section, value)) or (marked(field, PROGRAM) and "/" in value):
             place = base(key).parent / value
             try:
                 changes[name] = str(place.resolve() if marked(field, PATH) else place.parent.resolve() / place.name)
             except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a zero byte
                 mistakes.append(f"{base(key)}: {key}: no file can be there: {error}")
     return section.model_copy(update=changes)
+
+
+def _ships(section: Section, value: str) -> bool:
+    """Whether a path is the name of a policy that ships: of a model only, any other path may be called so."""
+    return value in SHIPPED and isinstance(section, (PolicySettings, WarmupSettings))
 
 
 def _overlay(base: dict[str, Any], over: Mapping[str, Any], prefix: str, path: Path, origin: dict[str, Path]) -> None:
@@ -207,15 +227,16 @@ def _forget(origin: dict[str, Path], gone: Sequence[str]) -> None:
 def _inherited(dotted: str, current: dict[str, Any], value: dict[str, Any]) -> dict[str, Any]:
     """What a section keeps of the one it is laid over: where it names another part, only the keys that this part has too.
 
-    An environment that names its kind starts anew, whatever stood there.
+    An environment that names its kind starts anew, whatever stood there; a launcher for all steps is one for all.
     """
-    chooser = _chooser(dotted)
+    for_all = dotted == LAUNCHER
+    chooser = _chooser(f"{LAUNCHER}.adapter" if for_all else dotted)
     if chooser is None or chooser.key not in value:
         return dict(current)
     if dotted == "environment":
         return {}
     settings = chooser.settings(value)
-    if settings is None or chooser.name(value) == chooser.name(current):
+    if settings is None or (chooser.name(value) == chooser.name(current) and not for_all):
         return dict(current)
     return {key: inner for key, inner in current.items() if key in settings.model_fields}
 
@@ -245,6 +266,10 @@ def _keys(value: Any, prefix: str) -> Iterator[str]:
 
 
 def _origin(origin: Mapping[str, Path], key: str, default: Path) -> Path:
+    """The file that states a key or, if none does, the section that it is in."""
+    if key not in origin and key.startswith(f"{LAUNCHER}."):  # of a step: said for all of them, perhaps
+        *_, step, name = key.split(".")
+        key = f"{LAUNCHER}.{name}" if step in Launchers.model_fields and f"{LAUNCHER}.{name}" in origin else key
     while key:
         if key in origin:
             return origin[key]

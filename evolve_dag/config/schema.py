@@ -121,7 +121,8 @@ class VllmModelSettings(PolicySettings):
     python: str = Field("", json_schema_extra=PROGRAM)
     """Interpreter of an environment that holds vLLM, for the engine; relative to the file that names it. Empty: this one."""
     context_tokens: int = Field(32_768, ge=256, le=MOST, json_schema_extra=RUNTIME)
-    """Longest context of the engine (``max_model_len``)."""
+    """Longest context of the engine (``max_model_len``). Below what the model itself allows it decides where an episode ends:
+    another one makes all iterations anew. Servers have a limit of their own."""
     gpu_memory: float = Field(0.85, gt=0, le=1, json_schema_extra=RUNTIME)
     """Share of the GPU's memory that the engine takes."""
     tensor_parallel: int = Field(1, ge=1, le=MOST, json_schema_extra=RUNTIME)

@@ -59,15 +59,19 @@ def longest_context(settings: PolicySettings, folder: Path) -> int:
     Raises:
         ModelError: there is no readable ``config.json``.
     """
+    allowed, window = _own_context(folder)
+    return min(allowed, settings.context_tokens) if isinstance(settings, VllmModelSettings) else min(allowed, window)
+
+
+def _own_context(folder: Path) -> tuple[int, int]:
+    """Tokens that the config of a model allows, and those that its layers look back."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         config = {**config, **(config.get("text_config") or {})}
-        allowed = int(config.get("max_position_embeddings") or 2**31 - 1)
-        window = _window(config)
+        return int(config.get("max_position_embeddings") or 2**31 - 1), _window(config)
     except (OSError, ValueError, TypeError) as problem:
         raise ModelError(f"{path}: cannot be read: {problem}", "take a folder that from_pretrained reads") from problem
-    return min(allowed, settings.context_tokens) if isinstance(settings, VllmModelSettings) else min(allowed, window)
 
 
 def _window(config: Mapping[str, Any]) -> int:
@@ -95,6 +99,16 @@ def how_worn(settings: PolicySettings) -> dict[str, str]:
     return {} if settings.dtype == "float32" else {"worn": "beside the base"}
 
 
+def how_short(settings: PolicySettings) -> dict[str, int]:
+    """The longest context of a policy whose engine is asked for less than the model allows; a part of what it is, since an
+    episode that comes to it ends there. Servers have a limit of their own, which nobody knows before they are asked."""
+    if not isinstance(settings, VllmModelSettings) or settings.servers:
+        return {}
+    folder = model_folder(settings)
+    longest = longest_context(settings, folder)
+    return {"context_tokens": longest} if longest < _own_context(folder)[0] else {}
+
+
 def turns_of(settings: PolicySettings) -> str:
     """How a model's turns begin where that is not the plain way; a part of what it says that its weights do not tell."""
     template = _chat_template(model_folder(settings))
@@ -115,8 +129,8 @@ def _chat_template(folder: Path) -> str | dict[str, str]:
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over names and contents of the files that decide what a model says."""
-    kinds, notes = (".safetensors", ".json", ".jinja", ".model"), ("pretraining.json", "measured.json")
+    """SHA-256 over names and contents of the files that decide what a model says; not of notes on how it was made."""
+    kinds, notes = (".safetensors", ".json", ".jinja", ".model"), ("pretraining.json", "measured.json", "warmup.json")
     files = sorted(p for p in folder.iterdir() if p.suffix in kinds and p.name not in notes)
     return _digest(tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files))
 

@@ -29,7 +29,7 @@ from evolve_dag.config.loading import check_iterations
 from evolve_dag.config.parts import altered
 from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import OrderError, PartError, StoreError, no_slice_error
-from evolve_dag.inference.folders import base_identity, how_worn
+from evolve_dag.inference.folders import base_identity, how_short, how_worn
 from evolve_dag.inference.ledger import Ledger
 from evolve_dag.inference.roles import Roles
 from evolve_dag.records import PolicyRef, Standing
@@ -212,7 +212,8 @@ def resolve_from(
     inputs: dict[str, str] = {}
     missing = None
     if name == "policy":
-        config |= {"policy": entering.content | how_worn(experiment.models.policy)}
+        policy = experiment.models.policy
+        config |= {"policy": entering.content | how_worn(policy) | how_short(policy)}
     else:
         for upstream in spec.inputs:
             if upstream not in known:

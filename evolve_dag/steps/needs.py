@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,7 +52,10 @@ def absent_programs(experiment: Experiment) -> list[str]:
     policy = experiment.models.policy
     served = isinstance(policy, VllmModelSettings) and policy.servers  # no engine of our own is started
     named = [(key, name) for key, name in _named(experiment, PROGRAM) if not (served and key == "models.policy.python")]
-    return [f"{key}: {name}: no such program" for key, name in named if shutil.which(name) is None]
+    absent = [(key, name) for key, name in named if shutil.which(name) is None]
+    for_all = re.compile(r"^(runtime\.launcher)\.\w+\.")  # one that is said for all steps stands at each of them
+    told = dict.fromkeys((for_all.sub(r"\1.", key), name) for key, name in absent)
+    return [f"{key}: {name}: no such program" for key, name in told]
 
 
 def unset_keys(experiment: Experiment) -> Mapping[str, list[str]]:

@@ -26,7 +26,7 @@ READ = tuple(
 VERSION = "1"
 """Raise it when the same settings would become another model."""
 NOTE = "warmup.json"
-"""Begins with no weights and no tokenizer: it is in no hash of the model (:mod:`evolve_dag.inference.folders`)."""
+"""It has seconds in it, and is in no hash of the model (:func:`evolve_dag.inference.folders.folder_digest`)."""
 
 
 def section(experiment: Experiment) -> WarmupSettings:

@@ -15,6 +15,7 @@ from evolve_dag.config.loading import is_study, load_experiment
 from evolve_dag.config.parts import CHOICES, Part, part, parts
 from evolve_dag.config.schema import Experiment, HelperRole
 from evolve_dag.errors import ConfigError
+from evolve_dag.steps.needs import absent_programs
 
 ROOT = Path(__file__).parents[2]
 ALL = [(kind, name) for kind, choice in CHOICES.items() for name in choice.rows]
@@ -137,6 +138,50 @@ def test_a_launcher_is_named_for_all_heavy_steps_or_by_step(tmp_path: Path, text
     launchers = experiment.runtime.launcher
     assert [getattr(launchers, step).kind for step in ("trajectories", "contexts", "adapter", "scores")] == kinds
     assert Experiment.model_validate(experiment.model_dump(mode="json")) == experiment  # as a worker gets it
+
+
+@pytest.mark.parametrize(
+    ("inherited", "own", "expected"),
+    [
+        ("ray", "{adapter: subprocess}", ["ray", "ray", "subprocess", "ray"]),
+        ("{kind: ray, workers: 4}", "{kind: subprocess}", ["subprocess"] * 4),
+        ("{kind: ray, adapter: subprocess}", "in_process", ["in_process"] * 4),
+        ("{adapter: {kind: ray, cpus: 2}}", "{adapter: subprocess}", ["in_process", "in_process", "subprocess", "in_process"]),
+        ("{kind: ray, workers: 4}", "{workers: 2}", ["ray"] * 4),
+    ],
+)
+def test_a_launcher_is_laid_over_another(tmp_path: Path, inherited: str, own: str, expected: list[str]) -> None:
+    (tmp_path / "base.yaml").write_text(f"runtime: {{launcher: {inherited}}}\n")
+    found = load(tmp_path, f"extends: base.yaml\nruntime: {{launcher: {own}}}\n").runtime.launcher
+    assert [getattr(found, step).kind for step in type(found).model_fields] == expected
+
+
+MINE = """
+from evolve_dag.assets.launchers import LauncherPart
+from evolve_dag.config.parts import LauncherSettings
+
+class Mine(LauncherSettings):
+    '''Somewhere.'''
+
+    kind: str = "mine"
+    '''Somewhere.'''
+
+ROW = LauncherPart(settings=Mine, make=lambda settings: None)
+"""
+
+
+@pytest.mark.parametrize("text", ["'beside:ROW'", "{kind: 'beside:ROW'}", "{adapter: 'beside:ROW'}"])
+def test_a_launcher_may_lie_beside_the_file_that_names_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "beside.py").write_text(MINE)
+    assert load(tmp_path, f"runtime: {{launcher: {text}}}\n").runtime.launcher.adapter.kind == f"{tmp_path}/beside.py:ROW"
+
+
+def test_a_launcher_s_interpreter_lies_beside_the_file_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "base.yaml").write_text("runtime: {launcher: {kind: subprocess, python: venv/bin/python}}\n")
+    e = load(tmp_path / "below", "extends: ../base.yaml\nruntime: {launcher: {scores: in_process}}\n")
+    assert e.runtime.launcher.adapter.model_dump()["python"] == f"{tmp_path}/venv/bin/python"
+    assert absent_programs(e) == [f"runtime.launcher.python: {tmp_path}/venv/bin/python: no such program"]
 
 
 @pytest.mark.parametrize(

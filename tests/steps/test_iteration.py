@@ -113,6 +113,21 @@ def test_a_key_touches_the_steps_that_read_it_and_what_follows(made: Store, chan
         assert touched == expected
 
 
+def test_an_engine_that_is_asked_for_less_than_the_model_allows_is_another_policy(tmp_path: Path) -> None:
+    def digest(**policy: Any) -> str | None:
+        changes = {
+            "models": {"policy": {"backend": "vllm", "path": "pocket", **policy}},
+            "rollout": {"max_tokens": 256, "max_action_tokens": 32},
+        }
+        return resolve("policy", small(**changes), 1, Store(tmp_path)).digest
+
+    # The model allows 2,048 tokens. An episode that comes to the engine's limit ends there, so a higher one plays it anew.
+    assert len({digest(context_tokens=tokens) for tokens in (1024, 1500, 2048)}) == 3
+    assert digest(context_tokens=2048) == digest(context_tokens=4096)
+    servers = ["http://127.0.0.1:1/v1"]  # have a limit of their own
+    assert digest(context_tokens=1024, servers=servers) == digest(context_tokens=2048)
+
+
 def test_stored_histories_hold_no_experience_and_rows_hold_the_sampled_ids(made: Store) -> None:
     artifact = made.open("contexts", made.ref("small", 1, "contexts").digest)
     trajectories = {t.id: t for t in load_trajectories(artifact)}

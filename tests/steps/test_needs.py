@@ -24,7 +24,8 @@ def of(folder: Path, text: str) -> Experiment:
     return load_experiment(folder / "x.yaml")
 
 
-def test_the_files_for_a_gpu_tell_all_that_they_lack_at_once(tmp_path: Path) -> None:
+def test_the_files_for_a_gpu_tell_all_that_they_lack_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)  # `make vllm` may have been here
     experiment = load_experiment(CONFIGS / "qwen3_4b_web.yaml")
     with pytest.raises(DataError) as told:
         plan(experiment, Store(tmp_path / "store"))
@@ -53,6 +54,12 @@ def test_a_policy_that_ships_is_there(tmp_path: Path, name: str) -> None:
     assert experiment.models.policy.path == name, "a name, no folder beside the file"
     assert absent_files(experiment) == []
     assert is_pocket(experiment.models.policy)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_is_no_model_may_be_called_like_one_that_ships(tmp_path: Path, name: str) -> None:
+    experiment = of(tmp_path, f"extends: {CONFIGS / 'own_corpus.yaml'}\nstart_pool: {name}\n")
+    assert experiment.start_pool == str(tmp_path / name)
 
 
 TASKS = "tasks: {train: {path: a}, development: {path: b}, held_out: {path: c}}\n"
