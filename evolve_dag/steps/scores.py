@@ -62,7 +62,7 @@ NIGHTLY = ("iteration", "standing")
 OF = "of"
 """Entry of the summary: condition on held-out tasks, without experience -> adapter of whom it scores; None: the bare base."""
 TAKEN = "taken_over"
-"""Entry of the summary: condition -> earlier artifact of this lineage that its episodes are from."""
+"""Entry of the summary: condition -> artifact that its episodes are from, of an earlier night or of another lineage."""
 AGAINST = "against"
 """Entry of the summary: iteration of the champion that the candidate is compared with."""
 BASE_AT = "base_at_"
@@ -127,11 +127,10 @@ def _evaluate(context: StepContext, splits: Mapping[str, Split]) -> tuple[Episod
     pool = checked_pool(context)
     against, best = _reference(context)
     asked = _asked(context, pool, best)
-    episodes, taken = _taken_over(context, asked)
-    statistics: dict[str, Any] = {
-        OF: {one.condition: one.adapter for one in asked if one.condition in (*AS_EVER, "base")},
-        **taken,
-    }
+    episodes, origin = _taken_over(context, asked)
+    statistics: dict[str, Any] = {OF: {one.condition: one.adapter for one in asked if one.condition in (*AS_EVER, "base")}}
+    if origin:
+        statistics[TAKEN] = origin
     left = [one for one in asked if one.condition not in episodes]
     for adapter in dict.fromkeys(one.adapter for one in left):
         own = {one.condition: one for one in left if one.adapter == adapter}
@@ -166,9 +165,47 @@ def _asked(context: StepContext, pool: Pool, best: str | None) -> list[_Asked]:
     return found
 
 
-def _taken_over(context: StepContext, asked: Sequence[_Asked]) -> tuple[Episodes, dict[str, Any]]:
-    """Episodes that an earlier night of this lineage has played already, as where nothing was trained; and for the summary,
-    where they are from."""
+def _taken_over(context: StepContext, asked: Sequence[_Asked]) -> tuple[Episodes, dict[str, str]]:
+    """Episodes that somebody has played already, and the digest of the artifact that each condition's are from."""
+    episodes, origin = _of_lineages_alike(context, asked) if context.iteration == 1 else ({}, {})
+    own, own_origin = _of_earlier_nights(context, asked)
+    return episodes | own, origin | own_origin
+
+
+def _of_lineages_alike(context: StepContext, asked: Sequence[_Asked]) -> tuple[Episodes, dict[str, str]]:
+    """Those of the policy that enters the first night, by another lineage that begins with it: all arms of a study do."""
+    wanted = [one.condition for one in asked if one.condition in ("base", OF_BEST) or one.condition.startswith(BASE_AT)]
+    with suppress(StoreError):  # a ref that cannot be read
+        for ref in context.store.refs():
+            if (ref.kind, ref.iteration) != ("scores", 1) or ref.experiment == context.experiment.experiment:
+                continue
+            with suppress(StoreError):  # damaged or gone
+                other = context.store.open("scores", ref.digest)
+                if _plays_alike(context, other) and set(wanted) <= set(other.summary["conditions"]):
+                    known, _ = _evaluated(other)
+                    return {name: known[name] for name in wanted}, dict.fromkeys(wanted, ref.digest)
+    return {}, {}
+
+
+def _plays_alike(context: StepContext, other: Artifact) -> bool:
+    """Whether another lineage's scores are of the same entering policy, which met the same tasks in the same way; what it does
+    with experience, and how its scores are averaged, does not matter."""
+
+    def played(config: Mapping[str, Any]) -> dict[str, Any]:
+        evaluation = {key: config["evaluation"][key] for key in ("seed", "rollouts")}
+        beside = ("evaluation", *NIGHTLY, *INJECTION_KEYS)
+        return {key: value for key, value in config.items() if key not in beside} | evaluation
+
+    found = other.manifest
+    return (
+        found.code_version == SPEC.version
+        and found.inputs["policy"] == context.inputs["policy"].digest
+        and played(found.config) == played(context.config)
+    )
+
+
+def _of_earlier_nights(context: StepContext, asked: Sequence[_Asked]) -> tuple[Episodes, dict[str, str]]:
+    """Those of an earlier night of this lineage, where nothing was trained since."""
     episodes: Episodes = {}
     origin: dict[str, str] = {}
     wanted = {one.condition: one.adapter for one in asked if one.condition in AS_EVER}
@@ -189,7 +226,7 @@ def _taken_over(context: StepContext, asked: Sequence[_Asked]) -> tuple[Episodes
                 episodes |= {condition: known[name] for condition, name in found.items()}
                 origin |= dict.fromkeys(found, ref.digest)
                 break
-    return episodes, {TAKEN: origin} if origin else {}
+    return episodes, origin
 
 
 def _scored_alike(context: StepContext, earlier: Artifact) -> bool:

@@ -260,6 +260,44 @@ def test_a_night_that_changed_nothing_takes_its_held_out_episodes_over(copied: S
     assert [(again.path / name).read_bytes() for name in told] == taken
 
 
+def test_the_base_policy_is_played_once_for_all_lineages_that_begin_with_it(
+    copied: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the arms of a study do, whatever they do with experience; which episodes come out does not change by it."""
+    arm = small(experiment="arm", seed=9, injection="none", extraction={"min_support": 10_000})
+    for step in STEP_ORDER:
+        made = run_step(step, arm, 1, copied).artifact
+    first = copied.ref("small", 1, "scores")
+    assert first is not None
+    taken = copied.open("scores", copied.ref("arm", 1, "scores").digest)
+    base = {name for name in taken.summary["conditions"] if name.startswith("base")}
+    assert len(base) == 3
+    assert taken.summary["taken_over"] == dict.fromkeys(base | {"development_best"}, first.digest)
+    kept = [(taken.path / name).read_bytes() for name in ("scores.parquet", "summary.json")]
+    shutil.rmtree(taken.path)
+    monkeypatch.setattr(Store, "refs", lambda *args: [])
+    again = run_step("scores", arm, 1, copied).artifact
+    assert "taken_over" not in again.summary
+    assert [(again.path / name).read_bytes() for name in ("scores.parquet", "summary.json")] == kept
+    assert made.kind == "promotion"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"evaluation": SMALL["evaluation"] | {"seed": 3}},
+        {"rollout": {"temperature": 0.7}},
+        {"verification": {"kind": "contains"}},
+    ],
+)
+def test_who_plays_otherwise_takes_nothing_over(copied: Store, other: dict[str, Any]) -> None:
+    arm = small(experiment="arm", extraction={"min_support": 10_000}, **other)
+    for step in STEP_ORDER[: STEP_ORDER.index("scores") + 1]:
+        made = run_step(step, arm, 1, copied).artifact
+    assert "base" in made.summary["conditions"]
+    assert "taken_over" not in made.summary
+
+
 def test_the_learning_rate_falls_with_trainings_not_with_nights(copied: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     promoted, asked = copied.ref("small", 1, "adapter"), []
     assert promoted is not None
