@@ -174,17 +174,23 @@ def _taken_over(context: StepContext, asked: Sequence[_Asked]) -> tuple[Episodes
 
 def _of_lineages_alike(context: StepContext, asked: Sequence[_Asked]) -> tuple[Episodes, dict[str, str]]:
     """Those of the policy that enters the first night, by another lineage that begins with it: all arms of a study do."""
-    wanted = [one.condition for one in asked if one.condition in ("base", OF_BEST) or one.condition.startswith(BASE_AT)]
+    left = {one.condition for one in asked if one.condition in ("base", OF_BEST) or one.condition.startswith(BASE_AT)}
+    episodes: Episodes = {}
+    origin: dict[str, str] = {}
     with suppress(StoreError):  # a ref that cannot be read
         for ref in context.store.refs():
             if (ref.kind, ref.iteration) != ("scores", 1) or ref.experiment == context.experiment.experiment:
                 continue
             with suppress(StoreError):  # damaged or gone
                 other = context.store.open("scores", ref.digest)
-                if _plays_alike(context, other) and set(wanted) <= set(other.summary["conditions"]):
+                if _plays_alike(context, other) and (found := left.intersection(other.summary["conditions"])):
                     known, _ = _evaluated(other)
-                    return {name: known[name] for name in wanted}, dict.fromkeys(wanted, ref.digest)
-    return {}, {}
+                    episodes |= {name: known[name] for name in found}
+                    origin |= dict.fromkeys(sorted(found), ref.digest)
+                    left -= found
+            if not left:
+                break
+    return episodes, origin
 
 
 def _plays_alike(context: StepContext, other: Artifact) -> bool:

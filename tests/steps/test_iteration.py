@@ -264,15 +264,17 @@ def test_the_base_policy_is_played_once_for_all_lineages_that_begin_with_it(
     copied: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the arms of a study do, whatever they do with experience; which episodes come out does not change by it."""
-    arm = small(experiment="arm", seed=9, injection="none", extraction={"min_support": 10_000})
+    # Of three temperatures, one is asked for by nobody else.
+    evaluation = SMALL["evaluation"] | {"base_temperatures": [0, 0.5, 0.8]}
+    arm = small(experiment="arm", seed=9, injection="none", extraction={"min_support": 10_000}, evaluation=evaluation)
     for step in STEP_ORDER:
         made = run_step(step, arm, 1, copied).artifact
     first = copied.ref("small", 1, "scores")
     assert first is not None
     taken = copied.open("scores", copied.ref("arm", 1, "scores").digest)
     base = {name for name in taken.summary["conditions"] if name.startswith("base")}
-    assert len(base) == 3
-    assert taken.summary["taken_over"] == dict.fromkeys(base | {"development_best"}, first.digest)
+    assert base == {"base", "base_at_0", "base_at_0.5", "base_at_0.8"}
+    assert taken.summary["taken_over"] == dict.fromkeys(base - {"base_at_0.8"} | {"development_best"}, first.digest)
     kept = [(taken.path / name).read_bytes() for name in ("scores.parquet", "summary.json")]
     shutil.rmtree(taken.path)
     monkeypatch.setattr(Store, "refs", lambda *args: [])
