@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import posixpath
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 PARAM_CHARACTERS = 500
 """Longest value of a parameter that every MLflow server takes; config.json beside the run holds all of it."""
+
+NAME_CHARACTERS = 250
+"""Longest name of a parameter or tag."""
 
 CURVE = ("loss", "divergence", "learning_rate", "gradient_norm", "tokens_per_second", "action_tokens")
 """Columns of the training curve that are sent."""
@@ -135,20 +140,23 @@ def settings(facts: IterationFacts) -> dict[str, Any]:
 
 
 def params(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Config slices as flat parameters, long values cut.
+    """Config slices as flat parameters, long values cut, under names that every server takes.
 
     >>> params({"regime": {"source": "teacher"}, "seed": 0, "tasks.train": {"path": None}})
     {'regime.source': 'teacher', 'seed': '0', 'tasks.train.path': 'null'}
+    >>> params({"extra": {"$schema": "x", "_schema": "y"}})
+    {'extra._schema': 'y', 'extra._schema_2': 'x'}
     """
     mask = masker()
-    return {key[:250]: _cut(mask(_text(value))) for key, value in _flat(settings)}
+    return {name: _cut(mask(_text(value))) for name, value in _named(_flat(settings))}
 
 
 def undecisive(experiment: Experiment) -> dict[str, str]:
     """Settings that decide no result, as tags: they may change within a lineage."""
     sections = experiment.model_dump(mode="json", include=set(_UNSENT_SECTIONS))
     mask = masker()
-    return {f"config.{key}": _cut(mask(_text(value))) for key, value in _flat(sections) if value not in (None, "")}
+    stated = _named((f"config.{key}", value) for key, value in _flat(sections) if value not in (None, ""))
+    return {name: _cut(mask(_text(value))) for name, value in stated}
 
 
 def tags(facts: IterationFacts) -> dict[str, str]:
@@ -289,6 +297,29 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, value
+
+
+def _named(flat: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The same values under names that MLflow takes and that are all different: those that it takes as they are stay so, one
+    that would be another's ends in a number."""
+    taken: set[str] = set()
+    for key, value in sorted(flat, key=lambda one: _legal(one[0]) != one[0]):
+        name, number = _legal(key), 1
+        while name in taken:
+            number += 1
+            ending = f"_{number}"
+            name = _legal(key)[: NAME_CHARACTERS - len(ending)] + ending
+        taken.add(name)
+        yield name, value
+
+
+def _legal(key: str) -> str:
+    """Keys of an experiment file may be anything (``models.extractor.extra.$schema``). MLflow takes letters, digits and
+    ``_-. /``, on most systems ``:`` too, and what would be a path only where it is its shortest form."""
+    name = re.sub(r"[^\w\-. /]", "_", key)[:NAME_CHARACTERS]
+    if posixpath.normpath(name) != name or name.startswith("/"):
+        name = name.replace("/", "_")
+    return f"_{name}"[:NAME_CHARACTERS] if name in ("", ".") or name.startswith("..") else name
 
 
 def _text(value: Any) -> str:

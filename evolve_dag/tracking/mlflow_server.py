@@ -55,6 +55,20 @@ class TrackingError(EvolveError, RuntimeError):
     """MLflow cannot be reached or refuses what it is sent. Nothing is lost: the store has it all."""
 
 
+class RefusedError(TrackingError):
+    """MLflow works, and refuses what one experiment has for it; what other experiments have it may take."""
+
+
+_OF_CONTENT = (
+    "INVALID_PARAMETER_VALUE",
+    "INVALID_STATE",
+    "MALFORMED_REQUEST",
+    "RESOURCE_ALREADY_EXISTS",
+    "RESOURCE_DOES_NOT_EXIST",
+)
+"""MLflow's codes for a request that is wrong in itself; all others may be of the server, its database or the way there."""
+
+
 def own_database(root: Path) -> Path:
     """The database that is used when ``MLFLOW_TRACKING_URI`` is unset."""
     return root.resolve() / "mlflow" / "mlflow.db"
@@ -90,13 +104,19 @@ def artifact_location(root: Path, uri: str) -> str | None:
 
 @contextmanager
 def mlflow_errors(uri: str) -> Iterator[None]:
-    """What MLflow, its database driver or the network raise, as one :class:`TrackingError` without secrets."""
+    """What MLflow, its database driver or the network raise, as one :class:`TrackingError` without secrets;
+    :class:`RefusedError` where it is about what was sent."""
     try:
         yield
     except EvolveError:
         raise
     except Exception as error:  # mlflow, sqlalchemy, requests and botocore share no base class
+        if getattr(error, "error_code", None) in _OF_CONTENT and not any(map(is_damaged_database, chain(error))):
+            raise RefusedError(f"MLflow at {shown(uri)} refuses what it was sent: {describe_error(error)}", _REFUSED) from error
         raise TrackingError(f"MLflow at {shown(uri)}: {describe_error(error)}", _remedy(uri, error)) from error
+
+
+_REFUSED = "mend what it names, in the experiment file or in MLflow, then `evolve sync-mlflow` sends what is missing"
 
 
 def _remedy(uri: str, error: Exception) -> str:

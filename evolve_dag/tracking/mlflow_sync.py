@@ -42,6 +42,7 @@ from evolve_dag.tracking import mlflow_facts, mlflow_models, mlflow_traces
 from evolve_dag.tracking.mlflow_facts import IterationFacts, Point
 from evolve_dag.tracking.mlflow_server import (
     ADDRESS_VARIABLE,
+    RefusedError,
     SentRecord,
     TrackingError,
     artifact_location,
@@ -88,7 +89,8 @@ class Sent:
     skipped: list[str] = field(default_factory=list)
     """Experiments that were left out, with the reason."""
     failed: list[str] = field(default_factory=list)
-    """Experiments whose file is wrong or whose artifacts could not be read, with the reason."""
+    """Experiments whose file is wrong, whose artifacts could not be read or of which MLflow refuses something, with the
+    reason."""
 
     def __str__(self) -> str:
         counts = [(getattr(self, name), name) for name in ("runs", "metrics", "datasets", "traces", "versions", "artifacts")]
@@ -107,7 +109,7 @@ def sync(store: Store, names: Sequence[str] | None = None, *, again: bool = Fals
         progress: told how far it is.
 
     Raises:
-        TrackingError: MLflow cannot be reached or refuses; what was sent stays, the next sync goes on from there.
+        TrackingError: MLflow cannot be reached or breaks off; what was sent stays, the next sync goes on from there.
         ConcurrencyError: another sync of this store did not end within ten minutes.
     """
     sent = Sent()
@@ -169,6 +171,8 @@ def _send(store: Store, wanted: Sequence[tuple[str, Experiment | None]], sent: S
             try:
                 with mlflow_errors(uri):
                     sender.lineage(name, experiment)
+            except RefusedError as error:  # of this lineage; the server takes the others
+                sent.failed.append(f"{name}: {error.what}: {error.remedy}")
             except TrackingError:
                 raise
             except EvolveError as error:  # a damaged artifact is one lineage's trouble

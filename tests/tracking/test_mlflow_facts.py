@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import posixpath
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,8 +17,18 @@ from evolve_dag.experience.teacher_check import Comparison, TeacherCheck
 from evolve_dag.records import Trajectory
 from evolve_dag.reporting.drawing import Figure
 from evolve_dag.reporting.summary import IterationRow
-from evolve_dag.tracking.mlflow_facts import PARAM_CHARACTERS, IterationFacts, _calls, masker, params, results, undecisive
+from evolve_dag.tracking.mlflow_facts import (
+    PARAM_CHARACTERS,
+    IterationFacts,
+    _calls,
+    _flat,
+    masker,
+    params,
+    results,
+    undecisive,
+)
 from evolve_dag.tracking.mlflow_server import (
+    RefusedError,
     SentRecord,
     TrackingError,
     mlflow_errors,
@@ -41,6 +54,32 @@ def test_params_are_flat_and_short_enough_for_every_server() -> None:
         "seed": "0",
         "x.y.z": "[1, 2]",
         "long": "a" * (PARAM_CHARACTERS - 1) + "…",
+    }
+
+
+@given(st.dictionaries(st.text(max_size=300), st.integers() | st.dictionaries(st.text(max_size=4), st.integers(), max_size=3)))
+def test_names_of_params_are_such_as_mlflow_takes(free: dict[str, Any]) -> None:
+    found = params({"models.extractor": {"extra": free, "path": "x"}})
+    assert len(found) == 1 + len(list(_flat(free)))
+    assert found["models.extractor.path"] == "x"
+    for name in found:
+        assert re.fullmatch(r"[/\w.\- ]{1,250}", name)
+        assert posixpath.normpath(name) == name
+        assert name != "."
+        assert not name.startswith(("..", "/"))
+
+
+def test_names_that_become_equal_are_told_apart() -> None:
+    found = params({"extra": {"a?": 1, "a!": 2, "a_": 3, "https://x": 4, "y" * 250: 5, "y" * 251: 6}, "..": 7, "/z": 8})
+    assert found == {
+        "extra.a_": "3",
+        "extra.a__2": "2",
+        "extra.a__3": "1",
+        "extra.https___x": "4",
+        f"extra.{'y' * 244}": "5",
+        f"extra.{'y' * 242}_2": "6",
+        "_..": "7",
+        "_z": "8",
     }
 
 
@@ -147,6 +186,16 @@ def test_what_a_server_raises_is_told_without_secrets() -> None:
         raise ValueError("no: api_key=secret-word")
     assert "secret-word" not in str(caught.value)
     assert "evolve sync-mlflow" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("code", "refused"), [("INVALID_PARAMETER_VALUE", True), ("TEMPORARILY_UNAVAILABLE", False)])
+def test_a_refusal_is_told_from_a_server_that_cannot(code: str, refused: bool) -> None:
+    class MlflowLikeError(Exception):
+        error_code = code
+
+    with pytest.raises(TrackingError) as told, mlflow_errors("http://mlflow"):
+        raise MlflowLikeError("no")
+    assert isinstance(told.value, RefusedError) == refused
 
 
 def test_figures_are_drawn_as_png(tmp_path: Path) -> None:

@@ -562,3 +562,32 @@ def test_a_damaged_artifact_is_named_and_the_others_are_sent(store: Store) -> No
     sent = sync(store)
     assert "steps.parquet" in sent.failed[0]
     assert sent.runs == 2
+
+
+def test_what_mlflow_refuses_of_one_experiment_does_not_keep_the_others_back(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = store.root / "refs" / "other"
+    shutil.copytree(store.root / "refs" / "small", other)
+    for path in other.rglob("*.json"):
+        path.write_text(path.read_text().replace('"small"', '"other"'))
+    told = mlflow_sync.mlflow_facts.tags
+    illegal = {"a name?": "x"}
+    monkeypatch.setattr(
+        mlflow_sync.mlflow_facts, "tags", lambda facts: told(facts) | (illegal if facts.experiment == "other" else {})
+    )
+    sent = sync(store, ["other", "small"])
+    assert len(sent.failed) == 1
+    assert sent.failed[0].startswith("other: MLflow at sqlite")
+    assert "a name?" in sent.failed[0]
+    assert "iteration 01" in runs(store)
+
+
+def test_keys_that_mlflow_would_refuse_are_sent_under_names_that_it_takes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = mlflow_sync.mlflow_facts.settings
+    extra = {"models.extractor": {"extra": {"$schema": "https://json-schema.org", "user@host": 1, "https://x": 2}}}
+    monkeypatch.setattr(mlflow_sync.mlflow_facts, "settings", lambda facts: told(facts) | extra)
+    assert sync(store).failed == []
+    assert runs(store)["iteration 01"].data.params["models.extractor.extra._schema"] == "https://json-schema.org"
