@@ -78,8 +78,9 @@ def mean(column: Column, *, shared: bool = False) -> Estimate | None:
 def difference(a: Column, b: Column, *, shared: bool = False) -> Estimate | None:
     """Mean of ``a - b`` over the tasks that both know, paired by seed and task; None when there is none.
 
-    As in :func:`evolve_dag.evaluation.intervals.paired_difference`, each seed gets two invented tasks, one won and one lost,
-    before resampling: without them equal results would pass for certain ones.
+    As in :func:`evolve_dag.evaluation.intervals.paired_difference`, two invented tasks are added before resampling, one won and
+    one lost: without them equal results would pass for certain ones. They are two of all tasks of the study, however many
+    seeds it has, and the estimate always lies in its interval.
     """
     values = {}
     for seed in sorted(a.keys() & b.keys()):
@@ -88,17 +89,16 @@ def difference(a: Column, b: Column, *, shared: bool = False) -> Estimate | None
             values[seed] = _Values(common, np.array([a[seed][t] - b[seed][t] for t in common]))
     if not values:
         return None
-    invented = {seed: _Values([*v.tasks, *_INVENTED], np.append(v.rewards, [1.0, -1.0])) for seed, v in values.items()}
-    draws = _Draws(invented, shared)
-    drawn = np.mean([draws.means(v, seed) for seed, v in invented.items()], axis=0)
-    return _estimate(values, _percentiles(drawn), _Draws(values, shared))
+    beside = {seed: _Values(own.tasks, np.stack([own.rewards, np.zeros(len(own.tasks))])) for seed, own in values.items()}
+    drawn_R_C = _drawn(beside, shared)
+    return _estimate(values, _around(_mean(values), drawn_R_C[:, 0] - drawn_R_C[:, 1]), _Draws(values, shared))
 
 
 def against_best(policy: Column, others: Mapping[str, Column], *, shared: bool = False) -> AgainstBest | None:
     """``policy`` against the best of ``others``, which may hold it too; None where they share no task.
 
     Tasks are split into two fixed halves. The choice is made anew in every resample, so its own uncertainty is in the interval;
-    each half gets the invented tasks of :func:`difference`. Of a single other nothing is chosen: that is :func:`difference`.
+    each half gets two invented tasks. Of a single other nothing is chosen: that is :func:`difference`.
     """
     if len(others) == 1:
         [(only, other)] = others.items()
@@ -115,7 +115,7 @@ def against_best(policy: Column, others: Mapping[str, Column], *, shared: bool =
     gaps_S = np.mean([means_S_H_C[:, h, 0] - means_S_H_C[:, h, 1 + chosen[h]] for h in (0, 1)], axis=0)
     drawn_R = np.mean([_gap(drawn_H_R_C[h], drawn_H_R_C[1 - h]) for h in (0, 1)], axis=0)
     by_seed = dict(zip(halves, map(float, gaps_S), strict=True))
-    around = _percentiles(drawn_R)
+    around = _around(float(gaps_S.mean()), drawn_R)
     whole = _Draws(stacked, shared)
     honest = Estimate(float(gaps_S.mean()), around, _student(by_seed, around, shared=shared), by_seed, whole.tasks)
     whole_C = np.mean([own.rewards.mean(axis=1) for own in stacked.values()], axis=0)
@@ -199,6 +199,20 @@ def _weights(seed: int, count: int, resamples: int, half: int) -> NDArray[np.flo
     return generator.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float32)
 
 
+@lru_cache(maxsize=32)
+def _pairs(count: int, resamples: int, half: int) -> Floats:
+    """(resamples, 2) how often either of two tasks is drawn that stand beside ``count`` others."""
+    generator = np.random.default_rng([0, count, half, 1])  # others than those of _weights
+    shares = np.array([1, 1, count]) / (count + 2)
+    return generator.multinomial(count + 2, shares, size=resamples)[:, :2].astype(np.float64)
+
+
+def _around(value: float, drawn_R: Floats) -> Interval:
+    """Percentiles, ``value`` always among them."""
+    low, high = _percentiles(drawn_R)
+    return min(low, value), max(high, value)
+
+
 def _percentiles(means_R: Floats) -> Interval:
     low, high = np.quantile(means_R, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
     return float(low), float(high)
@@ -225,17 +239,28 @@ def _halved(whole: _Values) -> tuple[_Values, _Values]:
     return first, second
 
 
-def _drawn(half: Mapping[int, _Values], shared: bool, number: int) -> Floats:
-    """(R, C) means over seeds of the resampled tasks of one half, two invented ones of each seed among them: one that the first
-    column wins and one that it loses, whichever other it is laid beside."""
-    invented = {}
-    for seed, own in half.items():
-        pair_C_2 = np.repeat([[0.0, 1.0]], len(own.rewards), axis=0)
-        pair_C_2[0] = 1.0, 0.0
-        invented[seed] = _Values([*own.tasks, *_INVENTED], np.hstack([own.rewards, pair_C_2]))
-    draws = _Draws(invented, shared, number)
-    means_R_C: Floats = np.mean([draws.columns(own, seed) for seed, own in invented.items()], axis=0)
-    return means_R_C
+def _drawn(values: Mapping[int, _Values], shared: bool, half: int = 0) -> Floats:
+    """(R, C) means over seeds of resampled tasks, two invented ones among them: one that the first column wins and one that it
+    loses, whichever other it is laid beside.
+
+    With a pair for every seed its pull towards 0 would not grow less with their number while the interval grows narrower, and
+    the estimate would come to lie outside.
+    """
+    count = len(next(iter(values.values())).rewards)
+    pair_C_2 = np.repeat([[0.0, 1.0]], count, axis=0)
+    pair_C_2[0] = 1.0, 0.0
+    if shared or len(values) == 1:
+        values = {seed: _Values([*own.tasks, *_INVENTED], np.hstack([own.rewards, pair_C_2])) for seed, own in values.items()}
+    draws = _Draws(values, shared, half)
+    means_R_C: Floats = np.mean([draws.columns(own, seed) for seed, own in values.items()], axis=0)
+    if shared or len(values) == 1:
+        return means_R_C
+    # Tasks of the study: as many as have the same noise where seeds that count alike have different numbers of them.
+    tasks = round(len(values) ** 2 / sum(1 / len(own.tasks) for own in values.values()))
+    pairs_R_2 = _pairs(tasks, RESAMPLES, half)
+    own_R_1 = tasks + 2 - pairs_R_2.sum(axis=1, keepdims=True)
+    mixed_R_C: Floats = (own_R_1 * means_R_C + pairs_R_2 @ pair_C_2.T) / (tasks + 2)
+    return mixed_R_C
 
 
 def _gap(measured_R_C: Floats, choosing_R_C: Floats) -> Floats:
