@@ -16,7 +16,19 @@ from evolve_dag.study.findings import QUESTIONS, Findings
 from evolve_dag.study.published import SOURCE, compared
 from evolve_dag.study.results import breakdowns
 from evolve_dag.study.statistics import Estimate
-from evolve_dag.study.tables import BEST, CONDITIONS, DIFFERS, HOLLOW, ITSELF, METHOD, at, said, shown_contrasts, unjudged
+from evolve_dag.study.tables import (
+    BEST,
+    CONDITIONS,
+    DIFFERS,
+    HOLLOW,
+    ITSELF,
+    METHOD,
+    at,
+    of_seeds,
+    said,
+    shown_contrasts,
+    unjudged,
+)
 from evolve_dag.study.what_differs import as_stated, what_differs
 
 SECTIONS = {
@@ -72,6 +84,7 @@ def render(findings: Findings) -> str:
         share=share,
         signed=signed,
         at=partial(at, findings),
+        of_seeds=partial(of_seeds, findings),
         unjudged=unjudged(findings),
         bounds=bounds,
         figures=figures,

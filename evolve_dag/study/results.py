@@ -92,14 +92,19 @@ class Results:
 
     def base_columns(self, arm: str) -> dict[str, Column]:
         """An arm's base policy by temperature, as the arm measured it; what it did not measure, as arms did that begin with the
-        same policy and roll it out alike."""
+        same policy and roll it out alike.
+
+        A temperature that some of the arm's seeds lack is left out: the best of several is chosen and measured on the seeds
+        that all of them have, and would stand for fewer seeds than the arm.
+        """
         found: dict[str, dict[int, Mapping[str, float]]] = {}
         bare = sorted((row for row in self.rows if row.iteration == 0), key=lambda row: row.arm != arm)
         for row in bare:
             for condition, rewards in row.rewards.items() if self._same_base(arm, row.arm) else ():
                 if condition not in HELD and (row.arm == arm or temperature_of(condition)):
                     found.setdefault(condition, {}).setdefault(row.seed, rewards)
-        return dict(found)
+        seeds = {row.seed for row in bare if row.arm == arm}
+        return {condition: column for condition, column in found.items() if seeds <= column.keys()}
 
     def _same_base(self, arm: str, other: str) -> bool:
         """Whether both begin with the same policy, and roll it out alike but for the temperature."""

@@ -161,7 +161,7 @@ def markdown(findings: Findings) -> str:
     for question, told in QUESTIONS.items():
         asked = shown_contrasts(findings, question)
         if asked:
-            lines += [f"### {_heading(told)}", "", *_contrasts(question, asked), ""]
+            lines += [f"### {_heading(told)}", "", *_contrasts(findings, asked), ""]
     lines += ["## Tokens, pool and gate", "", *_costs(findings), ""]
     for fact in dict.fromkeys(part.fact for part in findings.parts):
         lines += [f"## Success by {fact}, last iteration, without experience", "", *_by_fact(findings, fact), ""]
@@ -257,13 +257,19 @@ def shown_contrasts(findings: Findings, question: ContrastKind) -> list[Contrast
     return [c for c in asked if c.arm == findings.results.study.reference or c in last]
 
 
-def _contrasts(question: ContrastKind, asked: Sequence[Contrast]) -> list[str]:
+def of_seeds(findings: Findings, contrast: Contrast) -> str:
+    """`` (2 of 5 seeds)`` where a contrast is over fewer seeds than its arm; '' where it is over all of them."""
+    known, own = len(contrast.difference.by_seed), findings.seeds(contrast.arm)
+    return f" ({known} of {own} seeds)" if known < own else ""
+
+
+def _contrasts(findings: Findings, asked: Sequence[Contrast]) -> list[str]:
     heads = ["arm", "iteration", "against", "difference (over tasks; over seeds)", "verdict over tasks"]
     naive = any(c.naive for c in asked)
     rows = []
     for c in asked:
         told = [ITSELF, "–", "–"] if c.itself else [points(c.difference), c.difference.verdict, points(c.naive)]
-        rows.append([c.arm, str(c.iteration), c.against, *told[: 3 if naive else 2]])
+        rows.append([c.arm, str(c.iteration), f"{c.against}{of_seeds(findings, c)}", *told[: 3 if naive else 2]])
     return _table([*heads, *(["naive"] if naive else [])], rows)
 
 
@@ -338,7 +344,8 @@ def _contrast_rows(findings: Findings) -> Iterator[dict[str, Any]]:
         where = {"question": c.question, "arm": c.arm, "iteration": c.iteration, "against": c.against}
         naive = {} if c.naive is None else {"naive": c.naive.value}
         seeds = {f"seed_{seed}": value for seed, value in c.difference.by_seed.items()}
-        yield {**where, **_numbers(c.difference, "difference"), "verdict": c.difference.verdict, **naive, **seeds}
+        numbers = {**_numbers(c.difference, "difference"), "seeds": len(seeds)}
+        yield {**where, **numbers, "verdict": c.difference.verdict, **naive, **seeds}
 
 
 def _cost_rows(findings: Findings) -> Iterator[dict[str, Any]]:

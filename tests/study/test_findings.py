@@ -88,6 +88,30 @@ def test_a_mean_over_some_of_the_seeds_says_so(tmp_path: Path) -> None:
     assert tables.at(some, "a", 0, "held_with") == "–"
 
 
+def test_a_temperature_of_some_seeds_does_not_narrow_the_contrast_with_the_base(tmp_path: Path) -> None:
+    whole = results(tmp_path, {"a": (0.1, 0.2, 0.3), "b": (0.1, 0.2)})
+    rows = [
+        replace(row, rewards={c: r for c, r in row.rewards.items() if row.arm == "b" or not c.startswith("base_at")})
+        for row in whole.rows
+        if row.arm == "a" or row.seed == 5
+    ]
+    found = find(replace(whole, rows=tuple(rows)))
+    assert {c.against for c in found.asked("base", "a")} == {"the rollouts' temperature"}
+    assert {len(c.difference.by_seed) for c in found.asked("base", "a")} == {3}
+    assert {c.against for c in found.asked("base", "b")} == {"temperature 0.3"}
+
+
+def test_a_contrast_over_some_of_the_seeds_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "")
+    whole = results(tmp_path, {"a": (0.1, 0.2), "b": (0.1, 0.3)})
+    found = find(replace(whole, rows=tuple(row for row in whole.rows if row.arm == "b" or row.seed != 5)))
+    assert "| b | 1 | a (2 of 3 seeds) | " in tables.markdown(found)
+    assert "<td>a (2 of 3 seeds)</td>" in page.render(found)
+    assert "of 3 seeds" not in tables.markdown(find(whole))
+    [row] = [row for row in tables.as_json(found)["contrasts"] if row["question"] == "arm"]
+    assert row["seeds"] == 2
+
+
 def test_episodes_that_were_not_judged_are_told_wherever_success_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = results(tmp_path, {"a": (0.1, 0.2), "b": (0.1, 0.2)}, seeds=[5, 6])
     assert "judged" not in tables.markdown(find(whole))
