@@ -68,6 +68,8 @@ THREAD = "mlflow-sync"
 """Name of the threads that wait for processes in the background to end."""
 LOG_BYTES = 1_000_000
 """The log of the background starts anew past this."""
+_FAMILY = "evolve.experiment"
+"""Tag of an MLflow experiment: the experiment file that it is of, whatever it is called by now."""
 _TRAJECTORIES = 24
 """Traces per condition where the experiment file is not at hand."""
 
@@ -386,19 +388,38 @@ class _Sender:
             self.record.put("current", name, holds)
 
     def mlflow_experiment(self, name: str) -> str:
-        """Id of the MLflow experiment of the lineage's experiment file; made when it is not there."""
+        """Id of the MLflow experiment of the lineage's experiment file: the one on record, also where it was renamed in MLflow,
+        then the one of that name; made when there is none."""
         family = _family(self.store.root, name)
-        found = self.client.get_experiment_by_name(family)
+        found = self._on_record(family) or self.client.get_experiment_by_name(family)
         if found is None:
-            experiment_id = self.client.create_experiment(
-                family, artifact_location(self.store.root, self.uri), tags={"evolve.version": mlflow_facts.version()}
-            )
+            tags = {_FAMILY: family, "evolve.version": mlflow_facts.version()}
+            experiment_id = self.client.create_experiment(family, artifact_location(self.store.root, self.uri), tags=tags)
         else:
             experiment_id = found.experiment_id
             if found.lifecycle_stage == "deleted":
                 self.client.restore_experiment(experiment_id)
+            if found.tags.get(_FAMILY) != family:
+                self.client.set_experiment_tag(experiment_id, _FAMILY, family)
         self.record.put("experiment", family, experiment_id)
         return str(experiment_id)
+
+    def _on_record(self, family: str) -> Any:
+        """MLflow's experiment that was sent to before; None: there is none, or the server has been set up anew since and gave
+        its id to another one."""
+        from mlflow.exceptions import MlflowException
+
+        experiment_id = self.record.get("experiment", family)
+        if experiment_id is None:
+            return None
+        try:
+            found = self.client.get_experiment(experiment_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        made_here = found.name == family or "evolve.version" in found.tags  # before there was a tag with the name
+        return found if found.tags.get(_FAMILY, family if made_here else None) == family else None
 
     def parent(
         self, experiment_id: str, summary: LineageSummary, found: Sequence[IterationFacts], experiment: Experiment | None

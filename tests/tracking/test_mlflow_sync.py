@@ -291,6 +291,40 @@ def test_what_was_deleted_stays_deleted_and_what_was_lost_is_sent_anew(store: St
     assert counts(own_database(store.root)) == before
 
 
+@pytest.mark.parametrize("tagged", [True, False])
+def test_an_experiment_that_was_renamed_in_mlflow_is_sent_to_all_the_same(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tagged: bool
+) -> None:
+    configure(store.root, tracking={"trajectories": 0})
+    sync(store)
+    there = client(store)
+    experiment_id = there.get_experiment_by_name("small").experiment_id
+    if not tagged:  # made before there was such a tag
+        with sqlite3.connect(own_database(store.root)) as connection:
+            connection.execute("delete from experiment_tags where key = 'evolve.experiment'")
+    there.rename_experiment(experiment_id, "my first one")
+    there.delete_experiment(experiment_id)
+    add_iteration(store, 2, "keep")
+    assert sync(store).runs == 1
+    assert there.get_experiment_by_name("small") is None
+    assert there.get_experiment(experiment_id).lifecycle_stage == "active"
+    assert len(there.search_runs([experiment_id])) == 3
+    monkeypatch.setenv(ADDRESS_VARIABLE, "http://mlflow")
+    for iteration in (1, 2):
+        assert f"/experiments/{experiment_id}/runs/" in str(tracking_link(store.root, "small", iteration))
+
+
+def test_an_id_that_a_new_server_gave_to_another_experiment_is_not_taken(store: Store, made: Path) -> None:
+    configure(store.root, tracking={"trajectories": 0})
+    sync(store)
+    shutil.copyfile(own_database(made), own_database(store.root))
+    there = client(store)
+    assert there.create_experiment("somebody's") == "1"
+    assert sync(store).runs == 2
+    assert there.search_runs(["1"]) == []
+    assert len(runs(store)) == 2
+
+
 def test_a_loaded_champion_says_what_the_policy_says(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow.pyfunc
 
