@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,8 +83,18 @@ def lineage_tags(facts: IterationFacts) -> dict[str, str]:
     }
 
 
-def point_champion(client: MlflowClient, name: str, champion: IterationFacts | None) -> None:
+def point_champion(
+    client: MlflowClient, name: str, champion: IterationFacts | None, ours: Callable[[Mapping[str, str]], bool]
+) -> str | None:
     """Set the alias on the champion's version, or take it away where the base policy holds.
+
+    Args:
+        ours: tells by its tags whether a version is of the store that is sent. Another store may have an experiment of this
+            name and send it to the same server; where its version has the alias, that stays.
+
+    Returns:
+        Number of the other store's version that has the alias, None where the alias is as it should be. Where a person has
+        deleted the champion's version, it stays as it is.
 
     Raises:
         Exception: whatever MLflow raises.
@@ -92,11 +102,15 @@ def point_champion(client: MlflowClient, name: str, champion: IterationFacts | N
     wanted = find(client, champion) if champion is not None else None
     model = next(iter(client.search_registered_models(f"name = '{name}'")), None)  # none: a person has deleted it
     present = dict(model.aliases).get(ALIAS) if model is not None else None
+    if str(present) == str(wanted) or (champion is not None and wanted is None):
+        return None
+    if present is not None and not ours(client.get_model_version(name, present).tags):
+        return str(present)
     if wanted is None:
-        if present is not None:
-            client.delete_registered_model_alias(name, ALIAS)
-    elif str(present) != str(wanted):
+        client.delete_registered_model_alias(name, ALIAS)
+    else:
         client.set_registered_model_alias(name, ALIAS, wanted)
+    return None
 
 
 def description(facts: IterationFacts, experiment: Experiment | None) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from evolve_dag.tracking import mlflow_facts, mlflow_models, mlflow_traces
 from evolve_dag.tracking.mlflow_facts import IterationFacts, Point
 from evolve_dag.tracking.mlflow_server import (
     ADDRESS_VARIABLE,
+    URI_VARIABLE,
     RefusedError,
     SentRecord,
     TrackingError,
@@ -89,7 +90,7 @@ class Sent:
     artifacts: int = 0
     """Files."""
     skipped: list[str] = field(default_factory=list)
-    """Experiments that were left out, with the reason."""
+    """Experiments that were left out, and what was left out of one, with the reason."""
     failed: list[str] = field(default_factory=list)
     """Experiments whose file is wrong, whose artifacts could not be read or of which MLflow refuses something, with the
     reason."""
@@ -382,10 +383,12 @@ class _Sender:
             self.client.set_terminated(parent, "FINISHED", found[-1].ended)
             self._done(found[-1], "report", True)
         holds = [lineage, found[-1].promotion]
+        champion = next((facts for facts in found if facts.iteration == summary.champion), None)
         if self.record.get("current", name) != holds:  # also where all was sent once, and an earlier config holds again
-            self.champion(name, next((facts for facts in found if facts.iteration == summary.champion), None), experiment)
+            self.version(champion, experiment)
             self._supersede(mlflow_experiment, parent, {"evolve.kind": "lineage", "evolve.experiment": name})
             self.record.put("current", name, holds)
+        self.champion(name, champion)
 
     def mlflow_experiment(self, name: str) -> str:
         """Id of the MLflow experiment of the lineage's experiment file: the one on record, also where it was renamed in MLflow,
@@ -492,12 +495,29 @@ class _Sender:
             self._traces(experiment_id, run_id, facts, count)
             self._done(facts, "traces", count)
 
-    def champion(self, name: str, holds: IterationFacts | None, experiment: Experiment | None) -> None:
-        """The alias, on the version of the policy that holds; where a person has deleted that version it is made anew."""
+    def version(self, holds: IterationFacts | None, experiment: Experiment | None) -> None:
+        """The version of the policy that holds; where a person has deleted it, it is made anew."""
         if holds is not None and mlflow_models.find(self.client, holds) is None:
-            run_id = self.record.get("lineage", name, holds.lineage, holds.promotion, "run")
+            run_id = self.record.get("lineage", holds.experiment, holds.lineage, holds.promotion, "run")
             self.sent.versions += mlflow_models.register(self.client, run_id, holds, experiment)
-        mlflow_models.point_champion(self.client, name, holds)
+
+    def champion(self, name: str, holds: IterationFacts | None) -> None:
+        """The alias, on the version of the policy that holds; asked at every sync, since other stores may send there too."""
+
+        def ours(tags: Mapping[str, str]) -> bool:
+            night = [tags.get(f"evolve.{key}") for key in ("lineage", "digest.promotion")]
+            if None in night:  # a person's own version
+                return True
+            sent_from_here = self.record.get("lineage", name, *night, "run") is not None  # also where gc has removed it
+            return sent_from_here or self.store.exists("promotion", str(night[1]))
+
+        foreign = mlflow_models.point_champion(self.client, name, holds, ours)
+        if foreign is not None:
+            self.sent.skipped.append(
+                f"{name}: @{mlflow_models.ALIAS} of the model {name} stays on version {foreign}, which another store has sent: "
+                f"give one of the two experiments another name (`experiment:`) or another server ({URI_VARIABLE}), or take the "
+                "alias away in MLflow to have it set from here"
+            )
 
     def pictures(self, parent: str, summary: LineageSummary) -> None:
         """The report and the figures, on the parent run."""

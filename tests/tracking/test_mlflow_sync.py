@@ -238,6 +238,52 @@ def test_the_champion_moves_with_a_promotion_stays_on_keep_and_comes_back_on_res
     assert there.get_model_version_by_alias("small", "champion").tags["evolve.digest.adapter"] == first.digest  # type: ignore[union-attr]
 
 
+def test_of_two_stores_none_takes_the_others_champion_away(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(store.root, tracking={"trajectories": 0})
+    other = Store(store.root.parent / "other" / "store")
+    shutil.copytree(store.root, other.root)
+    configure(other.root, tracking={"trajectories": 0})
+    monkeypatch.setenv(URI_VARIABLE, f"sqlite:///{own_database(store.root)}")
+    add_iteration(store, 2, "promote")
+    add_iteration(other, 2, "promote", tasks="others")
+    there = client(store)
+
+    def champion() -> str:
+        return str(there.get_model_version_by_alias("small", "champion").tags["evolve.digest.promotion"])
+
+    first, second = (one.ref("small", 2, "promotion").digest for one in (store, other))  # type: ignore[union-attr]
+    assert sync(store).skipped == []
+    for one in (other, store, other):
+        told = sync(one).skipped
+        assert champion() == first
+        assert len(told) == (one is other)
+    assert "another name (`experiment:`) or another server (MLFLOW_TRACKING_URI)" in told[0]
+    there.delete_registered_model_alias("small", "champion")
+    assert sync(other).skipped == []
+    assert champion() == second
+    [told_here] = sync(store).skipped
+    assert "which another store has sent" in told_here
+
+
+def test_a_champion_that_somebody_moved_comes_back(store: Store) -> None:
+    configure(store.root, tracking={"trajectories": 0})
+    add_iteration(store, 2, "promote")
+    sync(store)
+    there = client(store)
+
+    def champion() -> str:
+        return str(there.get_model_version_by_alias("small", "champion").tags["evolve.digest.promotion"])
+
+    there.set_registered_model_alias("small", "champion", "1")
+    assert sync(store).skipped == []
+    old = champion()
+    assert old == store.ref("small", 2, "promotion").digest  # type: ignore[union-attr]
+    add_iteration(store, 2, "promote", tasks="mended")
+    shutil.rmtree(store.folder("promotion", old))
+    assert sync(store).skipped == [], "sent from here, though gc has removed it"
+    assert champion() == store.ref("small", 2, "promotion").digest != old  # type: ignore[union-attr]
+
+
 def test_another_config_is_another_lineage(store: Store) -> None:
     sync(store)
     run_step("promotion", configure(store.root, gate={"max_turn_ratio": 3.0}), 1, store)
