@@ -214,21 +214,20 @@ def inside(summaries: Sequence[LineageSummary]) -> Figure:
 
 
 def over_seeds(groups: Mapping[str, Sequence[LineageSummary]], condition: Condition) -> Figure:
-    """Mean success of several seeds of one experiment; the band reaches from the lowest to the highest seed.
+    """Mean success of several seeds of one experiment; the band reaches from the lowest to the highest seed. Iterations that
+    one of them lacks are left out: a mean over other seeds at every iteration would move for that reason alone.
 
     Args:
         groups: experiment -> its lineages. Those with one lineage are left out.
     """
     lines = []
     for slot, (name, members) in enumerate(groups.items()):
-        values: dict[int, list[float]] = {}
-        for summary in members:
-            for point in _points(summary, condition, "success", 100):
-                values.setdefault(point[0], []).append(point[1])
+        measured = [{point[0]: point[1] for point in _points(summary, condition, "success", 100)} for summary in members]
+        measured = [own for own in measured if own]
+        common = sorted(set.intersection(*map(set, measured))) if len(measured) > 1 else []
+        values = {k: [own[k] for own in measured] for k in common}
         points: list[Point] = [
-            (k, sum(found) / len(found), min(found), max(found), f"{len(found)} seeds")
-            for k, found in sorted(values.items())
-            if len(found) > 1
+            (k, sum(found) / len(found), min(found), max(found), f"{len(found)} seeds") for k, found in values.items()
         ]
         if len(members) > 1:
             lines.append(line(points, name, slot))

@@ -142,6 +142,13 @@ def test_seeds_are_one_line_with_the_range_as_its_band() -> None:
     assert "3 seeds" in line["customdata"][1]
 
 
+def test_a_mean_over_seeds_is_over_the_same_seeds_everywhere() -> None:
+    seeds = [lineage("a", (0.2, 0.5, 0.9)), lineage("a-s1", (0.3, 0.7, 0.8)), lineage("a-s2", (0.1, 0.6))]
+    _, line = figures.over_seeds({"a": seeds}, "without")["data"]
+    assert line["x"] == [0, 1]
+    assert line["y"] == pytest.approx([20.0, 60.0])
+
+
 def test_cost_is_drawn_only_where_a_price_is_known() -> None:
     assert [trace["name"] for trace in figures.cost(ONE[0])["data"]] == ["experience"]
     free = replace(
