@@ -190,7 +190,8 @@ def study(
             failed = studies.run(asked, root, _console(stderr=True)).failed
         found = find(read(asked, _store(store)))
         print_findings(found, _console())
-        print(f"report: {write_page(found, root / 'reports' / f'{asked.name}~study.html')}")
+        ending = "~study.html" if asked.part is None else "~study-part.html"  # beside the report on the whole study
+        print(f"report: {write_page(found, root / 'reports' / f'{asked.name}{ending}')}")
         if out is not None:
             write(found, out)
             print(f"tables: {out}")

@@ -121,7 +121,12 @@ def test_a_failed_cell_is_told_at_the_end_with_a_code(tmp_path: Path, monkeypatc
     assert result.exit_code == 1
     assert result.stderr.startswith("b against a: injection global (step_wise)\n"), "before anything runs"
     assert "failed: grid.a-s1: no room" in result.stderr
-    assert (tmp_path / "s/reports/grid~study.html").is_file()
+    page = tmp_path / "s/reports/grid~study.html"
+    before = page.read_bytes()
+    part = CliRunner().invoke(cli.app, [*command[:4], "--report-only", "--arm", "b"])
+    assert part.exit_code == 0
+    assert "grid~study-part.html" in part.stdout
+    assert page.read_bytes() == before, "the whole report stays"
     assert "Not finished" in (tmp_path / "out/study.md").read_text()
 
 

@@ -6,6 +6,7 @@ a lineage of its own, named ``<study>.<arm>-s<seed>``.
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,26 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """A part of a study, or a smaller one: what the command line says in place of the file."""
+
+    arms: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    iterations: int | None = None
+    held_out: int | None = None
+    processes: int | None = None
+
+    def options(self) -> Iterator[str]:
+        """As the command line says what decides the content of the report."""
+        for name, values in (("--arm", self.arms), ("--seed", self.seeds)):
+            for value in values:
+                yield from (name, str(value))
+        for name, number in (("--iterations", self.iterations), ("--held-out", self.held_out)):
+            if number is not None:
+                yield from (name, str(number))
+
+
+@dataclass(frozen=True, slots=True)
 class Study:
     """A study file, resolved and checked."""
 
@@ -54,6 +75,8 @@ class Study:
     """Seed by seed, arms in the order of the file."""
     stated: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
     """Arm -> dotted key that its experiment file or its own ``set`` states -> the file that does (the study's for ``set``)."""
+    part: Choice | None = None
+    """What the command line said, where that asks otherwise than the file; None: the whole study."""
 
     @property
     def name(self) -> str:
@@ -66,8 +89,19 @@ class Study:
 
     @property
     def reference(self) -> str:
-        """The arm that the others are contrasted with, where they name none of their own."""
-        return self.settings.reference if self.settings.reference in self.arms else self.arms[0]
+        """The arm that the others are contrasted with, where they name none of their own; '' where it has no cell here: another
+        one must not take its place without a word."""
+        return self.settings.reference if self.settings.reference in self.arms else ""
+
+    @property
+    def leading(self) -> str:
+        """The arm that is shown in most detail: the reference, or the first where that one has no cell here."""
+        return self.reference or self.arms[0]
+
+    @property
+    def command(self) -> str:
+        """What makes the report, for a shell."""
+        return shlex.join(["evolve", "study", self.file.name, *(self.part.options() if self.part is not None else ())])
 
     def references(self, arm: str) -> tuple[str, ...]:
         """The arms that one is contrasted with: those that it names, of which some may have no cell here, or the study's."""
@@ -82,17 +116,6 @@ class Study:
 
     def of_arm(self, arm: str) -> tuple[Cell, ...]:
         return tuple(cell for cell in self.cells if cell.arm == arm)
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A part of a study, or a smaller one: what the command line says in place of the file."""
-
-    arms: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = ()
-    iterations: int | None = None
-    held_out: int | None = None
-    processes: int | None = None
 
 
 def load_study(path: Path | str, choice: Choice | None = None) -> Study:
@@ -112,7 +135,8 @@ def load_study(path: Path | str, choice: Choice | None = None) -> Study:
         mistakes += [f"{path}: {described(item, StudySettings, content)}" for item in error.errors()]
         raise _refused(path, mistakes) from None
     mistakes += [f"{path}: {mistake}" for mistake in _contradictions(settings)]
-    settings, unknown = _chosen(settings, choice or Choice())
+    whole = settings.model_copy(update={"reference": settings.reference or next(iter(settings.arms))})
+    settings, unknown = _chosen(whole, choice or Choice())
     mistakes += unknown
     cells: list[Cell] = []
     for name, arm in settings.arms.items():
@@ -124,7 +148,8 @@ def load_study(path: Path | str, choice: Choice | None = None) -> Study:
         raise _refused(path, mistakes)
     order = {seed: place for place, seed in enumerate(dict.fromkeys(cell.seed for cell in cells))}
     stated = {name: stated_keys(path.parent / arm.config, arm.set, path.resolve()) for name, arm in settings.arms.items()}
-    return Study(path.resolve(), settings, tuple(sorted(cells, key=lambda cell: order[cell.seed])), stated)
+    part = choice if _content(settings) != _content(whole) else None
+    return Study(path.resolve(), settings, tuple(sorted(cells, key=lambda cell: order[cell.seed])), stated, part)
 
 
 def _refused(path: Path, mistakes: Sequence[str]) -> ConfigError:
@@ -205,6 +230,15 @@ def _chosen(settings: StudySettings, choice: Choice) -> tuple[StudySettings, lis
         arms = {name: arm.model_copy(update={"iterations": choice.iterations}) for name, arm in arms.items()}
     over = {"arms": arms, "held_out": choice.held_out or settings.held_out, "processes": choice.processes or settings.processes}
     return settings.model_copy(update=over), wrong
+
+
+def _content(settings: StudySettings) -> tuple[Any, ...]:
+    """What a choice can take away: arms with their seeds and iterations, and the number of held-out tasks."""
+    arms = {
+        name: (sorted(settings.seeds if arm.seeds is None else arm.seeds), arm.iterations or settings.iterations)
+        for name, arm in settings.arms.items()
+    }
+    return arms, settings.held_out
 
 
 def _cells(path: Path, settings: StudySettings, name: str, arm: ArmSettings) -> tuple[list[Cell], list[str]]:

@@ -49,8 +49,7 @@ def all_arms(findings: Findings, arms: Sequence[str]) -> Figure:
 
 def at_the_end(findings: Findings) -> Figure:
     """Success after the last iteration, arm by arm, the base policy first."""
-    reference = findings.results.study.reference
-    base = findings.point(reference, 0)
+    base = findings.point(findings.results.study.leading, 0)
     ends = [(arm, findings.point(arm, findings.last(arm))) for arm in findings.results.study.arms]
     named = [("base", base), *ends]
     rows = [(name, p.success, f"iteration {p.iteration}, {p.seeds} seeds") for name, p in named if p is not None]

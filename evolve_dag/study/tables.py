@@ -49,6 +49,7 @@ CONDITIONS: Mapping[str, str] = {
     "greedy": "candidate, greedy",
 }
 """Condition -> how a reader is told."""
+A_PART = "**A part of the study**: the file asks for more, or for something else, than the command did."
 BEST = (
     "The best of several is chosen on one half of the tasks and measured on the other, both ways, and chosen anew in every "
     "resample: so the luck of the one that was chosen is not taken for a difference. The naive figure chooses and measures on "
@@ -92,7 +93,7 @@ def write(findings: Findings, folder: Path) -> list[Path]:
 def _pictures(findings: Findings) -> dict[str, tuple[str, figures.Figure]]:
     study = findings.results.study
     return {
-        "success": (f"Held-out success, {study.reference}", figures.success(findings, study.reference)),
+        "success": (f"Held-out success, {study.leading}", figures.success(findings, study.leading)),
         "arms": ("Held-out success without experience, every arm", figures.all_arms(findings, study.arms)),
         "sampled": ("Success over tokens sampled to learn from", figures.against_tokens(findings, "sampled")),
     }
@@ -106,8 +107,9 @@ def print_findings(findings: Findings, console: Console) -> None:
 
     study = findings.results.study
     last = max(map(findings.last, study.arms), default=0)
+    part = ", a part of it" if study.part is not None else ""
     table = Table(
-        title=f"study {study.name}: held-out success of what is held, without experience",
+        title=f"study {study.name}{part}: held-out success of what is held, without experience",
         box=box.SIMPLE_HEAD,
         title_justify="left",
     )
@@ -149,7 +151,9 @@ def markdown(findings: Findings) -> str:
     lines = [f"# Study {study.name}", ""]
     if study.settings.description:
         lines += [study.settings.description, ""]
-    lines += [f"{len(study.arms)} arms, seeds {seeds}. Made by `evolve study {study.file.name}`.", ""]
+    lines += [f"{len(study.arms)} arms, seeds {seeds}. Made by `{study.command}`.", ""]
+    if study.part is not None:
+        lines += [A_PART, ""]
     if findings.results.missing:
         missing = sum(findings.results.missing.values())
         lines += [f"**Not finished**: {missing} iterations are not there yet ({_listed(findings.results.missing)}).", ""]
@@ -251,10 +255,10 @@ def _what_differs(findings: Findings) -> list[str]:
 
 
 def shown_contrasts(findings: Findings, question: ContrastKind) -> list[Contrast]:
-    """Of questions that are asked at every iteration of every arm, some: all of the reference arm, the last of the others."""
+    """Of questions that are asked at every iteration of every arm, some: all of the leading arm, the last of the others."""
     asked = findings.asked(question)
     last = {(c.arm, c.against if question == "arm" else ""): c for c in asked}.values()
-    return [c for c in asked if c.arm == findings.results.study.reference or c in last]
+    return [c for c in asked if c.arm == findings.results.study.leading or c in last]
 
 
 def of_seeds(findings: Findings, contrast: Contrast) -> str:
@@ -370,6 +374,8 @@ def as_json(findings: Findings) -> dict[str, Any]:
     return {
         "study": results.study.name,
         "description": results.study.settings.description,
+        "command": results.study.command,
+        "part": results.study.part is not None,
         "reference": results.study.reference,
         "arms": {
             arm: {"seeds": [cell.seed for cell in results.study.of_arm(arm)], "iterations": list(results.iterations(arm))}

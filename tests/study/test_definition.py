@@ -95,7 +95,28 @@ def test_the_command_line_takes_a_part(tmp_path: Path) -> None:
     found = study(tmp_path, Choice(arms=("greedy",), seeds=(7, 5), iterations=4, held_out=3, processes=9))
     assert [(cell.name, cell.iterations) for cell in found.cells] == [("tiny.greedy-s7", 4), ("tiny.greedy-s5", 4)]
     assert found.cells[0].experiment.tasks.held_out.count == 3
-    assert (found.settings.processes, found.reference) == (9, "greedy")
+    assert (found.settings.processes, found.reference, found.leading) == (9, "", "greedy")
+
+
+def test_a_part_says_so_and_how_it_was_asked_for(tmp_path: Path) -> None:
+    whole = study(tmp_path, held_out=6)
+    assert (whole.part, whole.command) == (None, "evolve study tiny.yaml")
+    same = Choice(("greedy", "plain"), (5, 4), 2, held_out=6, processes=1)
+    assert study(tmp_path, same, held_out=6).command == "evolve study tiny.yaml"
+    found = study(tmp_path, Choice(("greedy",), (4, 9), 1, held_out=3))
+    assert found.part is not None
+    assert found.command == "evolve study tiny.yaml --arm greedy --seed 4 --seed 9 --iterations 1 --held-out 3"
+
+
+@pytest.mark.parametrize("stated", ["plain", None])
+def test_no_arm_takes_the_place_of_a_reference_that_is_not_there(tmp_path: Path, stated: str | None) -> None:
+    arms = {
+        name: {"config": "arm.yaml", "set": {"gate": {"confidence": c}}} for name, c in (("plain", 0.9), ("b", 0.8), ("c", 0.7))
+    }
+    found = study(tmp_path, Choice(("b", "c")), arms=arms, reference=stated)
+    assert (found.reference, found.leading, found.arms) == ("", "b", ("b", "c"))
+    assert found.references("c") == ()
+    assert study(tmp_path, Choice(("c", "plain")), arms=arms, reference=stated).references("c") == ("plain",)
 
 
 def test_every_mistake_of_the_study_and_its_arms_in_one_message(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from studies import study
 
 from evolve_dag.study import figures, page, published, tables
+from evolve_dag.study.definition import Choice, load_study
 from evolve_dag.study.findings import QUESTIONS, Findings, find
 from evolve_dag.study.results import Results
 
@@ -254,6 +255,21 @@ def test_a_study_that_has_not_begun_has_a_page_too(tmp_path: Path, monkeypatch: 
     stream = io.StringIO()
     tables.print_findings(nothing, Console(file=stream, width=200))
     assert "not there yet: 8 iterations" in stream.getvalue()
+
+
+def test_a_report_on_a_part_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "")
+    whole = results(tmp_path, {"a": (0.1, 0.2), "b": (0.1, 0.3), "c": (0.1, 0.3)})
+    part = load_study(whole.study.file, Choice(("b", "c"), (4,)))
+    rows = tuple(row for row in whole.rows if row.arm != "a" and row.seed == 4)
+    command = "evolve study tiny.yaml --arm b --arm c --seed 4"
+    for found, told in ((find(whole), False), (find(replace(whole, study=part, rows=rows)), True)):
+        stream = io.StringIO()
+        tables.print_findings(found, Console(file=stream, width=120))
+        assert ("a part of it" in stream.getvalue()) == told
+        for text in (page.render(found), tables.markdown(found)):
+            assert ("A part of the study" in text) == (command in text) == told
+    assert found.asked("arm") == [], "the file's reference is not there"
 
 
 def test_one_seed_has_no_interval_over_seeds(tmp_path: Path) -> None:
