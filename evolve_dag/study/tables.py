@@ -168,7 +168,7 @@ def markdown(findings: Findings) -> str:
             lines += [f"### {_heading(told)}", "", *_contrasts(findings, asked), ""]
     lines += ["## Tokens, pool and gate", "", *_costs(findings), ""]
     for fact in dict.fromkeys(part.fact for part in findings.parts):
-        lines += [f"## Success by {fact}, last iteration, without experience", "", *_by_fact(findings, fact), ""]
+        lines += [f"## Success by {_one_line(fact)}, last iteration, without experience", "", *_by_fact(findings, fact), ""]
     lines += ["## The paper's figures beside ours", "", f"Published figures: {SOURCE}, on another world and another model.", ""]
     lines += _table(["finding", "paper", "here"], [[f.claim, f.paper, f.here or "no arm"] for f in compared(findings)])
     return "\n".join(lines) + "\n"
@@ -184,7 +184,17 @@ def _listed(missing: Mapping[str, int]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *(f"| {' | '.join(row)} |" for row in rows)]
+    lines = [f"| {' | '.join(map(_cell, row))} |" for row in (heads, *rows)]
+    return [lines[0], "|" + "---|" * len(heads), *lines[1:]]
+
+
+def _cell(text: str) -> str:
+    """One line, in which a bar is text: facts of tasks and values of keys may hold anything."""
+    return _one_line(text).replace("|", r"\|")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.splitlines())
 
 
 def shown(estimate: Estimate | None) -> str:

@@ -180,6 +180,18 @@ def test_markdown_says_what_is_missing_and_how_the_best_was_chosen(found: Findin
             assert line.count("|") == lines[number - 1].count("|") == lines[number + 1].count("|")
 
 
+def test_no_text_breaks_a_table(tmp_path: Path) -> None:
+    whole = results(tmp_path, {"a": (0.1, 0.2), "b": (0.1, 0.3)})
+    values = ("algebra|geometry", "two\nlines", "plain")
+    facts = {task: {"of\nwhat": values[number % 3]} for number, task in enumerate(whole.facts)}
+    lines = tables.markdown(find(replace(whole, facts=facts))).splitlines()
+    assert "## Success by of what, last iteration, without experience" in lines
+    heads = next(line for line in lines if "algebra" in line)
+    assert heads == r"| arm | of what algebra\|geometry | of what plain | of what two lines |"
+    rows = lines[lines.index(heads) + 1 :][:3]
+    assert [line.count("|") for line in rows] == [5, 5, 5]
+
+
 def test_where_the_last_is_its_own_best_no_interval_is_told(found: Findings, html: str) -> None:
     asked = {contrast.arm: contrast for contrast in found.asked("best")}
     assert {arm: contrast.itself for arm, contrast in asked.items()} == {"plain": True, "flat": False, "peak": False}
