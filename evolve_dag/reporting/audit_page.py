@@ -23,6 +23,8 @@ NEWEST = 6
 """Iterations whose rows are listed; of earlier ones the chain alone."""
 CHARACTERS = 400
 """Of an observation that are shown."""
+WRITTEN = 1000
+"""The same of a thought and of an action: with a model that thinks at length the page would be tens of megabytes."""
 
 
 def render(store: Store, experiment: str, iterations: Sequence[int] | None = None, *, report: str = "") -> str:
@@ -57,6 +59,7 @@ def page(facts: Facts, *, report: str = "") -> str:
         ROWS=ROWS,
         NEWEST=NEWEST,
         CHARACTERS=CHARACTERS,
+        WRITTEN=WRITTEN,
     )
 
 

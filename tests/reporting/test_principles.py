@@ -35,3 +35,22 @@ def test_a_command_that_the_page_tells_runs_as_one_word_whatever_a_task_is_calle
     page = audit_page.page(Facts("e", (), (Chain(1, {"scores": ("0" * 32, {})}, {}, None, (), (), rows, {}),)))
     [command] = re.findall(r"<code>(evolve trace .*?)</code>", page)
     assert shlex.split(html.unescape(command)) == ["evolve", "trace", f"{'0' * 12}/without/{task}#{audit_page.ROWS}"]
+
+
+def test_what_a_thinking_model_wrote_is_cut_and_the_page_says_so() -> None:
+    written = audit_page.WRITTEN
+    steps = (
+        ShownStep(0, "h" * (written + 1234), "o" * 5000, (), ""),
+        ShownStep(1, "", None, (), "python(" + "c" * written + ")"),
+        ShownStep(2, "k" * written, None, (), "answer: 1"),
+    )
+    shown = Shown("without/t#0", "q", "answered", 1.0, "1", steps)
+    rows = (ScoreRow("without", "t#0", 1.0, False, shown),)
+    page = audit_page.page(
+        Facts("e", (), (Chain(1, {"scores": ("0" * 32, {})}, {}, None, (), (shown,), rows, {"t#0": shown}),))
+    )
+    assert page.count("h" * written) == page.count("(1,234 characters more)") == 3
+    assert "h" * (written + 1) not in page
+    assert page.count("(8 characters more)") == 3
+    assert page.count("characters more") == 6
+    assert "Of a thought and an action 1,000 characters are shown, of an observation 400: all of each step is in" in page
