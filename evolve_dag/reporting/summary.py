@@ -56,7 +56,7 @@ class StepRow:
     seconds: float
     """Wall time of the process that made the artifact, whichever experiment that was."""
     tokens: int | None = None
-    """Sampled tokens; None or 0 where the step samples nothing."""
+    """Sampled tokens, see :func:`sampled_tokens`; None or 0 where the step samples nothing."""
     recomputed: bool | None = None
     """Whether the last run made it (True) or found it (False); None when that is not known."""
     resumed: bool = False
@@ -298,7 +298,7 @@ def _row(
                 name=kind,
                 digest=ref.digest,
                 seconds=artifact.manifest.seconds,
-                tokens=None if artifact.summary.get("tokens") is None else int(artifact.summary["tokens"]),
+                tokens=sampled_tokens(artifact),
                 recomputed=recomputed.get((iteration, kind), ref.facts.get("recomputed")),
                 resumed=artifact.manifest.resumed,
                 created=artifact.manifest.created,
@@ -463,6 +463,15 @@ def recompute_note(summary: LineageSummary) -> str:
         left_out = f"iteration {which} left out: made under another config; run the experiment again"
         note = f"{note}\n{left_out}" if note else left_out
     return note
+
+
+def sampled_tokens(artifact: Artifact) -> int | None:
+    """Tokens that were sampled for an artifact: those of the policy, which the step counts itself wherever it runs, and those
+    of every other role, also where the policy plays it (as extractor or selector). None: the step tells of none."""
+    own, calls = artifact.summary.get("tokens"), _calls(artifact)
+    if own is None and not calls:
+        return None
+    return int(own or 0) + sum(int(sums.get("completion_tokens") or 0) for role, sums in calls.items() if role != "policy")
 
 
 # -- inside

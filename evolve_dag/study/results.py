@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from evolve_dag.evaluation.metrics import ALIASES, MOST_VALUES, Metrics, metrics_from_json
+from evolve_dag.reporting.summary import sampled_tokens
 from evolve_dag.steps import base, promotion
 from evolve_dag.steps.scores import BASE_AT
 from evolve_dag.store.artifacts import Artifact, Store
@@ -186,17 +187,10 @@ def _cell(cell: Cell, store: Store, facts: dict[str, Mapping[str, str]]) -> Iter
             items=int(made["experience"].summary.get("items") or 0),
             decision=str(made["promotion"].json(DECISION)["decision"]),
             champion=champion,
-            sampled=sum(_sampled(made[kind]) for kind in ("trajectories", "experience", "contexts", "adapter")),
+            sampled=sum(sampled_tokens(made[kind]) or 0 for kind in ("trajectories", "experience", "contexts", "adapter")),
             trained=int(made["adapter"].summary.get("tokens_trained") or 0),
             seconds=sum(artifact.manifest.seconds for artifact in made.values()),
         )
-
-
-def _sampled(artifact: Artifact) -> int:
-    """Tokens of the policy, which the step counts itself wherever it runs, and of every other model that was asked."""
-    calls = artifact.summary.get("calls") or {}
-    others = sum(int(sums.get("completion_tokens") or 0) for role, sums in calls.items() if role != "policy")
-    return int(artifact.summary.get("tokens") or 0) + others
 
 
 def _scores(scores: Artifact, facts: dict[str, Mapping[str, str]]) -> _Scores:

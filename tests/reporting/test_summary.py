@@ -107,6 +107,21 @@ def test_everything_that_the_steps_write_is_read(store: Store) -> None:
     assert summary.tokens == 1234
 
 
+def test_what_is_sampled_as_extractor_or_selector_counts(tmp_path: Path) -> None:
+    """Also where the policy plays the role: the step's own count is of its episodes alone."""
+    store = Store(tmp_path / "store")
+    put(store, 1, "policy")
+    rollouts = {"policy": {"completion_tokens": 100}, "selector": {"completion_tokens": 9}, "embedding": {"calls": 3}}
+    put(store, 1, "trajectories", lambda build: build.note(tokens=100, calls=rollouts))
+    put(store, 1, "experience", lambda build: build.note(calls={"extractor": {"completion_tokens": 7}}))
+    put(store, 1, "promotion", write("decision.json", gate_to_json(GateDecision("keep", ("x",), {}))))
+    summary = summarize(store, "pocket")
+    assert {step.name: step.tokens for step in summary.rows[-1].steps} == {
+        "policy": None, "trajectories": 109, "experience": 7, "promotion": None,
+    }  # fmt: skip
+    assert summary.tokens == 116
+
+
 def test_what_the_environment_ended_is_counted_in_nights_of_an_earlier_version(store: Store) -> None:
     def scored(build: Build) -> None:
         write("summary.json", {"without": metrics_to_json(FIRST)})(build)
