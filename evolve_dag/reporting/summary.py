@@ -467,11 +467,16 @@ def recompute_note(summary: LineageSummary) -> str:
 
 def sampled_tokens(artifact: Artifact) -> int | None:
     """Tokens that were sampled for an artifact: those of the policy, which the step counts itself wherever it runs, and those
-    of every other role, also where the policy plays it (as extractor or selector). None: the step tells of none."""
+    of every other role, also where the policy plays it (as extractor or selector). None: the step tells of none.
+
+    A judge's are left out: its verdicts are remembered for the whole store, so that they would count where they were first
+    asked for, whichever arm of a study or iteration came first.
+    """
     own, calls = artifact.summary.get("tokens"), _calls(artifact)
     if own is None and not calls:
         return None
-    return int(own or 0) + sum(int(sums.get("completion_tokens") or 0) for role, sums in calls.items() if role != "policy")
+    others = (sums for role, sums in calls.items() if role not in ("policy", "judge"))
+    return int(own or 0) + sum(int(sums.get("completion_tokens") or 0) for sums in others)
 
 
 # -- inside

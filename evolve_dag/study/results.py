@@ -50,7 +50,8 @@ class Result:
     champion: int = 0
     """Iteration whose candidate the loop holds after it; 0: the base policy."""
     sampled: int = 0
-    """Tokens sampled to learn from: rollouts, teacher rollouts, refreshes, the extractor's answers. Not: evaluation."""
+    """Tokens sampled to learn from: rollouts, teacher rollouts, refreshes, what extractor and selector wrote. Not: evaluation,
+    verdicts."""
     trained: int = 0
     """Tokens of the rows that were trained on, every epoch counted."""
     seconds: float = 0.0

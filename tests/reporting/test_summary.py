@@ -108,10 +108,10 @@ def test_everything_that_the_steps_write_is_read(store: Store) -> None:
 
 
 def test_what_is_sampled_as_extractor_or_selector_counts(tmp_path: Path) -> None:
-    """Also where the policy plays the role: the step's own count is of its episodes alone."""
+    """Also where the policy plays the role: the step's own count is of its episodes alone. Verdicts are the store's."""
     store = Store(tmp_path / "store")
     put(store, 1, "policy")
-    rollouts = {"policy": {"completion_tokens": 100}, "selector": {"completion_tokens": 9}, "embedding": {"calls": 3}}
+    rollouts = {"policy": {"completion_tokens": 100}, "selector": {"completion_tokens": 9}, "judge": {"completion_tokens": 50}}
     put(store, 1, "trajectories", lambda build: build.note(tokens=100, calls=rollouts))
     put(store, 1, "experience", lambda build: build.note(calls={"extractor": {"completion_tokens": 7}}))
     put(store, 1, "promotion", write("decision.json", gate_to_json(GateDecision("keep", ("x",), {}))))

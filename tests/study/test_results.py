@@ -65,7 +65,7 @@ def noted(**facts: object) -> Callable[[StepContext], None]:
 
 BODIES = {
     "policy": noted(),
-    "trajectories": noted(tokens=100),
+    "trajectories": noted(tokens=100, calls={"judge": {"completion_tokens": 1000}}),
     "experience": noted(items=3, calls={"extractor": {"completion_tokens": 7}, "policy": {"completion_tokens": 50}}),
     "contexts": noted(tokens=50),
     "adapter": noted(tokens=0, tokens_trained=900),
