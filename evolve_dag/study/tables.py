@@ -16,7 +16,7 @@ from evolve_dag.store.faults import disk_error
 from evolve_dag.study import figures
 from evolve_dag.study.findings import QUESTIONS, Contrast, ContrastKind, Findings
 from evolve_dag.study.published import SOURCE, compared, points
-from evolve_dag.study.statistics import Estimate
+from evolve_dag.study.statistics import Estimate, mean
 from evolve_dag.study.what_differs import Change, as_stated, what_differs
 
 if TYPE_CHECKING:
@@ -338,16 +338,18 @@ def _numbers(estimate: Estimate, name: str) -> dict[str, Any]:
 
 
 def _success_rows(findings: Findings) -> Iterator[dict[str, Any]]:
-    """Every seed, and all of them together (``seed`` empty)."""
+    """Every seed, and all of them together (``seed`` empty), by one rule: tasks count alike, however many of a task's episodes
+    were judged. Behaviour is over episodes."""
     for p in findings.points:
         where = {"arm": p.arm, "iteration": p.iteration, "condition": p.condition}
         yield {**where, "seed": "", **_numbers(p.success, "success")}
     for row in findings.results.rows:
         for condition, metrics in row.metrics.items():
-            low, high = metrics.intervals.get("success") or (None, None)
+            success = mean({row.seed: row.rewards.get(condition, {})})
+            value, (low, high) = (None, (None, None)) if success is None else (success.value, success.tasks)
             yield {
                 "arm": row.arm, "iteration": row.iteration, "condition": condition, "seed": row.seed,
-                "success": metrics.success, "tasks_low": low, "tasks_high": high, "tasks": metrics.tasks,
+                "success": value, "tasks_low": low, "tasks_high": high, "tasks": metrics.tasks,
                 "judged": metrics.judged, "episodes": metrics.n, "premature": metrics.premature, "no_tool": metrics.no_tool,
                 "unanswered": metrics.unanswered, "failed": metrics.failed, "turns": metrics.turns,
             }  # fmt: skip

@@ -170,6 +170,15 @@ def test_files_hold_the_same_numbers_and_are_the_same_bytes_again(found: Finding
     assert str(tmp_path) not in (tmp_path / "a/study.json").read_text()
 
 
+def test_a_seeds_success_is_over_tasks_like_that_of_all_seeds(tmp_path: Path) -> None:
+    whole = results(tmp_path, {"a": (0.1, 0.2)})
+    uneven = [replace(r, metrics={c: replace(m, success=0.9) for c, m in r.metrics.items()}) for r in whole.rows]
+    found = find(replace(whole, rows=tuple(uneven)))  # as where more episodes of the easy tasks were judged
+    rows = [row for row in tables.as_json(found)["success"] if (row["iteration"], row["condition"]) == (1, "held")]
+    assert {row["seed"]: row["success"] for row in rows if row["seed"]} == found.point("a", 1).success.by_seed
+    assert all(row["tasks_low"] <= row["success"] <= row["tasks_high"] for row in rows)
+
+
 def test_markdown_says_what_is_missing_and_how_the_best_was_chosen(found: Findings) -> None:
     text = tables.markdown(found)
     assert "**Not finished**: 1 iterations are not there yet (tiny.flat-s4: 1)" in text
