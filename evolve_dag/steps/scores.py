@@ -202,11 +202,16 @@ def _plays_alike(context: StepContext, other: Artifact) -> bool:
         beside = ("evaluation", *NIGHTLY, *INJECTION_KEYS)
         return {key: value for key, value in config.items() if key not in beside} | evaluation
 
+    def weights(policy: Artifact) -> dict[str, Any]:
+        of_experience = ("experience", "next_item", "findings")
+        bare = {key: value for key, value in policy.manifest.config["policy"].items() if key not in of_experience}
+        return {"models.policy": policy.manifest.config["models.policy"]} | bare
+
     found = other.manifest
     return (
         found.code_version == SPEC.version
-        and found.inputs["policy"] == context.inputs["policy"].digest
         and played(found.config) == played(context.config)
+        and weights(context.store.read("policy", found.inputs["policy"])) == weights(context.inputs["policy"])
     )
 
 

@@ -266,7 +266,15 @@ def test_the_base_policy_is_played_once_for_all_lineages_that_begin_with_it(
     """As the arms of a study do, whatever they do with experience; which episodes come out does not change by it."""
     # Of three temperatures, one is asked for by nobody else.
     evaluation = SMALL["evaluation"] | {"base_temperatures": [0, 0.5, 0.8]}
-    arm = small(experiment="arm", seed=9, injection="none", extraction={"min_support": 10_000}, evaluation=evaluation)
+    start_pool = str(Path(__file__).parents[2] / "configs/textworld/coin.json")  # a pool is no part of who plays without one
+    arm = small(
+        experiment="arm",
+        seed=9,
+        injection="none",
+        start_pool=start_pool,
+        extraction={"min_support": 10_000},
+        evaluation=evaluation,
+    )
     for step in STEP_ORDER:
         made = run_step(step, arm, 1, copied).artifact
     first = copied.ref("small", 1, "scores")
