@@ -229,7 +229,9 @@ def _against_device(subject: str, needed: int, text: str, device: str) -> Findin
 def _device_bytes(device: str) -> int | None:
     """None where there is no such device, or it does not say."""
     if device == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        from evolve_dag.inference.host_memory import host_memory
+
+        return host_memory()[0]
     import torch
 
     if device.startswith("cuda") and torch.cuda.is_available():

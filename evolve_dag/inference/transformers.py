@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
@@ -42,6 +41,7 @@ from evolve_dag.inference.attention import ATTENTION, bare
 from evolve_dag.inference.chat import ChatFormat, read_chat
 from evolve_dag.inference.freed import give_back
 from evolve_dag.inference.guided import Guide, Guides
+from evolve_dag.inference.host_memory import host_memory
 from evolve_dag.inference.kv import RoundCache, SlotPool, bytes_per_token
 from evolve_dag.inference.quantization import pretrained, require
 from evolve_dag.inference.quiet import quiet_peft
@@ -700,11 +700,8 @@ def _longest_context(config: Any) -> int:
 def _cache_budget(config: Any, dtype: torch.dtype, device: torch.device, cache_bytes: int | None) -> int:
     """Tokens whose keys and values fit."""
     if cache_bytes is None:
-        if device.type == "cuda":
-            cache_bytes = torch.cuda.mem_get_info(device)[0] // 4
-        else:
-            # Not what is free: files that the system keeps in memory for speed make room.
-            cache_bytes = min(psutil.virtual_memory().available // 4, 2**31)
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()[1]
+        cache_bytes = free // 4 if device.type == "cuda" else min(free // 4, 2**31)
     return max(1, cache_bytes // bytes_per_token(config, dtype))
 
 

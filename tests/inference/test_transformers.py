@@ -278,7 +278,7 @@ def test_one_long_episode_takes_no_room_from_those_after_it(
 
 
 def test_memory_that_the_system_would_give_back_counts(qwen3: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=4_000_000, free=4))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=9_000_000, available=4_000_000, free=4))
     cpu = torch.device("cpu")
     assert backend._cache_budget(qwen3.config, torch.float32, cpu, None) == 1_000_000 // bytes_per_token(
         qwen3.config, torch.float32
