@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -130,7 +130,7 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
     """What the policy of an experiment takes while it samples and while it is trained, against the device."""
     from transformers import AutoConfig
 
-    from evolve_dag.distillation.memory import cache_memory, training_memory
+    from evolve_dag.distillation.memory import training_memory
     from evolve_dag.inference.folders import longest_context, place
     from evolve_dag.inference.quantization import require
 
@@ -168,12 +168,52 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
         f"saved {_size(training.saved)}, logits {_size(training.logits)})"
     )
     on_one = runtime.processes if runtime.device == "cpu" else 1
-    yield _against_device("training", training.peak * on_one, text, runtime.device)
+    remedy = "set runtime.activation_checkpointing, lower runtime.tokens_per_pass or rollout.max_tokens"
+    yield _against_device("training", training.peak * on_one, text, runtime.device, remedy)
     if policy.backend == "transformers":
-        copies = 2 if experiment.distillation.refresh > 1 else 1  # while training, the student that samples is a copy
-        needed = copies * training.weights * shards + cache_memory(config, policy.dtype, runtime.concurrency * longest)
-        text = f"at most, keys and values of {runtime.concurrency} episodes of {longest} tokens"
-        yield _against_device("rollouts", needed, text, runtime.device)
+        yield _rollouts(experiment, config, training.weights * shards, longest, longest_context(policy, folder))
+
+
+def _rollouts(experiment: Experiment, config: Any, weights: int, longest: int, most: int) -> Finding:
+    """What sampling takes: the weights, and the keys and values of as many episodes as the policy holds at once.
+
+    Args:
+        weights: bytes of the base.
+        longest: tokens of an episode.
+        most: tokens that the model takes.
+    """
+    import torch
+
+    from evolve_dag.distillation.memory import cache_memory
+    from evolve_dag.inference.kv import SlotPool, cache_share, tokens_in
+
+    policy, device, concurrency = experiment.models.policy, experiment.runtime.device, experiment.runtime.concurrency
+    copies = 2 if experiment.distillation.refresh > 1 else 1  # while training, the student that samples is a copy
+    held, episode = copies * weights, cache_memory(config, policy.dtype, longest)
+
+    def at_once(there: int) -> int:
+        share = cache_share(int(USABLE * there) - held, device)
+        tokens = tokens_in(share, config.get_text_config(), getattr(torch, policy.dtype))
+        return min(concurrency, SlotPool(tokens, most).rows_allowed(longest))
+
+    kept = f"two copies of the weights {_size(held)}" if copies > 1 else f"weights {_size(held)}"
+    there = _device_bytes(device)
+    if there is None:
+        fit = [card for card in CARDS if held + episode <= USABLE * card * 2**30]
+        cards = ", ".join(f"{at_once(card * 2**30)} on a card of {card} GB" for card in fit)
+        text = f"{_size(held + episode)} with one episode of {longest} tokens ({kept}); no {device} here; "
+        text += f"of {concurrency} at once (runtime.concurrency) {cards}" if fit else "fits cards of no usual size"
+        return Finding("note", "memory, rollouts", text)
+    rows = at_once(there)
+    text = f"{kept}, keys and values of {'1 episode' if rows == 1 else f'{rows} episodes'} of {longest} tokens"
+    if rows < concurrency:
+        text += f" at once, of {concurrency} (runtime.concurrency): where all get so long the others wait and are read anew"
+    remedies = ["lower rollout.max_tokens"]
+    remedies += ["set distillation.refresh to 1"] * (copies > 1)
+    remedies += ["set models.policy.quantize: nf4"] * (policy.quantize == "none")
+    remedy = f"{', '.join(remedies)} or take a smaller model"
+    found = _against_device("rollouts", held + rows * episode, text, device, remedy)
+    return replace(found, state="note") if found.state == "ok" and rows < concurrency else found
 
 
 def _number_format(experiment: Experiment) -> Iterator[Finding]:
@@ -213,7 +253,7 @@ def _seconds_of_product(dtype: str, rows: int = 256, width: int = 512, tries: in
         torch.set_num_threads(before)
 
 
-def _against_device(subject: str, needed: int, text: str, device: str) -> Finding:
+def _against_device(subject: str, needed: int, text: str, device: str, remedy: str) -> Finding:
     text, there = f"{_size(needed)}: {text}", _device_bytes(device)
     if there is None:
         fits = [f"{size} GB" for size in CARDS if needed <= USABLE * size * 2**30]
@@ -222,7 +262,6 @@ def _against_device(subject: str, needed: int, text: str, device: str) -> Findin
         )
     if needed <= USABLE * there:
         return Finding("ok", f"memory, {subject}", f"{text}; {device} has {_size(there)}")
-    remedy = "set runtime.activation_checkpointing, lower runtime.tokens_per_pass, rollout.max_tokens or runtime.concurrency"
     return Finding("broken", f"memory, {subject}", f"{text}; {device} has {_size(there)}: {remedy}")
 
 

@@ -266,12 +266,58 @@ def test_doctor_calculates_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "(1/2 of the weights 2 MiB" in in_parts.text
     assert same == rollouts  # only training is shared
     monkeypatch.setattr(doctor, "_device_bytes", lambda device: 2**28)
-    assert doctor._against_device("training", 2**29, "passes", "cpu").state == "broken"
+    assert doctor._against_device("training", 2**29, "passes", "cpu", "take less").state == "broken"
     monkeypatch.setattr(doctor, "_device_bytes", lambda device: None)
-    assert "no cuda:0 here; fits cards of 48 GB, 80 GB" in doctor._against_device("training", 30 * 2**30, "", "cuda:0").text
+    nowhere_else = doctor._against_device("training", 30 * 2**30, "", "cuda:0", "take less")
+    assert "no cuda:0 here; fits cards of 48 GB, 80 GB" in nowhere_else.text
     nowhere = Experiment.model_validate({"experiment": "small", "models": {"policy": {"path": "nowhere"}}})
     [missing] = doctor._memory(nowhere)
     assert "nowhere/config.json is not there" in missing.text
+
+
+@pytest.mark.parametrize(
+    ("mib", "rows", "state"), [(2000, 89, "note"), (100, 4, "note"), (14, 1, "note"), (9, 1, "broken"), (4, 1, "broken")]
+)
+def test_doctor_calculates_rollouts_with_what_the_policy_holds_at_once(
+    mib: int, rows: int, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The least room is that of one episode: more wait, and nothing breaks. The policy itself says how many it holds."""
+    import torch
+    from transformers import AutoConfig
+
+    from evolve_dag.distillation.memory import cache_memory, training_memory
+    from evolve_dag.inference import transformers as backend
+    from evolve_dag.inference.folders import POCKET
+
+    experiment = Experiment.model_validate({"experiment": "small"})
+    config, there = AutoConfig.from_pretrained(POCKET), mib * 2**20
+    weights = training_memory(config, dtype="float32", settings=experiment.distillation, rows=[64]).weights
+    left = int(0.9 * there) - weights
+    monkeypatch.setattr(backend, "host_memory", lambda: (there, left))
+    budget = backend._cache_budget(config, torch.float32, torch.device("cpu"), None)
+    assert min(128, backend.SlotPool(budget, 2048).rows_allowed(2048)) == rows
+    monkeypatch.setattr(doctor, "_device_bytes", lambda device: there)
+    _, found = doctor._memory(experiment)
+    needed = doctor._size(weights + cache_memory(config, "float32", rows * 2048))
+    assert found.text.startswith(
+        f"{needed}: weights 4 MiB, keys and values of {rows} episode{'s' * (rows > 1)} of 2048 tokens at"
+    )
+    assert "of 128 (runtime.concurrency)" in found.text
+    assert found.state == state
+    remedy = "lower rollout.max_tokens, set models.policy.quantize: nf4 or take a smaller model"
+    assert found.text.endswith(remedy) == (state == "broken")
+
+
+def test_doctor_says_how_many_episodes_cards_hold_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_device_bytes", lambda device: None)
+    runtime = {"device": "cuda:0", "concurrency": 3000}
+    experiment = Experiment.model_validate({"experiment": "x", "runtime": runtime, "distillation": {"refresh": 2}})
+    _, found = doctor._memory(experiment)
+    assert found.state == "note"
+    assert "with one episode of 2048 tokens (two copies of the weights 8 MiB); no cuda:0 here" in found.text
+    assert "of 3000 at once (runtime.concurrency) 1105 on a card of 24 GB" in found.text
+    monkeypatch.setattr(doctor, "CARDS", (2**-8,))
+    assert "fits cards of no usual size" in list(doctor._memory(experiment))[1].text
 
 
 @pytest.mark.parametrize(

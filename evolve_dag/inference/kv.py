@@ -15,6 +15,8 @@ import torch
 from transformers.cache_utils import Cache
 
 _COLUMN_STEP = 128
+_MOST_ON_CPU = 2**31
+"""Bytes."""
 _ROOM = 4
 """Steps that a slab grows by where memory allows: growing copies everything, and touches as much memory anew."""
 
@@ -28,6 +30,22 @@ def bytes_per_token(config: Any, dtype: torch.dtype) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize)
+
+
+def cache_share(free: int, device: str) -> int:
+    """Bytes that keys and values may take of a device of which ``free`` are left beside the weights: a quarter, since passes
+    and whoever else is there need some, and on a CPU, where a round is slow long before it is full, no more than 2 GiB."""
+    quarter = max(0, free) // 4
+    return quarter if device.startswith("cuda") else min(quarter, _MOST_ON_CPU)
+
+
+def tokens_in(cache_bytes: int, config: Any, dtype: torch.dtype) -> int:
+    """Tokens whose keys and values fit into ``cache_bytes``; at least one.
+
+    Args:
+        config: of the text model.
+    """
+    return max(1, cache_bytes // bytes_per_token(config, dtype))
 
 
 class SlotPool:

@@ -42,7 +42,7 @@ from evolve_dag.inference.chat import ChatFormat, read_chat
 from evolve_dag.inference.freed import give_back
 from evolve_dag.inference.guided import Guide, Guides
 from evolve_dag.inference.host_memory import host_memory
-from evolve_dag.inference.kv import RoundCache, SlotPool, bytes_per_token
+from evolve_dag.inference.kv import RoundCache, SlotPool, cache_share, tokens_in
 from evolve_dag.inference.quantization import pretrained, require
 from evolve_dag.inference.quiet import quiet_peft
 from evolve_dag.inference.recording import Recording, distribution
@@ -700,9 +700,10 @@ def _longest_context(config: Any) -> int:
 def _cache_budget(config: Any, dtype: torch.dtype, device: torch.device, cache_bytes: int | None) -> int:
     """Tokens whose keys and values fit."""
     if cache_bytes is None:
+        # On the host not what is free: files that the system keeps in memory for speed make room.
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()[1]
-        cache_bytes = free // 4 if device.type == "cuda" else min(free // 4, 2**31)
-    return max(1, cache_bytes // bytes_per_token(config, dtype))
+        cache_bytes = cache_share(free, device.type)
+    return tokens_in(cache_bytes, config, dtype)
 
 
 def _choose_attention(model: Any) -> None:
