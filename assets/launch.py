@@ -75,13 +75,12 @@ class RunResult:
 
 def prepare_home(root: Path) -> Path:
     """``DAGSTER_HOME``, or ``<store>/dagster`` with the project's settings when that is unset."""
-    configured = os.environ.get("DAGSTER_HOME")
-    home = Path(configured).expanduser() if configured else root / "dagster"
+    home = registry.dagster_home(root)
     try:
         home = home.resolve()
         home.mkdir(parents=True, exist_ok=True)
         target = home / "dagster.yaml"
-        if not configured:
+        if not os.environ.get(registry.HOME_VARIABLE):
             project = Path("dagster.yaml")
             found = yaml.safe_load(project.read_text(encoding="utf-8")) if project.is_file() else INSTANCE
             # Not every dagster.yaml in a working folder is ours: only what these assets need is taken over.

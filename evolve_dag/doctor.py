@@ -441,13 +441,16 @@ def _store(root: Path) -> Iterator[Finding]:
 
 
 def _dagster_home(root: Path) -> Iterator[Finding]:
-    configured = os.environ.get("DAGSTER_HOME")
+    configured, home = os.environ.get(registry.HOME_VARIABLE), registry.dagster_home(root)
     if not configured:
-        yield Finding("ok", "dagster home", f"{root / 'dagster'} (DAGSTER_HOME is not set)")
-    elif not Path(configured).is_absolute():
-        yield Finding("broken", "dagster home", f"DAGSTER_HOME={configured}: must be an absolute path, Dagster says")
-    elif not Path(configured).is_dir():
-        yield Finding("note", "dagster home", f"DAGSTER_HOME={configured}: not there yet, is made by the first run")
+        yield Finding("ok", "dagster home", f"{home} (DAGSTER_HOME is not set)")
+        return
+    absent = "" if home.is_dir() else ": not there yet, is made by the first run"
+    if not Path(configured).is_absolute():
+        text = f"{home.resolve()} (DAGSTER_HOME={configured}){absent}; Dagster's own commands take an absolute path alone"
+        yield Finding("note", "dagster home", f"{text}: set it so")
+    elif absent:
+        yield Finding("note", "dagster home", f"DAGSTER_HOME={configured}{absent}")
     else:
         yield Finding("ok", "dagster home", f"{configured} (DAGSTER_HOME)")
 
@@ -455,7 +458,7 @@ def _dagster_home(root: Path) -> Iterator[Finding]:
 def _databases(root: Path) -> Iterator[Finding]:
     from evolve_dag.store.faults import damaged_databases
 
-    home = Path(os.environ.get("DAGSTER_HOME") or root / "dagster")
+    home = registry.dagster_home(root)
     for path in (*damaged_databases(home), *damaged_databases(root / "mlflow"), *damaged_databases(root / "cache")):
         yield Finding("broken", "database", f"{path}: damaged: move it away; artifacts are files of their own and not touched")
 

@@ -219,7 +219,7 @@ def test_doctor_says_what_is_missing_and_changes_nothing(tmp_path: Path, monkeyp
     text = {(finding.state, finding.subject): finding.text for finding in findings}
     assert "sede" in text["broken", "experiment file"]
     assert "good" in text["ok", "experiments"]
-    assert "must be an absolute path" in text["broken", "dagster home"]
+    assert f"{tmp_path / 'not/absolute'} (DAGSTER_HOME=not/absolute): not there yet" in text["note", "dagster home"]
     assert ("ok", "python") in text
     assert "torch" in text["ok", "packages"]
     assert ("ok", "store") in text
@@ -378,6 +378,25 @@ def test_doctor_names_damaged_databases(tmp_path: Path, monkeypatch: pytest.Monk
     found = list(doctor._databases(tmp_path))
     assert [finding.text.partition(":")[0].rpartition("/")[2] for finding in found] == ["runs.db", "mlflow.db", "memory.sqlite"]
     assert {finding.state for finding in found} == {"broken"}
+
+
+@pytest.mark.parametrize(("configured", "there"), [("~/kept", "home/kept"), ("kept", "kept")])
+def test_doctor_looks_at_the_home_that_runs_make(
+    configured: str, there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evolve_dag.assets import launch
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DAGSTER_HOME", configured)
+    assert launch.prepare_home(tmp_path / "store") == tmp_path / there
+    [found] = doctor._dagster_home(tmp_path / "store")
+    assert found.state == "note"
+    assert found.text.startswith(f"{tmp_path / there} (DAGSTER_HOME={configured}); Dagster's own commands take an absolute")
+    (tmp_path / there / "history").mkdir()
+    (tmp_path / there / "history/runs.db").write_bytes(b"\x07" * 9000)
+    [damaged] = doctor._databases(tmp_path / "store")
+    assert "history/runs.db: damaged" in damaged.text
 
 
 def test_doctor_exits_1_when_something_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 STORE_VARIABLE = "EVOLVE_STORE"
 CONFIGS_VARIABLE = "EVOLVE_CONFIGS"
+HOME_VARIABLE = "DAGSTER_HOME"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}")
 """What an experiment may be called, under another seed too; what a command was given may be anything."""
 
@@ -71,6 +72,12 @@ def default_store() -> Path:
 def configs_folder() -> Path:
     """``EVOLVE_CONFIGS``, or ``configs`` in the working folder."""
     return Path(os.environ.get(CONFIGS_VARIABLE) or "configs")
+
+
+def dagster_home(root: Path) -> Path:
+    """``DAGSTER_HOME``, or ``dagster`` in the store; a relative one is below the working folder."""
+    configured = os.environ.get(HOME_VARIABLE)
+    return Path(configured).expanduser() if configured else root / "dagster"
 
 
 def load_seeded(config: Path, seed: int | None = None) -> Experiment:
