@@ -265,11 +265,13 @@ def audit(config: LineageArgument, seed: SeedOption = None, json: JsonOption = F
 
     What was measured is kept; `evolve report` shows it.
     """
+    from evolve_dag.config import registry
     from evolve_dag.lineage import audit as auditing
 
-    opened = _store(store)
+    opened, say = _store(store), _console(stderr=True).print
+    file = config if registry.is_file(config) else None
     with _interruptible("what was measured so far is kept"):
-        audited = auditing.measure(_experiment(config, seed, opened), opened, say=_console(stderr=True).print)
+        audited = auditing.measure(_experiment(config, seed, opened), opened, say, config=file)
     if json:
         _print_json(auditing.to_dict(audited))
     else:

@@ -151,6 +151,18 @@ def test_status_before_any_run_names_the_command(tmp_path: Path, evolve: Evolve)
     assert not (tmp_path / ".evolve").exists(), "looking makes nothing"
 
 
+@pytest.mark.parametrize("command", ["status", "report", "audit"])
+@pytest.mark.parametrize(("seed", "told"), [((), ""), (("--seed", "7"), " --seed 7")])
+def test_what_was_not_run_yet_is_run_by_the_file_that_was_named(
+    command: str, seed: tuple[str, ...], told: str, tmp_path: Path, evolve: Evolve
+) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/my one.yaml").write_text("experiment: mine\n")
+    done = evolve(command, "files/my one.yaml", *seed, folder=tmp_path)
+    assert done.returncode == 1
+    assert f"run it first: evolve run 'files/my one.yaml'{told}\n" in done.stderr
+
+
 def test_a_folder_of_its_name_hides_no_experiment_and_a_long_name_is_told(tmp_path: Path, evolve: Evolve) -> None:
     (tmp_path / "mine.yaml").write_text("iterations: 1\n")
     registry.register(tmp_path / ".evolve", tmp_path / "mine.yaml")

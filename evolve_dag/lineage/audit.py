@@ -138,11 +138,14 @@ class _Iteration:
     """Of the teacher that the adapter was trained on."""
 
 
-def measure(experiment: Experiment, store: Store, say: Callable[[str], object] | None = None) -> Audit:
+def measure(
+    experiment: Experiment, store: Store, say: Callable[[str], object] | None = None, *, config: str | None = None
+) -> Audit:
     """Measure what is not measured yet, and return all of it. A few seconds per iteration of the pocket default.
 
     Args:
         say: told a line per measurement that is made.
+        config: the experiment file as the user calls it, for the command that runs it; None: the one on record.
 
     Raises:
         OrderError: the experiment has not been run.
@@ -151,7 +154,7 @@ def measure(experiment: Experiment, store: Store, say: Callable[[str], object] |
     """
     wanted: dict[str, list[str | None]] = {}
     contexts: dict[str, _Iteration] = {}
-    for one in _iterations(store, experiment.experiment):
+    for one in _iterations(store, experiment.experiment, config):
         contexts[one.contexts.digest] = one
         students = wanted.setdefault(one.contexts.digest, [])
         students += [s for s in (one.entering, one.adapter, one.now) if _read(store, one, s) is None]
@@ -339,7 +342,7 @@ class _Worn:
             detach(self.wrapped)
 
 
-def _iterations(store: Store, experiment: str) -> Iterator[_Iteration]:
+def _iterations(store: Store, experiment: str, config: str | None = None) -> Iterator[_Iteration]:
     """Iterations that are trained, as far as they follow from each other."""
     from evolve_dag.errors import OrderError
 
@@ -349,7 +352,7 @@ def _iterations(store: Store, experiment: str) -> Iterator[_Iteration]:
     if not by_iteration:
         raise OrderError(
             f"experiment {experiment!r} has not been run in {store.root}",
-            f"run it first: {registry.run_command(store.root, experiment)}",
+            f"run it first: {registry.run_command(store.root, experiment, config)}",
         )
     sound: list[tuple[int, dict[str, Artifact]]] = []
     for number, found in sorted(by_iteration.items()):
