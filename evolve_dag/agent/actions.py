@@ -19,6 +19,8 @@ from evolve_dag.records import ToolCall
 
 _TAG = re.compile(r"</?(?:tool_call|answer)>")
 _OPENING = re.compile(r"<(tool_call|answer)>")
+_REASONING = re.compile(r"<(/?think|tool_call|answer)>")
+_REASONED = "</think>"
 _MAX_NAME = 40
 """Characters of a name that the policy made up and a message repeats."""
 _MAX_ALLOWED = 200
@@ -67,16 +69,66 @@ def parse_action(text: str, tools: Sequence[ToolSpec] = (), *, typed: bool = Fal
 
 def said(text: str) -> str:
     """What stands after the reasoning: nothing where that was cut off, whatever it drafts."""
-    rest = text.rpartition("</think>")[2]
-    opened, tag = rest.find("<think>"), _TAG.search(rest)
-    cut_off = opened >= 0 and (tag is None or opened < tag.start())
-    return rest[:opened] if cut_off else rest
+    return _parted(text)[2]
+
+
+def reasoned(text: str) -> tuple[str, str]:
+    """The reasoning, and what stands after it."""
+    reasoning, rest, _ = _parted(text)
+    return reasoning, rest
+
+
+def _parted(text: str) -> tuple[str, str, str]:
+    """The reasoning, what stands after it, and as much of that as comes before further reasoning that was cut off.
+
+    Reasoning may draft calls and answers, whole or not, and a template may have opened it before the text began; so it ends at
+    the last closing tag. But one within a call or an answer is content: an argument, or an answer, may speak of such tags.
+    """
+    before = start = place = 0
+    never_closed: set[str] = set()
+    while (mark := _REASONING.search(text, place)) is not None:
+        kind, place = mark[1], mark.end()
+        if kind == "/think":
+            before, start = mark.span()
+        elif kind == "think":
+            end = text.find(_REASONED, place)
+            if end < 0:
+                return text[:before], text[start:], text[start : mark.start()]
+            before = end
+            start = place = end + len(_REASONED)
+        elif kind not in never_closed:
+            end = text.find(f"</{kind}>", place)
+            if end < 0:  # then no later one is closed either
+                never_closed.add(kind)
+            elif (drafted := _end_of_draft(text, kind, place, end)) >= 0:
+                before = drafted
+                start = place = drafted + len(_REASONED)
+            else:
+                place = end + len(f"</{kind}>")
+    return text[:before], text[start:], text[start:]
+
+
+def _end_of_draft(text: str, kind: str, start: int, end: int) -> int:
+    """Where the reasoning ends within what reads as one call or answer, from ``start`` to ``end``; -1: that is content.
+
+    It ends there where another is opened behind it: the first was a draft that was never closed. But in JSON, whatever tags it
+    holds, nothing ends.
+    """
+    another = max(text.rfind(f"<{tag}>", start, end) for tag in ("tool_call", "answer"))
+    closing = text.rfind(_REASONED, start, another) if another >= 0 else -1
+    return -1 if closing >= 0 and kind == "tool_call" and _is_object(text[start:end]) else closing
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text, parse_int=str), dict)  # a number may have more digits than Python reads
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parse_tagged(text: str, tools: Sequence[ToolSpec], typed: bool) -> ParsedAction:
-    body = said(text)
+    reasoning, rest, body = _parted(text)
     first = _TAG.search(body)
-    reasoning, _, rest = text.rpartition("</think>")
     thought = (reasoning + rest[: first.start() if first else len(rest)]).replace("<think>", "").strip()
 
     calls, answers, outside = _enclosed(body)

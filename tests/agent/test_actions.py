@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evolve_dag.agent.actions import NO_ACTION, ParsedAction, _enclosed, explain, parse_action, validate_call
+from evolve_dag.agent.actions import NO_ACTION, ParsedAction, _enclosed, explain, parse_action, said, validate_call
 from evolve_dag.errors import DataError
 from evolve_dag.inference.chat import GRAMMAR_TAGS
 from evolve_dag.protocols import ToolSpec
@@ -112,6 +112,59 @@ def called(body: str, before: str = "", after: str = "") -> str:
 )
 def test_cases(text: str, expected: ParsedAction) -> None:
     assert parse_action(text) == expected
+
+
+SPEAKS = '{"name": "search", "arguments": {"query": "what is </think>?"}}'
+PRINTS = '{"name": "search", "arguments": {"query": "</think>\\n<tool_call> </think> <answer>5</answer>"}}'
+FOUND = ToolCall("search", {"query": "what is </think>?"})
+PLAIN = called('{"name": "now", "arguments": {}}')
+
+
+@pytest.mark.parametrize("before", ["", "<think>hm</think>", "hm</think>", "<think>a</think>b <think>hm</think>"])
+@pytest.mark.parametrize(
+    ("text", "call", "answer"),
+    [
+        (called(SPEAKS), FOUND, None),
+        (called(PRINTS), ToolCall("search", {"query": "</think>\n<tool_call> </think> <answer>5</answer>"}), None),
+        ("<answer>it ends with </think></answer>", None, "it ends with </think>"),
+        ("<answer>between <think> and </think></answer>", None, "between <think> and </think>"),
+    ],
+)
+def test_a_call_and_an_answer_may_speak_of_the_end_of_reasoning(
+    before: str, text: str, call: ToolCall | None, answer: str | None
+) -> None:
+    action = parse_action(before + text)
+    assert (action.call, action.answer, action.problem) == (call, answer, None)
+    assert action.thought == before.rpartition("</think>")[0].replace("<think>", "")
+    assert said(before + text) == text
+
+
+@pytest.mark.parametrize("opened", ["<think>", ""])  # a template may have opened it in the prompt
+@pytest.mark.parametrize(
+    "draft",
+    [
+        "maybe <answer>no</answer>",
+        f"maybe {PLAIN}",
+        f"maybe {called(SPEAKS)} or {called(PRINTS)}",
+        "an <answer> perhaps",
+        "a <tool_call> perhaps",
+        "<answer>no</answer>, an <answer>",
+        f"{PLAIN} or a <tool_call>",
+        "both, <tool_call> and <answer>",
+        "it ends with </tool_call> or </answer>",
+        "one </think> and another",
+    ],
+)
+def test_reasoning_may_draft_what_it_likes(opened: str, draft: str) -> None:
+    for text, call, answer in (
+        (called(SPEAKS), FOUND, None),
+        (PLAIN, ToolCall("now", {}), None),
+        ("<answer>5</answer>", None, "5"),
+    ):
+        action = parse_action(f"{opened}{draft}</think>\n{text}")
+        assert (action.thought, action.call, action.answer) == (draft, call, answer)
+    if "</think>" not in draft:
+        assert parse_action(f"<think>a</think><think>{draft}").problem == NO_ACTION, "cut off"
 
 
 fragments = st.sampled_from(

@@ -21,7 +21,8 @@ from evolve_dag.errors import DataError
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.scripted import ScriptedModel
 from evolve_dag.plain import LAST_STEP
-from evolve_dag.records import REPLY, Message, Task, Trajectory
+from evolve_dag.protocols import Completion
+from evolve_dag.records import REPLY, Message, Task, ToolCall, Trajectory
 from evolve_dag.steps.base import STEP_ORDER, run_step
 from evolve_dag.store.artifacts import Store
 from evolve_dag.store.frames import load_trajectories
@@ -123,6 +124,18 @@ def test_several_turns_with_the_ids_that_were_sampled(chat: ChatFormat) -> None:
         assert {step.observation for step in t.steps[:-1]} <= {"higher", "lower"}
         assert [step.call and step.call.name for step in t.steps] == [*[REPLY] * (t.turns - 1), None]
         assert [step.token_ids for step in t.steps] == [tuple(chat.encode_action(step.text)) for step in t.steps]
+
+
+def test_reasoning_is_told_apart_from_a_call_that_speaks_of_it() -> None:
+    from evolve_dag.environments.verifiers.library import response_of
+
+    call = json.dumps({"name": "peek", "arguments": {"at": "</think>"}})
+    for before, reasoning in (("<think>hm</think>", "hm"), ("", None)):
+        text = f"{before}I look.\n<tool_call>\n{call}\n</tool_call>"
+        message = response_of(ToolCall("peek", {"at": "</think>"}), Completion(text, (), (), "stop", 9), 1, ()).message
+        assert (message.content, message.reasoning_content) == ("I look.", reasoning)
+        assert message.tool_calls is not None
+        assert json.loads(message.tool_calls[0].arguments) == {"at": "</think>"}
 
 
 def test_the_last_call_ends_the_talk_and_what_is_reached_is_judged() -> None:

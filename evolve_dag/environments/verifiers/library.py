@@ -44,6 +44,7 @@ from verifiers.v1.types import (
     Usage,
 )
 
+from evolve_dag.agent.actions import reasoned
 from evolve_dag.errors import SessionError
 from evolve_dag.protocols import Completion
 from evolve_dag.records import REPLY
@@ -244,7 +245,7 @@ def response_of(call: OurCall, completion: Completion, number: int, before: tupl
         before: ids that were sampled in earlier turns. They stand for the prompt: what else is in it is a matter of the chat
             format, and the library needs it only to tell conversations apart.
     """
-    reasoning, closed, said = completion.text.rpartition("</think>")
+    reasoning, said = reasoned(completion.text)
     calls = None
     if call.name == REPLY:
         said = call.arguments["text"]
@@ -253,7 +254,7 @@ def response_of(call: OurCall, completion: Completion, number: int, before: tupl
         said = said.partition("<tool_call>")[0].strip()
     message = AssistantMessage(
         content=said,
-        reasoning_content=reasoning.removeprefix("<think>").strip() if closed else None,
+        reasoning_content=reasoning.removeprefix("<think>").strip() if reasoning else None,
         tool_calls=calls,
     )
     tokens = TurnTokens(
