@@ -260,6 +260,8 @@ def load_model(path: Path | str, dtype: str = "float32", quantize: str = "none",
     try:
         model: nn.Module = pretrained(path, dtype=dtype, quantize=quantize, device=device)
         return model
+    except ModelError:
+        raise
     except Exception as error:  # whatever transformers, safetensors or the config parser raise: it is not loadable
         if out_of_memory(error):
             raise exhausted(str(path), error) from error

@@ -761,6 +761,8 @@ def _read_adapter(kind: Any, base: Any, adapter_dir: Path) -> Any:
 def _reading(what: str, remedy: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
+    except ModelError:
+        raise
     except Exception as problem:  # transformers, peft and safetensors share no base class
         if out_of_memory(problem):
             raise exhausted(what, problem) from problem

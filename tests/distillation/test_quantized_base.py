@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from distillation_fakes import make_scored_rows
+from distillation_fakes import make_scored_rows, tiny_model, train_to_follow_hints
 from test_lora import step, trained_adapter
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -32,9 +32,12 @@ SETTINGS = DistillationSettings(rank=8, alpha=16, learning_rate=1e-2, epochs=2, 
 
 
 @pytest.fixture(scope="module")
-def folder(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As the model that follows hints elsewhere, but every layer has 64 inputs: with 32, bitsandbytes 0.50.2 reads the weights
+    back wrongly on CPUs with AVX512, and such a base is refused."""
     place = tmp_path_factory.mktemp("model")
-    trained.save_pretrained(place)
+    model: Any = train_to_follow_hints(tiny_model(hidden_size=64, head_dim=16))
+    model.save_pretrained(place)
     return place
 
 
@@ -78,7 +81,7 @@ def test_outputs_and_gradients_are_those_over_the_weights_that_are_read_back(fol
         assert gradient.dtype == torch.float32
         assert torch.equal(gradient, gradients[name])
     close = {"float32": 1e-4, "bfloat16": 0.1}[dtype]
-    torch.testing.assert_close(found, over_peft, atol=close, rtol=close)
+    assert (found - over_peft).norm() <= close * over_peft.norm()
     for name, gradient in fused.items():
         assert (gradient - of_peft[name]).norm() <= close * of_peft[name].norm()
 
@@ -155,7 +158,7 @@ def test_two_processes_that_each_have_all_of_it_find_what_one_finds(
     assert expected[0] != pytest.approx(elsewhere[0], rel=1e-3)
 
 
-SHAPE = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPE = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def test_what_is_calculated_is_what_a_step_allocates(tmp_path: Path) -> None:

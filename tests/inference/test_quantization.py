@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.schema import TransformersModelSettings
+from evolve_dag.distillation.trainer import load_model
 from evolve_dag.errors import ConfigError, ModelError
+from evolve_dag.inference import quantization
 from evolve_dag.inference.folders import base_identity
-from evolve_dag.inference.quantization import dense, is_quantized, pretrained, require, state_of
+from evolve_dag.inference.quantization import BLOCK, dense, is_quantized, pretrained, require, state_of
 from evolve_dag.inference.transformers import TransformersModel
 from evolve_dag.protocols import Request, Sampling
 from evolve_dag.records import Message
 
-# 96 is one block of 64 and a half: the blocks do not end with the rows.
-SHAPE = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
+# 72 is one block of 64 and an eighth: the blocks do not end with the rows. Nor do they with 96 and 160, but being multiples of
+# 16, bitsandbytes 0.50.2 reads those back wrongly on CPUs with AVX512.
+SHAPE = {"hidden_size": 72, "intermediate_size": 200, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = torch.arange(8, 40).reshape(2, 16)
 
 
@@ -145,6 +150,53 @@ def test_a_device_that_the_library_does_not_know_is_named() -> None:
     with pytest.raises(ModelError, match="does not compute on vulkan") as caught:
         require("nf4", "vulkan")
     assert "cuda" in caught.value.remedy
+
+
+@pytest.fixture
+def measured_anew(library: None) -> Iterator[None]:
+    quantization._off.cache_clear()
+    yield
+    quantization._off.cache_clear()
+
+
+@pytest.mark.usefixtures("measured_anew")
+@pytest.mark.parametrize("load", [TransformersModel.load, load_model])
+def test_weights_that_are_read_back_wrongly_are_refused(load: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library does so on some processors alone, so a stand-in does: every block has its neighbour's scale."""
+    from bitsandbytes import functional
+
+    right = functional.dequantize_4bit
+    monkeypatch.setattr(
+        functional, "dequantize_4bit", lambda weight, state: right(weight.roll(BLOCK // 2, 0), state).roll(-BLOCK)
+    )
+    with pytest.raises(ModelError, match=r"^quantize: nf4: bitsandbytes \S+ on this processor reads weights 72 wide") as caught:
+        load(folder, quantize="nf4")
+    told = re.search(r"off by (\d+)%", caught.value.what)
+    assert told is not None
+    assert int(told[1]) > 50
+    assert caught.value.remedy.startswith("set quantize to none, or take another processor or device")
+
+
+@pytest.mark.usefixtures("measured_anew")
+@pytest.mark.parametrize("number", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [8, 64, 72, 200, 576, 2560])
+def test_what_four_bits_cost_is_below_what_is_refused(width: int, number: torch.dtype) -> None:
+    assert 0.08 < quantization._off(width, number) < 0.11
+
+
+@pytest.mark.usefixtures("measured_anew")
+def test_each_width_is_measured_once_and_an_odd_one_never(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, torch.dtype]] = []
+    monkeypatch.setattr(quantization, "_off", lambda *one: seen.append(one) or 0.09)
+    model = pretrained(folder, dtype="bfloat16", quantize="nf4", device="cpu")
+    assert seen == [(72, torch.bfloat16), (200, torch.bfloat16)]
+    for layer in kept(model).values():
+        state_of(layer.weight).shape = torch.Size((72, 71))
+    quantization._require_right(model, "nf4")
+    assert len(seen) == 2
+    monkeypatch.setattr(quantization, "_off", lambda *_: float("nan"))
+    with pytest.raises(ModelError, match="72 wide"):
+        pretrained(folder, dtype="bfloat16", quantize="nf4", device="cpu")
 
 
 @pytest.mark.usefixtures("library")
