@@ -58,6 +58,7 @@ def test_readme_names_the_two_commands() -> None:
     [
         "README.md",
         "docs/LOG.md",
+        "docs/real_models.md",
         "docs/pocket_model_card.md",
         "CONTEXT.md",
         "CHANGELOG.md",
