@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -24,10 +25,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from vllm_roads import used
 
 from evolve_dag.config.schema import RuntimeSettings, VllmModelSettings
 from evolve_dag.inference.chat import ChatFormat
@@ -140,17 +141,11 @@ def one_by_one(model: Any, chat: ChatFormat, scripts: list[Script]) -> int:
     return sampled
 
 
-def used() -> float:
-    """CPU seconds of this process and of all below it."""
-    root = psutil.Process()
-    return sum(sum(one.cpu_times()[:2]) for one in (root, *root.children(recursive=True)))
-
-
 @contextmanager
 def clock(into: dict[str, float]) -> Iterator[None]:
-    wall, cpu = time.perf_counter(), used()
+    wall, cpu = time.perf_counter(), used(os.getpid())
     yield
-    into["wall_seconds"], into["cpu_seconds"] = time.perf_counter() - wall, used() - cpu
+    into["wall_seconds"], into["cpu_seconds"] = time.perf_counter() - wall, used(os.getpid()) - cpu
 
 
 def rates(facts: dict[str, float]) -> dict[str, float]:

@@ -142,7 +142,8 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
     require(policy.quantize, runtime.device)
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     # `reach` leaves out the last observation, whose length is the environment's affair.
-    longest = min(experiment.rollout.reach, longest_context(policy, folder))
+    most = longest_context(policy, folder)
+    longest = min(experiment.rollout.reach, most)
     together = max(1, runtime.tokens_per_pass // longest)
     shards = runtime.processes if runtime.shard else 1
     try:
@@ -171,7 +172,7 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
     remedy = "set runtime.activation_checkpointing, lower runtime.tokens_per_pass or rollout.max_tokens"
     yield _against_device("training", training.peak * on_one, text, runtime.device, remedy)
     if policy.backend == "transformers":
-        yield _rollouts(experiment, config, training.weights * shards, longest, longest_context(policy, folder))
+        yield _rollouts(experiment, config, training.weights * shards, longest, most)
 
 
 def _rollouts(experiment: Experiment, config: Any, weights: int, longest: int, most: int) -> Finding:

@@ -12,12 +12,19 @@ from pydantic import ValidationError
 
 from evolve_dag.config.outside import beside
 from evolve_dag.config.parts import CHOICES, UNUSABLE, Chosen, chosen
-from evolve_dag.config.schema import SHIPPED, Experiment, Launchers, PolicySettings, WarmupSettings, contradictions
+from evolve_dag.config.schema import (
+    OF_LAUNCHERS,
+    SHIPPED,
+    Experiment,
+    Launchers,
+    PolicySettings,
+    WarmupSettings,
+    contradictions,
+    for_all_steps,
+)
 from evolve_dag.config.section import PATH, PROGRAM, S, Section, marked
 from evolve_dag.config.yamlfile import read_mapping
 from evolve_dag.errors import ConfigError
-
-LAUNCHER = "runtime.launcher"
 
 
 def load_experiment(path: str | Path) -> Experiment:
@@ -229,8 +236,8 @@ def _inherited(dotted: str, current: dict[str, Any], value: dict[str, Any]) -> d
 
     An environment that names its kind starts anew, whatever stood there; a launcher for all steps is one for all.
     """
-    for_all = dotted == LAUNCHER
-    chooser = _chooser(f"{LAUNCHER}.adapter" if for_all else dotted)
+    for_all = dotted == OF_LAUNCHERS
+    chooser = _chooser(f"{OF_LAUNCHERS}.adapter" if for_all else dotted)
     if chooser is None or chooser.key not in value:
         return dict(current)
     if dotted == "environment":
@@ -267,9 +274,8 @@ def _keys(value: Any, prefix: str) -> Iterator[str]:
 
 def _origin(origin: Mapping[str, Path], key: str, default: Path) -> Path:
     """The file that states a key or, if none does, the section that it is in."""
-    if key not in origin and key.startswith(f"{LAUNCHER}."):  # of a step: said for all of them, perhaps
-        *_, step, name = key.split(".")
-        key = f"{LAUNCHER}.{name}" if step in Launchers.model_fields and f"{LAUNCHER}.{name}" in origin else key
+    if key not in origin and for_all_steps(key) in origin:
+        key = for_all_steps(key)
     while key:
         if key in origin:
             return origin[key]

@@ -426,6 +426,8 @@ class ScheduleSettings(Section):
 
 LAUNCHER = Chosen("launcher", "in_process", LauncherSettings)
 Launcher = Annotated[SerializeAsAny[LauncherSettings], BeforeValidator(LAUNCHER)]
+OF_LAUNCHERS = "runtime.launcher"
+"""Where the section below stands."""
 
 
 class Launchers(Section):
@@ -449,6 +451,14 @@ class Launchers(Section):
         if "kind" not in for_all:
             return for_all | named
         return dict.fromkeys(cls.model_fields, LAUNCHER(for_all)) | named
+
+
+def for_all_steps(key: str) -> str:
+    """``runtime.launcher.python`` of ``runtime.launcher.adapter.python``: what is said once for all heavy steps stands at each
+    of them. Any other key as it is."""
+    section, _, name = key.rpartition(".")
+    holder, _, step = section.rpartition(".")
+    return f"{holder}.{name}" if holder == OF_LAUNCHERS and step in Launchers.model_fields else key
 
 
 def _launcher(value: Any) -> Any:

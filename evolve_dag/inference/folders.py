@@ -104,9 +104,8 @@ def how_short(settings: PolicySettings) -> dict[str, int]:
     episode that comes to it ends there. Servers have a limit of their own, which nobody knows before they are asked."""
     if not isinstance(settings, VllmModelSettings) or settings.servers:
         return {}
-    folder = model_folder(settings)
-    longest = longest_context(settings, folder)
-    return {"context_tokens": longest} if longest < _own_context(folder)[0] else {}
+    allowed, _ = _own_context(model_folder(settings))
+    return {"context_tokens": settings.context_tokens} if settings.context_tokens < allowed else {}
 
 
 def turns_of(settings: PolicySettings) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from evolve_dag.config.parts import CHOICES, part_of
-from evolve_dag.config.schema import SHIPPED, Experiment, OpenAIModelSettings, VllmModelSettings
+from evolve_dag.config.schema import SHIPPED, Experiment, OpenAIModelSettings, VllmModelSettings, for_all_steps
 from evolve_dag.config.section import PATH, PROGRAM, Section, marked
 from evolve_dag.errors import DataError, EvolveError
 from evolve_dag.secrecy import read_key
@@ -53,9 +53,9 @@ def absent_programs(experiment: Experiment) -> list[str]:
     served = isinstance(policy, VllmModelSettings) and policy.servers  # no engine of our own is started
     named = [(key, name) for key, name in _named(experiment, PROGRAM) if not (served and key == "models.policy.python")]
     absent = [(key, name) for key, name in named if shutil.which(name) is None]
-    for_all = re.compile(r"^(runtime\.launcher)\.\w+\.")  # one that is said for all steps stands at each of them
-    told = dict.fromkeys((for_all.sub(r"\1.", key), name) for key, name in absent)
-    return [f"{key}: {name}: no such program" for key, name in told]
+    times = Counter((for_all_steps(key), name) for key, name in absent)
+    told = ((for_all_steps(key) if times[for_all_steps(key), name] > 1 else key, name) for key, name in absent)
+    return [f"{key}: {name}: no such program" for key, name in dict.fromkeys(told)]
 
 
 def unset_keys(experiment: Experiment) -> Mapping[str, list[str]]:

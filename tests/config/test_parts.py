@@ -182,6 +182,8 @@ def test_a_launcher_s_interpreter_lies_beside_the_file_that_names_it(tmp_path: P
     e = load(tmp_path / "below", "extends: ../base.yaml\nruntime: {launcher: {scores: in_process}}\n")
     assert e.runtime.launcher.adapter.model_dump()["python"] == f"{tmp_path}/venv/bin/python"
     assert absent_programs(e) == [f"runtime.launcher.python: {tmp_path}/venv/bin/python: no such program"]
+    one = load(tmp_path, "runtime: {launcher: {adapter: {kind: subprocess, python: gone/python}}}\n")
+    assert absent_programs(one) == [f"runtime.launcher.adapter.python: {tmp_path}/gone/python: no such program"]
 
 
 @pytest.mark.parametrize(
