@@ -21,7 +21,7 @@ def success(findings: Findings, arm: str) -> Figure:
     last, told = findings.last(arm), findings.conditions(arm)
     lines = []
     for reference in findings.results.study.references(arm)[:1]:
-        lines.append(_curve(findings, reference, "held", reference, REFERENCE_SLOT, until=last))
+        lines.append(_curve(findings, reference, "held", findings.beside(reference, arm), REFERENCE_SLOT, until=last))
     for slot, (condition, name, dash) in enumerate(
         (
             ("held", arm, "solid"),
@@ -39,7 +39,7 @@ def success(findings: Findings, arm: str) -> Figure:
 def all_arms(findings: Findings, arms: Sequence[str]) -> Figure:
     """Several arms over iterations, without experience in context; no bands."""
     lines = [
-        [trace for trace in _curve(findings, arm, "held", arm, *_style(n)) if trace["meta"]["paint"] == "line"]
+        [trace for trace in _curve(findings, arm, "held", findings.beside(arm), *_style(n)) if trace["meta"]["paint"] == "line"]
         for n, arm in enumerate(arms)
     ]
     figure = over_iterations(lines, max(map(findings.last, arms), default=0), range_=(0, 100), suffix="%")
@@ -51,7 +51,7 @@ def at_the_end(findings: Findings) -> Figure:
     """Success after the last iteration, arm by arm, the base policy first."""
     base = findings.point(findings.results.study.leading, 0)
     ends = [(arm, findings.point(arm, findings.last(arm))) for arm in findings.results.study.arms]
-    named = [("base", base), *ends]
+    named = [("base", base), *((findings.beside(arm), end) for arm, end in ends)]
     rows = [(name, p.success, f"iteration {p.iteration}, {p.seeds} seeds") for name, p in named if p is not None]
     return _whiskers(rows, "without experience")
 
@@ -77,7 +77,7 @@ def against_tokens(findings: Findings, which: Literal["sampled", "trained"]) -> 
                 "mode": "lines+markers",
                 "x": [at[p.iteration] for p in points],
                 "y": [100 * p.success.value for p in points],
-                "name": arm,
+                "name": findings.beside(arm),
                 "customdata": [f"iteration {p.iteration}" if p.iteration else "base" for p in points],
                 "line": {"width": 1.8, "dash": dash},
                 "marker": {"size": 6, "symbol": symbols([p.iteration for p in points], findings.declined(arm))},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,9 +94,15 @@ class Findings:
         """The last iteration that all seeds of an arm have; 0 when there is none."""
         return max(self.results.iterations(arm), default=0)
 
-    def seeds(self, arm: str) -> int:
+    def seeds(self, arm: str) -> tuple[int, ...]:
         """Seeds that the arm's means are over."""
-        return len({row.seed for row in self.results.rows if row.arm == arm})
+        return tuple(sorted({row.seed for row in self.results.rows if row.arm == arm}))
+
+    def beside(self, arm: str, other: str = "") -> str:
+        """An arm's name beside another one, the leading one unless said: ``own-10 (seeds 8, 9)`` where its means are over other
+        seeds, so that they differ for that reason too."""
+        own, theirs = self.seeds(arm), self.seeds(other or self.results.study.leading)
+        return arm if not own or not theirs or own == theirs else f"{arm} ({numbered(own)})"
 
     def declined(self, arm: str) -> dict[int, int]:
         """Iterations whose candidate the gate declined -> in how many seeds."""
@@ -121,6 +127,11 @@ class Findings:
         return [
             c for c in self.contrasts if c.question == question and arm in (None, c.arm) and iteration in (None, c.iteration)
         ]
+
+
+def numbered(seeds: Sequence[int]) -> str:
+    """``seed 8``, ``seeds 8, 9``."""
+    return f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
 
 
 def find(results: Results) -> Findings:

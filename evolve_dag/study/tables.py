@@ -14,7 +14,7 @@ from evolve_dag.reporting.summary import count, percent, percent_interval
 from evolve_dag.store.disk import write_atomic
 from evolve_dag.store.faults import disk_error
 from evolve_dag.study import figures
-from evolve_dag.study.findings import QUESTIONS, Contrast, ContrastKind, Findings
+from evolve_dag.study.findings import QUESTIONS, Contrast, ContrastKind, Findings, numbered
 from evolve_dag.study.published import SOURCE, compared, points
 from evolve_dag.study.statistics import Estimate, mean
 from evolve_dag.study.what_differs import Change, as_stated, what_differs
@@ -127,6 +127,8 @@ def print_findings(findings: Findings, console: Console) -> None:
         around = "–" if end is None else percent_interval(end.success.tasks)
         table.add_row(Text(arm), str(end.seeds) if end else "0", *cells, around)
     console.print(table)
+    if told := other_seeds(findings):
+        console.print(Text(told, style="yellow"))
     for told in unjudged(findings, conditions=["held"]):
         console.print(Text(told, style="dim"))
     if missing := findings.results.missing:
@@ -159,6 +161,7 @@ def markdown(findings: Findings) -> str:
         lines += [f"**Not finished**: {missing} iterations are not there yet ({_listed(findings.results.missing)}).", ""]
     lines += [METHOD, ""]
     lines += ["## Success over iterations", "", HOLLOW, "", *_curves(findings)]
+    lines += ["", told] if (told := other_seeds(findings)) else []
     lines += [line for told in unjudged(findings) for line in ("", told.replace("*", r"\*"))]
     lines += ["", "## What differs", "", DIFFERS, "", *_what_differs(findings)]
     lines += ["", "## Contrasts", "", BEST, ""]
@@ -213,7 +216,9 @@ def _curves(findings: Findings) -> list[str]:
         for condition in findings.conditions(arm):
             cells = [at(findings, arm, k, condition) for k in range(last + 1)]
             end = findings.point(arm, findings.last(arm), condition)
-            rows.append([arm, CONDITIONS[condition], str(findings.seeds(arm)), *cells, shown(end.success if end else None)])
+            rows.append(
+                [arm, CONDITIONS[condition], str(len(findings.seeds(arm))), *cells, shown(end.success if end else None)]
+            )
     heads = ["arm", "condition", "seeds", "base", *map(str, range(1, last + 1)), "last, with intervals"]
     return _table(heads, rows)
 
@@ -225,8 +230,20 @@ def at(findings: Findings, arm: str, iteration: int, condition: str = "held") ->
     if point is None:
         return "–"
     declined = " ○" if iteration in findings.declined(arm) else ""
-    some = f" ({point.seeds} seed{'s' if point.seeds > 1 else ''})" if point.seeds < findings.seeds(arm) else ""
+    some = f" ({point.seeds} seed{'s' if point.seeds > 1 else ''})" if point.seeds < len(findings.seeds(arm)) else ""
     return f"{percent(point.success.value)}{_star(findings, arm, iteration, condition)}{declined}{some}"
+
+
+def other_seeds(findings: Findings) -> str:
+    """Which arms' means must not be laid beside the leading arm's, being over other seeds; '' where all are over the same."""
+    arms, leading = findings.results.study.arms, findings.results.study.leading
+    told = [name for arm in arms if (name := findings.beside(arm)) != arm]
+    if not told:
+        return ""
+    return (
+        f"Over other seeds than {leading} ({numbered(findings.seeds(leading))}): {'; '.join(told)}. Means and curves differ by "
+        "their seeds as well; contrasts do not: they are over the seeds that both sides have."
+    )
 
 
 def unjudged(findings: Findings, conditions: Sequence[str] = tuple(CONDITIONS)) -> list[str]:
@@ -273,7 +290,7 @@ def shown_contrasts(findings: Findings, question: ContrastKind) -> list[Contrast
 
 def of_seeds(findings: Findings, contrast: Contrast) -> str:
     """`` (2 of 5 seeds)`` where a contrast is over fewer seeds than its arm; '' where it is over all of them."""
-    known, own = len(contrast.difference.by_seed), findings.seeds(contrast.arm)
+    known, own = len(contrast.difference.by_seed), len(findings.seeds(contrast.arm))
     return f" ({known} of {own} seeds)" if known < own else ""
 
 

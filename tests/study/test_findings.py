@@ -113,6 +113,28 @@ def test_a_contrast_over_some_of_the_seeds_says_so(tmp_path: Path, monkeypatch: 
     assert row["seeds"] == 2
 
 
+def test_arms_over_other_seeds_are_not_shown_as_if_they_were_over_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", lambda: "")
+    whole = results(tmp_path, {"a": (0.1, 0.2), "b": (0.1, 0.3), "c": (0.1, 0.3)})
+    assert tables.other_seeds(find(whole)) == ""
+    found = find(replace(whole, rows=tuple(row for row in whole.rows if row.arm != "b" or row.seed == 5)))
+    told = tables.other_seeds(found)
+    assert told.startswith("Over other seeds than a (seeds 4, 5, 6): b (seed 5). ")
+    console = Console(width=400, record=True)
+    tables.print_findings(found, console)
+    assert told in tables.markdown(found)
+    assert told in page.render(found)
+    assert told in console.export_text()
+    together = (figures.all_arms(found, ["a", "b", "c"]), figures.against_tokens(found, "sampled"))
+    assert [{trace["name"] for trace in figure["data"]} for figure in together] == [{"a", "b (seed 5)", "c"}] * 2
+    assert figures.at_the_end(found)["data"][0]["x"] == ["base", "a", "b (seed 5)", "c"]
+    assert "a (seeds 4, 5, 6)" in {trace["name"] for trace in figures.success(found, "b")["data"] if "name" in trace}, (
+        "its reference, behind it"
+    )
+
+
 def test_episodes_that_were_not_judged_are_told_wherever_success_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = results(tmp_path, {"a": (0.1, 0.2), "b": (0.1, 0.2)}, seeds=[5, 6])
     assert "judged" not in tables.markdown(find(whole))
