@@ -7,11 +7,13 @@ A launcher (``runtime.launcher``) says where, never what: it is in no digest. Al
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import TimeoutExpired
@@ -158,9 +160,27 @@ def _ray(settings: RaySettings) -> Launch:
             entrypoint_num_cpus=0 if crew else settings.cpus,  # the actors compute, the job waits for them
             entrypoint_num_gpus=0 if crew else settings.gpus,
         )
-        client.run(context=handover.context, extras=handover.order | {"workers": crew}, submit_job_params=job)
+        with _reached_at(settings.address):
+            client.run(context=handover.context, extras=handover.order | {"workers": crew}, submit_job_params=job)
 
     return launch
+
+
+@contextmanager
+def _reached_at(address: str) -> Iterator[None]:
+    """Make Ray's clients take this address. What the process's environment names goes before what they are given: with a
+    ``RAY_ADDRESS`` around, the job would go to another cluster without a word."""
+    variable = "RAY_API_SERVER_ADDRESS"
+    before = os.environ.get(variable)
+    if address:
+        os.environ[variable] = address
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[variable] = before
+        elif address:
+            del os.environ[variable]
 
 
 def _kubernetes(settings: KubernetesSettings) -> Launch:

@@ -113,12 +113,12 @@ def count_draws(path: Path) -> None:
 
     real = Condition.run
 
-    async def run(condition: Condition, task: Any, rollout: int) -> Any:
+    async def run(condition: Condition, task: Any, rollout: int, *earlier: Any) -> Any:
         journal = condition.journal.path
         kind = "again" if _holds(journal, task.id, rollout, episode_seed(condition.seed, task.id, rollout)) else "drawn"
         with path.open("a") as file:
             file.write(f"{kind} {journal.relative_to(journal.parents[3])} {task.id} {rollout}\n")
-        return await real(condition, task, rollout)
+        return await real(condition, task, rollout, *earlier)
 
     Condition.run = run
 

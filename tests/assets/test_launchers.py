@@ -9,8 +9,10 @@ import contextlib
 import importlib.util
 import os
 import signal
+import sys
 import threading
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +200,35 @@ def test_what_a_launcher_needs_is_looked_at_before_a_run(monkeypatch: pytest.Mon
         handover.check(ray)
     monkeypatch.setenv("EVOLVE_MIRROR", "file:///net/share")
     handover.check(ray)
+
+
+@pytest.mark.parametrize("before", [None, "http://theirs:8265"])
+@pytest.mark.parametrize(("said", "asked"), [("http://ours:8265", "http://ours:8265"), ("", None)])
+def test_a_cluster_that_the_file_names_goes_before_the_environments(
+    before: str | None, said: str, asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's clients take RAY_API_SERVER_ADDRESS, then RAY_ADDRESS, and only then what they are given."""
+    asked = asked or before
+    seen: list[str | None] = []
+
+    class Client:
+        def __init__(self, **settings: Any) -> None: ...
+
+        def run(self, **settings: Any) -> None:
+            seen.append(os.environ.get("RAY_API_SERVER_ADDRESS"))
+            raise ConnectionError("nobody there")
+
+    parts = {"PipesRayJobClient": Client, "PipesRayJobMessageReader": object, "SubmitJobParams": dict}
+    monkeypatch.setitem(sys.modules, "dagster_ray.core.pipes", types.SimpleNamespace(**parts))
+    monkeypatch.setenv("RAY_ADDRESS", "http://elsewhere:8265")
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    if before is not None:
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", before)
+    launch = launchers._ray(launchers.RaySettings(address=said))
+    assert launch is not None
+    with pytest.raises(ConnectionError):
+        launch(launchers.Handover(None, {}, {}, lambda reader, **made_with: None))  # type: ignore[arg-type, return-value]
+    assert (seen, os.environ.get("RAY_API_SERVER_ADDRESS")) == ([asked], before)
 
 
 @pytest.mark.parametrize("error", [DataError("x: wrong", "mend x"), EvolveError("y"), ValueError("z")])
