@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
@@ -19,7 +20,7 @@ from evolve_dag.inference.backends import identity, open_backend, open_transform
 from evolve_dag.inference.ledger import metered
 from evolve_dag.inference.patience import MOST_UNREACHABLE
 from evolve_dag.protocols import LanguageModel
-from evolve_dag.records import Finding, Task, Trajectory, withdrawn
+from evolve_dag.records import Finding, Step, Task, Trajectory, withdrawn
 from evolve_dag.secrecy import describe_error
 from evolve_dag.steps.spec import Check, Verdict
 from evolve_dag.store.layout import CALLS, POOL
@@ -337,26 +338,31 @@ async def with_teacher_views(
     teacher acts: nothing is learned from it.
 
     Args:
-        concurrency: trajectories at a time, since a selector may ask a model.
+        concurrency: steps at a time, since a selector may ask a model; the steps of a trajectory do not wait for each other.
     """
     if source is None:
         return list(trajectories)
+    failed: dict[int, str] = {}
 
-    async def viewed(trajectory: Trajectory) -> Trajectory:
-        try:
-            return await _with_teacher_view(trajectory, source)
-        except (PartError, UnreachableError) as error:
-            return replace(trajectory, status="failed", reward=None, error=describe_error(error))
+    async def viewed(place: tuple[int, int]) -> Step:
+        at, index = place
+        trajectory = trajectories[at]
+        step = trajectory.steps[index]
+        if at not in failed:
+            try:
+                view = await source.prepare(replace(trajectory, steps=trajectory.steps[:index]))
+                return replace(step, selected=view.selected, injected=view.text, rationale=view.rationale)
+            except (PartError, UnreachableError) as error:
+                failed.setdefault(at, describe_error(error))
+        return step
 
-    return await each(viewed, trajectories, concurrency)
-
-
-async def _with_teacher_view(trajectory: Trajectory, source: ExperienceSource) -> Trajectory:
-    steps = []
-    for step in trajectory.steps:
-        view = await source.prepare(replace(trajectory, steps=trajectory.steps[: step.index]))
-        steps.append(replace(step, selected=view.selected, injected=view.text, rationale=view.rationale))
-    return replace(trajectory, steps=tuple(steps))
+    places = [(at, index) for at, trajectory in enumerate(trajectories) for index in range(len(trajectory.steps))]
+    steps = iter(await each(viewed, places, concurrency))
+    with_views = [replace(trajectory, steps=tuple(islice(steps, len(trajectory.steps)))) for trajectory in trajectories]
+    return [
+        replace(trajectory, status="failed", reward=None, error=failed[at]) if at in failed else with_views[at]
+        for at, trajectory in enumerate(trajectories)
+    ]
 
 
 def fan_out(

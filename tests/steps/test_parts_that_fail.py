@@ -185,6 +185,29 @@ def test_the_views_of_several_trajectories_are_made_at_once_and_no_more_than_ask
     assert [one.id for one in viewed] == asked == ["a", "b", "c"]
 
 
+def test_the_steps_of_one_trajectory_do_not_wait_for_each_other() -> None:
+    asked: list[int] = []
+    all_of_them = asyncio.Event()
+
+    class Waits:
+        """Answers once every step has asked; names what it was asked about."""
+
+        async def prepare(self, trajectory: Trajectory) -> Injected:
+            asked.append(len(trajectory.steps))
+            if len(asked) == 4:
+                all_of_them.set()
+            await asyncio.wait_for(all_of_them.wait(), 5)
+            return Injected((), (f"before-{len(trajectory.steps)}",), "")
+
+    steps = tuple(Step(index, "look", (), ()) for index in range(3))
+    made = [Trajectory(name, "t", 0, 0, "", "?", own, "answered", "a", 1.0) for name, own in (("a", steps), ("b", steps[:1]))]
+    viewed = asyncio.run(with_teacher_views(made, Waits(), 4))
+    assert [[step.selected for step in one.steps] for one in viewed] == [
+        [("before-0",), ("before-1",), ("before-2",)],
+        [("before-0",)],
+    ]
+
+
 def test_a_step_whose_part_was_installed_anew_meanwhile_is_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path)
     monkeypatch.setattr(base, "altered", lambda: ["hybrid (evolve-hybrid 0.1, sha256:0)"])
