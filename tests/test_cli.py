@@ -268,9 +268,14 @@ def test_doctor_holds_the_weights_against_their_recorded_digest(tmp_path: Path, 
 
 def test_doctor_calculates_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = Experiment.model_validate({"experiment": "small"})
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
     training, rollouts = doctor._memory(experiment)
     assert (training.state, rollouts.state) == ("ok", "ok")
     assert "4 trajectories of 2048 tokens" in training.text
+    assert "1.3 to 2.9 times that: MALLOC_MMAP_THRESHOLD_=262144 gives it back" in training.text
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "262144")
+    assert "MALLOC" not in next(doctor._memory(experiment)).text
     assert "128 episodes of 2048 tokens" in rollouts.text
     two = experiment.model_copy(update={"runtime": experiment.runtime.model_copy(update={"processes": 2, "shard": True})})
     in_parts, same = doctor._memory(two)
