@@ -15,9 +15,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from itertools import cycle, islice
 from random import Random
 
+from evolve_dag.agent.frontier import more_rollouts
 from evolve_dag.environments.pocket.script import FastSearch, ScriptedAgent, action_text, habitual, moves
 from evolve_dag.environments.pocket.world import Question, World
 from evolve_dag.experience.extraction.mining import ContrastExtraction, extract
@@ -82,18 +82,6 @@ def play(
     )
 
 
-MOST = 4
-"""Times the rollouts that all tasks have, that one near the frontier gets on top."""
-
-
-def near_the_frontier(first: list[list[Trajectory]], budget: int) -> list[int]:
-    """The tasks that get another rollout each: those with mixed outcomes in turn, up to ``MOST`` times, then the others."""
-    mixed = [n for n, group in enumerate(first) if 0 < sum(t.reward or 0.0 for t in group) < len(group)]
-    others = [n for n in range(len(first)) if n not in mixed]
-    asked = list(islice(cycle(mixed), min(budget, MOST * len(first[0]) * len(mixed))))
-    return asked + list(islice(cycle(others or mixed), budget - len(asked)))
-
-
 def rollouts(
     ask: Callable[[Question, str, int], Trajectory], questions: list[Question], group: int, frontier: bool
 ) -> list[Trajectory]:
@@ -102,8 +90,9 @@ def rollouts(
     sure = [n for n in range(len(questions)) for _ in range(group // 2 if frontier else group)]
     for n in sure:
         found[n].append(ask(questions[n], f"t{n}", len(found[n])))
-    for n in near_the_frontier(found, len(questions) * group - len(sure)):
-        found[n].append(ask(questions[n], f"t{n}", len(found[n])))
+    more = more_rollouts([[one.reward for one in own] for own in found], len(questions) * group - len(sure))
+    for n, count in enumerate(more):
+        found[n] += [ask(questions[n], f"t{n}", len(found[n]) + one) for one in range(count)]
     return [one for own in found for one in own]
 
 

@@ -83,6 +83,8 @@ class Condition:
     """Called once per trajectory, for those from the journal as well."""
     judge: JudgeEpisode | None = None
     """Gives a verdict to what the journal holds without one; None: such an episode is played again."""
+    first: int = 0
+    """Number of the first of them."""
 
     def jobs(self) -> list[tuple[Task, int]]:
         """Every rollout to be made, group by group.
@@ -93,7 +95,7 @@ class Condition:
         repeated = [name for name, count in Counter(task.id for task in self.tasks).items() if count > 1]
         if repeated:
             raise DataError(f"{len(repeated)} task ids appear twice, e.g. {repeated[0]!r}", "give every task its own id")
-        return [(task, rollout) for task in self.tasks for rollout in range(self.group_size)]
+        return [(task, self.first + rollout) for task in self.tasks for rollout in range(self.group_size)]
 
     def earlier(self, jobs: Sequence[tuple[Task, int]]) -> list[Trajectory | None]:
         """Of each job what the journal holds, if anything."""

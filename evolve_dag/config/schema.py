@@ -27,7 +27,7 @@ from evolve_dag.config.parts import (
     part_of,
 )
 from evolve_dag.config.scheduling import check_cron, check_timezone
-from evolve_dag.config.section import IDENTITY, MOST, PATH, PROGRAM, RUNTIME, Section, Strings, marked
+from evolve_dag.config.section import IDENTITY, LATER, MOST, PATH, PROGRAM, RUNTIME, Section, Strings, marked
 from evolve_dag.records import LARGEST_SEED, Granularity, InjectionPattern, Source
 
 REGIME_PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -211,7 +211,7 @@ class TaskSplit(Section):
     """Our name -> the file's name, for ``id``, ``question``, ``answer`` and facts to break results down by."""
     skip: int = Field(0, ge=0, le=MOST)
     """Tasks to leave out before ``count`` are drawn (the order of the draw is fixed), so that splits can share one file."""
-    percent: Annotated[tuple[int, int], Strict(False)] | None = None
+    percent: Annotated[tuple[int, int], Strict(False)] | None = Field(None, json_schema_extra=LATER)
     """Of a file, the tasks whose question hashes into this part of a hundred: ``[0, 90]`` is nine tenths of it.
     Splits of one file whose parts do not meet never share a task, as a stream too, whatever is appended. None: all."""
     stream: bool = False
@@ -246,6 +246,16 @@ class RolloutSettings(Section):
 
     group_size: int = Field(4, ge=1, le=MOST)
     """G: trajectories per training task."""
+    frontier: float = Field(0.0, ge=0.0, le=0.75, json_schema_extra=LATER)
+    """Share of the student's rollouts that goes to training tasks near the frontier, which some of its first rollouts solved
+    and others did not: only such a group tells what separates success from failure. The budget stays, ``group_size`` times the
+    tasks. 0: every task has as many."""
+
+    @property
+    def more(self) -> int:
+        """Of the rollouts of a task those that go where outcomes are mixed, on average."""
+        return round(self.frontier * self.group_size)
+
     temperature: float = Field(1.0, ge=0.0)
     """Of the policy's actions; 0 is argmax."""
     top_p: float = Field(1.0, gt=0.0, le=1.0)
@@ -606,6 +616,9 @@ def contradictions(e: Experiment) -> list[tuple[str, str]]:
     if e.distillation.drills and unscored:
         what = f"drills are learned from the teacher's distribution, which {e.regime.divergence} has not: set it to 0"
         found.append(("distillation.drills", what))
+    if e.rollout.frontier and not (e.rollout.more and e.rollout.group_size - e.rollout.more > 1):
+        what = "outcomes can be mixed in two rollouts or more, and one has to be left to give: raise rollout.group_size"
+        found.append(("rollout.frontier", f"{e.rollout.frontier:g} of {e.rollout.group_size} rollouts a task: {what}"))
     found.extend(_no_room_for_the_answer(e))
     found.extend((f"runtime.{key}", wrong) for key, wrong in _not_together(e))
     for wrong_here, wrong in (("cron", check_cron(e.schedule.cron)), ("timezone", check_timezone(e.schedule.timezone))):

@@ -20,6 +20,9 @@ PATH: dict[str, Any] = {"path": True}
 """Marks a key that names a file or folder: relative to the file that states it, and in a digest by its content."""
 IDENTITY: dict[str, Any] = {"identity": True}
 """Marks a key that stands in the identity of the section's path, and not beside it."""
+LATER: dict[str, Any] = {"later": True}
+"""Marks a key that came later and whose default says what was always done: at its default it is in no digest, so that what was
+made before it came is not made again."""
 FOLDER: dict[str, Any] = {**PATH, "folder": True}
 """Marks one that names a folder, with all that is in it."""
 

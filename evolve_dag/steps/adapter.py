@@ -23,6 +23,7 @@ from evolve_dag.steps.body import Silent, StepContext
 from evolve_dag.steps.contexts import DRILLS, RETENTION, score
 from evolve_dag.steps.policies import (
     ANSWERED,
+    FRONTIER,
     adapter_folder,
     answered,
     checked_pool,
@@ -233,7 +234,7 @@ def _unread(experiment: Experiment) -> tuple[str, ...]:
     weight = ("retention_weight",) if alone else ()
     sharp = ("teacher_temperature",) if divergence.loss is None else ()
     keys = tuple(f"distillation.{key}" for key in ("top_k", "retention", "drills", *weight, *sharp, *others))
-    return keys if settings.refresh > 1 else (*keys, "tasks.train")
+    return (*keys, FRONTIER) if settings.refresh > 1 else (*keys, FRONTIER, "tasks.train")
 
 
 SPEC = StepSpec(

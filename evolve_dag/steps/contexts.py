@@ -42,6 +42,7 @@ from evolve_dag.steps import teacher_check
 from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import (
     ANSWERED,
+    FRONTIER,
     INJECTION_KEYS,
     TASK_KEYS,
     adapter_folder,
@@ -306,12 +307,12 @@ def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:
 def _unread(experiment: Experiment) -> tuple[str, ...]:
     scored = ("distillation.top_k", "distillation.retention", "distillation.drills")
     if experiment.injection == "none":
-        return (*without_choice(experiment), *scored, "teacher_check")
+        return (*without_choice(experiment), *scored, "teacher_check", FRONTIER)
     settings = experiment.teacher_check
     unused: tuple[str, ...] = () if teacher_check.costs(experiment) else ("tasks",)
     if not settings.enabled:
         unused = ("attempts", "must_help", "tasks", "confidence")
-    return (*without_choice(experiment), *(f"teacher_check.{key}" for key in unused))
+    return (*without_choice(experiment), *(f"teacher_check.{key}" for key in unused), FRONTIER)
 
 
 SPEC = StepSpec(

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+from evolve_dag.agent.frontier import more_rollouts
 from evolve_dag.agent.loop import NOT_JUDGED
 from evolve_dag.agent.rollouts import Condition, gather_conditions, judged_here, played_here
 from evolve_dag.agent.together import each
@@ -44,6 +45,8 @@ Model = TypeVar("Model", bound=LanguageModel)
 
 TASK_KEYS = ("environment", "rollout", "verification")
 """Config keys of whatever asks tasks."""
+FRONTIER = "rollout.frontier"
+"""Of the student's rollouts alone: whoever else asks tasks does not read it."""
 INJECTION_KEYS = ("injection", "selection")
 """Config keys of whatever places experience in a context."""
 
@@ -246,7 +249,7 @@ def roll_out_together(context: StepContext, wanted: Sequence[Rollouts], model: A
     """
     context.progress.start(", ".join(one.label for one in wanted), sum(len(one.split.tasks) * one.group_size for one in wanted))
     try:
-        conditions = [_condition(context, one, model) for one in wanted]
+        conditions = [condition_of(context, one, model) for one in wanted]
         found = _played(context, conditions, context.experiment.runtime.concurrency)
     finally:
         context.progress.finish()
@@ -294,7 +297,8 @@ def require_judged(label: str, trajectories: Sequence[Trajectory], on_trial: boo
     )
 
 
-def _condition(context: StepContext, wanted: Rollouts, model: LanguageModel) -> Condition:
+def condition_of(context: StepContext, wanted: Rollouts, model: LanguageModel) -> Condition:
+    """Its episodes, played by ``model`` in this process and resumed from their journal."""
     settings, split = context.experiment.rollout, wanted.split
     if wanted.temperature is not None:
         settings = settings.model_copy(update={"temperature": wanted.temperature})
@@ -365,23 +369,42 @@ async def with_teacher_views(
     ]
 
 
-def fan_out(
-    context: StepContext, workers: RolloutWorkers, playing: Playing, *, label: str, seed: int, group_size: int
-) -> list[Trajectory]:
-    """As :func:`roll_out`, without experience: the episodes are played by ``workers``, and written down here."""
-    tasks = load_tasks_of(context.experiment, playing.split)
-    context.progress.start(label, len(tasks) * group_size)
+def play_students(context: StepContext, condition: Condition, concurrency: int) -> list[Trajectory]:
+    """Rollouts to learn from, in the order of the tasks: as many of each; with ``rollout.frontier`` the later ones are of tasks
+    whose first ones had mixed outcomes.
+
+    Raises:
+        UnjudgedError: too many have no verdict.
+    """
+    more, tasks, label = context.experiment.rollout.more, condition.tasks, "rollouts"
+    first = condition.group_size - more
+    context.progress.start(label, len(tasks) * condition.group_size)
     try:
-        with workers.open(playing, context.roles.ledger) as (play, concurrency):
-            # A verdict that is missing is asked for here: the episode itself is there.
-            judge = judged_here(verifier_of(context.experiment, context.roles))
-            journal = _journal(context, label)
-            condition = Condition(tasks, group_size, play, seed, journal, lambda _: context.progress.advance(), judge)
-            (trajectories,) = _played(context, [condition], concurrency)
+        (found,) = _played(context, [replace(condition, group_size=first)], concurrency)
+        require_judged(label, found)
+        if more:
+            rewards = [[one.reward for one in found[at : at + first]] for at in range(0, len(found), first)]
+            extra = more_rollouts(rewards, more * len(tasks))
+            again = {count: [task for task, own in zip(tasks, extra, strict=True) if own == count] for count in {*extra} - {0}}
+            rounds = [replace(condition, tasks=asked, group_size=count, first=first) for count, asked in sorted(again.items())]
+            place = {task.id: at for at, task in enumerate(tasks)}
+            later = _played(context, rounds, concurrency)
+            found = sorted(chain(found, *later), key=lambda one: (place[one.task_id], one.rollout))
+            require_judged(label, found)
     finally:
         context.progress.finish()
-    require_judged(label, trajectories)
-    return trajectories
+    return found
+
+
+def fan_out(context: StepContext, workers: RolloutWorkers, playing: Playing, *, seed: int, group_size: int) -> list[Trajectory]:
+    """As :func:`play_students`: the episodes are played by ``workers``, and written down here."""
+    tasks = load_tasks_of(context.experiment, playing.split)
+    with workers.open(playing, context.roles.ledger) as (play, concurrency):
+        # A verdict that is missing is asked for here: the episode itself is there.
+        judge = judged_here(verifier_of(context.experiment, context.roles))
+        journal = _journal(context, "rollouts")
+        condition = Condition(tasks, group_size, play, seed, journal, lambda _: context.progress.advance(), judge)
+        return play_students(context, condition, concurrency)
 
 
 def by_id(tasks: Sequence[Task]) -> dict[str, Task]:

@@ -25,6 +25,7 @@ from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import StepContext
 from evolve_dag.steps.policies import (
     ANSWERED,
+    FRONTIER,
     INJECTION_KEYS,
     TASK_KEYS,
     Rollouts,
@@ -308,7 +309,7 @@ def _unread(experiment: Experiment) -> tuple[str, ...]:
     """``evaluation.rollouts`` stands in place of the group's size; without experience in context nobody injects any."""
     injected = experiment.evaluation.with_experience or experiment.evaluation.ceiling
     injection = without_choice(experiment) if injected else INJECTION_KEYS
-    return ("rollout.group_size", *injection)
+    return ("rollout.group_size", FRONTIER, *injection)
 
 
 SPEC = StepSpec(

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from evolve_dag import prompts
 from evolve_dag.config.parts import CHOICES, identity, named_by, part_of
 from evolve_dag.config.schema import Experiment, PolicySettings, TaskSplit
-from evolve_dag.config.section import FOLDER, IDENTITY, PATH, RUNTIME, Section, marked, only
+from evolve_dag.config.section import FOLDER, IDENTITY, LATER, PATH, RUNTIME, Section, marked, only
 from evolve_dag.inference.folders import base_identity, turns_of
 from evolve_dag.tasks.contents import file_digest, folder_digest, rows_digest
 
@@ -104,8 +104,10 @@ def _values(section: Section, prefix: str, part: Slice) -> Iterator[tuple[str, A
         key, value = f"{prefix}.{name}", getattr(section, name)
         if marked(field, RUNTIME) or marked(field, IDENTITY) or (not part.holds(key) and not isinstance(value, Section)):
             continue
-        if isinstance(section, TaskSplit) and (name == "stream" or (name == "percent" and value is None)):
-            continue  # which tasks a stream came to is said by the world, or by the rows' hash; no part is all, as ever
+        if marked(field, LATER) and value == field.default:
+            continue
+        if isinstance(section, TaskSplit) and name == "stream":
+            continue  # which tasks it came to is said by the world, or by the rows' hash
         yield name, _content(section, field, value, key) if marked(field, PATH) and value else _value(section, name, key, part)
 
 

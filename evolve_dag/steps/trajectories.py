@@ -6,11 +6,22 @@ from collections.abc import Iterator
 
 from evolve_dag.config.schema import Experiment
 from evolve_dag.evaluation.gate import LEAST_JUDGED
+from evolve_dag.evaluation.intervals import by_task
 from evolve_dag.evaluation.metrics import counts
 from evolve_dag.records import Trajectory
 from evolve_dag.seeds import stable_hash
 from evolve_dag.steps.body import Playing, StepContext
-from evolve_dag.steps.policies import ANSWERED, TASK_KEYS, answered, fan_out, judged, open_policy, roll_out
+from evolve_dag.steps.policies import (
+    ANSWERED,
+    TASK_KEYS,
+    Rollouts,
+    answered,
+    condition_of,
+    fan_out,
+    judged,
+    open_policy,
+    play_students,
+)
 from evolve_dag.steps.spec import Check, StepSpec, Table, Verdict
 from evolve_dag.store.artifacts import Artifact
 from evolve_dag.store.frames import save_trajectories
@@ -23,6 +34,9 @@ def run(context: StepContext) -> None:
     trajectories = _roll_out(context)
     save_trajectories(context.build.path, trajectories)
     context.build.note(**counts(trajectories))
+    if context.experiment.rollout.more:  # tasks count alike, however many rollouts they got
+        known = by_task([one.task_id for one in trajectories], [one.reward for one in trajectories])
+        context.build.note(success=sum(sum(own) / len(own) for own in known.values()) / len(known) if known else None)
     if gone := left_out(context.experiment, "train"):
         context.build.note(left_out=len(gone))
 
@@ -32,10 +46,11 @@ def _roll_out(context: StepContext) -> list[Trajectory]:
     seed, size = stable_hash("trajectories", experiment.seed, context.iteration), experiment.rollout.group_size
     if context.workers is not None:
         playing = Playing("trajectories", context.iteration, "train", adapter)
-        return fan_out(context, context.workers, playing, label="rollouts", seed=seed, group_size=size)
+        return fan_out(context, context.workers, playing, seed=seed, group_size=size)
     split = load_split(experiment, "train", context.roles)
     with open_policy(context.store, adapter, context.roles) as model:
-        return roll_out(context, split, model, label="rollouts", seed=seed, group_size=size)
+        condition = condition_of(context, Rollouts("rollouts", split, seed, size), model)
+        return play_students(context, condition, experiment.runtime.concurrency)
 
 
 def examine(artifact: Artifact, experiment: Experiment) -> Iterator[Verdict]:

@@ -96,6 +96,10 @@ def touched(old: Experiment, new: Experiment) -> set[str]:
         ({"injection": "global"}, {"selection": {"selector": "lexical"}}, set()),
         ({"evaluation": {"with_experience": False}}, {"selection": {"max_items": 2}}, {"contexts"}),
         ({}, {"rollout": {"group_size": 9}}, {"trajectories", "contexts"}),
+        ({}, {"rollout": {"frontier": 0.5}}, {"trajectories"}),
+        (REFRESHED, {"rollout": {"frontier": 0.5}}, {"trajectories"}),
+        ({"injection": "none"}, {"rollout": {"frontier": 0.5}}, {"trajectories"}),
+        ({}, {"rollout": {"frontier": 0.0}}, set()),
         ({"granularity": "instance"}, {"extraction": {"min_support": 2, "confidence": 0.9}}, set()),
         ({"granularity": "instance"}, {"extraction": {"cap": 2}}, {"experience"}),
         ({}, {"models": {"judge": OPENAI, "selector": OPENAI, "extractor": OPENAI}}, set()),
@@ -123,6 +127,12 @@ def test_whoever_sums_up_pages_decides_what_is_read_there(files: dict[str, Any],
     assert touched(experiment(web), experiment(web, other)) == {"trajectories", "contexts", "scores"}
     plain = {"environment": {"kind": "tools", "tools": ["visit"], "summarize": False}}
     assert touched(experiment(web, plain), experiment(web, plain, other)) == set()
+
+
+def test_a_key_that_came_later_is_in_no_digest_where_it_says_what_was_always_done() -> None:
+    spec = base.SPECS["trajectories"]
+    assert "frontier" not in decisive(spec, experiment())["rollout"]
+    assert decisive(spec, experiment({"rollout": {"frontier": 0.5}}))["rollout"]["frontier"] == 0.5
 
 
 def test_a_prompt_decides_the_steps_that_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
