@@ -24,8 +24,8 @@ def require_files(experiment: Experiment) -> None:
     if missing := absent_files(experiment):
         raise DataError(
             f"{experiment.experiment}: needs what is not there\n  " + "\n  ".join(missing),
-            "put it there, or correct the key; docs/benchmarks.md says where tasks come from; `evolve doctor` with the same "
-            "file looks for keys and programs too",
+            "put it there, or correct the key; docs/benchmarks.md says where tasks come from, README.md (Real models) where "
+            "models do; `evolve doctor` with the same file looks for keys and programs too",
         )
 
 

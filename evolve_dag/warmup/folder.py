@@ -111,4 +111,5 @@ def absent_base(experiment: Experiment) -> str:
 def require(experiment: Experiment) -> None:
     """Raises ModelError where the experiment's policy has to be warmed up first."""
     if experiment.warmup is not None and (why := outdated(experiment)) is not None:
-        raise ModelError(why, f"run `evolve warmup` with the file of {experiment.experiment}")
+        file = f"the file of {experiment.experiment}, or in a study with that of the arm"
+        raise ModelError(why, f"run `evolve warmup FILE` first, with {file}")

@@ -96,13 +96,15 @@ def warm_up(
         StoreError: it cannot be written; nothing half-written stays visible.
     """
     _refuse_shared_worlds(experiment)
-    out, digest = folder.target(experiment), folder.digest(experiment)
+    out = folder.target(experiment)
     if out.exists() and not (out / folder.NOTE).is_file():
         raise ConfigError(f"{out}: is there, and no warm-up made it", "name another folder under models.policy.path")
     if folder.outdated(experiment) is None:
         told = json.loads((out / folder.NOTE).read_text(encoding="utf-8"))
-        return WarmedUp(out, digest, tuple(Round(**one) for one in told["rounds"]), made=False)
-    config = folder.config(experiment)
+        return WarmedUp(out, told["digest"], tuple(Round(**one) for one in told["rounds"]), made=False)
+    if absent := folder.absent_base(experiment):
+        raise ModelError(absent, "put it there (SmolLM2-135M-Instruct: `make smollm2`), or correct the key")
+    digest, config = folder.digest(experiment), folder.config(experiment)
     with store.build(folder.KIND, digest, code_version=folder.VERSION, config=config, inputs={}) as build:
         if build.artifact is None:
             rounds = _Warmup(experiment, build, advance).run(begin)

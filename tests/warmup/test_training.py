@@ -55,6 +55,8 @@ def test_it_makes_a_model_once_and_says_when_it_must_be_made(experiment: Load, t
     assert "other settings" in (folder.outdated(experiment({"skill": 0.5})) or "")
     again = warm_up(experiment(), store)
     assert (again.made, again.rounds, again.digest) == (False, made.rounds, made.digest)
+    gone = warm_up(experiment({"base": str(tmp_path / "gone")}), store)  # what it was made from may go
+    assert (gone.made, gone.rounds, gone.digest) == (False, made.rounds, made.digest)
 
 
 def test_a_kill_costs_the_round_it_was_in_and_nothing_shows(experiment: Load, tmp_path: Path) -> None:
@@ -124,7 +126,7 @@ def test_what_somebody_else_put_there_stays(experiment: Load, tmp_path: Path) ->
         (None, {}, ConfigError, "no section `warmup`"),
         ({}, {"models": {}}, ConfigError, "cannot write there"),
         ({}, {"models": {"policy": {"path": "pocket-cases"}}}, ConfigError, "cannot write there"),
-        ({"base": "/nowhere"}, {}, ModelError, "no weights"),
+        ({"base": "/nowhere"}, {}, ModelError, "warmup.base: /nowhere: no model there"),
         ({}, {"environment": {"kind": "pocket"}}, ConfigError, "with a state"),
     ],
 )
