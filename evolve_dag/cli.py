@@ -363,13 +363,27 @@ def sql(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for name, kind in frame.schema.items():
-        table.add_column(Text(printable(name)), justify="right" if kind.is_numeric() else "left")
-    for row in frame.head(rows).iter_rows():
-        cells = ("" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value) for value in row)
-        table.add_row(*(Text(printable(cell)) for cell in cells))
-    _console().print(table)
+    console, shown = _console(), frame.head(rows)
+    cells = [
+        [Text(printable("" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value))) for value in row]
+        for row in shown.iter_rows()
+    ]
+    names = [Text(printable(name)) for name in frame.columns]
+    if sum(name.cell_len + 2 for name in names) > console.width:  # not even the names fit side by side: a row is a table
+        for row in cells or [[Text("")] * len(names)]:
+            table = Table(box=box.SIMPLE_HEAD, show_header=False)
+            for name, cell in zip(names, row, strict=True):
+                table.add_row(name, cell)
+            console.print(table)
+    else:
+        table = Table(box=box.SIMPLE_HEAD)
+        for name, kind in zip(names, frame.dtypes, strict=True):
+            table.add_column(name, justify="right" if kind.is_numeric() else "left")
+        for row in cells:
+            table.add_row(*row)
+        console.print(table)
+    if not cells:
+        print("no rows")
     if frame.height > rows:
         print(f"{rows} of {frame.height} rows: --rows {frame.height} shows all")
 

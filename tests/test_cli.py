@@ -205,6 +205,15 @@ def test_sql_prints_tables_and_csv(tmp_path: Path) -> None:
     assert csv.output.splitlines() == ["list,word", '"[1, 2]",a']
     cut = CliRunner().invoke(cli.app, ["sql", "select * from range(9)", "--rows", "2", "--store", str(tmp_path)])
     assert "2 of 9 rows" in cut.output
+    many = ", ".join(f"{n} as quite_a_long_name_{n}" for n in range(9))
+    wide = CliRunner().invoke(cli.app, ["sql", f"select {many} from range(2)", "--store", str(tmp_path)])
+    for n in range(9):  # a line each, in both rows
+        assert [line.split() for line in wide.output.splitlines() if f"name_{n}" in line] == [
+            [f"quite_a_long_name_{n}", str(n)]
+        ] * 2
+    none = CliRunner().invoke(cli.app, ["sql", f"select {many} where false", "--store", str(tmp_path)])
+    assert "quite_a_long_name_8" in none.output
+    assert "no rows" in none.output
 
 
 def test_ctrl_c_says_how_to_resume(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
