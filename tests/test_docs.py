@@ -42,6 +42,23 @@ def test_the_page_is_written_where_it_is_asked(
     assert [path.name for path in tmp_path.iterdir()] == written
 
 
+def test_a_mistake_in_an_experiment_file_is_told_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "slip.yaml").write_text("seeed: 1\n")
+    monkeypatch.setattr("sys.argv", ["reference", str(tmp_path / "mine.md"), str(tmp_path / "slip.yaml")])
+    with pytest.raises(SystemExit):
+        main()
+    assert "did you mean 'seed'?" in capsys.readouterr().err
+    assert not (tmp_path / "mine.md").exists()
+
+
+def test_every_variable_of_ours_is_explained() -> None:
+    code = "".join(path.read_text() for folder in ("evolve_dag", "assets") for path in sorted((ROOT / folder).rglob("*.py")))
+    read = set(re.findall(r'"(EVOLVE_[A-Z_]+)"', code)) - {"EVOLVE_NO_KEY"}  # which is never set
+    assert read == set(re.findall(r"^\| `(EVOLVE_[A-Z_]+)`", reference(), re.M))
+
+
 def test_every_key_is_explained() -> None:
     empty = [line for line in reference().splitlines() if line.startswith("| `") and line.endswith("|  |")]
     assert not empty

@@ -19,6 +19,7 @@ from evolve_dag.config.parts import CHOICES, Chosen, Part, chosen, known, parts_
 from evolve_dag.config.schema import LAUNCHER, Experiment, Models, WarmupSettings
 from evolve_dag.config.section import Section
 from evolve_dag.config.study import ArmSettings, StudySettings
+from evolve_dag.errors import EvolveError
 
 INTRODUCTION = """# Every key of an experiment file
 
@@ -38,6 +39,24 @@ an environment starts anew.
 |---|---|---|---|
 """
 HEAD = INTRODUCTION[INTRODUCTION.rindex("| key |") :]
+VARIABLES = """
+## Variables of the environment
+
+Keys are in the environment too, under the names that the file gives (`key` of a model), and `SERPER_API_KEY`, `JINA_API_KEY`.
+
+| variable | meaning |
+|---|---|
+| `EVOLVE_STORE` | Folder of the artifacts; unset: `.evolve` in the working folder. `--store` wins. |
+| `EVOLVE_CONFIGS` | Folder whose experiments are known by name before they ran; unset: `configs` in the working folder. |
+| `EVOLVE_MIRROR` | Address of the store's copy on object storage ([production.md](production.md)). |
+| `EVOLVE_TRACKING` | `off`: nothing is sent to MLflow but by `evolve sync-mlflow`. |
+| `MLFLOW_TRACKING_URI` | Where that is sent; unset: to sqlite in the store. |
+| `EVOLVE_MLFLOW_UI` | Where a browser finds that MLflow, for links. |
+| `EVOLVE_BASE_MODEL` | Folder of the base model, for a registered model that is loaded on a machine where it lies elsewhere. |
+| `DAGSTER_HOME` | Folder of Dagster's instance; unset: `dagster` in the store. |
+| `EVOLVE_OWNERS` | Who answers for the assets, as Dagster shows it: addresses or `team:<name>`, separated by commas. |
+| `EVOLVE_DEBUG` | `1`: an error is shown with its traceback, for a report. |
+"""
 
 
 def reference(*, outside: bool = False, experiments: Iterable[Experiment] = ()) -> str:
@@ -65,7 +84,7 @@ def reference(*, outside: bool = False, experiments: Iterable[Experiment] = ()) 
         ("An arm of a study: an experiment file, or a mapping", ArmSettings, ""),
     ):
         parts.append(f"\n## {title}\n\n{HEAD}{_table(_rows(section, prefix))}")
-    return "".join(parts)
+    return "".join([*parts, VARIABLES])
 
 
 def _sections(chooser: Chosen, prefix: str, outside: bool) -> Iterator[str]:
@@ -167,7 +186,10 @@ def main() -> None:
     )
     parser.add_argument("experiments", nargs="*", type=Path, help="experiment files whose parts beside them are added")
     asked = parser.parse_args()
-    page = reference(outside=asked.file is not None, experiments=map(load_experiment, asked.experiments))
+    try:
+        page = reference(outside=asked.file is not None, experiments=map(load_experiment, asked.experiments))
+    except EvolveError as error:
+        parser.exit(2, f"error: {error}\n")
     (asked.file or Path("docs/configuration.md")).write_text(page, encoding="utf-8")
 
 
