@@ -250,12 +250,6 @@ class RolloutSettings(Section):
     """Share of the student's rollouts that goes to training tasks near the frontier, which some of its first rollouts solved
     and others did not: only such a group tells what separates success from failure. The budget stays, ``group_size`` times the
     tasks. 0: every task has as many."""
-
-    @property
-    def more(self) -> int:
-        """Of the rollouts of a task those that go where outcomes are mixed, on average."""
-        return round(self.frontier * self.group_size)
-
     temperature: float = Field(1.0, ge=0.0)
     """Of the policy's actions; 0 is argmax."""
     top_p: float = Field(1.0, gt=0.0, le=1.0)
@@ -272,6 +266,11 @@ class RolloutSettings(Section):
     than that over its set-up or over one call."""
     plain_answers: bool = False
     """Whether a turn without a tool call is the final answer, as chat models are wont to give it; else it is malformed."""
+
+    @property
+    def more(self) -> int:
+        """Of the rollouts of a task those that go where outcomes are mixed, on average."""
+        return round(self.frontier * self.group_size)
 
     @property
     def reach(self) -> int:

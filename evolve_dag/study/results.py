@@ -111,7 +111,7 @@ class Results:
     def _same_base(self, arm: str, other: str) -> bool:
         """Whether both begin with the same policy, and roll it out alike but for the temperature."""
         a, b = (self.study.of_arm(name)[0].experiment for name in (arm, other))
-        mine, theirs = (one.rollout.model_dump(exclude={"group_size", "temperature"}) for one in (a, b))
+        mine, theirs = (one.rollout.model_dump(exclude={"group_size", "frontier", "temperature"}) for one in (a, b))
         return a.models.policy == b.models.policy and mine == theirs
 
 

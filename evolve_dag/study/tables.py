@@ -270,7 +270,8 @@ def _star(findings: Findings, arm: str, iteration: int, condition: str = "held")
 def said(findings: Findings, change: Change) -> str:
     """Where the arm's entry states a key that differs; '' where it does not."""
     config = Path(findings.results.study.settings.arms[change.arm].config).name
-    return {"set": "set", "config": config, "preset": "a preset of the regime", "": ""}[change.said]
+    by_part = f"the other {change.key.partition('.')[0]}"
+    return {"set": "set", "config": config, "preset": "a preset of the regime", "part": by_part, "": ""}[change.said]
 
 
 def _what_differs(findings: Findings) -> list[str]:

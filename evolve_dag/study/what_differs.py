@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic_core import to_jsonable_python
 
+from evolve_dag.config.parts import CHOICES
 from evolve_dag.config.section import RUNTIME, Section, marked
 from evolve_dag.steps.base import STEPS
 from evolve_dag.steps.slices import slice_of
@@ -22,7 +23,7 @@ SCORED_ONLY = frozenset(f"evaluation.{key}" for key in ("base_temperatures", "ce
 OF_THE_SEED = frozenset({"seed", *(f"tasks.{split}.world" for split in SPLITS)})
 PRESET = "regime.preset"
 
-Said = Literal["set", "config", "preset", ""]
+Said = Literal["set", "config", "preset", "part", ""]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,8 @@ class Change:
     """The reference's."""
     said: Said
     """Which part of the arm's own entry states the key: its ``set``; its experiment file, where the reference is not made of
-    that one too; a preset of the regime in one of these, which decides several keys; '' where nothing does."""
+    that one too; a preset of the regime in one of these, which decides several keys; the name of another part
+    (``extraction.extractor``), which brings settings of its own; '' where nothing does."""
 
 
 def what_differs(study: Study) -> list[Change]:
@@ -58,7 +60,8 @@ def _changes(study: Study, arm: str, reference: str) -> Iterator[Change]:
     for key in dict.fromkeys((*here, *there)):
         a, b = here.get(key), there.get(key)
         if a != b and key not in left_out and any(part.holds(key) for part in slices):
-            yield Change(arm, reference, key, a, b, _said(study, arm, reference, key))
+            other_part = any(here.get(name) != there.get(name) for name in _chooser(key))
+            yield Change(arm, reference, key, a, b, _said(study, arm, reference, key, other_part))
 
 
 def _cells_to_compare(study: Study, arm: str, reference: str) -> tuple[Cell, Cell]:
@@ -77,12 +80,24 @@ def _flat(section: Section, prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", to_jsonable_python(value)
 
 
-def _said(study: Study, arm: str, reference: str, key: str) -> Said:
+def _chooser(key: str) -> tuple[str, ...]:
+    """The key that names the part whose settings a key is among: ``extraction.extractor`` of ``extraction.cap``."""
+    section = key.partition(".")[0]
+    return tuple(choice.place for choice in CHOICES.values() if choice.section == section and choice.place != key)
+
+
+def _said(study: Study, arm: str, reference: str, key: str, other_part: bool) -> Said:
+    """
+    Args:
+        other_part: whether the key is among the settings of a part, and the two sides name different ones.
+    """
     theirs = set(study.stated[reference].values()) - {study.file}
     own = {stated: file for stated, file in study.stated[arm].items() if file not in theirs}
     if key in own:
         return "set" if own[key] == study.file else "config"
-    return "preset" if key.startswith("regime.") and PRESET in own else ""
+    if key.startswith("regime.") and PRESET in own:
+        return "preset"
+    return "part" if other_part and any(name in own for name in _chooser(key)) else ""
 
 
 def outline(study: Study) -> Iterator[str]:
@@ -95,7 +110,7 @@ def outline(study: Study) -> Iterator[str]:
 
 
 def _line(change: Change) -> str:
-    silent = " by the regime's preset" if change.said == "preset" else "" if change.said else " (NOT SAID)"
+    silent = {"preset": " by the regime's preset", "part": " with that part", "": " (NOT SAID)"}.get(change.said, "")
     return f"{change.key} {as_stated(change.here)} ({as_stated(change.there)}){silent}"
 
 

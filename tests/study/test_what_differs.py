@@ -76,6 +76,21 @@ def test_a_key_that_only_one_side_has(tmp_path: Path) -> None:
     assert changes["selection.selector"] == ("embedding", "state", "set")
 
 
+def test_settings_of_a_part_that_the_arm_names_are_said_with_it(tmp_path: Path) -> None:
+    pool = tmp_path / "pool.json"
+    pool.write_text('{"p1": "search first"}')
+    chosen = {"config": "arm.yaml", "set": {"extraction": {"extractor": "given"}, "start_pool": str(pool)}}
+    found = of(tmp_path, {"main": "arm.yaml", "chosen": chosen})
+    changes = told(found, "chosen")
+    assert changes["extraction.extractor"] == ("given", "contrast", "set")
+    assert changes["extraction.min_lift"] == (None, 0.05, "part")
+    assert not [key for key, (_, _, said) in changes.items() if not said]
+    [line] = outline(found)
+    assert "extraction.min_lift – (0.05) with that part" in line
+    unsaid = of(tmp_path, {"chosen": chosen, "main": "arm.yaml"})  # the other way round the reference alone says it
+    assert told(unsaid, "main")["extraction.min_lift"] == (0.05, None, "")
+
+
 def test_arms_without_a_common_seed_differ_in_more_than_the_seed(tmp_path: Path) -> None:
     arms = {"main": "arm.yaml", "apart": {"config": "arm.yaml", "seeds": [9], "set": {"injection": "global"}}}
     assert set(told(of(tmp_path, arms), "apart")) == {"injection"}
