@@ -33,6 +33,8 @@ two points where one task in forty differs."""
 LEAST = 1 / 16
 """What bets about something new begin with at least. A climb costs the bettors all they have, and who begins with nothing sees
 no erosion after it; every such beginning adds at most this share to the chance of a false finding."""
+_MOST = 700.0
+"""Natural logarithm beyond which capital is not counted any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,9 @@ class Capital:
 
     @property
     def total(self) -> float:
-        """All of it; above ``1 / level`` the loss is established."""
-        return float(np.exp(self.logs).mean())
+        """All of it; above ``1 / level`` the loss is established. Never more than a number holds: of a candidate that knows
+        nothing a thousand tasks make more."""
+        return float(np.exp(np.minimum(self.logs, _MOST)).mean())
 
     def after(self, losses_T: Sequence[float] | NDArray[np.float64], margin: float = 0.0) -> Capital:
         """The capital when a night's tasks have been played.
@@ -59,9 +62,18 @@ class Capital:
         return Capital(tuple(float(log) for log in self.logs + gains_S))
 
     def at_most(self, limit: float) -> Capital:
-        """The same bets with what exceeds ``limit`` in all given away. Who gives away wins no more often."""
-        excess = max(0.0, math.log(self.total / limit))
-        return Capital(tuple(log - excess for log in self.logs))
+        """The same bets with what exceeds ``limit`` in all given away, by the richest. Who gives away wins no more often.
+
+        The others keep what they have. After a night in which nearly everything is lost the highest stake is further ahead of
+        the lowest than a slow loss ever takes that one; if all gave the same share, none would be seen again.
+        """
+        left = limit * len(self.logs)
+        for place, log in enumerate(sorted(self.logs)):
+            most = math.log(left / (len(self.logs) - place))
+            if log > most:  # nor is anybody who is richer let keep more
+                return Capital(tuple(min(log, most) for log in self.logs))
+            left -= math.exp(log)
+        return self
 
     def restarted(self) -> Capital:
         """Divided evenly anew, for bets about something else: earlier winnings stay behind, and so do losses down to

@@ -134,7 +134,7 @@ SPEC = StepSpec(
     "promotion",
     "The gate's decision with its reasons: `promote`, `keep` (the champion stays) or `restore` (the best champion so far comes "
     "back). Commits the policy of the next iteration.",
-    version="9",
+    version="10",
     config=("gate", "seed"),
     inputs=("policy", "experience", "contexts", "adapter", "scores"),
     standing=tuple(field.name for field in fields(Standing)),

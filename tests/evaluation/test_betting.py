@@ -43,6 +43,20 @@ def test_giving_away_makes_no_money_and_beginning_anew_little(values: list[float
     assert capital.restarted().total == pytest.approx(min(1.0, max(LEAST, capital.total)))
 
 
+@given(losses, st.floats(0.01, 50))
+def test_the_richest_give_away_first(values: list[float], limit: float) -> None:
+    before = Capital().after(values)
+    after = before.at_most(limit)
+    most = max(after.logs)
+    assert after.logs == pytest.approx([min(log, most) for log in before.logs])
+
+
+def test_what_no_number_can_hold_is_given_away_too() -> None:
+    lost = Capital().after([1.0] * 2000)
+    assert math.isfinite(lost.total)
+    assert lost.at_most(4.0).logs == pytest.approx([math.log(4.0)] * len(STAKES))
+
+
 def _ever(means_R_T: np.ndarray, nights: int, seed: int, margin: float = 0.0) -> float:
     """Share of runs in which the capital ever reaches 20, tasks with these mean losses, fresh draws every night."""
     rng = np.random.default_rng(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -303,6 +304,22 @@ def test_one_night_that_went_wrong_is_no_drift() -> None:
     assert (even.decision, wrong.decision) == ("promote", "keep")
     assert wrong.evidence["drift_evidence"] <= 4 * (even.evidence["drift_evidence"] or 0) + 1e-9
     assert wrong.standing.champion == 1
+
+
+def test_a_slow_loss_is_seen_after_a_night_that_went_wrong_too() -> None:
+    """The high stakes, which such a night makes rich, lose it all on a slow loss; the low ones must not have paid for them."""
+    wrong, *nights = [d.decision for d in through([(70, 5), *[(7, 3)] * 20])]
+    assert wrong == "keep"
+    assert nights.index("restore") < 12
+
+
+def test_a_candidate_that_knows_nothing_ends_no_lineage() -> None:
+    tasks = 1500  # their capital is more than a float holds
+    d = decide(side([0.0] * tasks), side([1.0] * tasks), SETTINGS, 0)
+    assert d.decision == "keep"
+    assert d.standing.capital == pytest.approx([math.log(4.0)] * 5)
+    evidence = d.evidence["drift_evidence"]
+    assert evidence == pytest.approx(4.0)
 
 
 def test_nights_that_all_go_wrong_are_one() -> None:
