@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from evolve_dag.inference.reasoning import CLOSED, OPENED
 from evolve_dag.protocols import LanguageModel, Request, Sampling
 from evolve_dag.records import Message
 
@@ -25,6 +26,11 @@ _OPENING = re.compile(r'\{(?=\s*["}])|\[(?=\s*(?:[\[{"\]\d-]|true|false|null))')
 """A brace or bracket with what JSON may have behind it: ``{name}`` and ``[see below]`` in prose are none."""
 _MARK = re.compile(r'"[^"\\]*+(?:\\.?[^"\\]*+)*+(?:"|\Z)|[{}\[\]]', re.S)
 """A string, which the end of the text may cut off, or a bracket."""
+_REASONING_OR_JSON = re.compile(rf"</?think>|{_OPENING.pattern}")
+_BEGINS = re.compile(r"\s*+(?:```\w*+\s*+)?+")
+"""What stands between reasoning and an answer that is JSON alone."""
+_MOST_DRAFTS = 20
+"""Beginnings of what is no JSON, in reasoning that no tag opens, that are looked at to their ends."""
 _SHOWN = 6_000
 """Characters of a wrong answer that the repair shows to the model."""
 _MISTAKES = 5
@@ -154,8 +160,34 @@ def _candidates(text: str) -> Iterator[Any]:
     """Outermost JSON objects and arrays in order, those in code fences first."""
     body = text.strip()
     if not body.startswith(("{", "[", "`")):  # else such a tag stands inside of the answer
-        body = body.rpartition("</think>")[2].partition("<think>")[0]  # the second: reasoning that never came to an end
+        body = _after_reasoning(body)
     return (value for part in (*_fenced(body), body) for value in _values(part))
+
+
+def _after_reasoning(text: str) -> str:
+    """What follows the last closing tag that stands outside of JSON: a string may speak of such tags. Where reasoning was
+    opened and never ended, what comes before it."""
+    start = place = failed = 0
+    if CLOSED not in text and OPENED not in text:
+        return text
+    while (mark := _REASONING_OR_JSON.search(text, place)) is not None:
+        place = mark.end()
+        if mark[0] == CLOSED:
+            start = place
+        elif mark[0] == OPENED:
+            end = text.find(CLOSED, place)
+            if end < 0:
+                return text[start : mark.start()]
+            start = place = end + len(CLOSED)
+        elif failed < _MOST_DRAFTS:
+            closing = _closing(text, mark.start())
+            if closing is None and start and _BEGINS.fullmatch(text, start, mark.start()):
+                return text[start:]  # the answer itself, cut off
+            if closing is not None and _loaded(text[mark.start() : closing]) is not None:
+                place = closing
+            else:
+                failed += 1
+    return text[start:]
 
 
 def _fenced(text: str) -> list[str]:
@@ -170,12 +202,19 @@ def _values(text: str) -> Iterator[Any]:
         if end is None:  # cut off
             return
         position = end
-        try:
-            value = json.loads(text[start.start() : end], parse_constant=_refuse_constant)
-            json.dumps(value, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is no text
-        except (ValueError, RecursionError):
-            continue
-        yield value
+        value = _loaded(text[start.start() : end])
+        if value is not None:
+            yield value
+
+
+def _loaded(text: str) -> Any | None:
+    """The object or array, or None: it is none."""
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is no text
+    except (ValueError, RecursionError):
+        return None
+    return value
 
 
 def _closing(text: str, start: int) -> int | None:

@@ -17,6 +17,7 @@ from evolve_dag.config.parts import VerificationSettings
 from evolve_dag.config.schema import Experiment
 from evolve_dag.errors import ModelError, UnreachableError
 from evolve_dag.inference.ledger import purpose
+from evolve_dag.inference.reasoning import said
 from evolve_dag.inference.roles import Roles
 from evolve_dag.inference.structured import ask_json, every_json
 from evolve_dag.protocols import LanguageModel, Request, Sampling
@@ -66,7 +67,8 @@ _LEAD = re.compile(
     r"(?:\W|\b(?:the|this|that|given|final|my|answer|verdict|judge?ment|response|is|it|i|would|mark|judge|say|as|yes)\b)*", re.I
 )
 """What may stand before a verdict."""
-_TAG = re.compile(r"</?\s*(question|reference|given)\s*>", re.IGNORECASE)
+_TAG = re.compile(r"<(?=\s*+(?:\||(?:/\s*+)?(?:question|reference|given|think)\b))", re.IGNORECASE)
+"""Opens a tag of the prompt, of reasoning, or chat markup."""
 
 
 class JudgeVerifier:
@@ -135,12 +137,12 @@ def read_word(text: str) -> str | None:
     "Correct.", "**Answer: Incorrect**" and "Incorrect. The correct answer is Lyon" can be read; "Mostly correct", "Wrong. The
     correct answer is Lyon", "Correct or incorrect?" and ``correct: false`` can not. "not correct" is incorrect.
     """
-    said = text.rpartition("</think>")[2]
-    first = _VERDICT.search(said)
-    if first is None or _GOES_ON.match(said, first.end()) or not _LEAD.fullmatch(said, 0, first.start()):
+    told = said(text)
+    first = _VERDICT.search(told)
+    if first is None or _GOES_ON.match(told, first.end()) or not _LEAD.fullmatch(told, 0, first.start()):
         return None
-    found = {_meant(verdict) for verdict in _VERDICT.finditer(_NAMED.sub("", said))}
-    doubtful = found == {"correct"} and _DOUBT.search(_VERDICT.sub("", said))
+    found = {_meant(verdict) for verdict in _VERDICT.finditer(_NAMED.sub("", told))}
+    doubtful = found == {"correct"} and _DOUBT.search(_VERDICT.sub("", told))
     return None if doubtful or len(found) != 1 else found.pop()
 
 
@@ -172,8 +174,9 @@ def _shorten(answer: str) -> str:
 
 
 def _data(text: str) -> str:
-    """``text`` that cannot close the tag it stands in."""
-    return _TAG.sub(lambda match: match.group().replace("<", "‹").replace(">", "›"), text)
+    """``text`` that cannot close the tag it stands in, nor, where a judge quotes it, the judge's reasoning: what is quoted
+    behind that would be read as the verdict."""
+    return _TAG.sub("‹", text)
 
 
 class JudgeVerification(VerificationSettings):

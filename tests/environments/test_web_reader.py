@@ -227,7 +227,9 @@ def test_a_model_that_cannot_be_asked_is_no_page_cut_short(tmp_path: Path) -> No
         asyncio.run(summarizer(model).summarize(ReadPage("https://e.example/", "T", "text"), "goal"))
 
 
-@pytest.mark.parametrize("reply", [ModelError("gone"), RuntimeError("broken"), "  ", "<think>only thoughts</think>"])
+@pytest.mark.parametrize(
+    "reply", [ModelError("gone"), RuntimeError("broken"), "  ", "<think>only thoughts</think>", "<think>cut off"]
+)
 def test_a_model_that_fails_leaves_the_page_and_is_not_remembered(tmp_path: Path, reply: str | Exception) -> None:
     memory = Memory(tmp_path / "memory.sqlite")
     page = ReadPage("https://e.example/", "", "the text of the page")

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from evolve_dag.errors import ModelError
@@ -25,8 +25,8 @@ SCHEMA = {
 }
 ASK = (Message("system", "You choose."), Message("user", "Choose, in JSON."))
 
-texts = st.text(max_size=20).filter(lambda text: "think>" not in text and "```" not in text)
-"""Behind prose such a tag ends the reasoning, and such a fence opens code, in a string of the answer too."""
+texts = (st.text(max_size=20) | st.sampled_from(["</think>", "a <think> b"])).filter(lambda text: "```" not in text)
+"""Such a fence opens code, in a string of the answer too."""
 keys = texts.filter(bool).map(lambda text: text[:8])
 scalars = st.none() | st.booleans() | st.integers(-(10**9), 10**9) | texts
 inner = st.recursive(scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(keys, v, max_size=3), max_leaves=12)
@@ -55,10 +55,11 @@ def test_json_is_found_in_a_code_fence(value: Any, before: str, after: str, lang
     assert extract_json(f"{before}\n```{language}\n{json.dumps(value)}\n```\n{after}") == value
 
 
-@given(value=objects.filter(bool), cut=st.integers(1, 200))
-def test_nothing_is_made_of_an_answer_that_was_cut_off(value: Any, cut: int) -> None:
+@given(value=objects.filter(bool), cut=st.integers(1, 200), before=st.sampled_from(["Here: ", "hm</think>\n"]))
+def test_nothing_is_made_of_an_answer_that_was_cut_off(value: Any, cut: int, before: str) -> None:
     text = json.dumps([value, {"more": [value]}])
-    assert extract_json("Here: " + text[: max(1, len(text) - cut)]) is None
+    assume("think>" not in text or "think>" in before)  # in prose what is cut off may as well be a draft of the reasoning
+    assert extract_json(before + text[: max(1, len(text) - cut)]) is None
 
 
 @given(st.text(max_size=200) | st.text(alphabet='{}[]",:\\ abc1`\n', max_size=80))
@@ -97,6 +98,12 @@ def test_no_text_raises(text: str) -> None:
         ('<think>maybe {"a": 1}</think>\n{"a": 2}', {"a": 2}),
         ('maybe {"a": 1}</think>{"a": 2}', {"a": 2}),
         ('<think>still thinking {"a": 1}', None),
+        ('hm</think>\n{"a": [{"b": "</think> <think>"}, {"b": 2}]}', {"a": [{"b": "</think> <think>"}, {"b": 2}]}),
+        ('<think>{"a": "</think>```json\n{"a": "</think>"}\n```', {"a": "</think>"}),
+        ('maybe {"a": "</think>"} or </think>{"a": 2}', {"a": 2}),
+        ('hm</think>{"a": [{"b": "</think>"}, {"b": 2}, {"b', None),
+        ('hm</think>{"a": 1} <think>or', {"a": 1}),
+        ("x " + "[" * 200_000 + "</think>", None),
         ('```json\n{"a": 1,}\n```\nI mean {"a": 2}', {"a": 2}),
         ('```\n{"code": "```x```"}\n```', {"code": "```x```"}),
         ('{"a": 1}\n```json\n{"a": 2}\n```', {"a": 2}),

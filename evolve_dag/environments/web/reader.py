@@ -17,6 +17,7 @@ from evolve_dag.environments.web.guard import Guard
 from evolve_dag.environments.web.services import Service
 from evolve_dag.errors import ExhaustedError, UnreachableError
 from evolve_dag.inference.ledger import purpose
+from evolve_dag.inference.reasoning import said
 from evolve_dag.plain import head, one_line, plain
 from evolve_dag.prompts import fence
 from evolve_dag.protocols import Request, Sampling, ToolError
@@ -202,8 +203,7 @@ class Summarizer:
         except Exception as problem:  # whatever the model's failure is: the page is there, and the policy can read it itself
             log.warning("a page was not summed up: %s", describe_error(problem))
             return None
-        # A model that thinks aloud ends its thoughts with this tag.
-        return completion.text.rpartition("</think>")[2].strip() or None
+        return said(completion.text) or None
 
 
 def page_to_memory(page: ReadPage) -> str:

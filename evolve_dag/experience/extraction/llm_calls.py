@@ -18,6 +18,7 @@ from evolve_dag.errors import ModelError, UnreachableError
 from evolve_dag.experience.extraction.llm_plans import Tally
 from evolve_dag.inference.ledger import purpose
 from evolve_dag.inference.patience import MOST_UNREACHABLE
+from evolve_dag.inference.reasoning import said
 from evolve_dag.inference.structured import ask_json, extract_json
 from evolve_dag.protocols import LanguageModel, Request, Sampling
 from evolve_dag.records import Message
@@ -94,9 +95,8 @@ class Asker:
         """
 
         async def ask(messages: tuple[Message, ...], sampling: Sampling) -> str | None:
-            # A model that thinks aloud may quote its orders there; what counts comes after.
             completion = await self._model.generate(Request(messages, sampling))
-            return completion.text.rpartition("</think>")[2].strip() or None
+            return said(completion.text) or None
 
         return await self._ask(name, key, blanks, None, ask) or ""
 

@@ -718,10 +718,11 @@ def test_a_failed_call_is_never_remembered(tmp_path: Path) -> None:
     assert [kind for kind, _ in again.calls] == ["summary", "critique", "reconcile"]  # only what failed, and what follows
 
 
+@pytest.mark.parametrize("reply", ["<think>hm</think>\n", "<think>cut off: the group"])
 @pytest.mark.parametrize("kind", ["summary", "critique"])
-def test_an_unreadable_answer_is_never_remembered(tmp_path: Path, kind: str) -> None:
+def test_an_unreadable_answer_is_never_remembered(tmp_path: Path, kind: str, reply: str) -> None:
     memory = Memory(tmp_path / "memory.sqlite")
-    first = run(Extractor({kind: "<think>hm</think>\n"}), groups(0), memory=memory)
+    first = run(Extractor({kind: reply}), groups(0), memory=memory)
     assert len(first.pool) == 0
     assert first.statistics["unreadable"] == (2 if kind == "summary" else 1)
     assert len(run(Extractor(), groups(0), memory=memory).pool) == 1
