@@ -21,6 +21,9 @@ from evolve_dag.records import ExperienceItem, Trajectory
 
 LEAST_STEPS = 20
 """Steps in the situation of an item below which nothing is decided about it."""
+LEAST_TASKS = 5
+"""Tasks that they are of, likewise: how alike the steps of a task go shows only between tasks. Of one task each step would be a
+witness of its own, and of two a habit of 75% has its interval above that in an eighth of the nights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,7 @@ def decided(pool: Pool, found: Mapping[str, Habit], share: float, told: str) -> 
     for item_id, habit in found.items():
         item, (low, high) = pool.get(item_id), habit.interval
         reason = f"{told} in {habit.followed:.4g} of {habit.steps} steps"
-        if habit.steps < LEAST_STEPS:
+        if habit.steps < LEAST_STEPS or len(set(habit.tasks)) < LEAST_TASKS:
             continue
         if item.active and low >= share:
             proposals.append(_proposal("graduate", item, f"{reason}: it need not be read"))

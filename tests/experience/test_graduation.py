@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from pool_replay import outline, replay
 
-from evolve_dag.experience.graduation import LEAST_STEPS, graduations, habit, habits
+from evolve_dag.experience.graduation import LEAST_STEPS, LEAST_TASKS, decided, graduations, habit, habits
 from evolve_dag.experience.pool import Pool, Proposal
 from evolve_dag.records import ExperienceItem, Step, ToolCall, Trajectory
 
@@ -58,6 +58,15 @@ def test_steps_that_go_alike_within_a_task_are_one_witness(each):
 def test_steps_that_go_their_own_ways_are_each_a_witness():
     steps = [(f"t{n}", float(k > 0)) for n in range(100) for k in range(10)]  # more even than chance: no more than there are
     assert habit(steps).witnesses == 1000
+
+
+@pytest.mark.parametrize(("tasks", "operations"), [(1, []), (LEAST_TASKS - 1, []), (LEAST_TASKS, ["graduate"])])
+def test_what_few_tasks_show_decides_nothing(tasks, operations):
+    found = habit([(f"t{n}", 1.0) for n in range(tasks) for _ in range(60)])
+    assert [p.operation for p in decided(POOL, {ITEM.id: found}, 0.9, "done")] == operations
+    gone = Pool((replace(ITEM, graduated=1),))
+    never = habit([(f"t{n}", 0.0) for n in range(tasks) for _ in range(60)])
+    assert [p.operation for p in decided(gone, {ITEM.id: never}, 0.9, "done")] == ["recall"] * len(operations)
 
 
 def graduates(share: float, *, alike: bool, tasks: int = 64, nights: int = 40) -> float:
