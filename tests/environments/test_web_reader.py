@@ -58,6 +58,17 @@ def test_html_pdf_and_text_through_the_sandbox(web: Web, executor: ThreadPoolExe
     assert text.endswith("... (cut after 4000 characters)")
 
 
+@pytest.mark.parametrize("written", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_text_of_which_nothing_says_how_it_is_encoded(web: Web, executor: ThreadPoolExecutor, written: str) -> None:
+    web.pages["/"] = Reply("Emily Brontë".encode(written), headers={"Content-Type": "text/plain"})
+    assert asyncio.run(local(web, executor).read(web.base)).text == "Emily Brontë"
+
+
+def test_a_damaged_byte_leaves_the_rest_of_a_page(web: Web, executor: ThreadPoolExecutor) -> None:
+    web.pages["/"] = Reply("北京".encode() + b"\xff", headers={"Content-Type": "text/plain"})
+    assert asyncio.run(local(web, executor).read(web.base)).text == "北京\ufffd"
+
+
 def test_a_page_that_fails_is_asked_for_once_more(web: Web, executor: ThreadPoolExecutor) -> None:
     def second(heard: Heard) -> Reply:
         return Reply(b"well", headers={"Content-Type": "text/plain"}) if len(web.heard) > 1 else Reply(status=503)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import io
 import os
 import stat
@@ -14,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from evolve_dag.environments.web.documents import OFFICE
-from evolve_dag.environments.web.reader import parse
+from evolve_dag.environments.web.reader import decoded, parse
 from evolve_dag.plain import head, one_line
 from evolve_dag.protocols import ToolError
 
@@ -66,7 +65,8 @@ class FileReader:
             return parse(self.parser(), body, kind, arguments).lstrip("\n") or "(no text)"
         if b"\0" in body[:8192] and not body.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise ToolError("this file is not text, and no reader is known for its kind")
-        return _decode(body[: 4 * self.characters + 4]) or "(empty)"
+        beginning = body[: 4 * self.characters + 4]
+        return decoded(beginning, whole=len(beginning) == len(body)) or "(empty)"
 
     def _open(self, parts: tuple[str, ...]) -> tuple[bytes, str]:
         """Content of the file that ``parts`` begin with, and the archive's member that the rest names.
@@ -107,15 +107,6 @@ class FileReader:
         )
         listing = ", ".join(one_line(name, 100) for name in names[:20])
         return f"the files are: {listing}{' and more' if len(names) > 20 else ''}" if names else "there are no files"
-
-
-def _decode(beginning: bytes) -> str:
-    """Text whose last character may be cut through."""
-    encoding = "utf-16" if beginning.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    try:
-        return codecs.getincrementaldecoder(encoding)().decode(beginning)
-    except UnicodeDecodeError:
-        return beginning.decode("cp1252", "replace")  # what old spreadsheets write
 
 
 def _parts(name: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 import logging
 import os
@@ -90,8 +91,8 @@ class LocalReader:
 
     async def _text(self, fetched: Fetched) -> ReadPage:
         if fetched.kind == "text":
-            text = fetched.body.decode(fetched.charset or "utf-8", "replace")
-            return ReadPage(fetched.url, "", head(text, self.characters))
+            text = fetched.body.decode(fetched.charset, "replace") if fetched.charset else decoded(fetched.body)
+            return ReadPage(fetched.url, "", head(text.removeprefix("\ufeff"), self.characters))
         arguments = {"url": fetched.url, "charset": fetched.charset, "characters": self.characters + 1}
         text = await asyncio.get_running_loop().run_in_executor(
             self.executor, lambda: parse(self.parser(), fetched.body, fetched.kind, arguments)
@@ -100,6 +101,19 @@ class LocalReader:
             return ReadPage(fetched.url, "", head(text, self.characters))
         title, _, rest = text.partition("\n")
         return ReadPage(fetched.url, title, rest)  # its end is its links, so it was cut to size where it was read
+
+
+def decoded(body: bytes, *, whole: bool = True) -> str:
+    """Text of which nothing says how it is encoded; where it is not ``whole``, its last character may be cut through."""
+    encoding = "utf-16" if body.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        return codecs.getincrementaldecoder(encoding)().decode(body, whole)
+    except UnicodeDecodeError:
+        text = body.decode("utf-8-sig", "replace")
+        broken = text.count("\ufffd")
+        if sum(not character.isascii() for character in text) > 2 * broken:  # a damaged byte of much that can be read
+            return text
+        return body.decode("cp1252", "replace")  # what old spreadsheets and old servers write
 
 
 def parse(sandbox: Sandbox, body: bytes, kind: str, arguments: Mapping[str, object]) -> str:

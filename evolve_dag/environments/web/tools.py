@@ -46,7 +46,7 @@ from evolve_dag.store.memory import Memory
 if TYPE_CHECKING:
     from evolve_dag.protocols import LanguageModel
 
-RENDERING = "web/2"
+RENDERING = "web/3"
 """Name of how observations are written, in the digest; raise it when the same answers would read otherwise."""
 SPACE = "web"
 """Of :class:`~evolve_dag.store.memory.Memory`."""
