@@ -50,9 +50,12 @@ TOLERANCE = 1e-4
 """Of numbers that a batch of another make-up changes in their last digits."""
 WALL_TIMES = frozenset({"seconds", "created", "resumed", "tokens_per_second", "dagster_run_id", "recomputed"})
 """Keys and columns that tell when, how long and by whom, and not what."""
-_VOLATILE_FILES = re.compile(r"dagster/|locks/run-|locks/build-.*\.lock$|reports/|tracking/|mlflow/|logs/|(.*/)?\.[^/]+\.tmp$")
-"""What the loop does not rest on. The lock of what was built last stays till the next run; temporary files of killed processes,
-which nobody reads, are `evolve gc`'s."""
+_VOLATILE_FILES = re.compile(
+    rf"dagster/|cache/|locks/run-|locks/build-.*\.lock$|locks/mlflow-database\.lock$|(locks/experiment-|refs/){NAME}-imported[./]"
+    r"|reports/|tracking/|mlflow/|logs/|(.*/)?\.[^/]+\.tmp$"
+)
+"""What the loop does not rest on, and what other commands leave. The lock of what was built last stays till the next run;
+temporary files of killed processes, which nobody reads, are `evolve gc`'s."""
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -105,6 +105,40 @@ def test_a_worker_makes_the_artifact_that_this_process_would(
     assert "training: 3 of 3" in said
 
 
+def test_a_real_iteration_is_the_same_with_every_heavy_step_in_a_process_of_its_own(
+    place: Path, memory: dg.DagsterInstance, store: Store
+) -> None:
+    """Real bodies and the real policy: what a worker makes, the run alone would make, weights to the byte."""
+    worlds = {"train": 13, "development": 22, "held_out": 32}
+    written = write_config(
+        place / "configs/tiny.yaml",
+        start_pool="pool.json",
+        tasks={split: {"count": 4, "world": world} for split, world in worlds.items()},
+        rollout={"group_size": 2},
+        regime={"rejection": False},
+        distillation={"epochs": 1},
+        runtime={"threads": 1, "launcher": "subprocess"},
+    )
+    written.with_name("pool.json").write_text('{"p1": "Narrow: when nothing is known yet, search only the short name."}')
+    experiment = registry.register(registry.default_store(), written)
+    assert iteration(memory, 1).success
+    alone, here = Experiment.model_validate(experiment.model_dump() | {"runtime": {"threads": 1}}), Store(place / "here")
+    for step in base.STEP_ORDER:
+        base.run_step(step, alone, 1, here)
+    made, there = ({step: one.open(step, ref_of(one, step)) for step in base.STEP_ORDER} for one in (here, store))
+    assert {step: one.digest for step, one in made.items()} == {step: one.digest for step, one in there.items()}
+    weights = "adapter_model.safetensors"
+    assert made["adapter"].manifest.files[weights] == there["adapter"].manifest.files[weights]
+    keys = ["condition", "task_id", "rollout", "reward", "tokens"]
+    assert made["scores"].frame("scores.parquet")[keys].equals(there["scores"].frame("scores.parquet")[keys])
+
+
+def ref_of(store: Store, step: str) -> str:
+    ref = store.ref("tiny", 1, step)
+    assert ref is not None
+    return ref.digest
+
+
 def test_what_goes_wrong_there_is_told_here_without_secrets(
     due: None, stub: pytest.MonkeyPatch, memory: dg.DagsterInstance
 ) -> None:
