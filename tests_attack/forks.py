@@ -73,7 +73,8 @@ class Said:
             found.append(f"it died of signal {-self.code}")
         if "Traceback (most recent call last)" in self.out + self.err:
             found.append("it showed a traceback")
-        if self.code > 0 and not re.search(r"remedy:\s+\S|^Usage: |^left out: |BROKEN|: a run stops there", self.out + self.err, re.M):
+        told = r"remedy:\s+\S|^Usage: |^left out: |BROKEN|: a run stops there"
+        if self.code > 0 and not re.search(told, self.out + self.err, re.M):
             found.append(f"it ended with {self.code} and no remedy")
         return found
 
