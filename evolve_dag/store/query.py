@@ -142,7 +142,9 @@ def _view(connection: duckdb.DuckDBPyConnection, view: str, artifacts: Sequence[
     rows = f"SELECT * FROM _{view}_columns"
     if paths:
         files = ", ".join(_quote(path) for path in paths)
-        rows += f" UNION ALL BY NAME SELECT * FROM read_parquet([{files}], union_by_name = true, filename = true)"
+        # Else a folder above the store that is called like `seed=3` would be a column, in place of the files' own.
+        how = "union_by_name = true, filename = true, hive_partitioning = false"
+        rows += f" UNION ALL BY NAME SELECT * FROM read_parquet([{files}], {how})"
     columns = {row[0] for row in connection.execute(f"DESCRIBE {rows}").fetchall()}
     own = ", ".join(f"{name} AS {view.removesuffix('s')}_{name}" for name in _PLACE if name in columns)
     connection.execute(

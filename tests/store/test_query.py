@@ -75,6 +75,16 @@ def test_every_view_exists_in_a_store_that_does_not(tmp_path: Path) -> None:
     assert not store.root.exists()
 
 
+@pytest.mark.parametrize("above", ["seed=99", "id=5", "reward=0.5", "experiment=other", "filename=3"])
+def test_the_name_of_a_folder_above_the_store_is_no_column(above: str, tmp_path: Path) -> None:
+    store = Store(tmp_path / above / "store")
+    rolled = make(store, "trajectories", both([trajectory("a", 0, 1.0)]))
+    store.set_ref("one", 1, "trajectories", rolled.digest)
+    found = run_sql(store, "select * from trajectories")
+    assert found.select("id", "seed", "reward", "experiment").rows() == [("a#0", 7, 1.0, "one")]
+    assert found.columns == run_sql(Store(tmp_path / "nothing"), "select * from trajectories").columns
+
+
 def test_columns_do_not_depend_on_what_was_made(store: Store, tmp_path: Path) -> None:
     nothing = Store(tmp_path / "nothing")
     for view in VIEWS:
