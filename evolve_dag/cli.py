@@ -324,13 +324,14 @@ def trace(
     store: StoreOption = None,
 ) -> None:
     """Walk an artifact, a principle or a score row back to its origins and forward to its uses."""
-    from evolve_dag.lineage.trace import render
+    from evolve_dag.lineage.trace import deep, render
     from evolve_dag.lineage.trace import trace as walk
 
     opened = _store(store)
     traced = walk(opened, identifier, experiment=_name(experiment, seed, opened) if experiment else None)
     if json:
-        _print_json(traced.to_dict())
+        with deep():
+            _print_json(traced.to_dict())
     else:
         _console().print(render(traced))
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,17 @@ SHOWN_BELOW = 2
 """The same for what stands below such a row."""
 PREFIX = 6
 """Fewest characters of a digest."""
+_READ = {
+    "items": "digest, id, text, granularity, condition, evidence, trajectory_ids, created, updated",
+    "edits": 'digest, item_id, operation, edit_iteration, before, after, reason, trajectory_ids, "into"',
+    "contexts": "digest, trajectory_id, step, selected",
+    "steps": 'kind, digest, trajectory_id, "index", selected',
+    "trajectories": "digest, id, status, reward, turns, tokens, answer",
+    "scores": "digest, task_id, rollout, condition, reward, status, premature, turns, tokens, answer, metadata",
+}
+"""View -> the columns that a walk looks at."""
+_CALLS = 20_000
+"""Nested calls that a walk may need: 99 iterations are some 700 artifacts one behind the other, each a few calls deep."""
 _SEEN = (
     "(SELECT digest, trajectory_id, step, selected FROM contexts "
     "UNION ALL SELECT digest, trajectory_id, \"index\", selected FROM steps WHERE kind <> 'contexts')"
@@ -90,7 +103,7 @@ def trace(store: Store, id: str, *, experiment: str | None = None) -> Trace:
         StoreError: an artifact is corrupt.
     """
     id = id.strip()
-    with connect(store) as connection:
+    with connect(store) as connection, deep():
         walk = _Walk(store, connection)
         starts = walk.starts(id)
         if not starts:
@@ -111,16 +124,35 @@ def trace(store: Store, id: str, *, experiment: str | None = None) -> Trace:
     return Trace(id, TraceNode("group", "", heading, {}, tuple(origins)), TraceNode("group", "", heading, {}, tuple(uses)))
 
 
+@contextmanager
+def deep() -> Iterator[None]:
+    """Room for what goes along a whole lineage, one call in the other: :func:`trace`, and its trees as JSON text."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, _CALLS))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
+
+
 def render(traced: Trace) -> RenderableType:
-    """Two trees for a rich console."""
+    """Two trees for a rich console. Artifacts that come one from the other stand below each other, each with ``from`` (or
+    ``into``, in the uses) to the one above: set in, the third night of a lineage would be out of the terminal."""
     from rich.console import Group
     from rich.text import Text
     from rich.tree import Tree
 
-    def grow(tree: Tree, node: TraceNode) -> Tree:
-        for child in node.children:
-            grow(tree.add(line(child)), child)
-        return tree
+    def grow(top: Tree, node: TraceNode, word: str) -> None:
+        place = top
+        while True:
+            links = [child for child in node.children if child.kind in STEP_ORDER]
+            alone = links[0] if len(links) == 1 else None
+            for child in node.children:
+                if child is not alone:
+                    grow(place.add(line(child)), child, word)
+            if alone is None:
+                return
+            node, place = alone, top.add(Text.assemble((f"{word} ", "dim"), line(alone)))
 
     def line(node: TraceNode) -> Text:  # Text, not markup: labels hold what models wrote
         text = Text(node.kind if node.kind not in ("group", "more") else "", style="bold cyan")
@@ -129,9 +161,9 @@ def render(traced: Trace) -> RenderableType:
         return text.append(printable(f"  ({facts})"), style="dim") if facts else text
 
     parts: list[RenderableType] = []
-    for heading, root in (("origins", traced.origins), ("uses", traced.uses)):
+    for heading, root, word in (("origins", traced.origins, "from"), ("uses", traced.uses, "into")):
         top = Tree(Text(heading, style="bold"))
-        grow(top.add(line(root)), root)
+        grow(top.add(line(root)), root, word)
         if not root.children:
             top.add(Text("nothing", style="dim"))
         parts.append(top)
@@ -205,6 +237,10 @@ class _Walk:
             for upstream in dict.fromkeys(inputs.values()):
                 self.users.setdefault(upstream, []).append(digest)
         self.seen: set[str] = set()
+        self._made_from: dict[str, set[str]] = {}
+        for view, columns in _READ.items():
+            # Read once, under the view's name: a question to a view opens the files of all artifacts, and a walk has hundreds.
+            connection.execute(f"CREATE TEMP TABLE {view} AS SELECT DISTINCT {columns} FROM memory.main.{view}")
 
     def fresh(self) -> _Walk:
         """Itself, with nothing spelled out: what one tree has shown must not be missing in the next."""
@@ -251,7 +287,7 @@ class _Walk:
 
     def _earliest(self, pools: list[str]) -> list[str]:
         """Of pools that hold one item, those that have none of the others among their ancestors."""
-        return [pool for pool in pools if not any(other in self.ancestors(pool) for other in pools if other != pool)]
+        return [pool for pool in pools if self.ancestors(pool).isdisjoint({*pools} - {pool})]
 
     def unknown(self, id: str) -> DataError:
         """The error for an id that nothing bears, with near ones."""
@@ -292,7 +328,10 @@ class _Walk:
 
     def ancestors(self, digest: str) -> set[str]:
         """Digests of everything that ``digest`` was made from."""
-        return reach(self.inputs.get(digest, {}).values(), lambda one: self.inputs.get(one, {}).values())
+        if digest not in self._made_from:
+            first = self.inputs.get(digest, {}).values()
+            self._made_from[digest] = reach(first, lambda one: self.inputs.get(one, {}).values())
+        return self._made_from[digest]
 
     def descendants(self, digest: str) -> set[str]:
         """Digests of everything that was made from ``digest``."""

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 from rich.console import Console
+from small_lineage import copy_of
 
+from evolve_dag.cli import main
 from evolve_dag.errors import DataError
-from evolve_dag.lineage.trace import SHOWN, Trace, TraceNode, render, trace
+from evolve_dag.lineage.trace import SHOWN, Trace, TraceNode, _Walk, deep, render, trace
 from evolve_dag.records import ExperienceItem, PoolEdit, Score, Step, ToolCall, Trajectory
+from evolve_dag.steps.base import STEP_ORDER
 from evolve_dag.store import frames
 from evolve_dag.store.artifacts import Artifact, Store
 from evolve_dag.store.layout import EDITS, ITEMS, SCORES, STEPS, TRAJECTORIES
@@ -245,8 +250,6 @@ def test_what_a_terminal_would_obey_is_not_sent_to_it() -> None:
 
 
 def test_json_form(world: tuple[Store, dict[str, Artifact]]) -> None:
-    import json
-
     for id in ("h#0", "p1", "a#0", world[1]["promotion1"].digest):
         assert json.loads(json.dumps(trace(world[0], id).to_dict(), allow_nan=False))["id"] == id
 
@@ -291,3 +294,49 @@ def test_one_experiment_alone(world: tuple[Store, dict[str, Artifact]]) -> None:
     with pytest.raises(DataError, match="uses now") as caught:
         trace(store, made["student1"].digest, experiment="pocket")
     assert "leave out --of" in caught.value.remedy
+
+
+def test_a_lineage_of_all_the_nights_there_can_be_is_walked_and_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Set in by each link it was out of the terminal at the third night, and out of Python's stack at the seventieth."""
+    monkeypatch.setattr("os.fsync", lambda _: None)
+    store, nights = Store(tmp_path), 99
+    found: dict[str, Artifact] = {}
+    for k in range(1, nights + 1):
+        entering = {"adapter": found["adapter"].digest} if found else {}
+        found = {"policy": make(store, "policy", {}, {"policy": {"iteration": k, "base": "b", **entering}})}
+        for kind in STEP_ORDER[1:]:
+            found[kind] = make(store, kind, {}, {}, above=[*found.values()][-1])
+        for kind, artifact in found.items():
+            store.set_ref("long", k, kind, artifact.digest)
+    last, first = found["promotion"].digest, store.ref("long", 1, "policy")
+    assert first is not None
+    traced = trace(store, last)
+    out = io.StringIO()
+    Console(width=80, file=out).print(render(traced))
+    assert f"from policy {first.digest[:12]}  long|01" in out.getvalue()
+    assert f"into promotion {last[:12]}  long|99" in show(trace(store, first.digest))
+    monkeypatch.setattr("sys.argv", ["evolve", "trace", last, "--json", "--store", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    with deep():
+        assert json.loads(capsys.readouterr().out) == traced.to_dict()
+
+
+def test_the_files_of_a_store_are_read_once_for_a_walk(
+    world: tuple[Store, dict[str, Artifact]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each question read those of all artifacts again: with ten lineages of twelve nights an item took minutes."""
+    expected = {id: trace(world[0], id).to_dict() for id in ("p1", "h#0", "a#0")}
+    find = _Walk.starts
+
+    def find_without_files(walk: _Walk, id: str) -> Any:
+        shutil.rmtree(store.root / "objects")
+        return find(walk, id)
+
+    monkeypatch.setattr(_Walk, "starts", find_without_files)
+    for id, told in expected.items():
+        store = copy_of(world[0], tmp_path / id)
+        assert trace(store, id).to_dict() == told
