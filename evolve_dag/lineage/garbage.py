@@ -19,10 +19,11 @@ removed, since a run may reuse what no reference names yet.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -122,7 +123,8 @@ def find(
     now = time.time()
     present = {path.name: path for path in (store.root / "objects").glob("*/*") if path.is_dir()}
     notes: list[str] = []
-    wanted, work_wanted = _expected(store, notes)
+    # By the folder alone: a plan over the mirror would fetch every artifact that this machine does not have.
+    wanted, work_wanted = _expected(Store(store.root), notes)
     roots = {ref.digest for ref in store.refs()} | wanted
     work = {path.name: path for path in (store.root / "work").glob("*/*") if path.is_dir()}
     fresh = {digest for digest, path in work.items() if now - _touched(path) < RECENT_SECONDS}
@@ -151,7 +153,7 @@ def find(
             removable.append(_removable("cache", "audit", path.stem, path))
     trash = [_removable("trash", "", path.name, path) for path in sorted((store.root / TRASH).glob("*"))]
     gone = {one.path for one in (*removable, *trash)}
-    for path in sorted(store.root.rglob(f".*{TEMPORARY}")):
+    for path in sorted(one for one in _below(store.root) if one.name.startswith(".") and one.name.endswith(TEMPORARY)):
         if gone.isdisjoint(path.parents) and now - _touched(path) >= max(RECENT_SECONDS, least):
             removable.append(_removable("temporary", "", path.name, path))
     removable += trash
@@ -310,7 +312,7 @@ def _closure(present: Mapping[str, Path], roots: Iterable[str]) -> set[str]:
 def _tracked(store: Store, present: dict[str, Path]) -> set[str]:
     """Artifacts that a file of the tracking names."""
     found: set[str] = set()
-    for path in sorted((store.root / TRACKED).rglob("*")):
+    for path in sorted(_below(store.root / TRACKED)):
         if path.is_file() and not path.is_symlink():
             try:
                 found |= {digest for digest in graph.digests_in(path) if digest in present}
@@ -364,24 +366,25 @@ def _size(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
     total = 0
-    for place, _, names in os.walk(path):
-        for name in names:
-            try:
-                total += (Path(place) / name).lstat().st_size
-            except FileNotFoundError:
-                continue
+    for one in _below(path):
+        with suppress(FileNotFoundError):
+            total += one.lstat().st_size
     return total
 
 
 def _touched(path: Path) -> float:
-    """When the newest file below ``path`` was written, seconds since 1970."""
-    newest = 0.0
-    for one in (path, *path.rglob("*")):
-        try:
+    """When ``path`` or the newest file below it was written, seconds since 1970; for ever new where it is gone by now."""
+    newest = -math.inf
+    for one in (path, *_below(path)):
+        with suppress(FileNotFoundError):
             newest = max(newest, one.lstat().st_mtime)
-        except FileNotFoundError:
-            continue
-    return newest
+    return newest if newest > -math.inf else math.inf
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """Every file below a folder. What a run beside this moves away meanwhile is passed over, where `Path.rglob` fails."""
+    for place, _, names in os.walk(path):
+        yield from (Path(place) / name for name in names)
 
 
 def _since(created: str) -> float:

@@ -24,6 +24,7 @@ from evolve_dag.lineage.planning import plan
 from evolve_dag.lineage.trace import trace
 from evolve_dag.steps.base import STEP_ORDER, resolve
 from evolve_dag.store.artifacts import Store
+from evolve_dag.store.mirror import Mirror, MirroredStore
 from evolve_dag.warmup import folder
 
 
@@ -312,6 +313,39 @@ def test_what_a_killed_process_was_about_to_write_goes_after_an_hour(store: Stor
     assert [one.path for one in removed.removed if one.what == "temporary"] == left[:1]
     assert not left[0].exists()
     assert left[1].exists()
+
+
+def test_a_list_beside_a_run_that_moves_its_work_away_meanwhile(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = store.root / "work" / "scores" / ("a" * 32)
+    (work / "files").mkdir(parents=True)
+    (store.root / "refs" / "quick" / "01").mkdir(parents=True)
+    temporary = store.root / "refs" / "quick" / "01" / ".scores.json.17.23.tmp"
+    temporary.touch()
+    os.utime(temporary, (0, 0))
+    look = os.scandir
+
+    def look_too_late(path: Any = ".") -> Any:
+        if Path(path) == work / "files" and work.exists():
+            work.rename(store.root / "published")
+        if Path(path) == store.root / "published" and temporary.exists():
+            temporary.unlink()
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", look_too_late)
+    assert garbage.find(store).removable == ()
+    assert not work.exists()
+
+
+def test_a_machine_that_has_little_of_the_mirror_fetches_nothing_to_tell(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "quick.yaml").write_text(json.dumps({"iterations": 2, "tasks": WORLDS}))
+    mirror = Mirror(f"file://{tmp_path}/mirror")
+    run(registry.register(store.root, tmp_path / "quick.yaml"), MirroredStore(store.root, mirror))
+    other = MirroredStore(tmp_path / "other", mirror)
+    registry.register(other.root, tmp_path / "quick.yaml")
+    found, removed = garbage.remove(other)
+    assert (found.removable, removed.removed, other.here.listing()) == ((), (), [])
+    assert run(registry.load(other.root, "quick"), other) == set()
+    assert garbage.find(other).removable == ()
 
 
 def test_what_goes_with_its_folder_is_named_once(store: Store) -> None:
