@@ -122,7 +122,12 @@ class Lease:
             self._objects.write(self._name(self._number), _content(replace(self._term, until=0.0)))
 
     def check(self) -> None:
-        """Raises ConcurrencyError where another machine has taken over."""
+        """Raises ConcurrencyError where another machine has taken over.
+
+        A term that has run out is looked at now: who was asleep wakes up before its next renewal.
+        """
+        if self._term is not None and self._taken_by is None and self._term.until <= time.time():
+            self._try_to_renew()
         if self._taken_by is not None:
             raise ConcurrencyError(
                 f"experiment {self.experiment!r} was taken over by {self._taken_by.who}: this process gave no sign of life to "
@@ -151,10 +156,13 @@ class Lease:
 
     def _renew_until_released(self) -> None:
         while self._taken_by is None and not self._stop.wait(RENEW_SECONDS):
-            try:
-                self.renew()
-            except Exception as error:  # whatever the storage raises: the term lasts a while, and the next renewal may succeed
-                log.warning("the lease of %s was not renewed: %s", self.experiment, describe_error(error))
+            self._try_to_renew()
+
+    def _try_to_renew(self) -> None:
+        try:
+            self.renew()
+        except Exception as error:  # whatever the storage raises: the term lasts a while, and the next renewal may succeed
+            log.warning("the lease of %s was not renewed: %s", self.experiment, describe_error(error))
 
     def _newest(self) -> tuple[int, Term | None]:
         """The highest number, and its term; None where that is not written yet, and will not be: its writer looks again."""

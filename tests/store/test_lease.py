@@ -104,6 +104,18 @@ def test_who_was_taken_over_sets_no_ref_any_more(
     abandoned.set_ref("other", 1, "scores", made.digest)
 
 
+def test_who_wakes_up_after_its_term_looks_before_it_sets_a_ref(
+    abandoned: MirroredStore, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between waking and the next renewal half a minute may pass."""
+    made, now = make(abandoned), time.time()
+    monkeypatch.setattr(lease.time, "time", lambda: now + 2 * lease.TERM_SECONDS)
+    abandoned.set_ref("pocket", 1, "scores", made.digest)  # nobody has taken over: it goes on
+    monkeypatch.setattr(lease.time, "time", lambda: now + 4 * lease.TERM_SECONDS)
+    with machine(tmp_path, "other", folder).lock("pocket"), pytest.raises(ConcurrencyError, match="was taken over by process"):
+        abandoned.set_ref("pocket", 2, "scores", made.digest)
+
+
 def test_a_run_begins_without_a_lease_where_the_mirror_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = machine(tmp_path, "here", "memory://gone")
     store.mirror._connect = lambda: (_ for _ in ()).throw(ConnectionResetError("gone"))  # type: ignore[method-assign]
