@@ -27,7 +27,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -412,11 +412,12 @@ class Store:
                 f"{experiment}|{iteration:02d}: {kind} {digest[:12]} is not in {self.root}", "build the artifact before its ref"
             )
         plain = _plain(facts, "facts", finite=False)
+        present = None
         with contextlib.suppress(StoreError):  # a broken ref is mended by writing it anew
             present = self._read_ref(experiment, iteration, kind)
-            if present is not None and present.digest == digest and present.facts == plain:
-                return present
-        ref = Ref(experiment, iteration, kind, digest, _now(), plain)
+        if present is not None and present.digest == digest and present.facts == plain:
+            return present
+        ref = Ref(experiment, iteration, kind, digest, _after(present), plain)
         try:
             self.write_ref(ref)
         except OSError as error:
@@ -590,3 +591,13 @@ def _plain(value: Any, where: str, *, finite: bool = True) -> Any:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _after(present: Ref | None) -> str:
+    """The time of a ref that takes the place of ``present``: now, but later than that one, which a machine may have set whose
+    clock is ahead. On object storage the later of two stands."""
+    now = _now()
+    with contextlib.suppress(ValueError, TypeError):  # what stands there may be no time
+        if present is not None and present.created >= now:
+            return (datetime.fromisoformat(present.created) + timedelta(seconds=1)).isoformat(timespec="seconds")
+    return now

@@ -15,7 +15,7 @@ since files are named by their content, neither can spoil the other's.
 *In.* An artifact that is not here and is asked for is fetched into a folder of its own, every hash is checked, then it
 appears by one rename. Whether the mirror has one is asked once (yes is remembered for the process, no for half a minute).
 Refs are looked through when refs are read, at most once a minute and process (one listing, then only what has changed);
-of two refs the one set later wins, by the clocks of the machines that set them.
+of two refs the one set later wins, by the clocks of the machines that set them; one that takes the place of another is later.
 
 *Cost.* On S3 one request for an artifact that is not here and was asked about; for a published one three, and four a file;
 two for a ref. A mirror that cannot be reached costs one attempt with its timeouts, then it is left alone for five minutes.

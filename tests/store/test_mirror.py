@@ -12,6 +12,7 @@ import sys
 import textwrap
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,22 @@ def test_the_later_ref_wins_on_both_sides(folder: str, tmp_path: Path, monkeypat
     one.mirror.referenced(one.here, old)
     assert not one.mirror._send_ref(one.here, old)
     assert MirroredStore(tmp_path / "three", Watched(folder)).refs()[0].digest == b.digest
+
+
+@pytest.mark.parametrize("behind", [0, 300])
+def test_a_ref_that_takes_the_place_of_another_is_later_whatever_the_clocks_say(
+    behind: int, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Set in the same second, or by a machine whose clock is behind, it was undone by the one that it had replaced."""
+    one, two = (MirroredStore(tmp_path / name, Watched(folder)) for name in ("one", "two"))
+    began = datetime(2026, 1, 1, tzinfo=UTC)
+    monkeypatch.setattr("evolve_dag.store.artifacts._now", lambda: began.isoformat(timespec="seconds"))
+    made = sorted((make(one, name).digest for name in "ab"), reverse=True)
+    one.set_ref("pocket", 1, "scores", made[0])
+    assert [ref.digest for ref in two.refs()] == made[:1]
+    began -= timedelta(seconds=behind)
+    two.set_ref("pocket", 1, "scores", made[1])
+    assert [ref.digest for store in (one, two) for ref in store.refs()] == [made[1], made[1]]
 
 
 def test_only_refs_that_changed_are_read_and_at_most_once_in_a_while(folder: str, tmp_path: Path) -> None:
