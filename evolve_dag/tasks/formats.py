@@ -12,7 +12,8 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 from evolve_dag.config.fence import Fence
 from evolve_dag.config.parts import part
 from evolve_dag.errors import DataError, OrderError, PartError
-from evolve_dag.jsonlines import Mistake, read_objects
+from evolve_dag.jsonlines import Mistake, kind_of, read_objects
 from evolve_dag.records import Task
 from evolve_dag.tasks.jsonl import in_percent, tasks_from
 
@@ -278,11 +279,13 @@ def read_rows(path: Path) -> tuple[Rows, list[Mistake]]:
         rows = list(reader(path))
     except DataError:
         raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 (byte {error.start + 1})", "save it as UTF-8") from None
     except Exception as error:  # whatever a library says of a broken file
         raise DataError(f"{path}: cannot be read: {type(error).__name__}: {error}", "download it again") from None
     if not rows:
         raise DataError(f"{path}: no row", "download it again")
-    told = [(n, row, _row_mistake(row)) for n, row in enumerate(rows, 1)]
+    told = [(n, row, _row_mistake(row)) for n, row in rows]
     return [(n, row) for n, row, wrong in told if wrong is None], [(n, wrong) for n, _, wrong in told if wrong is not None]
 
 
@@ -341,18 +344,32 @@ def _row_mistake(row: Any) -> str | None:
     return f"more cells than columns ({len(more)}): in CSV a text with a comma stands between quotes" if more else None
 
 
-def _read_json(path: Path) -> Iterable[Any]:
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
+def _read_json(path: Path) -> Iterable[tuple[int, Any]]:
+    repeated: list[str] = []
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        repeated.extend(_repeated(name for name, _ in found))
+        return dict(found)
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=pairs)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            raise DataError(f"{path}: holds more than one JSON value", "if it is one a line, name it .jsonl") from None
+        raise
+    _refuse_repeated(path, "key", repeated)
     if isinstance(content, Mapping):  # {"data": [...]} and the like
-        lists = [value for value in content.values() if isinstance(value, list)]
+        lists = [value for value in content.values() if isinstance(value, list) and all(isinstance(v, Mapping) for v in value)]
         content = lists[0] if len(lists) == 1 else [content]
-    return list(content)
+    if not isinstance(content, list):
+        raise DataError(f"{path}: holds {kind_of(content)}, not a list of tasks", "write one task an object: [{...}, {...}]")
+    return enumerate(content, 1)
 
 
-def _read_parquet(path: Path) -> Iterable[Any]:
+def _read_parquet(path: Path) -> Iterable[tuple[int, Any]]:
     import polars as pl
 
-    return pl.read_parquet(path, glob=False).to_dicts()
+    return enumerate(pl.read_parquet(path, glob=False).to_dicts(), 1)
 
 
 def _rows_of_parquet(path: Path) -> int:
@@ -361,12 +378,15 @@ def _rows_of_parquet(path: Path) -> int:
     return int(pl.scan_parquet(path, glob=False).select(pl.len()).collect().item())
 
 
-def _read_csv(path: Path, **dialect: Any) -> Iterable[Any]:
+def _read_csv(path: Path, **dialect: Any) -> Iterable[tuple[int, Any]]:
+    csv.field_size_limit(2**31 - 1)  # a question may hold all that it is about; else a cell ends at 128 KiB
     with path.open(encoding="utf-8-sig", newline="") as handle:
-        return list(csv.DictReader(handle, **dialect))
+        rows = csv.DictReader(handle, **dialect)
+        _refuse_repeated(path, "column", _repeated(rows.fieldnames or ()))
+        return [(rows.line_num, row) for row in rows]  # the line that a row ends on
 
 
-def _read_tsv(path: Path) -> Iterable[Any]:
+def _read_tsv(path: Path) -> Iterable[tuple[int, Any]]:
     """TSV knows no quotes, but some programs write them as in CSV: then all of the file reads so."""
     try:
         return _read_csv(path, delimiter="\t", strict=True)
@@ -384,13 +404,27 @@ def _sheets(path: Path) -> Any:
     return load_workbook(path, read_only=True, data_only=True).worksheets
 
 
-def _read_xlsx(path: Path) -> Iterable[Any]:
+def _read_xlsx(path: Path) -> Iterable[tuple[int, Any]]:
     lines = _sheets(path)[0].iter_rows(values_only=True)
-    names = [str(name) for name in next(lines, ())]
-    yield from (dict(zip(names, line, strict=False)) for line in lines if any(cell is not None for cell in line))
+    names = ["" if name is None else str(name) for name in next(lines, ())]
+    _refuse_repeated(path, "column", _repeated(names))
+    for number, line in enumerate(lines, 2):  # as the sheet numbers them
+        if any(cell is not None for cell in line):
+            yield number, {name: cell for name, cell in zip(names, line, strict=False) if name}
 
 
-_READERS: Mapping[str, Callable[[Path], Iterable[Any]]] = {
+def _repeated(names: Iterable[str]) -> list[str]:
+    """The names that stand more than once; a column without one is none."""
+    return [name for name, count in Counter(names).items() if count > 1 and name.strip()]
+
+
+def _refuse_repeated(path: Path, what: str, names: Sequence[str]) -> None:
+    if names:
+        told = ", ".join(map(repr, dict.fromkeys(names)))
+        raise DataError(f"{path}: {what} {told} stands twice", "give each its own name: of two only the last would be read")
+
+
+_READERS: Mapping[str, Callable[[Path], Iterable[tuple[int, Any]]]] = {
     ".json": _read_json,
     ".parquet": _read_parquet,
     ".csv": _read_csv,

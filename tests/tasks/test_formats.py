@@ -131,7 +131,7 @@ def test_fields_name_what_a_file_calls_otherwise(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fields", [{}, {"question": "question", "answer": "answer"}, {"question": "q", "answer": "answer"}])
 def test_a_comma_without_quotes_is_told(tmp_path: Path, fields: dict[str, str]) -> None:
     (tmp_path / "t.csv").write_text('question,answer\n"May, 1990?",Bo\nWho won in May, 1990?,Ada\n')
-    with pytest.raises(DataError, match=r"line 2: more cells than columns \(1\)"):
+    with pytest.raises(DataError, match=r"line 3: more cells than columns \(1\)"):
         load(tmp_path / "t.csv", fields=fields)
 
 
@@ -147,6 +147,42 @@ def test_quotes_of_a_tsv(tmp_path: Path, cells: str, questions: list[str]) -> No
     assert [task.question for task in load(tmp_path / "t.tsv")] == questions
 
 
+def test_a_cell_may_be_long(tmp_path: Path) -> None:
+    question = "What is it about? " + "word " * 50_000
+    (tmp_path / "t.csv").write_text(f"question,answer\n{question},Bo\n")
+    assert [task.question for task in load(tmp_path / "t.csv")] == [question.strip()]
+
+
+def test_of_a_table_the_line_of_the_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('question,answer\n"Who\nwon?",Ada\n\nWho lost?,\n')
+    with pytest.raises(DataError, match="line 5: 'answer' is empty"):
+        load(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("t.csv", b"question,answer,answer\nq,a,b\n", "column 'answer' stands twice"),
+        ("t.tsv", b"question\tanswer\tanswer\nq\ta\tb\n", "column 'answer' stands twice"),
+        ("t.json", b'[{"question": "q", "answer": "a", "answer": "b"}]', "key 'answer' stands twice"),
+        ("t.json", b'{"question": "q", "answer": "a"}\n{"question": "r", "answer": "a"}\n', "name it .jsonl"),
+        ("t.json", b"null", "holds null, not a list of tasks"),
+        ("t.csv", "question,answer\nWo liegt Köln?,a\n".encode("cp1252"), "save it as UTF-8"),
+    ],
+)
+def test_what_would_be_read_otherwise_than_meant_is_told(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load(tmp_path / name)
+    assert told in str(caught.value)
+    assert "download" not in str(caught.value)
+
+
+def test_columns_without_a_name_are_none(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("question,answer,,\nq,a,,\n")
+    assert [task.answer for task in load(tmp_path / "t.csv")] == ["a"]
+
+
 def test_splits_of_one_file_share_no_task(tmp_path: Path) -> None:
     path = jsonl(tmp_path, [{"question": f"q{n}", "answer": "a"} for n in range(20)])
     first, second, rest = load(path, count=8), load(path, count=8, skip=8), load(path, skip=16)
@@ -158,7 +194,7 @@ def test_splits_of_one_file_share_no_task(tmp_path: Path) -> None:
 
 def test_a_list_in_json_and_a_wrapped_one(tmp_path: Path) -> None:
     rows = [{"question": "q", "answer": "a"}]
-    for content in (rows, {"data": rows}):
+    for content in (rows, {"data": rows}, {**rows[0], "aliases": ["b"]}):
         (tmp_path / "t.json").write_text(json.dumps(content))
         assert [task.question for task in load(tmp_path / "t.json")] == ["q"]
 
