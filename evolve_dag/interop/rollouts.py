@@ -321,7 +321,7 @@ def _action(index: int, text: str, message: Mapping[str, Any], line: int, noted:
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
-            except ValueError:  # what a model wrote is kept as it is: it is what the policy did
+            except (ValueError, RecursionError):  # what a model wrote is kept as it is: it is what the policy did
                 arguments = {"arguments": arguments}
         if not isinstance(arguments, Mapping):
             arguments = {"arguments": arguments}
@@ -351,7 +351,8 @@ def _with_selections(steps: list[Step], selections: Any) -> list[Step]:
         number = entry.get("round") if isinstance(entry, Mapping) else None
         if not isinstance(number, int) or not 1 <= number <= len(steps):
             continue
-        ids = [str(one) for one in entry.get("selected_ids") or []]
+        given = entry.get("selected_ids")
+        ids = [str(one) for one in given] if isinstance(given, list) else [given] if isinstance(given, str) and given else []
         rationale = entry.get("rationale")
         steps[number - 1] = replace(
             steps[number - 1], selected=tuple(ids), rationale=rationale if isinstance(rationale, str) else ""
@@ -402,7 +403,7 @@ def _messages(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     if isinstance(found, str):  # the older youtu-agent stores the chat as JSON text
         try:
             found = json.loads(found)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _RowError("the trajectory is text, and not JSON") from None
     if isinstance(found, Mapping):
         found = [found]
@@ -424,7 +425,9 @@ def _text(content: Any, number: int) -> str:
     if content is None:
         return ""
     if isinstance(content, list):  # parts, as newer chat formats have them
-        content = "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
+        parts = [part.get("text") or "" for part in content if isinstance(part, Mapping)]
+        wrong = [part for part in parts if not isinstance(part, str)]
+        content = wrong[0] if wrong else "".join(parts)
     if not isinstance(content, str):
         raise _RowError(f"message {number}: the content must be text, not {kind_of(content)}")
     return content

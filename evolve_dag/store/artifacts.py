@@ -49,7 +49,8 @@ WAIT_SECONDS = math.inf
 
 KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
 DIGEST = re.compile(r"[0-9a-f]{32}")
-EXPERIMENT = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+EXPERIMENT = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}")
+"""A file names it with 64 characters at most; ``-s<N>`` of another seed and ``-imported`` come behind that."""
 _JOURNAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 
 

@@ -26,7 +26,7 @@ from evolve_dag.interop.rollouts import artifact_of_rollouts, detect, import_fil
 from evolve_dag.jsonlines import read_objects
 from evolve_dag.lineage import garbage
 from evolve_dag.lineage.trace import render, trace
-from evolve_dag.records import ExperienceItem, Step, ToolCall
+from evolve_dag.records import LARGEST_SEED, ExperienceItem, Step, ToolCall
 from evolve_dag.steps.policies import open_pool
 from evolve_dag.store.artifacts import Ref, Store
 from evolve_dag.store.frames import edits_from_frame, load_trajectories
@@ -253,6 +253,16 @@ def test_what_a_terminal_would_obey_is_not_sent_to_it(tmp_path: Path) -> None:
     assert "\x9b" not in "".join(done.lines())
 
 
+def test_the_longest_name_of_an_experiment_has_room_for_imports_and_seeds(tmp_path: Path) -> None:
+    store, name = Store(tmp_path / "store"), "a" * 64
+    path = write(tmp_path / "experiences.json", {"G0": PRINCIPLE})
+    for lineage in (name, f"{name}-s{LARGEST_SEED}"):
+        done = import_file(path, store, experiment=lineage)
+        assert [ref.digest for ref in store.refs(f"{lineage}-imported")] == [done.digest]
+        with store.lock(lineage):
+            pass
+
+
 def test_two_imports_at_once_keep_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, together, real = Store(tmp_path / "store"), threading.Barrier(2), Store.refs
 
@@ -389,6 +399,21 @@ def test_evaluation_rollouts(tmp_path: Path) -> None:
     assert by[0].task_id == question_id(QUESTIONS[0])
 
 
+@pytest.mark.parametrize(("given", "selected"), [("G12", ("G12",)), (["G1", 2], ("G1", "2")), (5, ()), (None, ()), ("", ())])
+def test_a_selection_may_be_one_id(tmp_path: Path, given: Any, selected: tuple[str, ...]) -> None:
+    chat = [{"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": "<answer>Rato</answer>"}]
+    row = {"question": QUESTIONS[0], "messages": chat, "exp_selections": [{"round": 1, "selected_ids": given}]}
+    [found] = read_rollouts(write_lines(tmp_path / "iter1.jsonl", [row])).trajectories
+    assert found.steps[0].selected == selected
+
+
+def test_arguments_nested_too_deeply_are_kept_as_they_are(tmp_path: Path) -> None:
+    call = {"function": {"name": "search", "arguments": "[" * 100_000}}
+    row = {"question": QUESTIONS[0], "messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]}
+    [found] = read_rollouts(write_lines(tmp_path / "iter1.jsonl", [row])).trajectories
+    assert found.steps[0].call == ToolCall("search", {"arguments": "[" * 100_000})
+
+
 def test_a_failed_rollout_is_not_judged_and_tells_no_secret(tmp_path: Path) -> None:
     error = 'Traceback (most recent call last):\n  File "x.py"\nAuthError: api_key=abcdefgh is wrong\n'
     row = {**extraction_row(0, 1, QUESTIONS[0], "Error: after 3 retries.", 0), "trajectories": [], "error": error}
@@ -475,7 +500,9 @@ def test_an_observation_cannot_pose_as_experience(tmp_path: Path) -> None:
         ({"trajectories": "[{"}, "text, and not JSON"),
         ({"trajectories": [{"role": "judge", "content": ""}]}, "message 1 has the role 'judge'"),
         ({"trajectories": [{"role": "tool", "content": "x"}]}, "message 1: a tool's result before any action"),
+        ({"trajectories": "[" * 100_000}, "text, and not JSON"),
         ({"trajectories": [{"role": "user", "content": 3}]}, "message 1: the content must be text"),
+        ({"trajectories": [{"role": "user", "content": [{"text": 3}]}]}, "message 1: the content must be text"),
         ({"trajectories": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, "a tool call has no name"),
     ],
 )
