@@ -105,7 +105,13 @@ def _of_files(split: TaskSplit, iteration: int, experiment: str, read: Sequence[
     if folder is None:
         return _next_rows(split, iteration, read)
     if iteration <= len(read):
-        return {"path": str(folder / read[iteration - 1])}
+        taken = folder / read[iteration - 1]
+        if not taken.exists():
+            raise DataError(
+                f"{taken}: gone, and the finished iteration {iteration} of {experiment} took its tasks from it",
+                "put it back as it was: the lineage is walked from its first night, and no file that was read may go",
+            )
+        return {"path": str(taken)}
     try:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
         left = [name for name in names if name > max(read, default="")]

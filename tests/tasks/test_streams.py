@@ -247,6 +247,18 @@ def test_files_that_were_read_stay_with_their_nights(tmp_path: Path) -> None:
     assert read_so_far(found, store) == (), "another folder is another stream"
 
 
+def test_a_file_that_a_finished_night_took_and_that_is_gone_is_named_with_its_night(tmp_path: Path) -> None:
+    """Old days are often packed away; the message told to correct the path."""
+    (tmp_path / "days").mkdir()
+    for day in (1, 3):
+        (tmp_path / "days" / f"{day}.jsonl").write_text(rows(10 * day, 1))
+    found = experiment(tmp_path, "{path: days, stream: true}")
+    with pytest.raises(DataError, match=r"2\.jsonl: gone, and the finished iteration 2 of .* took its tasks") as told:
+        of_iteration(found, 2, ("1.jsonl", "2.jsonl"))
+    assert "put it back" in told.value.remedy
+    assert Path(of_iteration(found, 3, ("1.jsonl", "2.jsonl")).tasks.train.path or "").name == "3.jsonl"
+
+
 def test_a_late_file_changes_no_config_asset_of_a_lineage_that_has_begun(tmp_path: Path) -> None:
     days = tmp_path / "days"
     days.mkdir()
