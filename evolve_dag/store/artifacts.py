@@ -464,7 +464,11 @@ class Store:
         found: list[Ref] = []
         for path in sorted((self.root / "refs").glob("*/*/*.json")):
             name, iteration = path.parts[-3], path.parts[-2]
-            if iteration.isdigit() and (experiment is None or name == experiment):
+            if path.name.startswith("."):  # what a system lays beside a file that it copies
+                continue
+            if iteration.isdecimal() and (experiment is None or name == experiment):
+                if not (EXPERIMENT.fullmatch(name) and KIND.fullmatch(path.stem)):
+                    raise StoreError(f"{path}: not the place of a ref", "move what is yours out of refs/: it is looked through")
                 ref = self._read_ref(name, int(iteration), path.stem)
                 if ref is not None:
                     found.append(ref)

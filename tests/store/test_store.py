@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -708,6 +709,20 @@ def test_a_broken_ref_is_named_and_can_be_written_anew(store: Store, content: st
     assert f"delete {path}" in caught.value.remedy
     store.set_ref("pocket", 1, "trajectories", made.digest)
     assert [ref.digest for ref in store.refs()] == [DIGEST]
+
+
+@pytest.mark.parametrize("copied", ["pocket (backup)/01/scores.json", "pocket/01/scores (1).json", "pocket/01/._scores.json"])
+def test_a_copy_among_the_refs_is_named(store: Store, copied: str) -> None:
+    artifact = make(store)
+    store.set_ref("pocket", 1, artifact.kind, artifact.digest)
+    path = store.root / "refs" / copied
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"whatever")
+    if path.name.startswith("."):  # of a file that macOS has copied
+        assert [ref.digest for ref in store.refs()] == [artifact.digest]
+    else:
+        with pytest.raises(StoreError, match=re.escape(f"{path}: not the place of a ref")):
+            store.refs()
 
 
 def test_a_ref_on_a_full_disk_stays_what_it_was(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
