@@ -14,6 +14,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -289,8 +290,8 @@ def load_contexts(folder: Path) -> list[DistillationRow]:
     facts = _read(folder, "contexts.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise StoreError(f"{folder / 'contexts.json'}: not a contexts folder of format {FORMAT}", _AGAIN)
-    rows = _read(folder, "rows.parquet", pl.read_parquet)
-    contexts = _read(folder, CONTEXTS, pl.read_parquet)
+    table = partial(pl.read_parquet, glob=False)  # the store's folder may be called run[1]
+    rows, contexts = _read(folder, "rows.parquet", table), _read(folder, CONTEXTS, table)
     _check_schema(folder / "rows.parquet", rows, _rows_schema())
     _check_schema(folder / CONTEXTS, contexts, _contexts_schema())
     if facts.get("rows") != rows.height or facts.get("steps") != contexts.height:

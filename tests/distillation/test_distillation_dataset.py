@@ -91,6 +91,14 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
     assert (tmp_path / "contexts" / "teacher.safetensors").exists() == (kind != "none")
 
 
+@pytest.mark.parametrize("name", ["run[1]", "exp*", "a?b", "seed=3"])
+def test_a_folder_may_be_called_like_a_pattern(name: str, tmp_path: Path) -> None:
+    """A file that was there was called corrupt, and training of that store never began."""
+    rows = rows_of("top_k")
+    save_contexts(tmp_path / name / "contexts", rows)
+    same(rows, load_contexts(tmp_path / name / "contexts"))
+
+
 def test_files_are_the_same_bytes_every_time(tmp_path: Path) -> None:
     rows = rows_of("top_k")
     for name in ("a", "b"):
