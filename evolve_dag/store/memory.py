@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from evolve_dag.errors import StoreError
+from evolve_dag.plain import whole
 from evolve_dag.secrecy import without_keys
 
 
@@ -43,8 +44,8 @@ class Memory:
         return None if row is None else str(row[0])
 
     def put(self, space: str, key: str, value: str) -> None:
-        """Remember ``value``, without the keys of endpoints and services; the last one stands."""
-        value = without_keys(value)
+        """Remember ``value``, without half characters and the keys of endpoints and services; the last one stands."""
+        value = whole(without_keys(value))
         with _told(self.path), self._open() as connection:
             connection.execute("INSERT OR REPLACE INTO memory VALUES (?, ?, ?)", (space, key, value))
 

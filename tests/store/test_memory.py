@@ -33,6 +33,13 @@ def test_what_was_put_is_got_in_its_space_alone(tmp_path: Path) -> None:
     assert Memory(memory.path).get("judge", "k") == "the last one stands"
 
 
+def test_half_a_character_is_no_obstacle(tmp_path: Path) -> None:
+    """The web's texts and models' answers have them, as JSON spells them, where somebody has cut an emoji."""
+    memory = Memory(tmp_path / "memory.sqlite")
+    memory.put("web", "k", "cut \ud83d")
+    assert memory.get("web", "k") == "cut \ufffd"
+
+
 def _write(path: str, start: int) -> None:
     memory = Memory(Path(path))
     for number in range(start, start + 40):
