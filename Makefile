@@ -126,8 +126,8 @@ model: install  ## pretrain the pocket policy anew (about 50 minutes on 2 cores)
 benchmarks: install  ## timings, printed as ratios
 	for file in $(filter-out benchmarks/engine.py benchmarks/half_precision.py benchmarks/against_trl.py benchmarks/memory.py benchmarks/vllm_roads.py benchmarks/ray_workers.py benchmarks/teaches.py benchmarks/games.py benchmarks/quantized.py benchmarks/gpu.py benchmarks/cores.py benchmarks/sharding.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
-bench: install  ## the distillation engine's ratios in one run (forty minutes on two idle cores; installs TRL)
-	$(INSTALL) -e '.[bench]'
+bench: install  ## the distillation engine's ratios in one run (forty minutes on two idle cores; installs TRL and Ray)
+	$(INSTALL) -e '.[bench,ray]'
 	TRL_EXPERIMENTAL_SILENCE=1 $(BIN)/python benchmarks/engine.py --plot docs/images/engine-growth.svg
 
 bench-gpu: install  ## the same on a GPU, at Qwen3-4B's shape, beside TRL (some minutes; installs TRL and Liger's kernels)
