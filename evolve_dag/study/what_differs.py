@@ -6,7 +6,7 @@ It is found by comparing the experiments as they were resolved, so it also holds
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,8 +60,8 @@ def _changes(study: Study, arm: str, reference: str) -> Iterator[Change]:
     for key in dict.fromkeys((*here, *there)):
         a, b = here.get(key), there.get(key)
         if a != b and key not in left_out and any(part.holds(key) for part in slices):
-            other_part = any(here.get(name) != there.get(name) for name in _chooser(key))
-            yield Change(arm, reference, key, a, b, _said(study, arm, reference, key, other_part))
+            others = [name for name in _choosers(key) if here.get(name) != there.get(name)]
+            yield Change(arm, reference, key, a, b, _said(study, arm, reference, key, others))
 
 
 def _cells_to_compare(study: Study, arm: str, reference: str) -> tuple[Cell, Cell]:
@@ -80,24 +80,21 @@ def _flat(section: Section, prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", to_jsonable_python(value)
 
 
-def _chooser(key: str) -> tuple[str, ...]:
-    """The key that names the part whose settings a key is among: ``extraction.extractor`` of ``extraction.cap``."""
+def _choosers(key: str) -> list[str]:
+    """What names the part whose settings a key is among: ``extraction.extractor`` of ``extraction.cap``."""
     section = key.partition(".")[0]
-    return tuple(choice.place for choice in CHOICES.values() if choice.section == section and choice.place != key)
+    return [choice.place for choice in CHOICES.values() if choice.section == section and choice.place != key]
 
 
-def _said(study: Study, arm: str, reference: str, key: str, other_part: bool) -> Said:
-    """
-    Args:
-        other_part: whether the key is among the settings of a part, and the two sides name different ones.
-    """
+def _said(study: Study, arm: str, reference: str, key: str, others: Sequence[str]) -> Said:
+    """Where the arm's entry states a key; ``others`` name its part, and another one in the reference."""
     theirs = set(study.stated[reference].values()) - {study.file}
     own = {stated: file for stated, file in study.stated[arm].items() if file not in theirs}
     if key in own:
         return "set" if own[key] == study.file else "config"
     if key.startswith("regime.") and PRESET in own:
         return "preset"
-    return "part" if other_part and any(name in own for name in _chooser(key)) else ""
+    return "part" if any(name in own for name in others) else ""
 
 
 def outline(study: Study) -> Iterator[str]:
