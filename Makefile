@@ -126,7 +126,7 @@ model: install  ## pretrain the pocket policy anew (about 50 minutes on 2 cores)
 benchmarks: install  ## timings, printed as ratios
 	for file in $(filter-out benchmarks/engine.py benchmarks/half_precision.py benchmarks/against_trl.py benchmarks/memory.py benchmarks/vllm_roads.py benchmarks/ray_workers.py benchmarks/teaches.py benchmarks/games.py benchmarks/quantized.py benchmarks/gpu.py benchmarks/cores.py benchmarks/sharding.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
-bench: install  ## the distillation engine's ratios in one run (forty minutes on two idle cores; installs TRL and Ray)
+bench: install  ## the distillation engine's ratios in one run (a quarter of an hour on two idle cores; installs TRL and Ray)
 	$(INSTALL) -e '.[bench,ray]'
 	TRL_EXPERIMENTAL_SILENCE=1 $(BIN)/python benchmarks/engine.py --plot docs/images/engine-growth.svg
 

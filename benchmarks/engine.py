@@ -1,6 +1,6 @@
 """The engine's ratios in one run: what was asked (issue "the distillation engine"), and what this machine gives.
 
-    make bench                                # forty minutes on two idle cores; installs TRL for its two rows
+    make bench                                # a quarter of an hour on two idle cores; installs TRL for its two rows
     python benchmarks/engine.py --only scoring memory --plot docs/images/engine-growth.svg
 
 Both sides of a row run in turn in one process (memory: one process a side), on the same model and tokens; seconds are CPU
