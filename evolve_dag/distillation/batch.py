@@ -46,9 +46,7 @@ def row_losses(forward: Forward, rows: Sequence[DistillationRow], divergence: st
     sampled = None
     if part("divergence", divergence).loss is None:
         sampled = torch.tensor([one for row in rows for one in row.row.action_ids], device=forward.device)
-    states_T_H, paths = forward.states([row.row.ids for row in rows])
-    predictors = [path[np.array(row.row.positions) - 1] for row, path in zip(rows, paths, strict=True)]
-    states_N_H = states_T_H.index_select(0, torch.from_numpy(np.concatenate(predictors)).to(forward.device))
+    states_N_H = forward.states_at([row.row.ids for row in rows], [np.array(row.row.positions) - 1 for row in rows])
     with forward.output_layer() as head:
         return Losses(*token_losses_from_hidden(divergence, states_N_H, head, teacher=teacher, sampled_N=sampled, **options))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,8 @@ from evolve_dag.inference.prefix_tree import GrowingTree, hosts
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
+
+    from evolve_dag.inference.attention import Chains, Places
 
 Ids = Sequence[int]
 
@@ -63,6 +65,8 @@ class Forward:
         with ExitStack() as meanwhile:
             if self.share:
                 meanwhile.enter_context(our_attention(self.model))
+                if self.device.type == "cpu":
+                    meanwhile.enter_context(_wanted_at_the_end(self.decoder))
             meanwhile.enter_context(narrowed(self.model))
             if self.fused:
                 from evolve_dag.distillation.kernels import fused_layers
@@ -86,6 +90,23 @@ class Forward:
 
         return (packed_states if self.share else padded_states)(self.decoder, sequences, self.device)
 
+    def states_at(self, sequences: Sequence[Ids], places: Sequence[Places]) -> Tensor:
+        """Hidden states ``(N, H)`` of some tokens of each sequence, behind each other; a last layer may leave out the others.
+
+        Args:
+            places: of each sequence, which of its tokens.
+        """
+        import numpy as np
+        import torch
+
+        from evolve_dag.inference.attention import packed_states_at
+
+        if self.share:
+            return packed_states_at(self.decoder, sequences, places, self.device)
+        states_T_H, paths = self.states(sequences)
+        rows = np.concatenate([path[own] for path, own in zip(paths, places, strict=True)])
+        return states_T_H.index_select(0, torch.from_numpy(rows).to(self.device))
+
     @contextmanager
     def output_layer(self) -> Iterator[Any]:
         """The output layer with its weights, which may be used meanwhile."""
@@ -93,6 +114,51 @@ class Forward:
 
     def idle(self) -> None:
         """What a process runs for a pass that only others have; nothing, where nobody waits for it."""
+
+
+@contextmanager
+def _wanted_at_the_end(decoder: Any) -> Iterator[None]:
+    """The last layer of ``decoder`` hands on the tokens that :class:`Chains` wants meanwhile, where it does what Llama's does.
+
+    Keys and values of the others are all that is needed of them there. On a CPU alone: what a model of few layers gains most by
+    has not been tried on a GPU, whose kernels take chains whole.
+    """
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    from evolve_dag.distillation.kernels import computes_as
+
+    last = next(reversed(getattr(decoder, "layers", None) or [None]))
+    if last is None or "forward" in vars(last) or not computes_as(last, LlamaDecoderLayer):
+        yield
+        return
+    whole = last.forward
+
+    def forward(hidden: Tensor, *, chains: Chains, **more: Any) -> Tensor:
+        rows = chains.wanted(hidden.device)
+        if rows is None:
+            everything: Tensor = whole(hidden, chains=chains, **more)
+            return everything
+        with chains.only_wanted():
+            attended, _ = last.self_attn(hidden_states=last.input_layernorm(hidden), chains=chains, **more)
+        hidden = hidden.index_select(1, rows) + attended.index_select(1, rows)
+        states: Tensor = hidden + last.mlp(last.post_attention_layernorm(hidden))
+        return states
+
+    with _computing(last, forward):
+        yield
+
+
+@contextmanager
+def _computing(layer: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """``layer`` computes ``forward`` meanwhile."""
+    before = vars(layer).get("forward")
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+        if before is not None:
+            layer.forward = before
 
 
 @contextmanager
@@ -106,14 +172,11 @@ def _recomputed(decoder: Any) -> Iterator[None]:
     """
     from torch.utils.checkpoint import checkpoint
 
-    layers = repeated_layers(decoder)
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    try:
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    with ExitStack() as meanwhile:
+        for layer in repeated_layers(decoder):
+            meanwhile.enter_context(_computing(layer, partial(again, layer.forward)))
         yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
 def repeated_layers(decoder: Any) -> list[Any]:

@@ -7,6 +7,7 @@ kernels compute; the bodies here say what, and stand in where they are not.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -177,20 +178,20 @@ def _rotating(decoder: nn.Module) -> dict[str, Any]:
 def _replacement(module: nn.Module) -> Callable[..., Tensor] | None:
     if "forward" in vars(module):
         return None
-    if _computes_as(module, LlamaRMSNorm) and not module.weight.requires_grad:
+    if computes_as(module, LlamaRMSNorm) and not module.weight.requires_grad:
         return _norm_forward
-    if _computes_as(module, LlamaMLP) and isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
+    if computes_as(module, LlamaMLP) and isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
         return _gated_forward
     return None
 
 
-def _computes_as(module: nn.Module, known: type[nn.Module]) -> bool:
+def computes_as(module: nn.Module, known: type[nn.Module]) -> bool:
     """Whether the class of ``module``, of whatever architecture, has the forward of ``known``, instruction by instruction."""
     return _same_code(type(module).forward, known.forward)
 
 
 def _same_code(one: Any, other: Any) -> bool:
-    own, known = (getattr(function, "__code__", None) for function in (one, other))
+    own, known = (getattr(inspect.unwrap(function), "__code__", None) if function else None for function in (one, other))
     return own is not None and all(getattr(own, name) == getattr(known, name) for name in ("co_code", "co_names", "co_consts"))
 
 

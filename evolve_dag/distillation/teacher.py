@@ -131,11 +131,11 @@ class TeacherScorer:
         """The columns of :class:`TeacherTargets` for each view of one forward pass."""
         import torch
 
-        states_T_H, paths = self.forward.states([view.ids for view in views])
-        predictors = [path[view.start - 1 : -1] for path, view in zip(paths, views, strict=True)]
-        hidden_N_H = states_T_H.index_select(0, torch.from_numpy(np.concatenate(predictors)).to(states_T_H.device))
+        hidden_N_H = self.forward.states_at([view.ids for view in views], [slice(view.start - 1, -1) for view in views])
         columns = [torch.cat(column) for column in zip(*self._distributions(hidden_N_H), strict=True)]
-        split = [[part.cpu().numpy() for part in column.split(list(map(len, predictors)))] for column in columns]
+        split = [
+            [part.cpu().numpy() for part in column.split([len(view.ids) - view.start for view in views])] for column in columns
+        ]
         return list(zip(*split, strict=True))
 
     def _distributions(self, hidden_N_H: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -22,9 +22,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from evolve_dag.errors import ModelError
-from evolve_dag.inference.prefix_tree import Chain, Range, hosts, prefix_tree
+from evolve_dag.inference.prefix_tree import Chain, PrefixTree, Range, hosts, prefix_tree
 
 ATTENTION = "evolve_grouped"
+
+Places = np.ndarray | slice
+"""Which tokens of a sequence."""
 
 QUERIES = 192
 """Most queries of one product under a mask on a CPU, which computes what the mask forbids: half as much as of 512 at a time."""
@@ -47,7 +50,7 @@ def attention(
     """What the model's layers call; ``query [B, heads, T, D]``, keys and values with as many or fewer heads."""
     if chains is not None:
         chains.asked += 1
-        return _tree_attention(query, key, value, chains, scaling), None
+        return (_wanted_attention if chains.narrow else _tree_attention)(query, key, value, chains, scaling), None
     groups, tokens = query.shape[1] // key.shape[1], query.shape[2]
     if query.device.type != "cpu" or attention_mask is None or dropout or groups == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
@@ -67,17 +70,50 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without chains it is or
 
 
 class Chains:
-    """Who sees whom in a packed row: the same for every layer of a forward pass."""
+    """Who sees whom in a packed row: the same for every layer of a forward pass.
+
+    Args:
+        wanted: ascending packed indices of the tokens whose last hidden states are asked for, at least one; None: all.
+    """
 
     asked = 0
     """Layers that used it."""
+    narrow = False
+    """Whether queries that are not wanted are left out."""
 
-    def __init__(self, chains: Sequence[Chain]) -> None:
+    def __init__(self, chains: Sequence[Chain], wanted: np.ndarray | None = None) -> None:
+        self._wanted = wanted
+        self._runs = chains
         self.lengths = [chain.end - chain.start for chain in chains]
         self.widths = [chain.depth + length for chain, length in zip(chains, self.lengths, strict=True)]
         self.ranges: list[Range] = [one for chain in chains for one in (*chain.prefix, (chain.start, chain.end))]
         self._mask: Tensor | None = None
         self._there: dict[str, Tensor] = {}
+
+    def wanted(self, device: Any) -> Tensor | None:
+        """Packed index of every token that is wanted; None: all are."""
+        wanted = self._wanted
+        return None if wanted is None else self._once("wanted", lambda: wanted, device)
+
+    @contextmanager
+    def only_wanted(self) -> Iterator[None]:
+        """Queries that are not wanted are left out meanwhile, as a last layer may."""
+        self.narrow = True
+        try:
+            yield
+        finally:
+            self.narrow = False
+
+    def wanted_places(self) -> list[tuple[int, np.ndarray]]:
+        """Wanted tokens in their order, at most :data:`QUERIES` at a time: the chain, and their places among what it sees."""
+        assert self._wanted is not None
+        own = np.split(self._wanted, np.searchsorted(self._wanted, [chain.start for chain in self._runs[1:]]))
+        return [
+            (number, places[at : at + QUERIES])
+            for number, (chain, tokens) in enumerate(zip(self._runs, own, strict=True))
+            for places in [tokens - chain.start + chain.depth]
+            for at in range(0, len(places), QUERIES)
+        ]
 
     def rows(self, device: Any) -> Tensor:
         """Packed index of every token of :attr:`ranges`, one behind the other; made once for all layers."""
@@ -120,6 +156,26 @@ def _tree_attention(query: Tensor, key: Tensor, value: Tensor, chains: Chains, s
         for part in _chain_attention(q, k, v, chains, scaling)
     ]
     return torch.cat(out, dim=2).transpose(1, 2).contiguous()
+
+
+def _wanted_attention(query: Tensor, key: Tensor, value: Tensor, chains: Chains, scaling: float | None) -> Tensor:
+    """:func:`_tree_attention` of the tokens that are wanted; zeros for the others."""
+    if chains.widths != chains.lengths:
+        key, value = _Gather.apply(key, chains), _Gather.apply(value, chains)
+    keys, values = key.split(chains.widths, dim=2), value.split(chains.widths, dim=2)
+    rows, blocks = chains.wanted(query.device), chains.wanted_places()
+    assert rows is not None
+    found = []
+    for q, (number, places) in zip(
+        query.index_select(2, rows).split([len(one) for _, one in blocks], dim=2), blocks, strict=True
+    ):
+        seen = int(places[-1]) + 1
+        later = torch.arange(seen) > torch.from_numpy(places)[:, None]
+        mask = q.new_zeros(later.shape).masked_fill_(later.to(q.device), -torch.inf) if len(places) > 1 else None
+        k, v = keys[number][:, :, :seen], values[number][:, :, :seen]
+        found.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True))
+    out = torch.cat(found, dim=2).transpose(1, 2)
+    return out.new_zeros((1, query.shape[2], *out.shape[2:])).index_copy(1, rows, out)
 
 
 def _chain_attention(q: Tensor, k: Tensor, v: Tensor, chains: Chains, scaling: float | None) -> list[Tensor]:
@@ -246,8 +302,28 @@ def packed_states(decoder: Any, sequences: Sequence[Sequence[int]], device: Any)
         ModelError: the model's layers do not hand on who sees whom.
     """
     tree = prefix_tree(sequences)
-    chains = Chains(tree.chains)
-    states = decoder(
+    return _states(decoder, tree, Chains(tree.chains), device), list(tree.paths)
+
+
+def packed_states_at(decoder: Any, sequences: Sequence[Sequence[int]], places: Sequence[Places], device: Any) -> Tensor:
+    """Hidden states ``(N, H)`` of some tokens of each sequence, behind each other; else :func:`packed_states`.
+
+    Args:
+        places: of each sequence, which of its tokens.
+
+    Raises:
+        ModelError: as there.
+    """
+    tree = prefix_tree(sequences)
+    asked = np.concatenate([path[own] for path, own in zip(tree.paths, places, strict=True)])
+    wanted, rows = np.unique(asked, return_inverse=True)
+    states = _states(decoder, tree, Chains(tree.chains, wanted if len(wanted) else None), device)
+    narrow = len(states) == len(wanted)  # the last layer left the others out, or there are no others
+    return states.index_select(0, torch.from_numpy(rows if narrow else asked).to(device))
+
+
+def _states(decoder: Any, tree: PrefixTree, chains: Chains, device: Any) -> Tensor:
+    states: Tensor = decoder(
         input_ids=torch.from_numpy(tree.ids)[None].to(device),
         position_ids=torch.from_numpy(tree.positions)[None].to(device),
         attention_mask=torch.zeros((1, 1, 1, 1), device=device),  # given, so that the model does not make one of T x T
@@ -259,7 +335,7 @@ def packed_states(decoder: Any, sequences: Sequence[Sequence[int]], device: Any)
             f"{type(decoder).__name__} keeps who sees whom from its layers, so a packed row cannot be computed",
             "use an architecture whose layers take it (Qwen, Llama, Mistral, SmolLM)",
         )
-    return states[0], list(tree.paths)
+    return states[0]
 
 
 def padded_states(decoder: Any, sequences: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, list[np.ndarray]]:

@@ -166,8 +166,8 @@ def test_views_that_were_sampled_cost_no_forward_pass(trained: torch.nn.Module) 
             assert part.tail is not None
             recording.add(view.ids, view.start, (part.logprobs, part.ids, part.tail))
     asked: list[int] = []
-    states = scorer.forward.states
-    scorer.forward.states = lambda sequences: asked.append(len(sequences)) or states(sequences)  # type: ignore[method-assign,func-returns-value,assignment]
+    states = scorer.forward.states_at
+    scorer.forward.states_at = lambda sequences, places: asked.append(len(sequences)) or states(sequences, places)  # type: ignore[method-assign,func-returns-value,assignment]
     done: list[int] = []
     found = scorer.score(views, done.append, recording)
     sampled = {view.ids for own in views[::2] for view in own}
