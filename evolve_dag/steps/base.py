@@ -142,12 +142,18 @@ def entering_policy(experiment: Experiment, iteration: int | None, store: Store)
     """policy(k) by value; for ``iteration`` None the newest that the store holds.
 
     Raises:
-        OrderError: iteration k-1 is not promoted.
+        OrderError: iteration k-1 is not promoted; says which policies there are.
     """
     if iteration is not None:
         found = _entering(experiment, iteration, store)
         if isinstance(found, str):
-            raise OrderError(f"policy[{partition(experiment, iteration)}] is not promoted yet", f"materialize {found} first")
+            last = entering_policy(experiment, None, store).iteration
+            there = f"policies 1 to {last}" if last > 1 else "policy 1 alone"
+            raise OrderError(
+                f"policy[{partition(experiment, iteration)}] is not promoted yet: with its present settings "
+                f"{experiment.experiment} has {there} in {store.root}",
+                f"choose one that is there, or bring iterations 1 to {iteration - 1} up to date first",
+            )
         return found
     newest = _entering(experiment, 1, store)
     for k in count(2):  # the file may say fewer iterations by now than were made

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from evolve_dag.config.schema import Experiment
-from evolve_dag.errors import AwayError
+from evolve_dag.errors import AwayError, OrderError
 from evolve_dag.evaluation.betting import Capital
 from evolve_dag.experience.pool import Pool
 from evolve_dag.lineage import garbage
@@ -143,6 +143,19 @@ def test_the_newest_policy_is_found_also_beyond_what_the_file_says(store: Store,
     run(experiment(), store, 1, 2, 3)
     newest = entering_policy(experiment(iterations=1), None, store)
     assert newest == entering_policy(experiment(), 4, store), "iterations were run by `--iterations 3`, or the file said more"
+
+
+@pytest.mark.parametrize(("made", "told"), [((), "has policy 1 alone"), ((1, 2), "has policies 1 to 3")])
+def test_a_policy_that_is_not_there_is_told_with_those_that_are(
+    made: tuple[int, ...], told: str, store: Store, nights: Callable[..., None]
+) -> None:
+    nights(BETTER, BETTER)
+    run(experiment(), store, *made)
+    with pytest.raises(OrderError) as caught:
+        entering_policy(experiment(), 9, store)
+    assert "policy[quick|09] is not promoted yet" in caught.value.what
+    assert caught.value.what.endswith(f"{told} in {store.root}")
+    assert "iterations 1 to 8" in caught.value.remedy
 
 
 def test_without_findings_a_policy_is_named_as_before(store: Store, nights: Callable[..., None]) -> None:
