@@ -15,6 +15,15 @@ SHOWN = 10
 Mistake = tuple[int, str]
 """1-based line number and what is wrong there."""
 
+_PACKED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ\x00": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"PK\x03\x04": ("zip", "unzip"),
+}
+"""First bytes of a compressed file, with which no JSON begins -> what made it, and what undoes it."""
+
 
 def read_objects(path: str | Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Mistake]]:
     """The JSON objects of a file with their 1-based line numbers, and the lines that hold none.
@@ -23,7 +32,7 @@ def read_objects(path: str | Path) -> tuple[list[tuple[int, dict[str, Any]]], li
     does not hide the next.
 
     Raises:
-        DataError: the file is missing, unreadable or holds no line at all.
+        DataError: the file is missing, unreadable, compressed or holds no line at all.
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # a pipe would wait for ever, a device never end
@@ -34,6 +43,7 @@ def read_objects(path: str | Path) -> tuple[list[tuple[int, dict[str, Any]]], li
         raise DataError(f"{path}: no such file", "check the path in the experiment file") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}", "the path must name a readable JSONL file") from None
+    refuse_packed(path, content)
     objects: list[tuple[int, dict[str, Any]]] = []
     mistakes: list[Mistake] = []
     # Split on line feeds only: str.splitlines would also cut at U+2028, which is legal inside JSON text.
@@ -60,6 +70,24 @@ def read_objects(path: str | Path) -> tuple[list[tuple[int, dict[str, Any]]], li
     if not objects and not mistakes:
         raise DataError(f"{path}: empty file", "write one JSON object a line")
     return objects, mistakes
+
+
+def refuse_packed(path: str | Path, content: bytes) -> None:
+    """Refuse a compressed file as a whole. It is not unpacked here: a digest is of a file's bytes, and the same rows packed
+    again are other bytes.
+
+    Args:
+        content: the file's, or its beginning.
+
+    Raises:
+        DataError: it is compressed; names the program that unpacks it.
+    """
+    for start, (made_by, undo) in _PACKED.items():
+        if content.startswith(start):
+            raise DataError(
+                f"{path}: compressed ({made_by})",
+                f"unpack it ({undo}) and use the unpacked file in its place",
+            )
 
 
 def text_mistakes(value: Mapping[str, Any], key: str) -> list[str]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,3 +43,23 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path, make: object) -> None:
     make(path)  # type: ignore[operator]
     with pytest.raises(DataError, match="not a file"):
         read_objects(path)
+
+
+@pytest.mark.parametrize(
+    ("pack", "told"),
+    [
+        (gzip.compress, "(gunzip)"),
+        (bz2.compress, "(bunzip2)"),
+        (lzma.compress, "(unxz)"),
+        (lambda content: b"\x28\xb5\x2f\xfd" + content, "(unzstd)"),
+    ],
+    ids=["gzip", "bzip2", "xz", "zstd"],
+)
+def test_a_compressed_file_is_refused_once_not_line_by_line(tmp_path: Path, pack: Callable[[bytes], bytes], told: str) -> None:
+    path = tmp_path / "lines.jsonl.x"
+    path.write_bytes(pack(b"".join(b'{"number": %d}\n' % (n * n) for n in range(2000))))
+    with pytest.raises(DataError) as caught:
+        read_objects(path)
+    assert caught.value.what.startswith(f"{path}: compressed (")
+    assert "line 1" not in caught.value.what
+    assert told in caught.value.remedy

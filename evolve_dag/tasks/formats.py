@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 from evolve_dag.config.fence import Fence
 from evolve_dag.config.parts import part
 from evolve_dag.errors import DataError, OrderError, PartError
-from evolve_dag.jsonlines import Mistake, kind_of, read_objects
+from evolve_dag.jsonlines import Mistake, kind_of, read_objects, refuse_packed
 from evolve_dag.records import Task
 from evolve_dag.tasks.jsonl import in_percent, tasks_from
 
@@ -280,6 +280,8 @@ def read_rows(path: Path) -> tuple[Rows, list[Mistake]]:
     except DataError:
         raise
     except UnicodeDecodeError as error:
+        with path.open("rb") as handle:
+            refuse_packed(path, handle.read(16))
         raise DataError(f"{path}: not UTF-8 (byte {error.start + 1})", "save it as UTF-8") from None
     except Exception as error:  # whatever a library says of a broken file
         raise DataError(f"{path}: cannot be read: {type(error).__name__}: {error}", "download it again") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import gzip
 import hashlib
 import json
 from collections.abc import Sequence
@@ -168,6 +169,10 @@ def test_of_a_table_the_line_of_the_file_is_told(tmp_path: Path) -> None:
         ("t.json", b'{"question": "q", "answer": "a"}\n{"question": "r", "answer": "a"}\n', "name it .jsonl"),
         ("t.json", b"null", "holds null, not a list of tasks"),
         ("t.csv", "question,answer\nWo liegt Köln?,a\n".encode("cp1252"), "save it as UTF-8"),
+        *(
+            (name, gzip.compress(b"question,answer\nq,a\n"), f"{name}: compressed (gzip)")
+            for name in ("t.csv", "t.json", "t.csv.gz")
+        ),
     ],
 )
 def test_what_would_be_read_otherwise_than_meant_is_told(tmp_path: Path, name: str, content: bytes, told: str) -> None:
