@@ -38,6 +38,8 @@ VIEWS = {
 """View -> what a row is. Every view but ``artifacts`` and ``refs`` starts with kind, digest, experiment and iteration of
 the artifact; a column of its own with such a name bears the view's name (``edits``: ``edit_iteration``)."""
 
+_INSIDE = "inside"
+"""Schema of what the views are made of: `show tables` lists the views alone."""
 _PLACE = ("kind", "digest", "experiment", "iteration")
 _FILES = {
     "trajectories": TRAJECTORIES,
@@ -67,6 +69,7 @@ def connect(store: Store) -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect(":memory:")
     try:
         connection.execute("SET python_enable_replacements = false")  # a name in SQL must not reach Python variables
+        connection.execute(f"CREATE SCHEMA {_INSIDE}")
         _table(connection, "artifacts", _artifacts_frame(artifacts))
         _table(connection, "refs", _refs_frame(store))
         for setting in ("autoinstall_known_extensions", "autoload_known_extensions"):
@@ -132,14 +135,14 @@ def _view(connection: duckdb.DuckDBPyConnection, view: str, artifacts: Sequence[
     """A view over the tables at ``paths``, one for each of ``artifacts``."""
     import polars as pl
 
-    _table(connection, f"_{view}_columns", pl.DataFrame(schema={"filename": pl.String(), **_columns(view)}))
+    _table(connection, f"{_INSIDE}.{view}_columns", pl.DataFrame(schema={"filename": pl.String(), **_columns(view)}))
     where = {
         "filename": list(paths),
         "kind": [artifact.kind for artifact in artifacts],
         "digest": [artifact.digest for artifact in artifacts],
     }
-    _table(connection, f"_{view}_files", pl.DataFrame(where, schema=dict.fromkeys(where, pl.String())))
-    rows = f"SELECT * FROM _{view}_columns"
+    _table(connection, f"{_INSIDE}.{view}_files", pl.DataFrame(where, schema=dict.fromkeys(where, pl.String())))
+    rows = f"SELECT * FROM {_INSIDE}.{view}_columns"
     if paths:
         files = ", ".join(_quote(path) for path in paths)
         # Else a folder above the store that is called like `seed=3` would be a column, in place of the files' own.
@@ -150,7 +153,7 @@ def _view(connection: duckdb.DuckDBPyConnection, view: str, artifacts: Sequence[
     connection.execute(
         f"CREATE VIEW {view} AS SELECT f.kind, f.digest, r.experiment, r.iteration, "
         f"x.* EXCLUDE (filename) {f'RENAME ({own})' if own else ''} FROM ({rows}) x "
-        f"JOIN _{view}_files f ON f.filename = x.filename LEFT JOIN refs r ON r.kind = f.kind AND r.digest = f.digest"
+        f"JOIN {_INSIDE}.{view}_files f ON f.filename = x.filename LEFT JOIN refs r ON r.kind = f.kind AND r.digest = f.digest"
     )
 
 

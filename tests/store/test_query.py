@@ -75,6 +75,12 @@ def test_every_view_exists_in_a_store_that_does_not(tmp_path: Path) -> None:
     assert not store.root.exists()
 
 
+@pytest.mark.parametrize("empty", [True, False])
+def test_the_tables_that_are_shown_are_the_views(empty: bool, store: Store, tmp_path: Path) -> None:
+    looked_at = Store(tmp_path / "nothing") if empty else store
+    assert run_sql(looked_at, "show tables")["name"].to_list() == sorted(VIEWS)
+
+
 @pytest.mark.parametrize("above", ["seed=99", "id=5", "reward=0.5", "experiment=other", "filename=3"])
 def test_the_name_of_a_folder_above_the_store_is_no_column(above: str, tmp_path: Path) -> None:
     store = Store(tmp_path / above / "store")
