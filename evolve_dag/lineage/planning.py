@@ -2,7 +2,8 @@
 
 The digests that decide it are those of :func:`evolve_dag.steps.base.resolve`, the same that a run follows: a step whose
 artifact is in the store is reused, any other is made. The *reason* is found by laying the settings that are expected now
-beside the manifest of the artifact that the iteration used so far. Nothing is written, and no heavy library is imported.
+beside the manifest of the artifact that the iteration used so far. Nothing is written, and no heavy library is imported; of a
+mirror only refs, manifests and the decisions of the gate are read.
 
 What an iteration starts from is decided by the promotion before it. While that promotion has to be made anew, the later
 iterations cannot be told: they *follow*.
@@ -132,7 +133,7 @@ class Plan:
 
 
 def plan(experiment: Experiment, store: Store, iterations: int | None = None) -> Plan:
-    """What ``evolve run`` would do now; reads manifests and sizes, writes nothing.
+    """What ``evolve run`` would do now; reads manifests and sizes, writes nothing but a mirror's refs and decisions.
 
     Args:
         iterations: K; None takes the experiment's.
@@ -232,14 +233,21 @@ def headline(planned: Plan) -> str:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """An artifact's manifest alone, or None: to compare settings, the files beside it need not be sound."""
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _parsed((folder / MANIFEST).read_bytes())
+    except OSError:
         return None
-    sound = isinstance(content, dict) and isinstance(content.get("config"), dict) and isinstance(content.get("inputs"), dict)
-    return content if sound else None
 
 
 # -- inside
+
+
+def _parsed(manifest: bytes | None) -> dict[str, Any] | None:
+    try:
+        content = json.loads(manifest or b"")
+    except ValueError:
+        return None
+    sound = isinstance(content, dict) and isinstance(content.get("config"), dict) and isinstance(content.get("inputs"), dict)
+    return content if sound else None
 
 
 def _leaving(promotion: PlannedStep, experiment: Experiment, store: Store) -> PolicyRef | str:
@@ -270,14 +278,15 @@ def _planned(expected: base.Resolved, experiment: Experiment, store: Store) -> P
     if expected.digest is None:
         return PlannedStep(name, k, "stop", None, (Reason("no_tasks", str(expected.missing)),))
     ref, broken = _ref(experiment, k, name, store)
-    used = None if ref is None else read_manifest(store.root / "objects" / name / ref.digest)
+    used = None if ref is None else _parsed(store.manifest(name, ref.digest))
     seconds = used.get("seconds") if used else None
     seconds = float(seconds) if isinstance(seconds, (int, float)) else None
     if expected.exists:
         try:
-            artifact = store.open(name, expected.digest)
             if name == "promotion":
-                artifact.json(DECISION)  # the next policy is read from it
+                store.open(name, expected.digest).json(DECISION)  # the next policy is read from it
+            elif store.folder(name, expected.digest).is_dir():  # what only the mirror has is checked when it is fetched
+                store.open(name, expected.digest)
         except StoreError as error:
             return PlannedStep(name, k, "stop", expected.digest, (Reason("corrupt", f"{error.what}; {error.remedy}"),))
         reasons: tuple[Reason, ...] = ()

@@ -329,6 +329,13 @@ class Store:
             raise StoreError(f"{path}: corrupt: it describes another artifact", _recompute(folder))
         return Artifact(kind, digest, folder, manifest)
 
+    def manifest(self, kind: str, digest: str) -> bytes | None:
+        """The manifest as it lies there, whatever it says; None where there is none. Nothing else is looked at."""
+        try:
+            return (self.folder(kind, digest) / MANIFEST).read_bytes()
+        except OSError:
+            return None
+
     def artifacts(self, kind: str | None = None) -> Iterator[Artifact]:
         """All artifacts (of a kind), by kind and digest; manifests are checked, files are not.
 

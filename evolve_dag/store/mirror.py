@@ -190,6 +190,14 @@ class Mirror:
             return False
         return self._attempt(lambda: self._manifest(kind, digest) is not None, False)
 
+    def manifest(self, kind: str, digest: str) -> bytes | None:
+        """The manifest of an artifact alone; a mirror that cannot be reached has none.
+
+        Raises:
+            ConfigError: the protocol is unknown or its package is not installed.
+        """
+        return self._attempt(lambda: self._manifest(kind, digest), None)
+
     def fetch(self, store: Store, kind: str, digest: str) -> bool:
         """Bring an artifact into the local store; False when the mirror does not have it.
 
@@ -703,6 +711,10 @@ class MirroredStore(Store):
         """
         self._bring(kind, digest)
         return super().read(kind, digest)
+
+    def manifest(self, kind: str, digest: str) -> bytes | None:
+        """As :meth:`Store.manifest`, here or in the mirror; nothing is fetched with it."""
+        return super().manifest(kind, digest) if super().exists(kind, digest) else self.mirror.manifest(kind, digest)
 
     def _bring(self, kind: str, digest: str) -> None:
         if not super().exists(kind, digest):

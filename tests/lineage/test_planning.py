@@ -23,7 +23,8 @@ from evolve_dag.lineage import planning
 from evolve_dag.lineage.planning import Plan, plan
 from evolve_dag.steps import base
 from evolve_dag.steps.base import STEP_ORDER
-from evolve_dag.store.artifacts import Store
+from evolve_dag.store.artifacts import FileFact, Store
+from evolve_dag.store.mirror import Mirror, MirroredStore
 
 
 @pytest.fixture
@@ -368,3 +369,20 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
     assert done.returncode == 0, done.stderr
     assert "7 of 21 steps" in done.stdout
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"selection": {"max_items": 2}}], ids=["nothing", "selector"])
+def test_of_a_mirror_a_plan_fetches_the_decisions_alone(changes: dict[str, Any], store: Store, tmp_path: Path) -> None:
+    """A new machine says the same as the one that made everything, the reasons too."""
+    url, fetched = f"file://{tmp_path}/remote", []
+
+    class Watched(Mirror):
+        def _fetch_file(self, kind: str, digest: str, path: Path, fact: FileFact) -> None:
+            fetched.append(kind)
+            super()._fetch_file(kind, digest, path, fact)
+
+    here = MirroredStore(store.root, Mirror(url))
+    run(experiment(), here)
+    there = MirroredStore(tmp_path / "there", Watched(url))
+    assert plan(experiment(**changes), there) == plan(experiment(**changes), here)
+    assert set(fetched) == {"promotion"}
