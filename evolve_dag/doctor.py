@@ -9,7 +9,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
@@ -51,11 +51,11 @@ class Finding:
 
 
 def examine(root: Path, experiment: Experiment | None = None) -> Iterator[Finding]:
-    """Look at everything that an experiment needs, cheapest first.
+    """Look at everything that an experiment needs: first this machine, then the experiments that are here.
 
     Args:
         root: the store.
-        experiment: what it needs is looked for, its recipe is looked at, its memory calculated.
+        experiment: what it needs is looked for, its recipe is looked at, its memory calculated; else the gates of all.
     """
     here = cache(lambda: registry.scan(registry.configs_folder()))  # read once, inside of a check: one may be unreadable
     rows = cache(lambda: list(parts()))
@@ -64,21 +64,23 @@ def examine(root: Path, experiment: Experiment | None = None) -> Iterator[Findin
         _packages,
         _threads,
         _weights,
-        lambda: _configs(*here()),
-        lambda: _parts(here()[0]),
-        lambda: _gates(root, here()[0]),
-        lambda: _registry(root),
         lambda: _store(root),
         lambda: _dagster_home(root),
         lambda: _databases(root),
-        lambda: _optional(rows()),
         _sandbox,
         lambda: _keys(rows()),
+        lambda: _optional(rows()),
+        lambda: _configs(*here()),
+        lambda: _parts(here()[0]),
+        lambda: _registry(root),
     ]
-    if experiment is not None:
+    if experiment is None:
+        checks.append(lambda: _gates(root, here()[0].values()))
+    else:
         checks += [
             lambda: _needs(experiment),
             lambda: _recipe(experiment),
+            lambda: _gates(root, [experiment]),
             lambda: _memory(experiment),
             lambda: _number_format(experiment),
         ]
@@ -411,14 +413,14 @@ def _parts(experiments: Mapping[Entry, Experiment]) -> Iterator[Finding]:
             yield Finding("ok", "part", f"{kind} {found.identity}, named by {entry.config.name}")
 
 
-def _gates(root: Path, experiments: Mapping[Entry, Experiment]) -> Iterator[Finding]:
+def _gates(root: Path, experiments: Iterable[Experiment]) -> Iterator[Finding]:
     from evolve_dag.lineage.power import few_rollouts, warning
     from evolve_dag.store.artifacts import Store
 
     told: dict[tuple[str, str], list[str]] = {}
-    for entry, experiment in experiments.items():
-        told.setdefault(("gate", warning(experiment, Store(root))), []).append(entry.name)
-        told.setdefault(("extraction", few_rollouts(experiment)), []).append(entry.name)
+    for experiment in experiments:
+        told.setdefault(("gate", warning(experiment, Store(root))), []).append(experiment.experiment)
+        told.setdefault(("extraction", few_rollouts(experiment)), []).append(experiment.experiment)
     for (about, text), names in told.items():
         if text:
             yield Finding("note", about, f"{', '.join(names)}: {text}")

@@ -246,6 +246,19 @@ def test_doctor_says_what_is_missing_and_changes_nothing(tmp_path: Path, monkeyp
     assert ("ok", "store") in text
 
 
+def test_doctor_tells_of_this_machine_before_experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of the gate of the one that it was asked about, wherever its file lies, none but that."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "other.yaml").write_text("tasks: {development: {count: 6, world: 22}}\n")
+    monkeypatch.chdir(tmp_path)
+    subjects = [finding.subject for finding in doctor.examine(tmp_path / "store")]
+    assert (subjects[0], subjects[-1]) == ("python", "gate")
+    assert max(map(subjects.index, ("store", "python sandbox", "not needed"))) < subjects.index("experiments")
+    mine = Experiment.model_validate({"experiment": "mine", "tasks": {"development": {"count": 5, "world": 22}}})
+    [gate] = [finding for finding in doctor.examine(tmp_path / "store", mine) if finding.subject == "gate"]
+    assert gate.text.startswith("mine: 5 development tasks are few for the gate")
+
+
 def test_doctor_finds_broken_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from evolve_dag.inference import folders
 

@@ -124,7 +124,7 @@ def test_plan_and_doctor_say_it_before_the_run(tmp_path: Path, monkeypatch: pyte
         "rollout: {group_size: 1}\nextraction: {extractor: llm}\nselection: {selector: lexical}\n"
     )
     monkeypatch.setenv(registry.CONFIGS_VARIABLE, str(configs))
-    few, alone = doctor._gates(tmp_path / "store", registry.scan(configs)[0])
+    few, alone = doctor._gates(tmp_path / "store", registry.scan(configs)[0].values())
     assert (few.state, few.subject) == ("note", "gate")
     assert few.text.startswith("small: 16 development tasks are few")
     assert (alone.state, alone.subject) == ("note", "extraction")
