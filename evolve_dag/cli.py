@@ -101,6 +101,7 @@ def run(
     from evolve_dag.reporting.summary import summarize
     from evolve_dag.reporting.table import print_summary
 
+    _require_file(config, store, seeds=True)
     with _interruptible("run the same command to resume"):
         result = launch.run(config, seed=seed, iterations=iterations, root=_root(store), console=_console(stderr=True))
         opened = _store(store)
@@ -128,6 +129,7 @@ def warmup(config: ConfigArgument, json: JsonOption = False, store: StoreOption 
     from evolve_dag.warmup.estimate import estimate
     from evolve_dag.warmup.training import warm_up
 
+    _require_file(config, store)
     # So that `evolve gc` knows who goes on with it after a kill.
     experiment, console = registry.register(_root(store), config), _console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -178,6 +180,7 @@ def study(
     from evolve_dag.study.results import read
     from evolve_dag.study.tables import print_findings, write
 
+    _require_file(file, store)
     choice = Choice(tuple(arm or ()), tuple(seed or ()), iterations, held_out, processes)
     asked, root, failed = load_study(file, choice), _root(store), dict[str, str]()
     with _interruptible("run the same command to go on"):
@@ -669,6 +672,7 @@ def play(
     from evolve_dag.config.loading import load_experiment
     from evolve_dag.steps.play import play as watch
 
+    _require_file(config, store)
     experiment = load_experiment(config)
     watch(experiment, _store(store), iteration=iteration, task=task, seed=seed, with_experience=experience, console=_console())
 
@@ -712,6 +716,25 @@ def _print_json(content: object) -> None:
     print(json.dumps(content, indent=2, ensure_ascii=lacks_letters))
 
 
+def _require_file(config: str | Path, store: Path | None, *, seeds: bool = False) -> None:
+    """Whether what a command was given is there; where another file may be meant, that is told. What else is wrong with it
+    is told where it is read.
+
+    Args:
+        seeds: the command takes ``--seed N``.
+
+    Raises:
+        ConfigError: there is no such file, and there is one that may be meant.
+    """
+    from evolve_dag.config import registry
+
+    if (found := registry.meant(_root(store), config)) is not None:
+        file, seed = found
+        raise ConfigError(
+            f"{config}: no such file", f"name the file: {file}{f' --seed {seed}' if seeds and seed is not None else ''}"
+        )
+
+
 def _experiment(config: str, seed: int | None, store: Store) -> Experiment:
     """An experiment by its file, or by the name under which the store knows it."""
     from evolve_dag.config import registry
@@ -720,6 +743,7 @@ def _experiment(config: str, seed: int | None, store: Store) -> Experiment:
     if not registry.is_file(config) and (known or (registry.is_name(config) and not Path(config).exists())):
         entry = registry.entry_of(store.root, config)
         return entry.load() if seed is None else registry.load_seeded(entry.config, seed)
+    _require_file(config, store.root)
     return registry.load_seeded(Path(config), seed)
 
 

@@ -177,6 +177,35 @@ def test_a_folder_of_its_name_hides_no_experiment_and_a_long_name_is_told(tmp_pa
         assert "nobody foresaw" not in done.stderr
 
 
+@pytest.mark.parametrize("command", ["run", "plan", "doctor", "warmup", "study", "audit", "pocket play"])
+@pytest.mark.parametrize(
+    ("given", "file"), [("first", "configs/first.yaml"), ("first.yaml", "configs/first.yaml"), ("my own", "'my own.yml'")]
+)
+def test_a_name_in_place_of_a_file_is_answered_with_the_file(
+    command: str, given: str, file: str, tmp_path: Path, evolve: Evolve
+) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/first.yaml").write_text("experiment: other\n")
+    (tmp_path / "my own.yml").write_text("experiment: mine\n")
+    done = evolve(*command.split(), given, folder=tmp_path)
+    assert done.returncode == 2
+    assert f"name the file: {file}\n" in done.stderr or f"name its file ({file})" in done.stderr
+    assert not (tmp_path / ".evolve").exists()
+
+
+def test_the_name_of_an_experiment_is_answered_with_its_file_and_seed(tmp_path: Path, evolve: Evolve) -> None:
+    (tmp_path / "file.yaml").write_text("experiment: mine\n")
+    registry.register(tmp_path / ".evolve", tmp_path / "file.yaml", 3)
+    assert evolve("run", "mine-s3", folder=tmp_path).stderr.endswith("name the file: file.yaml --seed 3\n")
+    assert "check the path given" in evolve("run", "nobody", folder=tmp_path).stderr
+
+
+def test_outside_of_the_project_its_own_files_are_found(tmp_path: Path, evolve: Evolve) -> None:
+    shipped = Path(cli.__file__).parents[1] / "configs/pocket.yaml"
+    for given in ("pocket", "configs/pocket.yaml"):
+        assert str(shipped) in evolve("run", given, folder=tmp_path).stderr
+
+
 @pytest.mark.parametrize("arguments", [("doctor",), ("sql", "select '5\N{EN DASH}6\N{PILE OF POO}' as word"), ("--help",)])
 def test_a_terminal_that_lacks_a_character_gets_the_others(arguments: tuple[str, ...], tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONIOENCODING": "latin-1", "EVOLVE_STORE": str(tmp_path)}

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 STORE_VARIABLE = "EVOLVE_STORE"
 CONFIGS_VARIABLE = "EVOLVE_CONFIGS"
 HOME_VARIABLE = "DAGSTER_HOME"
+_PROJECT = Path(__file__).parents[2] / "configs"
+"""The experiments of this project, where it runs from its own folder: no package holds them."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}")
 """What an experiment may be called, under another seed too; what a command was given may be anything."""
 
@@ -238,9 +240,12 @@ def entry_of(root: Path, name: str) -> Entry:
         for path in (configs_folder() / f"{name}.yaml", configs_folder() / f"{name}.yml"):
             if path.is_file():
                 load_seeded(path)  # tells the mistake that keeps the file from having its name
+        found = meant(root, name)
         raise ConfigError(
             f"no experiment {name!r} in the store {root} or in {configs_folder()}/",
-            f"run `evolve run <file>` once, put the file into {configs_folder()}/, or set {CONFIGS_VARIABLE}",
+            f"name its file ({found[0]}), run that once, or set {CONFIGS_VARIABLE} to its folder"
+            if found
+            else f"run `evolve run <file>` once, put the file into {configs_folder()}/, or set {CONFIGS_VARIABLE}",
         )
     return entry
 
@@ -287,6 +292,25 @@ def run_command(root: Path, name: str, config: str | None = None, seed: int | No
             entry = Entry(name, known.config if known is not None else Path(f"configs/{family}.yaml"), int(number))
     file = config or (_shown(entry.config) if entry is not None else f"configs/{name}.yaml")
     return f"evolve run {shlex.quote(file)}" + (f" --seed {entry.seed}" if entry is not None and entry.seed is not None else "")
+
+
+def meant(root: Path, given: str | Path) -> tuple[str, int | None] | None:
+    """What may be meant by what is no file: one of that name, or of the experiment of that name.
+
+    Returns:
+        The file, for a shell, and the seed where the experiment has another one than its file; None where there is something
+        of the given name, or nothing that could be meant.
+    """
+    if os.path.exists(given):  # noqa: PTH110 - as in `is_file`
+        return None
+    place = Path(given)
+    name = place.name.removesuffix(".yaml").removesuffix(".yml")
+    for folder in (place.parent, configs_folder(), _PROJECT):
+        for file in (folder / f"{name}.yaml", folder / f"{name}.yml"):
+            if is_file(str(file)):
+                return shlex.quote(_shown(file)), None
+    entry = _found(root, name)
+    return (shlex.quote(_shown(entry.config)), entry.seed) if entry is not None and entry.config.exists() else None
 
 
 def _found(root: Path, name: str) -> Entry | None:
