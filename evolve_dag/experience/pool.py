@@ -308,8 +308,8 @@ def _objection(proposal: Proposal, items: Mapping[str, ExperienceItem]) -> str |
             return f"no item {proposal.item_id!r} in the pool"
         item = items[proposal.item_id]
         granularity = item.granularity
-        if item.withdrawn and operation not in ("delete", "add"):
-            return f"{item.id} was withdrawn: the teacher did worse with it; add another item, or delete it"
+        if item.withdrawn:
+            return f"{item.id} was withdrawn: the teacher did worse with it; it stays as the record of that: add another item"
         done = bool(item.graduated)
         if (operation, done) in (("graduate", True), ("recall", False)):
             return f"{item.id} has {'graduated already' if done else 'not graduated'}"

@@ -8,7 +8,7 @@
 
 What a model answers is a proposal. The pool is changed by :meth:`Pool.apply` alone, so ids never change, nothing is lost
 silently and every edit has its reason and the trajectories that caused it. ``evidence["support"]`` of an item is the number
-of tasks that asked for it.
+of tasks that asked for it, those included that found what it says already.
 """
 
 from __future__ import annotations

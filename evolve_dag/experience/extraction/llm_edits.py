@@ -43,6 +43,7 @@ class Draft:
     operation: Literal["add", "update", "delete"]
     item_id: str | None
     text: str | None
+    """None for a deletion, and for an update that changes no word: what the item says was found again."""
     reason: str
     trajectory_ids: tuple[str, ...]
     groups: frozenset[str]
@@ -78,21 +79,28 @@ class PoolEditor:
             return
         names = union(lesson.names for lesson in batch)
         wanted = await self._reconcile(drafts, names)
-        support = {item.id: item.evidence.get("support", 0.0) for item in self.pool.items}
-        self._apply(
-            Proposal(
-                draft.operation,
-                item_id=draft.item_id,
-                text=draft.text,
-                granularity=self._granularity,
-                evidence={"support": support.get(draft.item_id or "", 0.0) + len(draft.groups)},
-                trajectory_ids=draft.trajectory_ids,
-                reason=draft.reason,
-            )
-            for draft in wanted
-        )
+        self._apply([self._proposal(draft) for draft in wanted])
         caused = tuple(dict.fromkeys(id_ for draft in wanted for id_ in draft.trajectory_ids))
         await self.consolidate(caused, names)
+
+    def _proposal(self, draft: Draft) -> Proposal:
+        item = self.pool.get(draft.item_id) if draft.item_id is not None else None
+        text, evidence, taught = draft.text, dict[str, float](), draft.trajectory_ids
+        if item is not None and draft.operation == "update":
+            text = item.text if text is None else text
+            evidence = dict(item.evidence) if same_words(text) == same_words(item.text) else evidence
+            if item.updated == self._iteration:  # by another batch of this night
+                taught = tuple(dict.fromkeys((*item.trajectory_ids, *taught)))
+        support = item.evidence.get("support", 0.0) if item is not None else 0.0
+        return Proposal(
+            draft.operation,
+            item_id=draft.item_id,
+            text=text,
+            granularity=self._granularity,
+            evidence={**evidence, "support": support + len(draft.groups)},
+            trajectory_ids=taught,
+            reason=draft.reason,
+        )
 
     def _apply(self, proposals: Iterable[Proposal]) -> None:
         applied = self.pool.apply(proposals, iteration=self._iteration)
@@ -102,7 +110,8 @@ class PoolEditor:
 
     async def _decide(self, lesson: Lesson) -> list[Draft]:
         """What the candidates of one group do to the pool; none when the call fails. Against an empty pool there is
-        nothing to decide: all are added."""
+        nothing to decide: all are added. What the pool says already, by the model's word or in the same words, is an item found
+        again: a task more that asks for it."""
         pool, candidates = self.pool, lesson.candidates
         decisions: list[plans.PoolDecision] | None = None
         if pool.items and candidates:
@@ -143,23 +152,29 @@ class PoolEditor:
                 text = self._form.tidy(decision.text or candidate.text)
                 if self._form.problems(text, lesson.names):
                     text = candidate.text  # it has the form
-                drafts.append(Draft("add", None, text, *provenance))
+                said = next((i.id for i in pool.items if not i.withdrawn and same_words(i.text) == same_words(text)), None)
+                drafts.append(Draft("update", said, None, *provenance) if said else Draft("add", None, text, *provenance))
+            elif decision.item_id is not None:
+                drafts.append(Draft("update", decision.item_id, None, *provenance))
         return drafts
 
     async def _reconcile(self, drafts: Sequence[Draft], names: frozenset[str]) -> list[Draft]:
         """One change per item and lesson: DELETE beats UPDATE, UPDATE beats an ADD of the same text, similar ones are
-        joined as the model says. Deletes come first, then updates, then additions."""
+        joined as the model says. Deletes come first, then updates, then additions. That an item was found again changes no
+        word, so it gives way to whatever does, and lends it its groups."""
         deletes: dict[str, Draft] = {}
         for draft in drafts:
             if draft.operation == "delete" and draft.item_id is not None:
                 known = deletes.get(draft.item_id)
                 deletes[draft.item_id] = known.joined(draft) if known else draft
-        # What one group found to be wrong must not come back at once as the addition of another.
-        gone = {same_words(self.pool.get(item_id).text) for item_id in deletes}
         texts: list[Draft] = []
+        again: list[Draft] = []
         for draft in sorted((d for d in drafts if d.operation != "delete"), key=lambda d: d.operation != "update"):
-            if draft.item_id in deletes or (draft.item_id is None and same_words(draft.text or "") in gone):
+            if draft.item_id in deletes:  # what one group found to be wrong does not stay since another found it
                 self._tally["overruled"] += 1
+                continue
+            if draft.text is None:
+                again.append(draft)
                 continue
             twin = next((n for n, d in enumerate(texts) if same_words(d.text or "") == same_words(draft.text or "")
                          and draft.item_id in (None, d.item_id)), None)  # fmt: skip
@@ -175,6 +190,11 @@ class PoolEditor:
                 known = updates.get(draft.item_id)
                 updates[draft.item_id] = known.joined(draft) if known else draft  # of several texts the first stands
                 self._tally["overruled"] += known is not None
+        for draft in again:
+            assert draft.item_id is not None
+            known = updates.get(draft.item_id)
+            updates[draft.item_id] = known.joined(draft) if known else draft
+            self._tally["joined"] += known is not None
         return [*deletes.values(), *updates.values(), *(d for d in texts if d.item_id is None)]
 
     async def _join_similar(self, texts: list[Draft], names: frozenset[str]) -> list[Draft]:

@@ -79,7 +79,7 @@ class PoolDecision:
 
     operation: Operation
     item_id: str | None = None
-    """An id of the pool; None for ADD and NONE."""
+    """An id of the pool; None for ADD, and for a NONE that does not say which item says it already."""
     text: str | None = None
     """As the model wrote it; None: the candidate's own."""
     reason: str = ""
@@ -167,10 +167,11 @@ def read_decisions(
     - A candidate without a decision is added (``undecided``): what a critique wrote is not lost by an omission.
     - The first of two decisions for a candidate stands (``duplicates``); one for no candidate is dropped (``surplus``).
     - An UPDATE of an unknown id becomes an ADD, a DELETE of one does nothing (``unknown_ids``).
-    - A DELETE needs no content.
+    - A DELETE needs no content. A NONE may name the item that says it already.
 
     Args:
-        closed: ids of the pool that are known, and that nobody may rewrite: an UPDATE of one becomes an ADD.
+        closed: ids of the pool that are known, and that nobody may change: an UPDATE of one becomes an ADD, a DELETE does
+            nothing.
     """
     found = entries(value, "decisions", ("operation", "candidate", "action", "decision"))
     if not found:
@@ -193,12 +194,12 @@ def read_decisions(
             counted["duplicates"] += 1
         else:
             text, reason = _text(_field(entry, *_TEXT)), _reason(entry)
-            item_id = known_id(_field(entry, *_ID), ids) if operation in ("UPDATE", "DELETE") else None
+            item_id = known_id(_field(entry, *_ID), ids) if operation != "ADD" else None
             if operation in ("UPDATE", "DELETE") and item_id is None:
                 counted["unknown_ids"] += 1
                 operation = "ADD" if operation == "UPDATE" else "NONE"
-            elif operation == "UPDATE" and item_id in closed:
-                operation, item_id = "ADD", None
+            elif item_id in closed:
+                operation, item_id = "ADD" if operation == "UPDATE" else "NONE", None
             decided[number] = PoolDecision(operation, item_id, text if operation in ("ADD", "UPDATE") else None, reason)
     if not read:
         return None

@@ -34,6 +34,7 @@ from evolve_dag.experience.extraction.llm_plans import (
 )
 from evolve_dag.experience.llm_text import fit, pool_text, shorten, state_text, trajectory_text
 from evolve_dag.experience.pool import Pool, Proposal
+from evolve_dag.experience.teacher_check import new_items
 from evolve_dag.inference.ledger import Ledger, metered
 from evolve_dag.prompts import fence
 from evolve_dag.records import Message, Task
@@ -189,9 +190,57 @@ def test_update_rewrites_the_item_under_its_id() -> None:
     assert (item.text, item.created, item.updated, item.evidence["support"]) == (new, 1, 2, 2.0)
 
 
-def test_none_changes_nothing() -> None:
-    found = run(Extractor({"decide": decide({"operation": "NONE", "id": "p0001"})}), groups(0), pool_of("a"))
-    assert found.edits == ()
+def test_none_without_an_id_changes_nothing() -> None:
+    for named in (None, "null", "G99"):
+        found = run(Extractor({"decide": decide({"operation": "NONE", "id": named})}), groups(0), pool_of("a"))
+        assert found.edits == ()
+        assert found.statistics["unknown_ids"] == 0
+
+
+FOUND_AGAIN = [
+    {"operation": "NONE", "id": "p0001"},
+    {"operation": "ADD", "content": principle("a").upper().capitalize()},
+]
+
+
+@pytest.mark.parametrize("decision", FOUND_AGAIN, ids=["none", "add"])
+@pytest.mark.parametrize("graduated", [False, True])
+def test_an_item_that_is_found_again_has_a_task_more_and_the_same_words(decision: dict[str, Any], graduated: bool) -> None:
+    pool = pool_of("a", "b").apply([Proposal("graduate", item_id="p0001")] * graduated, iteration=1).pool
+    known = replace(pool.items[0], evidence={"support": 1.0, "lift": 0.25})  # of a pool from elsewhere
+    found = run(Extractor({"decide": decide(decision)}), groups(0, 1), replace(pool, items=(known, pool.items[1])))
+    item = found.pool.get("p0001")
+    assert (item.text, item.created, item.updated, item.graduated) == (known.text, 1, 2, int(graduated))
+    assert item.evidence == {"support": 3.0, "lift": 0.25}
+    [edit] = found.edits
+    assert (edit.operation, edit.before, edit.after) == ("update", known.text, known.text)
+    assert edit.trajectory_ids == item.trajectory_ids == ("t0#0", "t0#1", "t1#0", "t1#1")
+    assert (found.statistics["updated"], found.statistics["refused"]) == (1, 0)
+    assert new_items(found.edits) == frozenset()
+
+
+@pytest.mark.parametrize("decision", FOUND_AGAIN, ids=["none", "add"])
+def test_the_cap_keeps_what_every_night_finds_again(decision: dict[str, Any]) -> None:
+    pool = pool_of("a", "b", support={"b": 2.0})
+    for iteration in (2, 3):
+        pool = run(Extractor({"decide": decide(decision)}), groups(0, 1), pool, iteration=iteration).pool
+    assert run(Extractor(), groups(2), pool, iteration=4, cap=1).pool.ids == ("p0001",)
+
+
+def test_what_two_batches_of_a_night_find_is_taught_by_both() -> None:
+    same = {"items": [{"text": principle("a list"), "why": "w"}]}
+    found = run(Extractor({"critique": same}), groups(0, 1), batch_tasks=1)
+    assert found.pool.ids == ("p0001",)
+    assert found.pool.items[0].evidence == {"support": 2.0}
+    assert found.pool.items[0].trajectory_ids == ("t0#0", "t0#1", "t1#0", "t1#1")
+    assert replay(found.edits) == outline(found.pool)
+
+
+def test_a_withdrawn_item_is_neither_found_again_nor_deleted() -> None:
+    pool = pool_of("a", "b").apply([Proposal("withdraw", item_id="p0001")], iteration=1).pool
+    for decision in (*FOUND_AGAIN, {"operation": "DELETE", "id": "p0001"}):
+        found = run(Extractor({"decide": decide(decision)}), groups(0), pool)
+        assert (found.pool, found.edits) == (pool, ())
 
 
 @pytest.mark.parametrize(
@@ -244,10 +293,10 @@ def test_shapes_of_decisions(value: Any, count: int, expected: list[PoolDecision
     assert +tally == counted
 
 
-def test_an_update_of_what_may_not_be_rewritten_is_an_addition() -> None:
-    value = decide({"operation": "UPDATE", "id": "p0001", "content": "x"}, {"operation": "DELETE", "id": "p0001"})
-    added, deleted = PoolDecision("ADD", None, "x", "r"), PoolDecision("DELETE", "p0001", None, "r")
-    assert read_decisions(value, 2, IDS, Counter(), closed={"p0001"}) == [added, deleted]
+def test_an_update_of_what_may_not_be_changed_is_an_addition_and_a_delete_nothing() -> None:
+    named = ({"operation": operation, "id": "p0001", "content": "x"} for operation in ("UPDATE", "DELETE", "NONE"))
+    added, nothing = PoolDecision("ADD", None, "x", "r"), PoolDecision("NONE", None, None, "r")
+    assert read_decisions(decide(*named), 3, IDS, Counter(), closed={"p0001"}) == [added, nothing, nothing]
 
 
 def test_a_lesson_for_a_withdrawn_item_is_not_lost() -> None:
@@ -335,6 +384,26 @@ def test_update_beats_an_add_of_the_same_text() -> None:
     assert [(e.operation, e.item_id) for e in found.edits] == [("update", "p0001")]
     assert set(found.edits[0].trajectory_ids) == {"t0#0", "t0#1", "t1#0", "t1#1"}
     assert found.pool.get("p0001").evidence["support"] == 3.0
+
+
+@pytest.mark.parametrize("again", FOUND_AGAIN, ids=["none", "add"])
+@pytest.mark.parametrize("order", [("mayor", "stream"), ("stream", "mayor")])
+def test_what_is_found_again_lends_its_task_to_a_rewriting_and_gives_way_to_a_deletion(
+    again: dict[str, Any], order: tuple[str, str]
+) -> None:
+    first, second = order
+    update = {"operation": "UPDATE", "id": "p0001", "content": principle("x")}
+    model = Extractor({"decide": decide_by_word(**{first: again, second: update})})
+    found = run(model, groups(0, 1), pool_of("a"))
+    assert [(e.operation, e.after) for e in found.edits] == [("update", principle("x"))]
+    assert found.pool.get("p0001").evidence["support"] == 3.0
+    assert set(found.edits[0].trajectory_ids) == {"t0#0", "t0#1", "t1#0", "t1#1"}
+    assert (found.statistics["joined"], found.statistics["overruled"]) == (1, 0)
+    assert model.count("reconcile") == 0, "what changes no word is no proposal to be joined"
+    delete = {"operation": "DELETE", "id": "p0001"}
+    found = run(Extractor({"decide": decide_by_word(**{first: again, second: delete})}), groups(0, 1), pool_of("a"))
+    assert [e.operation for e in found.edits] == ["delete"]
+    assert found.statistics["overruled"] == 1
 
 
 def test_the_first_of_two_updates_of_one_item_stands() -> None:
