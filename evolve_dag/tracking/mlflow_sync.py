@@ -7,7 +7,7 @@ machine that sees the store, and ends the same.
     MLflow experiment  one per experiment file
     parent run         one per lineage: an experiment under one config and one code (tag evolve.lineage)
     nested run         one per iteration: training curve, results, digests, datasets, traces
-                       (both have the tag evolve.current: whether they are of what holds now)
+                       (both have the tag evolve.current: whether they are of what holds now in their store)
     registered model   one per experiment, a version per adapter, the alias ``champion``
 
 Numbers of an iteration are sent when it is finished, i.e. promoted or declined.
@@ -386,7 +386,7 @@ class _Sender:
         champion = next((facts for facts in found if facts.iteration == summary.champion), None)
         if self.record.get("current", name) != holds:  # also where all was sent once, and an earlier config holds again
             self.version(champion, experiment)
-            self._supersede(mlflow_experiment, parent, {"evolve.kind": "lineage", "evolve.experiment": name})
+            self._supersede(mlflow_experiment, parent, name, {"evolve.kind": "lineage", "evolve.experiment": name})
             self.record.put("current", name, holds)
         self.champion(name, champion)
 
@@ -487,7 +487,8 @@ class _Sender:
             self._done(facts, "model", True)
         holds = [run_id, {kind: ref.digest for kind, ref in facts.refs.items()}]
         if self.record.get("run", facts.experiment, facts.iteration) != holds:
-            self._supersede(experiment_id, run_id, {"evolve.kind": "iteration", "evolve.partition": facts.partition})
+            alike = {"evolve.kind": "iteration", "evolve.partition": facts.partition}
+            self._supersede(experiment_id, run_id, facts.experiment, alike)
             self.record.put("run", facts.experiment, facts.iteration, holds)
         count = experiment.tracking.trajectories if experiment is not None else _TRAJECTORIES
         before = self.record.get("lineage", facts.experiment, facts.lineage, facts.promotion, "traces")
@@ -505,11 +506,8 @@ class _Sender:
         """The alias, on the version of the policy that holds; asked at every sync, since other stores may send there too."""
 
         def ours(tags: Mapping[str, str]) -> bool:
-            night = [tags.get(f"evolve.{key}") for key in ("lineage", "digest.promotion")]
-            if None in night:  # a person's own version
-                return True
-            sent_from_here = self.record.get("lineage", name, *night, "run") is not None  # also where gc has removed it
-            return sent_from_here or self.store.exists("promotion", str(night[1]))
+            persons_own = not {"evolve.lineage", "evolve.digest.promotion"} <= tags.keys()
+            return persons_own or self._from_here(name, tags)
 
         foreign = mlflow_models.point_champion(self.client, name, holds, ours)
         if foreign is not None:
@@ -560,11 +558,19 @@ class _Sender:
         self.sent.runs += 1
         return str(made.info.run_id)
 
-    def _supersede(self, experiment_id: str, run_id: str, alike: Mapping[str, str]) -> None:
-        """The run of what holds now is marked; those with the same tags, of other configs or tasks, are not any more."""
+    def _from_here(self, name: str, tags: Mapping[str, str]) -> bool:
+        """Whether the run or version with these tags is of this store, also where gc has removed what was sent. Another store
+        may have an experiment of this name, and send it to the same server."""
+        lineage, night = tags.get("evolve.lineage"), tags.get("evolve.digest.promotion")
+        sent = (lineage, "parent") if night is None else (lineage, night, "run")
+        return self.record.get("lineage", name, *sent) is not None or self.store.exists("promotion", str(night or lineage))
+
+    def _supersede(self, experiment_id: str, run_id: str, name: str, alike: Mapping[str, str]) -> None:
+        """The run of what holds now is marked; those with the same tags, of other configs or tasks, are not any more. What
+        holds in another store is its own affair."""
         search = " and ".join(f"tags.`{key}` = '{value}'" for key, value in alike.items())
         for run in self.client.search_runs([experiment_id], search):
-            if run.info.run_id != run_id:
+            if run.info.run_id != run_id and self._from_here(name, run.data.tags):
                 self.client.set_tag(run.info.run_id, "evolve.current", "false")
         self.client.set_tag(run_id, "evolve.current", "true")
 

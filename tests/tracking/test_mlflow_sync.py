@@ -265,6 +265,32 @@ def test_of_two_stores_none_takes_the_others_champion_away(store: Store, monkeyp
     assert "which another store has sent" in told_here
 
 
+def test_of_two_stores_each_says_what_holds_in_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(store.root, tracking={"trajectories": 0})
+    other = Store(store.root.parent / "other" / "store")
+    shutil.copytree(store.root, other.root)
+    configure(other.root, tracking={"trajectories": 0})
+    monkeypatch.setenv(URI_VARIABLE, f"sqlite:///{own_database(store.root)}")
+    add_iteration(store, 2, "keep")
+    add_iteration(other, 2, "keep", tasks="others")
+    there = client(store)
+
+    def marks() -> dict[str, str]:
+        """Promotion of a second night -> whether its run is marked."""
+        experiment_id = there.get_experiment_by_name("small").experiment_id
+        nights = there.search_runs([experiment_id], "tags.`evolve.partition` = 'small|02'")
+        return {run.data.tags["evolve.digest.promotion"]: run.data.tags["evolve.current"] for run in nights}
+
+    first, second = (one.ref("small", 2, "promotion").digest for one in (store, other))  # type: ignore[union-attr]
+    for one in (store, other):
+        sync(one)
+    assert marks() == {first: "true", second: "true"}
+    add_iteration(other, 2, "keep", tasks="mended")
+    sync(other)
+    third = other.ref("small", 2, "promotion").digest  # type: ignore[union-attr]
+    assert marks() == {first: "true", second: "false", third: "true"}
+
+
 def test_a_champion_that_somebody_moved_comes_back(store: Store) -> None:
     configure(store.root, tracking={"trajectories": 0})
     add_iteration(store, 2, "promote")
