@@ -107,10 +107,12 @@ def check_files(experiment: Experiment) -> None:
     """Read the files of tasks and of the environment as a run will, so that their mistakes show before anything is made.
 
     Raises:
-        DataError: a file is wrong, or two splits share a question.
+        DataError: a file is wrong, an environment has fewer tasks than a split asks for, or two splits share a question.
     """
     row: EnvironmentPart[Any] = part_of("environment", experiment.environment)
     row.check(experiment.environment)
+    for name in SPLITS if row.tasks is not None else ():
+        _tasks(experiment, name)
     check_disjoint(experiment)
 
 

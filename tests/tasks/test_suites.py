@@ -14,6 +14,7 @@ import pytest
 from evolve_dag.config.loading import is_study, load_experiment
 from evolve_dag.config.schema import Experiment, TaskSplit
 from evolve_dag.environments.pocket import tools
+from evolve_dag.environments.pocket.language import KINDS
 from evolve_dag.errors import DataError
 from evolve_dag.protocols import StatefulEnvironment
 from evolve_dag.records import Task
@@ -113,6 +114,17 @@ def of_corpus(folder: Path) -> Experiment:
     tasks = {name: {"path": str(folder / f"{name}.jsonl")} for name in SPLITS}
     corpus = {"kind": "corpus", "pages": str(folder / "pages.jsonl")}
     return Experiment.model_validate({"experiment": "x", "environment": corpus, "tasks": tasks})
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_world_with_fewer_questions_than_are_asked_for_is_told_before_anything_is_made(
+    split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evolve_dag.environments.pocket.world.COUNTS", dict.fromkeys(KINDS, 2))
+    counts = {name: {"count": 300 if name == split else 4} for name in SPLITS}
+    experiment = Experiment.model_validate({"experiment": "x", "tasks": counts})
+    with pytest.raises(DataError, match=rf"pocket/{split}: pocket world 0 has fewer than 300 distinct questions \("):
+        check_files(experiment)
 
 
 def test_mistakes_in_pages_show_as_those_in_tasks_do(tmp_path: Path) -> None:

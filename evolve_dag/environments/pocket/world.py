@@ -29,6 +29,7 @@ from evolve_dag.environments.pocket.language import (
     ROW_MOVES,
     TOOLS,
 )
+from evolve_dag.errors import DataError
 from evolve_dag.records import Task
 
 PRETRAINING_SEEDS = 1_000_000
@@ -270,14 +271,19 @@ class World:
         return f"page: {attribute} of {title(entity)}\n{attribute}: {view}"
 
     def tasks(self, count: int, suite: str, seed: int = 0) -> list[Task]:
-        """``count`` distinct questions of this world."""
+        """``count`` distinct questions of this world.
+
+        Raises:
+            DataError: it has fewer: some 1,400.
+        """
         rng = Random(f"{self.seed}/{seed}/tasks")
         found: dict[str, Question] = {}
         attempts = 0
         while len(found) < count:
             attempts += 1
             if attempts > 50 * count:
-                raise ValueError(f"pocket world {self.seed} has fewer than {count} distinct questions")
+                what = f"{suite}: pocket world {self.seed} has fewer than {count} distinct questions ({len(found)} were found)"
+                raise DataError(what, "ask for some 1,400 at most: lower `count` of the split (of a study: `held_out`)")
             question = self.question(rng)
             found.setdefault(question.text, question)
         return [
