@@ -48,10 +48,10 @@ def all_arms(findings: Findings, arms: Sequence[str]) -> Figure:
 
 
 def at_the_end(findings: Findings) -> Figure:
-    """Success after the last iteration, arm by arm, the base policy first."""
+    """Success after the last iteration, arm by arm, the base policy first, under a name that no arm can have."""
     base = findings.point(findings.results.study.leading, 0)
     ends = [(arm, findings.point(arm, findings.last(arm))) for arm in findings.results.study.arms]
-    named = [("base", base), *((findings.beside(arm), end) for arm, end in ends)]
+    named = [("base policy", base), *((findings.beside(arm), end) for arm, end in ends)]
     rows = [(name, p.success, f"iteration {p.iteration}, {p.seeds} seeds") for name, p in named if p is not None]
     return _whiskers(rows, "without experience")
 

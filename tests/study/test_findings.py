@@ -129,7 +129,7 @@ def test_arms_over_other_seeds_are_not_shown_as_if_they_were_over_the_same(
     assert told in console.export_text()
     together = (figures.all_arms(found, ["a", "b", "c"]), figures.against_tokens(found, "sampled"))
     assert [{trace["name"] for trace in figure["data"]} for figure in together] == [{"a", "b (seed 5)", "c"}] * 2
-    assert figures.at_the_end(found)["data"][0]["x"] == ["base", "a", "b (seed 5)", "c"]
+    assert figures.at_the_end(found)["data"][0]["x"] == ["base policy", "a", "b (seed 5)", "c"]
     assert "a (seeds 4, 5, 6)" in {trace["name"] for trace in figures.success(found, "b")["data"] if "name" in trace}, (
         "its reference, behind it"
     )
@@ -271,6 +271,12 @@ def test_the_page_shows_every_arm_and_every_figure_has_data(html: str) -> None:
         assert f"<b>{arm}</b>" in html or f">{arm}<" in html
     for told in QUESTIONS.values():
         assert told[1:] in html
+
+
+def test_an_arm_that_is_called_base_has_a_bar_of_its_own(tmp_path: Path) -> None:
+    found = find(results(tmp_path, {"base": (0.1, 0.2), "b": (0.1, 0.6)}))
+    [trace] = figures.at_the_end(found)["data"]
+    assert trace["x"] == ["base policy", "base", "b"]
 
 
 def test_what_differs_stands_in_every_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
