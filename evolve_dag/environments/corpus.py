@@ -7,13 +7,14 @@ import hashlib
 import json
 import math
 import re
+import sys
 import threading
 import unicodedata
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,6 +40,8 @@ RANKING = "bm25f/1"
 """Name of the ranking in the digest; raise it when the same pages and settings would answer otherwise."""
 RANKING_BEYOND_ASCII = "bm25f/2"
 """Its name where a page holds other letters: 2 composes them and pairs those that are written without spaces."""
+RANKING_WITH_MARKS = "bm25f/3"
+"""Its name where signs stand above or below them that are no letters themselves: 3 does not split a word there."""
 UNIT = 1e-9
 """Weights are kept as whole multiples of this: integer sums do not depend on the order of addition, so pages
 that match equally well tie exactly, alone or in a batch."""
@@ -183,9 +186,10 @@ class CorpusSearch:
     @cached_property
     def digest(self) -> str:
         """32 hex digits over pages (in any order), settings and ranking."""
-        plain = all(f"{page.title}{page.seen}".isascii() for page in self.pages)
+        texts = [f"{page.title}\n{page.seen}" for page in self.pages if not f"{page.title}{page.seen}".isascii()]
+        ranking = RANKING_BEYOND_ASCII if texts else RANKING
         content = {
-            "ranking": [RANKING if plain else RANKING_BEYOND_ASCII, K1, B],
+            "ranking": [RANKING_WITH_MARKS if any(_has_marks(_composed(text)) for text in texts) else ranking, K1, B],
             "results": self.results,
             "snippet_characters": self.snippet_characters,
             "minimum_match": self.minimum_match,
@@ -459,10 +463,24 @@ def argument(call: ToolCall, name: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Tokens of the index and of queries: lower-cased runs of letters, digits and underscores, in composed form (NFC). Of a run
-    of Chinese or Japanese, where no space says where a word ends, every two neighbours."""
-    runs = _RUN.findall(unicodedata.normalize("NFC", text).lower())
+    """Tokens of the index and of queries: lower-cased runs of letters, digits and underscores, in composed form (NFC), with the
+    signs above or below them (the vowels of Hindi). Of a run of Chinese or Japanese, where no space says where a word ends,
+    every two neighbours."""
+    composed = _composed(text)
+    runs = (_run_with_marks() if _has_marks(composed) else _RUN).findall(composed)
     return [word for pairless, paired in runs for word in ([pairless] if pairless else _pairs(paired))]
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text).lower()
+
+
+def _has_marks(text: str) -> bool:
+    return not text.isascii() and any(map(_is_mark, set(text)))
+
+
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character).startswith("M")
 
 
 def _pairs(run: str) -> list[str]:
@@ -474,6 +492,13 @@ _UNSPACED = (
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
 )
 _RUN = re.compile(rf"([^\W{_UNSPACED}]+)|([{_UNSPACED}]+)")
+
+
+@cache
+def _run_with_marks() -> re.Pattern[str]:
+    """The same where a mark belongs to the letter before it; to :mod:`re` it is no part of a word. Made when it is needed."""
+    marks = "".join(filter(_is_mark, map(chr, range(sys.maxunicode))))
+    return re.compile(rf"((?:[^\W{_UNSPACED}][{marks}]*)+)|([{_UNSPACED}]+)")
 
 
 def query_terms(query: str) -> Terms:
@@ -555,9 +580,29 @@ def _make(settings: CorpusEnvironment, place: Place) -> CorpusSearch:
     )
 
 
+def _data(settings: CorpusEnvironment) -> str:
+    """The ranking where there are marks, so that no night mixes it with one that split words there; '' elsewhere."""
+    path = Path(settings.pages)
+    try:
+        stat = path.stat()
+        return RANKING_WITH_MARKS if _holds_marks(path, stat.st_mtime_ns, stat.st_size) else ""
+    except (OSError, DataError):  # told by whoever reads the pages
+        return ""
+
+
+@lru_cache(maxsize=16)
+def _holds_marks(path: Path, changed: int, size: int) -> bool:
+    """Whether a page does; ``changed`` and ``size`` tell versions of the file apart."""
+    content = path.read_bytes()
+    if content.isascii() and b"\\u" not in content:  # the pages need not be parsed
+        return False
+    return any(_has_marks(_composed(f"{page.title}\n{page.seen}")) for page in load_pages(path))
+
+
 CORPUS = EnvironmentPart(
     settings=CorpusEnvironment,
     make=_make,
+    data=_data,
     mistakes=lambda settings, experiment: file_tasks(experiment),
     check=lambda settings: load_pages(settings.pages),
 )

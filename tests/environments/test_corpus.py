@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evolve_dag.environments.corpus import CorpusSearch, Page, fold, query_terms, window, words
+from evolve_dag.config.parts import identity
+from evolve_dag.environments.corpus import CorpusEnvironment, CorpusSearch, Page, fold, query_terms, window, words
 from evolve_dag.errors import DataError
 from evolve_dag.protocols import Environment, ToolError
 from evolve_dag.records import ToolCall
@@ -317,6 +318,21 @@ def test_letters_beyond_ascii_are_found(query: str, title: str | None) -> None:
     assert words("x1 東京タワー_2 塔") == ["x1", "東京", "京タ", "タワ", "ワー", "_2", "塔"]
 
 
+@pytest.mark.parametrize(
+    "word",
+    ["हिन्दी", "বাংলা", "தமிழ்", "မြန်မာ", "عَرَبِيّ", "שָׁלוֹם", "İzmir", "x\u0301y"],
+)
+def test_a_mark_is_a_part_of_its_word(word: str) -> None:
+    assert words(f"a {word}, {word}") == ["a", *[unicodedata.normalize("NFC", word).lower()] * 2]
+
+
+def test_pages_that_share_letters_and_no_word_are_not_found() -> None:
+    """Split at its vowel signs a word of Hindi was a heap of letters, which every page has."""
+    corpus = CorpusSearch([Page("किताब", "किताब एक वस्तु है"), Page("कबूतर", "तोता बाग बस")])
+    assert corpus.search("काबुल तीतर") == "no results"
+    assert corpus.search("किताब").startswith("1 result\n1. किताब")
+
+
 # ---- digest and settings
 
 
@@ -336,6 +352,25 @@ def test_the_digest_follows_pages_and_settings_alone() -> None:
     ]
     digests = {plain, *(other.digest for other in others)}
     assert len(digests) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("plain", ""), ("Zoë 東京", ""), (unicodedata.normalize("NFD", "Zoë"), ""), ("किताब", "corpus bm25f/3")],
+)
+@pytest.mark.parametrize("escaped", [True, False])
+def test_marks_alone_make_nights_of_other_pages(tmp_path: Path, text: str, told: str, escaped: bool) -> None:
+    """What is stored about pages without any stays what it is."""
+    pages = tmp_path / "pages.jsonl"
+    pages.write_text(json.dumps({"title": "a", "text": text}, ensure_ascii=escaped), encoding="utf-8")
+    environment = CorpusEnvironment(kind="corpus", pages=str(pages))
+    assert identity("environment", "corpus", environment) == (told or "corpus")
+    pages.write_text(json.dumps({"title": "a", "text": "বাংলা, too"}), encoding="utf-8")
+    assert identity("environment", "corpus", environment) == "corpus bm25f/3"
+    pages.unlink()
+    assert identity("environment", "corpus", environment) == "corpus"
+    assert CorpusSearch([Page("Rato Miku", "mayor")]).digest == "247035ab1e3bbc5384a911f5d55ef21c"
+    assert CorpusSearch([Page("Zoë", "東京タワー")]).digest == "be8045d6ca4792df1756a8385057028f"
 
 
 @pytest.mark.parametrize(
