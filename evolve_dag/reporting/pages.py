@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from evolve_dag.reporting.drawing import Figure
-from evolve_dag.reporting.summary import count, dollars, judged_of, nats, percent, percent_interval, plain
+from evolve_dag.reporting.summary import count, dollars, judged_of, mean_count, nats, percent, percent_interval, plain
 
 
 def _draw(drawn: list[Figure], figure: Figure) -> int:
@@ -42,7 +42,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for show in (plain, percent, percent_interval, nats, count, dollars, judged_of):
+    for show in (plain, percent, percent_interval, nats, count, mean_count, dollars, judged_of):
         environment.globals[show.__name__] = show
     environment.globals["in_shell"] = shlex.quote
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}  # JSON.parse of the page knows no NaN

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -435,18 +436,23 @@ def duration(seconds: float) -> str:
 
 
 def dollars(value: float | None) -> str:
-    """``0.0123`` -> ``$0.0123``; unknown is a dash, never 0."""
-    return "–" if value is None else f"${value:.2f}" if value >= 1 or value == 0 else f"${value:.2g}"
+    """``0.0123`` -> ``$0.012``; unknown is a dash, never 0."""
+    return "–" if value is None else f"${value:.2f}" if value >= 0.995 or value == 0 else f"${Decimal(f'{value:.2g}'):f}"
 
 
 def count(value: int | None) -> str:
-    """``41200`` -> ``41.2k``."""
+    """``41200`` -> ``41.2k``; ``999_960`` is ``1.0M``, as it is rounded."""
     if value is None:
         return "–"
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if value >= size:
+        if value >= 0.99995 * size:
             return f"{value / size:.1f}{unit}"
     return str(value)
+
+
+def mean_count(value: float) -> str:
+    """``7.333`` -> ``7.33``, ``1250.5`` -> ``1250``: a mean of counts."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def step_names(rows: Iterable[IterationRow]) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evolve_dag.reporting.summary import count, percent, percent_interval
+from evolve_dag.reporting.summary import count, mean_count, percent, percent_interval
 from evolve_dag.store.disk import write_atomic
 from evolve_dag.store.faults import disk_error
 from evolve_dag.study import figures
@@ -311,7 +311,7 @@ def _costs(findings: Findings) -> list[str]:
         own = [cost for cost in findings.costs if cost.arm == arm]
         if own:
             kept = ", ".join(f"{c.kept} in {c.iteration}" for c in own if c.kept) or "none"
-            items = ", ".join(f"{c.items:.3g}" for c in own)
+            items = ", ".join(mean_count(c.items) for c in own)
             rows.append(
                 [arm, str(own[-1].iteration), count(round(own[-1].sampled)), count(round(own[-1].trained)), items, kept]
             )
