@@ -8,8 +8,9 @@ import shlex
 
 import pytest
 
+from evolve_dag.records import ExperienceItem, PoolEdit
 from evolve_dag.reporting import audit_page
-from evolve_dag.reporting.principles import Chain, Contrast, Facts, ScoreRow, Shown, ShownStep, _Seen
+from evolve_dag.reporting.principles import Chain, Contrast, Facts, Principle, ScoreRow, Shown, ShownStep, _Seen
 
 
 def contrast(where: str, ids: list[str]) -> Contrast:
@@ -27,6 +28,18 @@ def test_an_interval_is_over_tasks_whatever_their_ids_hold(where: str, prefix: s
     same = [f"{prefix}{n}/1.json#{r}" for n in range(20) for r in range(2)]
     assert contrast(where, plain) == contrast(where, slashed)
     assert contrast(where, plain).chosen.interval == pytest.approx(contrast(where, same).chosen.interval, abs=0.1)
+
+
+def test_no_words_are_struck_out_that_still_hold() -> None:
+    item = ExperienceItem("p0001", "new words", "principle", created=1, updated=3)
+    edits = (
+        PoolEdit("add", "p0001", 1, None, "old words", "found"),
+        PoolEdit("update", "p0001", 2, "old words", "new words", "clearer"),
+        PoolEdit("update", "p0001", 3, "new words", "new words", "found again"),
+        PoolEdit("graduate", "p0001", 4, "new words", "new words", "done without it"),
+    )
+    page = audit_page.page(Facts("e", (Principle(item, None, edits, (), {}, {}, {}, ()),), ()))
+    assert re.findall("<s>(.*?)</s><br>(.*?)</td>", page) == [("old words", "new words")]
 
 
 def test_a_command_that_the_page_tells_runs_as_one_word_whatever_a_task_is_called() -> None:
