@@ -89,7 +89,7 @@ class PoolEditor:
         if item is not None and draft.operation == "update":
             text = item.text if text is None else text
             evidence = dict(item.evidence) if same_words(text) == same_words(item.text) else evidence
-            if item.updated == self._iteration:  # by another batch of this night
+            if any(edit.item_id == item.id for edit in self.edits):  # an earlier batch of this night had it already
                 taught = tuple(dict.fromkeys((*item.trajectory_ids, *taught)))
         support = item.evidence.get("support", 0.0) if item is not None else 0.0
         return Proposal(

@@ -236,6 +236,11 @@ def test_what_two_batches_of_a_night_find_is_taught_by_both() -> None:
     assert replay(found.edits) == outline(found.pool)
 
 
+def test_what_a_pool_from_elsewhere_was_taught_by_is_not_of_this_night() -> None:
+    found = run(Extractor({"decide": decide(FOUND_AGAIN[0])}), groups(0), pool_of("a"), iteration=1)
+    assert (found.pool.items[0].updated, found.pool.items[0].trajectory_ids) == (1, ("t0#0", "t0#1"))
+
+
 def test_a_withdrawn_item_is_neither_found_again_nor_deleted() -> None:
     pool = pool_of("a", "b").apply([Proposal("withdraw", item_id="p0001")], iteration=1).pool
     for decision in (*FOUND_AGAIN, {"operation": "DELETE", "id": "p0001"}):
