@@ -202,7 +202,8 @@ class Environment(Protocol):
 
     @property
     def digest(self) -> str:
-        """Hash of everything that decides what a call returns; part of the lineage."""
+        """Hash of everything that decides what a call returns. The lineage is named without opening anything: by the settings,
+        and by ``data`` of the environment's row where they and its code do not say all."""
         ...
 
     async def call(self, call: ToolCall) -> str | ToolResult:

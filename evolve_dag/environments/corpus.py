@@ -37,7 +37,8 @@ K1 = 1.2
 B = 0.75
 """Strength of the length normalisation."""
 RANKING = "bm25f/1"
-"""Name of the ranking in the digest; raise it when the same pages and settings would answer otherwise."""
+"""Name of the ranking in :attr:`CorpusSearch.digest`; raise it when the same pages and settings would answer otherwise, and
+tell it in the row's ``data``: nights are named by that."""
 RANKING_BEYOND_ASCII = "bm25f/2"
 """Its name where a page holds other letters: 2 composes them and pairs those that are written without spaces."""
 RANKING_WITH_MARKS = "bm25f/3"
