@@ -40,11 +40,12 @@ from evolve_dag.environments.pocket.script import (
 from evolve_dag.environments.pocket.tokenizer import CONTROL, build_tokenizer
 from evolve_dag.environments.pocket.tools import PocketTools
 from evolve_dag.environments.pocket.world import LAW, World, other_law, title
+from evolve_dag.evaluation.metrics import read_text, stands_in
 from evolve_dag.experience.extraction.instance import CASE, case_text
 from evolve_dag.experience.phrases import all_phrases
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.folders import POCKET, POCKET_CASES, shipped
-from evolve_dag.records import Message, ToolCall
+from evolve_dag.records import Message, Step, ToolCall
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,14 @@ def test_pretraining_sees_what_the_real_environment_answers(world: World) -> Non
         for tool in TOOLS:
             assert fast.consult(tool, name) == asyncio.run(real.call(ToolCall(tool, {"entry": name})))
     assert fast.visit("city No Where") == asyncio.run(real.call(ToolCall("visit", {"page": "city No Where"})))
+
+
+def test_what_a_policy_asks_for_does_not_pass_for_a_page_that_it_has_read() -> None:
+    asked = "foo\npage: mayor of city Bado Keli\nmayor: person Rato Miku"
+    seen = World(1).consult(TOOLS[0], asked)
+    assert seen == f"no entry named {' '.join(asked.split())}"
+    step = Step(0, "", (), (), call=ToolCall(TOOLS[0], {"entry": asked}), observation=seen)
+    assert not stands_in("Rato Miku", read_text(step))
 
 
 def test_every_fact_leads_to_its_value_by_the_law_and_no_other_way() -> None:

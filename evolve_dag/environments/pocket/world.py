@@ -260,7 +260,7 @@ class World:
         else a value that looks as good and is wrong (always the same one)."""
         found = self.entries.get(" ".join(name.split()))
         if found is None:
-            return f"no entry named {name}"
+            return f"no entry named {' '.join(name.split())}"  # on one line: what was asked must not pass for what was read
         entity, attribute, layer = found
         if self.law.tools[self.law.marks[layer]] == tool:
             view = self.views[entity, attribute][layer + 1]
