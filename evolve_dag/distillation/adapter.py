@@ -7,15 +7,18 @@ an inference server as they are. The config names the base model as configured, 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import ConfigError, ModelError, StoreError
+from evolve_dag.inference.quantization import state_of
 from evolve_dag.inference.quiet import quiet_peft
 from evolve_dag.store.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from torch import Tensor, nn
 
 
@@ -36,14 +39,8 @@ def attach(model: nn.Module, *, rank: int, alpha: float, seed: int, init_adapter
 
     if hasattr(model, "get_base_model"):
         raise ModelError("the model carries an adapter already", "give the base model and name the adapter's folder")
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=0.0,
-        bias="none",
-        target_modules=_linear_layers(model),
-        task_type="CAUSAL_LM",
-    )
+    config = partial(LoraConfig, r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
+    layers = _linear_layers(model, config)
     if init_adapter is not None:
         found = read_config(init_adapter)
         if found["r"] != rank or found["lora_alpha"] != alpha:
@@ -55,7 +52,7 @@ def attach(model: nn.Module, *, rank: int, alpha: float, seed: int, init_adapter
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with quiet_peft():
-            wrapped = get_peft_model(model, config)
+            wrapped = get_peft_model(model, config(target_modules=layers))
     if init_adapter is not None:
         try:
             _load_weights(wrapped, init_adapter)
@@ -65,17 +62,30 @@ def attach(model: nn.Module, *, rank: int, alpha: float, seed: int, init_adapter
     return wrapped
 
 
-def _linear_layers(model: nn.Module) -> str | list[str]:
+def _linear_layers(model: nn.Module, config: Callable[..., LoraConfig]) -> str | list[str]:
     """What peft is to wrap. Of experts in one tensor it would make layers within layers, with ranks of their own, which neither
     the function of :mod:`evolve_dag.inference.lora` nor an inference server knows."""
     import torch
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     if all(one.dim() < 3 for one in model.parameters()):
         return "all-linear"
     causal: Any = model
     head = causal.get_output_embeddings()
-    layers = [name for name, one in model.named_modules() if isinstance(one, torch.nn.Linear) and one is not head]
-    return sorted({name.rpartition(".")[2] for name in layers})
+    linear = {name: one for name, one in model.named_modules() if isinstance(one, torch.nn.Linear) and one is not head}
+    names = {name.rpartition(".")[2] for name, one in linear.items() if _multiplies(one)}
+    taken = config(target_modules=sorted(names))
+    # Where dense layers (GLM-4.5, DeepSeek: the first ones, shared experts) are called as experts were in older checkpoints,
+    # peft takes the names for the experts', and moves them out of this list.
+    convert_peft_config_for_transformers(taken, causal, None)
+    return sorted(taken.target_modules or ())
+
+
+def _multiplies(layer: nn.Linear) -> bool:
+    """Whether a linear layer, ordinary or in 4 bit, is no more than that: a router may be one by its class."""
+    import torch
+
+    return type(layer).forward is torch.nn.Linear.forward or state_of(layer.weight) is not None
 
 
 def detach(wrapped: Any) -> Any:

@@ -66,6 +66,43 @@ def test_experts_stay_as_they_are() -> None:
     torch.testing.assert_close(logits(wrapped), before)
 
 
+def mixture(kind: str, **more: object) -> torch.nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 132}
+    rest = {"num_key_value_heads": 2, "max_position_embeddings": 512, "num_experts_per_tok": 2, "pad_token_id": None}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, **rest, **more)).eval()
+
+
+def test_experts_stay_where_dense_layers_have_their_old_names(tmp_path: Path) -> None:
+    """peft takes `up_proj` for the experts' in some families, whatever else is called so (here the first layer, and one expert
+    that all tokens share)."""
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+    dense = {"first_k_dense_replace": 1, "head_dim": 8, **experts}
+    model = mixture("glm4_moe", **dense)
+    assert any(name.endswith("mlp.up_proj") for name, _ in model.named_modules())
+    before = logits(model)
+    wrapped = attach(model, rank=4, alpha=8, seed=0)
+    fuse(wrapped)
+    adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in wrapped.named_parameters() if "lora_A" in name}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    torch.testing.assert_close(logits(wrapped), before)
+    again = saved(tmp_path, detach(wrapped))
+    theirs = logits(PeftModel.from_pretrained(mixture("glm4_moe", **dense), str(again)).eval())
+    torch.testing.assert_close(logits(load_adapter(model, again)), theirs)
+    assert (theirs - before).abs().max() > 1e-3
+
+
+def test_a_router_is_no_layer_to_adapt() -> None:
+    """It is one of torch's linear layers by its class, and gives three things."""
+    model = mixture("phimoe", num_local_experts=4)
+    before = logits(model)
+    wrapped = attach(model, rank=4, alpha=8, seed=0)
+    assert not any("router.lora_A" in name for name, _ in wrapped.named_parameters())
+    torch.testing.assert_close(logits(wrapped), before)
+
+
 def test_initial_weights_follow_the_seed_alone() -> None:
     def first(seed: int) -> torch.Tensor:
         wrapped = attach(tiny_model(), rank=4, alpha=8, seed=seed)
