@@ -143,7 +143,7 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
         yield Finding("note", "memory", f"{folder}/config.json is not there: that file alone is enough to calculate")
         return
     require(policy.quantize, runtime.device)
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     # `reach` leaves out the last observation, whose length is the environment's affair.
     most = longest_context(policy, folder)
     longest = min(experiment.rollout.reach, most)

@@ -235,7 +235,7 @@ def read_chat(folder: str | Path) -> ChatFormat:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as problem:  # transformers and tokenizers share no base class
         raise ModelError(
             f"tokenizer of {folder}: cannot be read: {type(problem).__name__}: {problem}", "the folder must hold tokenizer.json"

@@ -60,8 +60,9 @@ def _write(file: Path, out: Path, dtype: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        how: Any = {"gguf_file": file.name, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **how)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **how)
     except ImportError as error:
         raise ModelError(f"{file.name}: {error}", "pip install 'evolve-dag[gguf]'") from None
     except (ValueError, RuntimeError, OSError, KeyError) as error:

@@ -61,7 +61,9 @@ def pretrained(folder: Path | str, *, dtype: str, quantize: str, device: str) ->
     from transformers import AutoModelForCausalLM
 
     number = getattr(torch, dtype)
-    how: dict[str, Any] = {"dtype": number, "local_files_only": True}
+    # What a folder is called by is the hash of its *.safetensors: no other weights count. And without a word about code of its
+    # own transformers would ask at the terminal whether to run it.
+    how: dict[str, Any] = {"dtype": number, "local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     if quantize == "none":
         return AutoModelForCausalLM.from_pretrained(str(folder), **how).to(device)
     from transformers import BitsAndBytesConfig

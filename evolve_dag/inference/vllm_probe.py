@@ -154,8 +154,8 @@ def _expect(
 ) -> list[tuple[Table, ...]]:
     """Next-token tables of the base and, where there is one, of the adapter."""
     import torch
-    from transformers import AutoModelForCausalLM
 
+    from evolve_dag.inference.quantization import pretrained
     from evolve_dag.inference.quiet import quiet_peft
 
     @torch.inference_mode()
@@ -169,7 +169,7 @@ def _expect(
 
     try:
         # Weights as they are served, arithmetic in float32: rounding then stands on one side of the comparison only.
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).float().to(device).eval()
+        model = pretrained(folder, dtype=dtype, quantize="none", device="cpu").float().to(device).eval()
         results = [tables(model)]
         if adapter is not None:
             from peft import PeftModel

@@ -306,7 +306,7 @@ class _Warmup:
         source = model_folder(self.start)
         model: Any = merge(load_adapter(load_model(source), adapter))
         model.to(getattr(torch, self.start.dtype)).save_pretrained(self.build.path)
-        AutoTokenizer.from_pretrained(source).save_pretrained(self.build.path)
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(self.build.path)
 
 
 def _rows_of(episodes: Sequence[Trajectory], chat: ChatFormat) -> list[DistillationRow]:

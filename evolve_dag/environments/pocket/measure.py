@@ -52,10 +52,10 @@ class Sampler:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self.encode = Encoder(self.tokenizer)
         self.opening = self.encode.header["assistant"]
-        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
         torch.manual_seed(seed)
 
     def __call__(self, conversations: Sequence[Sequence[Message]], *, batch: int = 128, tokens: int = 40) -> list[str]:

@@ -79,8 +79,9 @@ class Embedder:
             from transformers import AutoModel, AutoTokenizer
 
             try:
-                tokenizer = AutoTokenizer.from_pretrained(self._folder)
-                model = AutoModel.from_pretrained(self._folder, dtype=getattr(torch, self._dtype))
+                tokenizer = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
+                how: Any = {"dtype": getattr(torch, self._dtype), "use_safetensors": True, "trust_remote_code": False}
+                model = AutoModel.from_pretrained(self._folder, **how)
             except (OSError, ValueError, KeyError, AttributeError) as error:
                 raise ModelError(
                     f"{self._folder}: cannot be loaded for embeddings: {error}",
