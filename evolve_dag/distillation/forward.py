@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from evolve_dag.errors import ModelError
+from evolve_dag.inference.folders import same_angles
 from evolve_dag.inference.prefix_tree import GrowingTree, hosts
 
 if TYPE_CHECKING:
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from evolve_dag.inference.attention import Chains, Places
 
 Ids = Sequence[int]
+
+CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+"""Fields of a config that say how logits are changed behind the output layer; unset or 1: not at all."""
 
 FULL = 0.75
 """Share of the tokens of a pass from which on it may end early, where the next sequence begins otherwise."""
@@ -40,11 +45,12 @@ class Forward:
     """Whether a pass waits for the other processes, which must run as many."""
 
     def __init__(self, model: nn.Module, *, share: bool = True, recompute: bool = False, fused: bool | None = None) -> None:
-        from evolve_dag.inference.attention import takes_chains
+        from evolve_dag.inference.attention import bare, takes_chains
 
         self.model: Any = model
         self.decoder, self.head = decoder_and_head(model)
         self.share = share and takes_chains(model)
+        self._same_angles = same_angles(bare(model).config.get_text_config().to_dict())
         self.recompute = recompute
         self.fused = self.device.type == "cuda" if fused is None else fused
 
@@ -80,8 +86,12 @@ class Forward:
         """Indices of ``sequences`` per forward pass of at most ``tokens`` tokens (more if one alone is longer).
 
         Packed, neighbours stay together, since they are what begins alike, and a shared token counts once. Otherwise
-        sequences of like length meet, and padding counts.
+        sequences of like length meet, and padding counts. One so long that it would change the others' angles is alone.
         """
+        if apart := [index for index, one in enumerate(sequences) if len(one) > self._same_angles]:
+            others = sorted(set(range(len(sequences))) - set(apart))
+            found = self.passes([sequences[index] for index in others], tokens)
+            return [*([others[index] for index in chosen] for chosen in found), *([index] for index in apart)]
         return _neighbours(sequences, tokens) if self.share else _like_length(sequences, tokens)
 
     def states(self, sequences: Sequence[Ids]) -> tuple[Tensor, list[np.ndarray]]:
@@ -248,11 +258,18 @@ def decoder_and_head(model: nn.Module) -> tuple[Any, Any]:
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if head is None:
         raise ModelError(f"{type(base).__name__} has no output embeddings", "give a causal language model (…ForCausalLM)")
-    for name, neutral in (("final_logit_softcapping", None), ("logit_scale", 1), ("logits_scaling", 1)):
-        value = getattr(base.config, name, None)
-        if value is not None and value != neutral:
+    configs = (base.config, base.config.get_text_config())  # of a model that sees too, what is said of its text stands apart
+    for name, config in product(CHANGES, configs):
+        value = getattr(config, name, None)
+        if value is not None and value != 1:
             raise ModelError(
                 f"{type(base).__name__} changes its logits behind the output layer ({name} = {value})",
                 "use an architecture without it (Qwen, Llama, Mistral, SmolLM)",
             )
-    return base.get_decoder(), head
+    decoder = base.get_decoder()
+    if decoder is base:
+        raise ModelError(
+            f"{type(base).__name__} does not say which part of it is its body",
+            "use an architecture that does (Qwen, Llama 3, Mistral, SmolLM)",
+        )
+    return decoder, head

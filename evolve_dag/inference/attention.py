@@ -32,6 +32,9 @@ Places = np.ndarray | slice
 QUERIES = 192
 """Most queries of one product under a mask on a CPU, which computes what the mask forbids: half as much as of 512 at a time."""
 
+PLACEHOLDER = (1, 1, 1, 1)
+"""Shape of the mask that a packed row comes with."""
+
 LONG = 1024
 """Mean tokens of the chains of a row from which on each goes to the GPU's kernel for one sequence, which is twice as fast."""
 
@@ -49,6 +52,11 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """What the model's layers call; ``query [B, heads, T, D]``, keys and values with as many or fewer heads."""
     if chains is not None:
+        if attention_mask is None or attention_mask.shape != PLACEHOLDER:
+            raise ModelError(
+                f"{type(module).__name__} says itself who sees whom, so a packed row cannot be computed",
+                "use an architecture that leaves it to its mask (Qwen, Llama, Mistral, SmolLM)",
+            )
         chains.asked += 1
         return (_wanted_attention if chains.narrow else _tree_attention)(query, key, value, chains, scaling), None
     groups, tokens = query.shape[1] // key.shape[1], query.shape[2]
@@ -326,7 +334,7 @@ def _states(decoder: Any, tree: PrefixTree, chains: Chains, device: Any) -> Tens
     states: Tensor = decoder(
         input_ids=torch.from_numpy(tree.ids)[None].to(device),
         position_ids=torch.from_numpy(tree.positions)[None].to(device),
-        attention_mask=torch.zeros((1, 1, 1, 1), device=device),  # given, so that the model does not make one of T x T
+        attention_mask=torch.zeros(PLACEHOLDER, device=device),  # given, so that the model does not make one of T x T
         chains=chains,
         use_cache=False,
     ).last_hidden_state

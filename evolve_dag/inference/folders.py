@@ -12,6 +12,7 @@ from typing import Any
 from evolve_dag.config.schema import SHIPPED, PolicySettings, VllmModelSettings
 from evolve_dag.errors import ModelError
 from evolve_dag.inference.chat import begins_with_bos, switches_thought
+from evolve_dag.store.layout import ADAPTER_CONFIG
 
 POCKET = Path(__file__).resolve().parent.parent / "environments" / "pocket" / "model"
 """The policy that ships with the package."""
@@ -38,9 +39,14 @@ def model_folder(settings: PolicySettings) -> Path:
     """Folder of the model's files.
 
     Raises:
-        ModelError: there is no such folder, or it holds no weights.
+        ModelError: there is no such folder, or it holds no weights, or an adapter.
     """
     folder = place(settings)
+    if (folder / ADAPTER_CONFIG).is_file():  # transformers would open the model that it names, wherever that lies, and wear it
+        raise ModelError(
+            f"{settings.path}: holds an adapter ({ADAPTER_CONFIG}), which is a part of a model",
+            "merge it into its base (peft: merge_and_unload, then save_pretrained), and set models.policy.path to that folder",
+        )
     if not any(folder.glob("*.safetensors")):
         remedy = (
             f"make the weights: `{pretraining(settings.path)}`"
@@ -54,7 +60,8 @@ def model_folder(settings: PolicySettings) -> Path:
 def longest_context(settings: PolicySettings, folder: Path) -> int:
     """Tokens of a context with its answer: what the config of the model in ``folder`` allows, and the engine is asked for.
 
-    In this process the window of a model whose attention slides is the end, since its cache keeps all columns.
+    In this process the window of a model whose attention slides is the end, since its cache keeps all columns, and so is where
+    a model begins to turn all positions otherwise.
 
     Raises:
         ModelError: there is no readable ``config.json``.
@@ -64,12 +71,12 @@ def longest_context(settings: PolicySettings, folder: Path) -> int:
 
 
 def _own_context(folder: Path) -> tuple[int, int]:
-    """Tokens that the config of a model allows, and those that its layers look back."""
+    """Tokens that the config of a model allows, and those up to which what came before can be kept."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         config = {**config, **(config.get("text_config") or {})}
-        return int(config.get("max_position_embeddings") or 2**31 - 1), _window(config)
+        return int(config.get("max_position_embeddings") or 2**31 - 1), min(_window(config), same_angles(config))
     except (OSError, ValueError, TypeError) as problem:
         raise ModelError(f"{path}: cannot be read: {problem}", "take a folder that from_pretrained reads") from problem
 
@@ -80,6 +87,23 @@ def _window(config: Mapping[str, Any]) -> int:
         return 2**31 - 1
     windows = (config.get(name) for name in ("sliding_window", "attention_chunk_size"))
     return min([int(one) for one in windows if one is not None], default=2**31 - 1)
+
+
+def same_angles(config: Mapping[str, Any]) -> int:
+    """Tokens of the longest sequence whose positions are turned by the same angles as a shorter one's. In a longer one LongRoPE
+    (Phi-3, MiniCPM) and dynamic scaling (InternLM) turn the first tokens too by others, so what was computed of it before it
+    grew so long is of no use, and in one pass with others it changes theirs."""
+    most = int(config.get("max_position_embeddings") or 2**31 - 1)
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = [2**31 - 1]
+    for rope in (given, *(one for one in given.values() if isinstance(one, Mapping))):  # one for all layers, or one a kind
+        kind = rope.get("rope_type") or rope.get("type")
+        if kind in ("longrope", "su"):
+            name = "original_max_position_embeddings"
+            found.append(int(config.get(name) or rope.get(name) or most))
+        elif kind == "dynamic":
+            found.append(most)
+    return min(found)
 
 
 def is_pocket(settings: PolicySettings) -> bool:

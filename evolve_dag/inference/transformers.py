@@ -39,6 +39,7 @@ from evolve_dag.errors import (
 from evolve_dag.inference import lora
 from evolve_dag.inference.attention import ATTENTION, bare
 from evolve_dag.inference.chat import ChatFormat, read_chat
+from evolve_dag.inference.folders import same_angles
 from evolve_dag.inference.freed import give_back
 from evolve_dag.inference.guided import Guide, Guides
 from evolve_dag.inference.host_memory import host_memory
@@ -682,7 +683,8 @@ def _buckets(missing: Sequence[int]) -> list[list[int]]:
 
 
 def _longest_context(config: Any) -> int:
-    """Positions that the model knows; a sliding window counts as the end, because the cache keeps all columns."""
+    """Positions that the model knows; a sliding window counts as the end, because the cache keeps all columns, and so do other
+    angles, which would have to be those of the columns that it has."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     unknown = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
     if unknown:
@@ -690,7 +692,7 @@ def _longest_context(config: Any) -> int:
             f"{config.model_type} has layers of kind {', '.join(sorted(unknown))}, which keep no keys and values",
             "use a model whose layers are all attention (Qwen3, Llama), or serve this one through an endpoint",
         )
-    limits = [getattr(config, "max_position_embeddings", None) or 2**20]
+    limits = [getattr(config, "max_position_embeddings", None) or 2**20, same_angles(config.to_dict())]
     if getattr(config, "layer_types", None) is None or kinds != {"full_attention"}:
         windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         limits += [window for window in windows if window is not None]

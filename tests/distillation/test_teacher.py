@@ -143,6 +143,35 @@ def test_architectures_that_rescale_their_logits_are_refused(name: str, value: f
         TeacherScorer(model)
 
 
+def test_a_cap_that_the_config_of_the_text_names_is_seen() -> None:
+    """Models that see too have a config for their text (Gemma 4); a cap there was passed over."""
+    from transformers import AutoModelForCausalLM, Gemma4Config
+
+    shape = {"vocab_size": 132, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small = {"num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 0}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "final_logit_softcapping": 3.0}
+    config = Gemma4Config(text_config={**shape, **small, **kinds}, vision_config=None, audio_config=None)
+    with pytest.raises(ModelError, match=r"behind the output layer \(final_logit_softcapping = 3.0\)"):
+        TeacherScorer(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_model_that_is_its_own_body_is_refused() -> None:
+    model = tiny_model()
+    model.get_decoder = lambda: model  # what transformers answers for Llama 4
+    with pytest.raises(ModelError, match="does not say which part of it is its body"):
+        TeacherScorer(model)
+
+
+def test_a_sequence_that_turns_all_positions_otherwise_is_alone() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 4, "long_factor": [4.0, 8.0, 16.0, 32.0]}
+    model = tiny_model(kind="llama", rope_parameters={**rope, "original_max_position_embeddings": 40})
+    aligned = some()
+    lengths = sorted(len(view.ids) for one in aligned for view in one.views)
+    assert lengths[0] < 40 < lengths[-1]
+    scored = TeacherScorer(model, top_k=0).score([one.views for one in aligned])
+    assert nearest([oracle(model, one) for one in aligned], scored) < 1e-4
+
+
 def test_a_body_without_output_layer_is_refused() -> None:
     with pytest.raises(ModelError, match="no output embeddings"):
         TeacherScorer(tiny_model().model)

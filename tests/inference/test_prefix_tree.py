@@ -180,6 +180,16 @@ def test_layers_that_keep_who_sees_whom_to_themselves_are_refused() -> None:
         packed_states(forgets, [[1, 2, 3], [1, 2, 4]], "cpu")
 
 
+def test_a_layer_that_masks_by_itself_is_refused() -> None:
+    """Doge's attention makes a mask of its own out of the one that it is given: packed, it was another model."""
+    from transformers import DogeConfig, DogeForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = DogeForCausalLM(DogeConfig(vocab_size=64, num_key_value_heads=2, **shape)).eval()
+    with our_attention(model), torch.no_grad(), pytest.raises(ModelError, match="DogeAttention says itself who sees whom"):
+        packed_states(model.model, [[1, 2, 3], [1, 2, 4]], "cpu")
+
+
 def test_who_takes_a_packed_row() -> None:
     assert takes_chains(model_of("qwen3"))
     assert takes_chains(model_of("llama"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from evolve_dag.errors import ContextOverflowError, ExhaustedError, ModelError, UnreachableError
 from evolve_dag.inference import transformers as backend
-from evolve_dag.inference.chat import ChatFormat
+from evolve_dag.inference.chat import ChatFormat, read_chat
 from evolve_dag.inference.kv import bytes_per_token
 from evolve_dag.inference.recording import distribution
 from evolve_dag.inference.transformers import TransformersModel, uniforms
@@ -662,6 +663,69 @@ def test_sliding_window_counts_as_the_end_of_the_context(qwen3: PreTrainedModel,
     assert loaded.max_context == 64
     request = Request((Message("user", "Who?"),), Sampling(max_tokens=30, seed=1), "s")
     check(model, chat, request, ask(loaded, [request])[0])
+
+
+def test_other_angles_count_as_the_end_of_the_context(qwen3: PreTrainedModel, chat: ChatFormat, tmp_path: Path) -> None:
+    """LongRoPE turns the first tokens otherwise too once a sequence is long: keys that were kept were of no use any more, and a
+    long call changed what its company was answered."""
+    from evolve_dag.config.schema import TransformersModelSettings
+    from evolve_dag.inference.folders import longest_context
+
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 4, "long_factor": [4.0, 8.0, 16.0, 32.0]}
+    config = Qwen3Config(**{**qwen3.config.to_dict(), "rope_parameters": {**rope, "original_max_position_embeddings": 64}})
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config).eval()
+    loaded = load(model, chat)
+    assert loaded.max_context == 64
+    config.save_pretrained(tmp_path)
+    assert longest_context(TransformersModelSettings(path=str(tmp_path)), tmp_path) == 64
+    older = json.loads((tmp_path / "config.json").read_text())
+    older |= {"rope_scaling": {**rope, "type": "su"}, "original_max_position_embeddings": 48}
+    del older["rope_parameters"], older["rope_scaling"]["rope_type"]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    assert longest_context(TransformersModelSettings(path=str(tmp_path)), tmp_path) == 48
+    request = Request((Message("user", "Who?"),), Sampling(max_tokens=30, seed=1), "s")
+    check(model, chat, request, ask(loaded, [request])[0])
+
+
+def test_code_of_a_folder_is_neither_run_nor_asked_about(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    named = {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.Odd", "AutoTokenizer": ["odd.OddTokens", None]}
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text(json.dumps({"model_type": "odd", "tokenizer_class": "OddTokens", "auto_map": named}))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "odd.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+
+    def yes(question: str) -> str:
+        asked.append(question)
+        return "y"
+
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", yes)
+    for read in (lambda: TransformersModel.load(tmp_path), lambda: read_chat(tmp_path)):
+        with pytest.raises(ModelError, match="cannot be read"):
+            read()
+    assert not asked
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_beside_those_that_are_hashed_are_not_read(qwen3: PreTrainedModel, chat: ChatFormat, tmp_path: Path) -> None:
+    qwen3.save_pretrained(tmp_path)
+    torch.save(qwen3.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    with pytest.raises(ModelError, match="cannot be read"):
+        TransformersModel.load(tmp_path, chat)
+
+
+def test_the_folder_of_an_adapter_is_no_model(qwen3: PreTrainedModel, tmp_path: Path) -> None:
+    """transformers opens the base that it names and wears it; the identity would be the adapter's alone."""
+    from peft import LoraConfig, get_peft_model
+
+    from evolve_dag.config.schema import TransformersModelSettings
+    from evolve_dag.inference.folders import model_folder
+
+    get_peft_model(copy.deepcopy(qwen3), LoraConfig(r=4, target_modules="all-linear")).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"holds an adapter[\s\S]*merge it into its base"):
+        model_folder(TransformersModelSettings(path=str(tmp_path)))
 
 
 def test_bfloat16(qwen3: PreTrainedModel, chat: ChatFormat, tmp_path: Path) -> None:
