@@ -24,6 +24,7 @@ from evolve_dag.errors import EvolveError, ModelError, no_slice_error
 from evolve_dag.inference.ledger import Ledger
 from evolve_dag.inference.roles import Roles
 from evolve_dag.records import Call, Task, Trajectory
+from evolve_dag.secrecy import describe_error
 from evolve_dag.steps import base
 from evolve_dag.steps.body import Playing
 from evolve_dag.steps.policies import Checked, open_policy
@@ -143,12 +144,18 @@ class _Crew:
         from ray.exceptions import RayActorError
 
         try:
-            problem = await actor.ready.remote()
-        except RayActorError as error:
-            self._died(actor, error)
-        else:
-            self.busy[actor] = 0
-            self.problem = self.problem or (retold(problem) if problem else None)
+            try:
+                problem = await actor.ready.remote()
+            except RayActorError as error:
+                self._died(actor, error)
+            else:
+                self.busy[actor] = 0
+                self.problem = self.problem or (retold(problem) if problem else None)
+        except Exception as error:  # nobody awaits this task: every episode would wait for ever
+            self.problem = self.problem or ModelError(
+                f"a rollout worker cannot be started: {describe_error(error)}",
+                "see that evolve-dag is installed on all nodes, in the same version, and their logs in Ray's dashboard",
+            )
         async with self.changed:
             self.changed.notify_all()
 
