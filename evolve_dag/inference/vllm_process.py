@@ -260,26 +260,33 @@ class EngineProcess:
                 return
             error = UnreachableError(f"vLLM's engine ended with status {code}{self._last_lines()}", _REMEDY)
             never_ready = not self._ready.done()
+            suspects: list[_Pending] = []
             if never_ready:
                 self._ready.set_exception(error)
             if never_ready or self._restarts >= _RESTARTS:
                 self._over = error
             else:
                 self._restarts += 1
-                suspects = []
                 for number, pending in list(self._pending.items()):
                     pending.deaths += 1
                     if pending.deaths >= _DEATHS:
                         suspects.append(self._pending.pop(number))
-                self._process = self._start()
-                for adapter in self._adapters.values():
-                    self._send(_loading(adapter), lambda _: None)
-                for pending in self._pending.values():
-                    self._write(pending.line)
+                self._start_again(error)
+        _fail_all(suspects, error)
         if self._over is not None:
-            self._fail(error)
-        else:
-            _fail_all(suspects, error)
+            self._fail(self._over)
+
+    def _start_again(self, error: UnreachableError) -> None:
+        """Another engine, which is asked what the one that ended with ``error`` has not answered."""
+        try:
+            self._process = self._start()
+        except ModelError as problem:  # no memory for a process, an environment that was moved away
+            self._over = UnreachableError(f"{error.what}\nand none can be started again: {problem.what}", _REMEDY)
+            return
+        for adapter in self._adapters.values():
+            self._send(_loading(adapter), lambda _: None)
+        for pending in self._pending.values():
+            self._write(pending.line)
 
     def _kill(self, process: subprocess.Popen[bytes]) -> None:
         """End an engine and all that it started, unless it was reaped: then another may have its number."""

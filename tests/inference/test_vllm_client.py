@@ -662,6 +662,17 @@ def test_a_call_that_kills_every_engine_fails_and_the_others_live(engine: Engine
         engine.submit(plain(1)).result(20)
 
 
+def test_an_engine_that_cannot_be_started_again_is_over(engine: EngineProcess) -> None:
+    """The thread that listens ended with it, and every call waited to its limit."""
+    engine._python = "/no/such/python"
+    futures = [engine.submit(plain(seed)) for seed in (667, 669)]
+    for future in futures:
+        with pytest.raises(UnreachableError, match=r"(?s)a step failed.*none can be started again: /no/such/python"):
+            future.result(20)
+    with pytest.raises(UnreachableError, match="none can be started again"):
+        engine.submit(plain(1)).result(20)
+
+
 def test_cancelling_tells_the_engine(engine: EngineProcess) -> None:
     future = engine.submit(plain(669))
     assert future.cancel()
