@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from evolve_dag.errors import ClosedError, ModelError, UnreachableError
 from evolve_dag.inference.folders import longest_context
@@ -26,6 +26,8 @@ from evolve_dag.secrecy import describe_error, excerpt
 
 if TYPE_CHECKING:
     from evolve_dag.config.schema import RuntimeSettings, VllmModelSettings
+
+T = TypeVar("T")
 
 ENGINE = Path(__file__).with_name("vllm_engine.py")
 START_SECONDS = 1800.0
@@ -122,18 +124,33 @@ class EngineProcess:
 
     def load(self, adapter: Adapter | None, probe: Check | None) -> None:
         if adapter is not None:
-            self._send(_loading(adapter), lambda _: None).result(self.timeout_seconds)
+            self._waited_for(self._send(_loading(adapter), lambda _: None))
             with self._lock:
                 self._adapters[adapter.name] = adapter
         if probe is not None:
             futures = [self.submit(ask) for ask in probe.asks]
-            probe.judge([future.result(self.timeout_seconds) for future in futures], "vLLM's engine")
+            probe.judge([self._waited_for(future) for future in futures], "vLLM's engine")
 
     def unload(self, adapter: Adapter) -> None:
         """Take an adapter out, so that another may have its place."""
         with self._lock:
             self._adapters.pop(adapter.name, None)
-        self._send({"op": "unload", "name": adapter.name}, lambda _: None).result(self.timeout_seconds)
+        self._waited_for(self._send({"op": "unload", "name": adapter.name}, lambda _: None))
+
+    def _waited_for(self, future: Future[T]) -> T:
+        """Its result.
+
+        Raises:
+            UnreachableError: it does not come within :attr:`timeout_seconds`.
+        """
+        try:
+            return future.result(self.timeout_seconds)
+        except FutureTimeout:
+            seconds = self.timeout_seconds or 0.0
+            self.late(seconds)
+            raise UnreachableError(
+                f"vLLM's engine gave no answer within {seconds:g} s{self._last_lines()}", "raise models.policy.timeout_seconds"
+            ) from None
 
     def submit(self, ask: Ask) -> Future[Sampled]:
         return self._send(

@@ -680,6 +680,13 @@ def test_cancelling_tells_the_engine(engine: EngineProcess) -> None:
     assert engine.submit(plain(1)).result(10).ids
 
 
+def test_an_engine_that_hangs_over_an_adapter_is_an_error(engine: EngineProcess, adapter: Adapter) -> None:
+    engine.timeout_seconds = 0.5
+    os.kill(engine.pid, signal.SIGSTOP)
+    with pytest.raises(UnreachableError, match=r"no answer within 0.5 s[\s\S]*timeout_seconds"):
+        engine.load(adapter, None)
+
+
 def test_a_slow_answer_is_an_error(engine: EngineProcess, chat: ChatFormat) -> None:
     engine.timeout_seconds = 0.3
     [error] = ask(engine, chat, [request(669)])
