@@ -75,7 +75,7 @@ def compare(repeats: int) -> None:
         )
 
 
-def bias(contexts: Path, folder: str) -> None:
+def bias(contexts: Path, folder: str, steps: int) -> None:
     """Top-k against all log-probabilities on real steps: the teacher read the item, the student did not."""
     clean, model = load_contexts(contexts), load_model(folder)
     decoder, head = decoder_and_head(model)
@@ -90,7 +90,7 @@ def bias(contexts: Path, folder: str) -> None:
             return decoder(input_ids=torch.tensor([ids])).last_hidden_state[0, span[0] - 1 : span[1] - 1]
 
     students, teachers = [], []
-    for one in load_contexts(contexts / RETENTION)[:200]:
+    for one in load_contexts(contexts / RETENTION)[:steps]:
         owner, step = one.row.trajectory_id, one.row.steps[0]
         trajectory = owner.rpartition("@")[0]
         students.append(states(rows[trajectory], spans[trajectory, step]))
@@ -119,9 +119,10 @@ def main() -> None:
     parser.add_argument(
         "--bias", nargs=2, metavar=("CONTEXTS", "MODEL"), help="folder of a contexts artifact, folder of its policy"
     )
+    parser.add_argument("--steps", type=int, default=200, help="of --bias: how many to read, each with its whole context")
     given = parser.parse_args()
     if given.bias:
-        bias(Path(given.bias[0]), given.bias[1])
+        bias(Path(given.bias[0]), given.bias[1], given.steps)
     elif given.arm:
         one_arm(given.arm, *given.size, given.repeats)
     else:

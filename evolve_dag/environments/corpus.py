@@ -585,9 +585,11 @@ def _data(settings: CorpusEnvironment) -> str:
     """The ranking where there are marks, so that no night mixes it with one that split words there; '' elsewhere."""
     path = Path(settings.pages)
     try:
+        if not path.is_file():  # a pipe would wait for ever, a device never end
+            return ""
         stat = path.stat()
         return RANKING_WITH_MARKS if _holds_marks(path, stat.st_mtime_ns, stat.st_size) else ""
-    except (OSError, DataError):  # told by whoever reads the pages
+    except (OSError, ValueError, DataError):  # told by whoever reads the pages
         return ""
 
 
