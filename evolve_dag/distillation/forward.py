@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import product
@@ -135,7 +135,7 @@ def _wanted_at_the_end(decoder: Any) -> Iterator[None]:
     """
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    from evolve_dag.distillation.kernels import computes_as
+    from evolve_dag.distillation.kernels import computes_as, computing
 
     last = next(reversed(getattr(decoder, "layers", None) or [None]))
     if last is None or "forward" in vars(last) or not computes_as(last, LlamaDecoderLayer):
@@ -154,21 +154,8 @@ def _wanted_at_the_end(decoder: Any) -> Iterator[None]:
         states: Tensor = hidden + last.mlp(last.post_attention_layernorm(hidden))
         return states
 
-    with _computing(last, forward):
+    with computing(last, forward):
         yield
-
-
-@contextmanager
-def _computing(layer: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """``layer`` computes ``forward`` meanwhile."""
-    before = vars(layer).get("forward")
-    layer.forward = forward
-    try:
-        yield
-    finally:
-        del layer.forward
-        if before is not None:
-            layer.forward = before
 
 
 @contextmanager
@@ -182,10 +169,12 @@ def _recomputed(decoder: Any) -> Iterator[None]:
     """
     from torch.utils.checkpoint import checkpoint
 
+    from evolve_dag.distillation.kernels import computing
+
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     with ExitStack() as meanwhile:
         for layer in repeated_layers(decoder):
-            meanwhile.enter_context(_computing(layer, partial(again, layer.forward)))
+            meanwhile.enter_context(computing(layer, partial(again, layer.forward)))
         yield
 
 

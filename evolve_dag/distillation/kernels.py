@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from types import MethodType
 from typing import Any
@@ -143,22 +143,31 @@ def _liger() -> Liger | None:
 
 
 @contextmanager
-def fused_layers(decoder: nn.Module) -> Iterator[None]:
-    """The layers of ``decoder`` compute so meanwhile, where they do what Llama's do."""
-    replaced = {module: forward for module in decoder.modules() if (forward := _replacement(module)) is not None}
-    names = _rotating(decoder)
-    rotate = names.get(ROTATE)
+def computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """``module`` computes ``forward`` meanwhile."""
+    before = vars(module).get("forward")
+    module.forward = forward
     try:
-        for module, forward in replaced.items():
-            module.forward = MethodType(forward, module)
-        if rotate is not None:
-            names[ROTATE] = _rotate
         yield
     finally:
-        for module in replaced:
-            vars(module).pop("forward", None)
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+@contextmanager
+def fused_layers(decoder: nn.Module) -> Iterator[None]:
+    """The layers of ``decoder`` compute so meanwhile, where they do what Llama's do."""
+    names = _rotating(decoder)
+    rotate = names.get(ROTATE)
+    with ExitStack() as meanwhile:
+        for module in decoder.modules():
+            if (forward := _replacement(module)) is not None:
+                meanwhile.enter_context(computing(module, MethodType(forward, module)))
         if rotate is not None:
-            names[ROTATE] = rotate
+            meanwhile.callback(names.__setitem__, ROTATE, rotate)
+            names[ROTATE] = _rotate
+        yield
 
 
 ROTATE = apply_rotary_pos_emb.__name__

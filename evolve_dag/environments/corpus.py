@@ -187,10 +187,10 @@ class CorpusSearch:
     @cached_property
     def digest(self) -> str:
         """32 hex digits over pages (in any order), settings and ranking."""
-        texts = [f"{page.title}\n{page.seen}" for page in self.pages if not f"{page.title}{page.seen}".isascii()]
-        ranking = RANKING_BEYOND_ASCII if texts else RANKING
+        plain = all(f"{page.title}{page.seen}".isascii() for page in self.pages)
+        ranking = RANKING if plain else RANKING_WITH_MARKS if _hold_marks(self.pages) else RANKING_BEYOND_ASCII
         content = {
-            "ranking": [RANKING_WITH_MARKS if any(_has_marks(_composed(text)) for text in texts) else ranking, K1, B],
+            "ranking": [ranking, K1, B],
             "results": self.results,
             "snippet_characters": self.snippet_characters,
             "minimum_match": self.minimum_match,
@@ -480,6 +480,10 @@ def _has_marks(text: str) -> bool:
     return not text.isascii() and any(map(_is_mark, set(text)))
 
 
+def _hold_marks(pages: Sequence[Page]) -> bool:
+    return any(_has_marks(_composed(f"{page.title}\n{page.seen}")) for page in pages)
+
+
 def _is_mark(character: str) -> bool:
     return unicodedata.category(character).startswith("M")
 
@@ -599,7 +603,7 @@ def _holds_marks(path: Path, changed: int, size: int) -> bool:
     content = path.read_bytes()
     if content.isascii() and b"\\u" not in content:  # the pages need not be parsed
         return False
-    return any(_has_marks(_composed(f"{page.title}\n{page.seen}")) for page in load_pages(path))
+    return _hold_marks(load_pages(path))
 
 
 CORPUS = EnvironmentPart(

@@ -150,8 +150,7 @@ class Chains:
 
 def _tree_attention(query: Tensor, key: Tensor, value: Tensor, chains: Chains, scaling: float | None) -> Tensor:
     """One product per chain, so nothing is computed that a mask would forbid; ``[1, T, heads, D]``."""
-    if chains.widths != chains.lengths:
-        key, value = _Gather.apply(key, chains), _Gather.apply(value, chains)
+    key, value = _seen(key, chains), _seen(value, chains)
     if query.is_cuda and query.dtype == torch.float32:  # else the kernel that keeps T x T is taken: the others want equal heads
         groups = query.shape[1] // key.shape[1]
         key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
@@ -168,9 +167,7 @@ def _tree_attention(query: Tensor, key: Tensor, value: Tensor, chains: Chains, s
 
 def _wanted_attention(query: Tensor, key: Tensor, value: Tensor, chains: Chains, scaling: float | None) -> Tensor:
     """:func:`_tree_attention` of the tokens that are wanted; zeros for the others."""
-    if chains.widths != chains.lengths:
-        key, value = _Gather.apply(key, chains), _Gather.apply(value, chains)
-    keys, values = key.split(chains.widths, dim=2), value.split(chains.widths, dim=2)
+    keys, values = (_seen(one, chains).split(chains.widths, dim=2) for one in (key, value))
     rows, blocks = chains.wanted(query.device), chains.wanted_places()
     assert rows is not None
     found = []
@@ -244,6 +241,14 @@ def _grouped() -> dict[str, bool] | None:
 def _needs_mask(q: Tensor) -> bool:
     """Elsewhere kernels know by themselves which keys the last queries see."""
     return q.device.type == "cpu"
+
+
+def _seen(source: Tensor, chains: Chains) -> Tensor:
+    """Keys or values ``[1, heads, T, D]``, for every chain what it sees."""
+    if chains.widths == chains.lengths:
+        return source
+    found: Tensor = _Gather.apply(source, chains)
+    return found
 
 
 class _Gather(torch.autograd.Function):

@@ -111,8 +111,9 @@ def check_files(experiment: Experiment) -> None:
     """
     row: EnvironmentPart[Any] = part_of("environment", experiment.environment)
     row.check(experiment.environment)
-    for name in SPLITS if row.tasks is not None else ():
-        _tasks(experiment, name)
+    if row.tasks is not None and not row.one_world:  # else the next line reads them
+        for name in SPLITS:
+            _tasks(experiment, name)
     check_disjoint(experiment)
 
 

@@ -51,21 +51,6 @@ def test_a_new_adapter_changes_nothing_and_stands_on_every_linear_layer() -> Non
     assert all("lora_" in name for name in trainable)
 
 
-def test_experts_stay_as_they_are() -> None:
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
-
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    config = Qwen3MoeConfig(vocab_size=368, num_key_value_heads=2, max_position_embeddings=512, **shape, **experts)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    before = logits(model)
-    wrapped = attach(model, rank=4, alpha=8, seed=0)
-    fuse(wrapped)
-    adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in wrapped.named_parameters() if "lora_A" in name}
-    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    torch.testing.assert_close(logits(wrapped), before)
-
-
 def mixture(kind: str, **more: object) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -73,6 +58,21 @@ def mixture(kind: str, **more: object) -> torch.nn.Module:
     rest = {"num_key_value_heads": 2, "max_position_embeddings": 512, "num_experts_per_tok": 2, "pad_token_id": None}
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, **rest, **more)).eval()
+
+
+def require_attention_alone(model: torch.nn.Module) -> torch.nn.Module:
+    """A new adapter stands on the projections of attention, and changes nothing yet; the wrapped model."""
+    before = logits(model)
+    wrapped = attach(model, rank=4, alpha=8, seed=0)
+    fuse(wrapped)
+    adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in wrapped.named_parameters() if "lora_A" in name}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    torch.testing.assert_close(logits(wrapped), before)
+    return wrapped
+
+
+def test_experts_stay_as_they_are() -> None:
+    require_attention_alone(mixture("qwen3_moe", num_experts=4, moe_intermediate_size=16, head_dim=8))
 
 
 def test_experts_stay_where_dense_layers_have_their_old_names(tmp_path: Path) -> None:
@@ -83,11 +83,7 @@ def test_experts_stay_where_dense_layers_have_their_old_names(tmp_path: Path) ->
     model = mixture("glm4_moe", **dense)
     assert any(name.endswith("mlp.up_proj") for name, _ in model.named_modules())
     before = logits(model)
-    wrapped = attach(model, rank=4, alpha=8, seed=0)
-    fuse(wrapped)
-    adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in wrapped.named_parameters() if "lora_A" in name}
-    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    torch.testing.assert_close(logits(wrapped), before)
+    wrapped = require_attention_alone(model)
     again = saved(tmp_path, detach(wrapped))
     theirs = logits(PeftModel.from_pretrained(mixture("glm4_moe", **dense), str(again)).eval())
     torch.testing.assert_close(logits(load_adapter(model, again)), theirs)

@@ -238,12 +238,18 @@ def test_the_champion_moves_with_a_promotion_stays_on_keep_and_comes_back_on_res
     assert there.get_model_version_by_alias("small", "champion").tags["evolve.digest.adapter"] == first.digest  # type: ignore[union-attr]
 
 
-def test_of_two_stores_none_takes_the_others_champion_away(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def other(store: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A copy of ``store`` that sends to its server."""
     configure(store.root, tracking={"trajectories": 0})
-    other = Store(store.root.parent / "other" / "store")
-    shutil.copytree(store.root, other.root)
-    configure(other.root, tracking={"trajectories": 0})
+    there = Store(store.root.parent / "other" / "store")
+    shutil.copytree(store.root, there.root)
+    configure(there.root, tracking={"trajectories": 0})
     monkeypatch.setenv(URI_VARIABLE, f"sqlite:///{own_database(store.root)}")
+    return there
+
+
+def test_of_two_stores_none_takes_the_others_champion_away(store: Store, other: Store) -> None:
     add_iteration(store, 2, "promote")
     add_iteration(other, 2, "promote", tasks="others")
     there = client(store)
@@ -265,12 +271,7 @@ def test_of_two_stores_none_takes_the_others_champion_away(store: Store, monkeyp
     assert "which another store has sent" in told_here
 
 
-def test_of_two_stores_each_says_what_holds_in_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    configure(store.root, tracking={"trajectories": 0})
-    other = Store(store.root.parent / "other" / "store")
-    shutil.copytree(store.root, other.root)
-    configure(other.root, tracking={"trajectories": 0})
-    monkeypatch.setenv(URI_VARIABLE, f"sqlite:///{own_database(store.root)}")
+def test_of_two_stores_each_says_what_holds_in_it(store: Store, other: Store) -> None:
     add_iteration(store, 2, "keep")
     add_iteration(other, 2, "keep", tasks="others")
     there = client(store)

@@ -165,8 +165,7 @@ class PoolEditor:
         deletes: dict[str, Draft] = {}
         for draft in drafts:
             if draft.operation == "delete" and draft.item_id is not None:
-                known = deletes.get(draft.item_id)
-                deletes[draft.item_id] = known.joined(draft) if known else draft
+                _gather(deletes, draft.item_id, draft)
         texts: list[Draft] = []
         again: list[Draft] = []
         for draft in sorted((d for d in drafts if d.operation != "delete"), key=lambda d: d.operation != "update"):
@@ -187,14 +186,10 @@ class PoolEditor:
         updates: dict[str, Draft] = {}
         for draft in texts:
             if draft.item_id is not None:
-                known = updates.get(draft.item_id)
-                updates[draft.item_id] = known.joined(draft) if known else draft  # of several texts the first stands
-                self._tally["overruled"] += known is not None
+                self._tally["overruled"] += _gather(updates, draft.item_id, draft)  # of several texts the first stands
         for draft in again:
             assert draft.item_id is not None
-            known = updates.get(draft.item_id)
-            updates[draft.item_id] = known.joined(draft) if known else draft
-            self._tally["joined"] += known is not None
+            self._tally["joined"] += _gather(updates, draft.item_id, draft)
         return [*deletes.values(), *updates.values(), *(d for d in texts if d.item_id is None)]
 
     async def _join_similar(self, texts: list[Draft], names: frozenset[str]) -> list[Draft]:
@@ -329,6 +324,13 @@ class PoolEditor:
                 reason=f"joins {', '.join(item.id for item in joined)}: {reason}",
             ),
         ]
+
+
+def _gather(found: dict[str, Draft], item_id: str, draft: Draft) -> bool:
+    """Join ``draft`` to what is found for the item; whether there was something."""
+    known = found.get(item_id)
+    found[item_id] = known.joined(draft) if known else draft
+    return known is not None
 
 
 def union(sets: Iterable[frozenset[str]]) -> frozenset[str]:
