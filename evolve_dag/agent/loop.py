@@ -154,11 +154,8 @@ class _Episode:
 
     async def act(self) -> None:
         """All steps."""
-        try:
-            while not await self.step():
-                pass
-        except ContextOverflowError as problem:  # the policy read more than it can hold: it has not answered
-            self.trajectory = replace(self.trajectory, error=describe_error(problem))
+        while not await self.step():
+            pass
 
     async def step(self) -> bool:
         """One model call and its observation; True when the episode is over."""
@@ -167,18 +164,17 @@ class _Episode:
         view = Injected(self.trajectory.history(index))
         if self.experience is not None:
             view = await self.experience.prepare(self.trajectory)
-        completion = await self.model.generate(
-            Request(
-                view.messages,
-                Sampling(
-                    temperature=self.settings.temperature,
-                    top_p=self.settings.top_p,
-                    max_tokens=self.settings.max_action_tokens,
-                    seed=call_seed(self.trajectory.seed, index),
-                ),
-                self.session,
-            )
+        sampling = Sampling(
+            temperature=self.settings.temperature,
+            top_p=self.settings.top_p,
+            max_tokens=self.settings.max_action_tokens,
+            seed=call_seed(self.trajectory.seed, index),
         )
+        try:
+            completion = await self.model.generate(Request(view.messages, sampling, self.session))
+        except ContextOverflowError as problem:  # the policy read more than it can hold: it has not answered
+            self.trajectory = replace(self.trajectory, error=describe_error(problem))
+            return True
         action, problem = self.read(completion)
         step = Step(
             index=index,

@@ -247,6 +247,17 @@ def test_a_context_that_overflows_is_the_policys_own_failure() -> None:
     assert trajectory.turns == 1
 
 
+def test_a_model_of_the_environment_or_of_the_selector_that_overflows_is_no_failure_of_the_policy() -> None:
+    class Selecting:
+        async def prepare(self, trajectory: Trajectory) -> Injected:
+            raise ContextOverflowError("the selector's context is 5000 tokens long")
+
+    world = World(error=ContextOverflowError("the page is 5000 tokens long, the model that sums up takes 4096"))
+    for trajectory in (run([SEARCH, ANSWER], environment=world), asyncio.run(episode([ANSWER], experience=Selecting()))):
+        assert (trajectory.status, trajectory.reward) == ("failed", None)
+        assert (trajectory.error or "").startswith("ContextOverflowError: the ")
+
+
 def test_time_limit_forces_an_answer() -> None:
     trajectory = run(ScriptedModel([SEARCH, ANSWER], delay=0.02), max_seconds=0.01)
     assert (trajectory.turns, trajectory.status) == (2, "forced")
