@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -383,9 +384,29 @@ def _rows_of_parquet(path: Path) -> int:
 def _read_csv(path: Path, **dialect: Any) -> Iterable[tuple[int, Any]]:
     csv.field_size_limit(2**31 - 1)  # a question may hold all that it is about; else a cell ends at 128 KiB
     with path.open(encoding="utf-8-sig", newline="") as handle:
+        _refuse_open_quote(path, csv.reader(chain(handle, (_END,)), **dialect))
+        handle.seek(0)
         rows = csv.DictReader(handle, **dialect)
-        _refuse_repeated(path, "column", _repeated(rows.fieldnames or ()))
+        names = rows.fieldnames or ()
+        if not dialect and len(names) == 1 and re.search(r"[;\t|]", names[0]):
+            raise DataError(f"{path}: its columns are not separated by commas", "save it with commas, or as TSV (.tsv) or .xlsx")
+        _refuse_repeated(path, "column", _repeated(names))
         return [(rows.line_num, row) for row in rows]  # the line that a row ends on
+
+
+_END = "\x1f the end"
+"""A line behind the last one."""
+
+
+def _refuse_open_quote(path: Path, rows: Any) -> None:
+    """A quotation mark that is never closed makes one cell of all that follows: rows would be lost without a word."""
+    begins = line = 1
+    for row in rows:
+        if row == [_END]:
+            return
+        begins, line = line, rows.line_num + 1
+    what = f"the row that begins on line {begins} opens a quotation mark that is never closed"
+    raise DataError(f"{path}: {what}", 'in CSV a text with a quotation mark stands between quotes, and its own are doubled ("")')
 
 
 def _read_tsv(path: Path) -> Iterable[tuple[int, Any]]:
@@ -403,7 +424,10 @@ def _sheets(path: Path) -> Any:
         raise DataError(
             f"{path}: openpyxl is not installed", "pip install 'evolve-dag[web]', or save the file as CSV"
         ) from None
-    return load_workbook(path, read_only=True, data_only=True).worksheets
+    sheets = load_workbook(path, read_only=True, data_only=True).worksheets
+    for sheet in sheets:
+        sheet.reset_dimensions()  # some programs write a smaller size than the sheet has, and what is beyond would be left out
+    return sheets
 
 
 def _read_xlsx(path: Path) -> Iterable[tuple[int, Any]]:

@@ -7,6 +7,8 @@ import csv
 import gzip
 import hashlib
 import json
+import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from evolve_dag.config.parts import CHOICES
 from evolve_dag.config.schema import TaskSplit
 from evolve_dag.errors import DataError
 from evolve_dag.records import Task
-from evolve_dag.tasks.formats import decrypt, load_suite
+from evolve_dag.tasks.formats import decrypt, load_suite, without_rows
 
 
 def load(path: Path, suite: str = "jsonl", **keys: Any) -> list[Task]:
@@ -168,6 +170,9 @@ def test_of_a_table_the_line_of_the_file_is_told(tmp_path: Path) -> None:
         ("t.json", b'[{"question": "q", "answer": "a", "answer": "b"}]', "key 'answer' stands twice"),
         ("t.json", b'{"question": "q", "answer": "a"}\n{"question": "r", "answer": "a"}\n', "name it .jsonl"),
         ("t.json", b"null", "holds null, not a list of tasks"),
+        ("t.csv", b'question,answer\nWho?,"Ada\nWhere?,Rome\n', "the row that begins on line 2 opens a quotation mark"),
+        ("t.csv", b'question,answer\nWho?,"Ada"\n\nWhat?,"a ""b"" c""\nWhere?,Rome', "the row that begins on line 4 opens"),
+        ("t.csv", b"question;answer\nWho?;Ada, of Bo\n", "its columns are not separated by commas"),
         ("t.csv", "question,answer\nWo liegt Köln?,a\n".encode("cp1252"), "save it as UTF-8"),
         *(
             (name, gzip.compress(b"question,answer\nq,a\n", mtime=0), f"{name}: compressed (gzip)")
@@ -181,6 +186,21 @@ def test_what_would_be_read_otherwise_than_meant_is_told(tmp_path: Path, name: s
         load(tmp_path / name)
     assert told in str(caught.value)
     assert "download" not in str(caught.value)
+
+
+def test_a_sheet_is_read_to_its_end_whatever_size_it_says(tmp_path: Path) -> None:
+    """Some programs write the size of its first cells."""
+    book = pytest.importorskip("openpyxl", reason="pip install 'evolve-dag[web]'").Workbook()
+    for row in (("question", "answer"), ("q", "a"), ("r", "b"), ("s", "c")):
+        book.active.append(row)
+    book.save(tmp_path / "whole.xlsx")
+    for size in ("A1", "A1:B2"):
+        with zipfile.ZipFile(tmp_path / "whole.xlsx") as whole, zipfile.ZipFile(tmp_path / "t.xlsx", "w") as other:
+            for name in whole.namelist():
+                content = re.sub(rb'<dimension ref="[^"]*"', f'<dimension ref="{size}"'.encode(), whole.read(name))
+                other.writestr(name, content)
+        assert [task.answer for task in load(tmp_path / "t.xlsx")] == ["a", "b", "c"]
+        assert not without_rows(tmp_path / "t.xlsx")
 
 
 def test_columns_without_a_name_are_none(tmp_path: Path) -> None:
