@@ -141,6 +141,17 @@ def test_archives(folder: Path) -> None:
         reader(folder).read("z.zip/missing")
 
 
+def test_a_name_is_found_however_its_accents_are_written(folder: Path) -> None:
+    """macOS takes letters and accents apart; a model reads and writes them as one."""
+    apart, whole = "Re\u0301sume\u0301.txt", "R\u00e9sum\u00e9.txt"
+    (folder / apart).write_text("a life")
+    (folder / "pack.zip").write_bytes(zipped({apart: b"in it"}))
+    assert reader(folder).read(whole).endswith("a life")
+    assert reader(folder).read(f"pack.zip/{whole}").endswith("in it")
+    with pytest.raises(ToolError, match="there is no file named Resume"):
+        reader(folder).read("Resume.txt")
+
+
 def test_archives_that_do_harm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "bomb.zip").write_bytes(zipped({"zeros.txt": b"0" * 60_000_000}))
     with pytest.raises(ToolError, match="unpacks to more"):

@@ -14,6 +14,7 @@ from web_fakes import Reply, Web
 from evolve_dag.agent import sessions
 from evolve_dag.agent.actions import validate_call
 from evolve_dag.agent.loop import LAST_STEP, run_episode
+from evolve_dag.config.parts import identity
 from evolve_dag.config.schema import OpenAIModelSettings, RolloutSettings
 from evolve_dag.environments.web import sandbox, tools
 from evolve_dag.environments.web.guard import Guard
@@ -286,6 +287,40 @@ def test_long_output_keeps_beginning_and_end() -> None:
     assert shown.endswith("the end\nstopped: it writes too much")
     assert "characters left out" in shown
     assert len(shown) < tools.OUTPUT_CHARACTERS + 100
+
+
+def test_what_a_program_says_at_its_end_is_shown(web: Web) -> None:
+    assert call(world(web), "python", code="print(1)\nraise SystemExit('no solution')") == "1\nno solution"
+    assert call(world(web), "python", code="import sys\nsys.exit()") == "no output"
+
+
+def test_a_machine_that_can_start_no_process_is_no_failure_of_the_policy(
+    web: Web, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sandbox.open_sandbox()
+    monkeypatch.setattr(sandbox, "START_SECONDS", -1.0)
+    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.7")
+    for tool, arguments in (("python", {"code": "print(1)"}), ("file", {"name": "a.pdf"})):
+        said = f'<tool_call>\n{{"name": "{tool}", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
+        trajectory = asyncio.run(
+            run_episode(
+                Task("t", "q", "1"),
+                0,
+                model=ScriptedModel([said, "<answer>2</answer>"]),
+                environment=world(web, files=str(tmp_path)),
+                verifier=ExactVerifier(),
+                settings=RolloutSettings(),
+                seed=0,
+            )
+        )
+        assert (trajectory.status, trajectory.reward) == ("failed", None)
+        assert (trajectory.error or "").startswith("SessionError: a process of the sandbox could not be started")
+
+
+def test_nights_are_named_by_how_observations_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tools.RENDERING in identity("environment", "tools", settings())
+    monkeypatch.setattr(tools, "RENDERING", "web/another")
+    assert "web/another" in identity("environment", "tools", settings())
 
 
 def test_a_program_that_is_too_long(web: Web) -> None:

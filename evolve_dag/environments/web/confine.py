@@ -253,7 +253,10 @@ def run_code(code: str) -> int:
             if value is not None:
                 print(repr(value))
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)  # sys.exit("why") says so, as it does at a prompt
+        return 1
     except BaseException as error:
         sys.stdout.flush()
         # Only the code's own lines: the others name places of this machine.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import os
 import stat
+import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -80,7 +81,7 @@ class FileReader:
             raise ToolError("the folder of files is not there") from None
         try:
             for position, part in enumerate(parts):
-                following = os.open(part, flags, dir_fd=current)
+                following = _opened(part, flags, current)
                 os.close(current)
                 current = following
                 status = os.fstat(current)
@@ -117,6 +118,20 @@ def _parts(name: str) -> tuple[str, ...]:
     return path.parts
 
 
+def _opened(name: str, flags: int, folder: int) -> int:
+    """A file of an open folder, whose name may write accents in another way (NFD, as macOS has them) than a model can."""
+    try:
+        return os.open(name, flags, dir_fd=folder)
+    except FileNotFoundError:
+        return os.open(_spelled(name, os.listdir(folder)), flags, dir_fd=folder)
+
+
+def _spelled(name: str, names: Iterable[str]) -> str:
+    """The one of ``names`` that reads the same; ``name`` itself where there is none."""
+    wanted = unicodedata.normalize("NFC", name)
+    return next((one for one in names if unicodedata.normalize("NFC", one) == wanted), name)
+
+
 def _archive(body: bytes) -> zipfile.ZipFile:
     try:
         archive = zipfile.ZipFile(io.BytesIO(body))
@@ -139,7 +154,7 @@ def _member(body: bytes, name: str) -> bytes:
     """One member, never more of it than :data:`MAX_FILE`; it is read into memory, so its name opens nothing."""
     archive = _archive(body)
     try:
-        member = archive.getinfo(name)
+        member = archive.getinfo(name if name in archive.NameToInfo else _spelled(name, archive.namelist()))
     except KeyError:
         raise ToolError(f"there is no {one_line(name, 100)} in the archive; open the archive to see its files") from None
     if member.flag_bits & 1:

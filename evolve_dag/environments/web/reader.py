@@ -121,13 +121,14 @@ def parse(sandbox: Sandbox, body: bytes, kind: str, arguments: Mapping[str, obje
 
     Raises:
         ToolError: it has none, or reading it took too much.
+        SessionError: nothing could be started to read it.
     """
-    from evolve_dag.environments.web.sandbox import NotConfinedError
+    from evolve_dag.environments.web.sandbox import NotConfinedError, not_started
 
     try:
         outcome = sandbox.parse(body, kind, arguments, seconds=PARSE_SECONDS)
     except NotConfinedError as problem:
-        raise ToolError(f"the {kind} could not be read: {one_line(problem, 100)}") from None
+        raise not_started(problem) from None
     if outcome.ending == "done":
         return outcome.output.decode("utf-8", "replace")
     if outcome.ending == "unreadable":

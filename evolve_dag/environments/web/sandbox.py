@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evolve_dag.environments.web import confine
-from evolve_dag.errors import ModelError
+from evolve_dag.errors import ModelError, SessionError
 
 StrategyName = Literal["bubblewrap", "landlock"]
 STRATEGIES: tuple[StrategyName, ...] = ("bubblewrap", "landlock")
@@ -76,6 +76,13 @@ class Outcome:
 
 class NotConfinedError(Exception):
     """The process could not be shut in; the job was not begun."""
+
+
+def not_started(problem: NotConfinedError) -> SessionError:
+    """That a job was not begun where a sandbox holds: it has no memory, no process or no time left on this machine, which says
+    nothing about whoever asked for it."""
+    what = f"a process of the sandbox could not be started: {' '.join(str(problem).split())[:200]}"
+    return SessionError(what, "free memory and processes of this machine, or lower runtime.concurrency")
 
 
 class Sandbox:

@@ -34,7 +34,7 @@ from evolve_dag.environments.web.reader import (
     page_from_memory,
     page_to_memory,
 )
-from evolve_dag.environments.web.sandbox import NotConfinedError, Outcome, open_parser, open_sandbox
+from evolve_dag.environments.web.sandbox import NotConfinedError, Outcome, not_started, open_parser, open_sandbox
 from evolve_dag.environments.web.search import SERPER_KEY, Kind, Searcher
 from evolve_dag.errors import ConfigError, EvolveError, ModelError
 from evolve_dag.plain import head, plain
@@ -46,8 +46,9 @@ from evolve_dag.store.memory import Memory
 if TYPE_CHECKING:
     from evolve_dag.protocols import LanguageModel
 
-RENDERING = "web/3"
-"""Name of how observations are written, in the digest; raise it when the same answers would read otherwise."""
+RENDERING = "web/4"
+"""Name of how observations are written, a part of what nights are made of; raise it when the same answers would read
+otherwise."""
 SPACE = "web"
 """Of :class:`~evolve_dag.store.memory.Memory`."""
 OUTPUT_CHARACTERS = 8_000
@@ -330,8 +331,8 @@ class ToolsWorld:
             outcome = await self._in_thread(
                 lambda: sandbox.run_python(code, seconds=s.python_seconds, megabytes=s.python_megabytes)
             )
-        except NotConfinedError as problem:
-            raise ToolError(f"the program could not be started: {head(str(problem), 200)}") from None
+        except NotConfinedError as problem:  # the machine's fault: the sandbox is there, and no program ran
+            raise not_started(problem) from None
         return program_output(outcome, s.python_seconds, s.python_megabytes)
 
     async def _file(self, call: ToolCall) -> str:
@@ -422,4 +423,5 @@ TOOLS = EnvironmentPart(
     mistakes=_mistakes,
     libraries={"trafilatura": "web", "markitdown": "web"},
     variables=(SERPER_KEY, JINA_KEY),
+    data=lambda settings: RENDERING,
 )
