@@ -389,7 +389,7 @@ def _read_csv(path: Path, **dialect: Any) -> Iterable[tuple[int, Any]]:
         rows = csv.DictReader(handle, **dialect)
         names = rows.fieldnames or ()
         if not dialect and len(names) == 1 and re.search(r"[;\t|]", names[0]):
-            raise DataError(f"{path}: its columns are not separated by commas", "save it with commas, or as TSV (.tsv) or .xlsx")
+            raise DataError(f"{path}: its columns are not separated by commas", "save it with commas, or as .tsv or .xlsx")
         _refuse_repeated(path, "column", _repeated(names))
         return [(rows.line_num, row) for row in rows]  # the line that a row ends on
 
@@ -406,7 +406,7 @@ def _refuse_open_quote(path: Path, rows: Any) -> None:
             return
         begins, line = line, rows.line_num + 1
     what = f"the row that begins on line {begins} opens a quotation mark that is never closed"
-    raise DataError(f"{path}: {what}", 'in CSV a text with a quotation mark stands between quotes, and its own are doubled ("")')
+    raise DataError(f"{path}: {what}", "in CSV a text with a quotation mark stands between quotes, and its own are doubled")
 
 
 def _read_tsv(path: Path) -> Iterable[tuple[int, Any]]:

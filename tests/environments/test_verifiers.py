@@ -107,6 +107,15 @@ def test_rows_are_tasks_twins_count_once_and_ranges_share_none() -> None:
         tasks(chosen, 4, 8)
 
 
+def test_ids_that_differ_behind_what_a_task_is_called_are_no_twins() -> None:
+    found = tasks(settings("vf-sums", {"named": f"https://example.org/{'x' * 80}/"}), 10)
+    assert [task.question for task in found] == [f"What is {a} + 3?" for a in range(10)]
+    assert len({task.id for task in found}) == 10
+    assert max(len(task.id) for task in found) <= 80
+    assert [task.id for task in tasks(settings("vf-sums", {"named": "sum  "}), 2)] == ["sum 0", "sum 1"]
+    assert play(["4"], settings("vf-sums", {"named": "x" * 80}))[1].reward == 1.0
+
+
 def test_a_question_that_several_splits_drew_is_asked_in_the_last_of_them() -> None:
     """Its rows differ in what nobody reads: their place."""
     splits = {"train": {"count": 4}, "development": {"count": 4, "skip": 5}, "held_out": {"count": 4, "skip": 8}}

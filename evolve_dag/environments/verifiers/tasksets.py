@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from importlib import metadata
 from itertools import islice
@@ -33,6 +34,8 @@ SHIPPED = "v1/tasksets"
 """Where the library keeps the tasksets that it brings."""
 LOADING_SECONDS = 300.0
 """Longest that a taskset may take to be imported and to give its next rows."""
+MOST_OF_ID = 80
+"""Characters of a task's id."""
 MOST_TWINS = 10_000
 """Rows in a row that were all there before: the taskset has no more."""
 
@@ -85,6 +88,8 @@ class Taskset:
         loaders = importlib.import_module("verifiers.v1.utils.loaders")
         self._rows = iter(self._loaded(loaders.load_taskset, self.config.taskset))
         self._found: dict[str, tuple[Task, Any]] = {}
+        self._known: set[str] = set()
+        """Whole ids of the rows, where a task's is one line of at most :data:`MOST_OF_ID` characters."""
         self._twins = 0
 
     def take(self, skip: int, count: int) -> list[tuple[Task, Any]]:
@@ -103,8 +108,15 @@ class Taskset:
             if (row := next(self._rows, None)) is None:
                 return
             task = _task(self.id, row)
-            self._twins = self._twins + 1 if task.id in self._found else 0
-            self._found.setdefault(task.id, (task, row))
+            whole = row.data.id or task.id
+            if whole in self._known:
+                self._twins += 1
+                continue
+            self._twins = 0
+            self._known.add(whole)
+            if task.id in self._found:  # they differ in what was cut off: the first keeps the name that it has in the store
+                task = replace(task, id=f"{one_line(task.id, MOST_OF_ID - 17)} {_hash(whole)}")
+            self._found[task.id] = task, row
 
     def _loaded(self, load: Callable[..., T], *args: Any) -> T:
         """What the taskset's own code gives, in words where it does not."""
@@ -177,7 +189,11 @@ def _task(id: str, row: Any) -> Task:
     if data.image is not None or "*" not in data.network_allow or data.network_block:
         raise _refused(id, f"row {data.idx} needs a container", "only tasks that run without one can be played")
     content = json.dumps(data.model_dump(mode="json", exclude={"idx"}, exclude_none=True), sort_keys=True)
-    name = one_line(data.id, 80) if data.id else hashlib.sha256(content.encode()).hexdigest()[:16]
+    name = one_line(data.id, MOST_OF_ID) if data.id else _hash(content)
     answer = getattr(data, "answer", "")
     question = data.prompt_text or data.description or data.name or name
     return Task(name, question, answer if isinstance(answer, str) else json.dumps(answer, default=str), suite=id)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -37,7 +37,7 @@ from evolve_dag.environments.web.reader import (
 from evolve_dag.environments.web.sandbox import NotConfinedError, Outcome, not_started, open_parser, open_sandbox
 from evolve_dag.environments.web.search import SERPER_KEY, Kind, Searcher
 from evolve_dag.errors import ConfigError, EvolveError, ModelError
-from evolve_dag.plain import head, plain
+from evolve_dag.plain import plain
 from evolve_dag.protocols import ToolError, ToolSpec
 from evolve_dag.records import ToolCall
 from evolve_dag.secrecy import read_key

@@ -10,6 +10,8 @@ class SumsConfig(vf.TasksetConfig):
     weight: float = 1.0
     placed: bool = False
     """Whether every row says its place, so that none is the twin of another."""
+    named: str = ""
+    """Begins the ids of the rows; '': they have none."""
 
 
 class SumData(vf.TaskData):
@@ -37,4 +39,5 @@ class Sums(vf.Taskset[Sum, SumsConfig]):
             a, b = number // 2, 3  # every sum twice
             data = SumData(prompt=f"What is {a} + {b}?", system_prompt="Answer with a number.", answer=a + b)
             place = number if self.config.placed else None
-            yield Sum(data.model_copy(update={"place": place}), self.config.task)
+            named = {"id": f"{self.config.named}{a}"} if self.config.named else {}
+            yield Sum(data.model_copy(update={"place": place, **named}), self.config.task)
