@@ -39,7 +39,8 @@ def normalise(text: str) -> str:
 
     - Unicode: compatibility forms (NFKC: full-width letters, ligatures) and case, as in the standard's compatibility
       caseless matching (Unicode, section 3.13, D146); invisible format characters go. Raised digits keep their
-      meaning: "10²" reads "10^2", not "102". The minus sign is a hyphen, and a curved apostrophe a straight one.
+      meaning: "10²" reads "10^2", not "102". The minus sign is a hyphen, and so are the hyphen that breaks no line and the
+      dash between two years; a curved apostrophe or quotation mark is a straight one.
     - White space: runs become one space, ends go.
     - Punctuation around the whole answer: a pair of quotation marks or brackets, and the marks that end a sentence.
       Signs that belong to a value stay: "-5", ".5", "5%", "C#", "$3", the feet of 5' and the factorial of "5!".
@@ -78,7 +79,7 @@ def _is_end_mark(sign: str, before: str) -> bool:
 
 
 _RAISED = re.compile("[⁰¹²³⁴-⁹]+")
-_SAME = str.maketrans("\u2212‘’", "-''")
+_SAME = str.maketrans("\u2010\u2012\u2013\u2212‘’“”„", "----''\"\"\"")
 _PAIRS = frozenset(
     {
         '""',
@@ -91,9 +92,6 @@ _PAIRS = frozenset(
         "«»",
         "»«",
         "‹›",
-        "“”",
-        "„“",
-        "„”",
         "‚'",
         "「」",
         "『』",

@@ -42,6 +42,7 @@ def says(reference: str, answer: str) -> bool:
         ("5", "2 + 3 = 5"), ("19", "covid-19"),
         ("2019-2020", "in 2019-2020."), ("-5", "It is −5."), ("3.5", "3.5 or so"), ("10%", "10%"),
         ("1,000,000", "1,000,000 people"), ("5", "Answer:5"), ("C++", "I like C++."), ("1 1", "11 1 1"),
+        ("Jean-Luc", "It is Jean\u2011Luc."), ("2019-2020", "in 2019–2020"),
     ],
 )  # fmt: skip
 def test_whole_words_and_numbers(reference: str, answer: str) -> None:

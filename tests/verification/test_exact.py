@@ -106,8 +106,12 @@ def test_signs_go_as_they_would_one_after_the_other(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "reference"),
-    [("−5", "-5"), ("10−2", "10-2"), ("don’t", "don't"), ("‘Rato Miku’", "Rato Miku"), ("‚Rato‘", "Rato")],
-)
-def test_a_minus_and_an_apostrophe_are_written_in_two_ways(answer: str, reference: str) -> None:
+    [
+        ("−5", "-5"), ("10−2", "10-2"), ("don’t", "don't"), ("‘Rato Miku’", "Rato Miku"), ("‚Rato‘", "Rato"),
+        ("Jean\u2011Luc", "Jean-Luc"), ("Jean\u2010Luc", "Jean-Luc"), ("2019\u20132020", "2019-2020"),
+        ("“Rato” and “Miku”", '"Rato" and "Miku"'), ("„Rato“", "Rato"), ("“Rato”", "Rato"), ("„Rato”", "Rato"),
+    ],
+)  # fmt: skip
+def test_a_minus_an_apostrophe_and_a_hyphen_are_written_in_several_ways(answer: str, reference: str) -> None:
     assert normalise(answer) == normalise(reference)
     assert normalise(reference) == normalise(normalise(answer))
