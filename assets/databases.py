@@ -20,7 +20,7 @@ from dagster._core.scheduler.instigation import SensorInstigatorData
 from sqlalchemy.exc import SQLAlchemyError
 
 from evolve_dag.errors import StoreError
-from evolve_dag.store.disk import fsync_folder
+from evolve_dag.store.disk import fsync_folder, require_address
 from evolve_dag.store.faults import alembic_revision, disk_error
 from evolve_dag.store.locks import locked
 
@@ -48,11 +48,13 @@ def prepare(home: Path) -> None:
     """Make the databases of a home that are not there; a home that keeps its storage elsewhere is left alone.
 
     Raises:
-        StoreError: one was not made to the end, by whoever made it, or it cannot be written.
+        StoreError: one was not made to the end, by whoever made it, or it cannot be written; or Dagster would look for them
+            elsewhere.
         ConcurrencyError: another process makes them and does not come to an end.
     """
     if _are_elsewhere(home / "dagster.yaml"):
         return
+    require_address(home)
     paths = [home / name for name in DATABASES]
     if not all(map(Path.exists, paths)):
         with locked(home, "databases", "Dagster's databases are being made", _MAKING_SECONDS):

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from evolve_dag.errors import StoreError
+
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFCHR: "a device",
@@ -99,3 +101,19 @@ def fsync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_address(path: Path) -> None:
+    """That SQLAlchemy, through which Dagster and MLflow open their SQLite files, finds ``path``: in its addresses ``?`` begins
+    the options, and from its version 2.1 on ``%`` and two digits stand for another sign, so that another file would be made.
+
+    Raises:
+        StoreError: it does not.
+    """
+    if "?" not in str(path) and "%" not in str(path):
+        return
+    from sqlalchemy.engine import make_url
+
+    if make_url(f"sqlite:///{path}").database != str(path):
+        what = f"{path}: Dagster and MLflow take a `?` or `%` in a path for another file"
+        raise StoreError(what, "put the store (--store, EVOLVE_STORE) and DAGSTER_HOME into a folder without these signs")

@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 
 from evolve_dag.errors import EvolveError
 from evolve_dag.secrecy import describe_error
-from evolve_dag.store.disk import fsync_folder
+from evolve_dag.store.disk import fsync_folder, require_address
 from evolve_dag.store.faults import alembic_revision, chain, disk_error, disk_trouble, is_damaged_database
 from evolve_dag.store.journal import Journal
 from evolve_dag.store.locks import locked
@@ -189,10 +189,11 @@ def prepare_database(root: Path) -> None:
 
     Raises:
         TrackingError: the file is not a database of MLflow.
-        StoreError: it cannot be written.
+        StoreError: it cannot be written, or MLflow would look for it elsewhere.
         ConcurrencyError: another process makes it and does not come to an end.
     """
     path = own_database(root)
+    require_address(path)
     if not _is_there(path):
         with locked(root, "mlflow-database", "MLflow's database is being made", _MAKING_SECONDS):
             if not _is_there(path):

@@ -79,7 +79,7 @@ def _is_end_mark(sign: str, before: str) -> bool:
 
 
 _RAISED = re.compile("[⁰¹²³⁴-⁹]+")
-_SAME = str.maketrans("\u2010\u2012\u2013\u2212‘’“”„", "----''\"\"\"")
+_SAME = str.maketrans("\u2010\u2012\u2013\u2212‘’“”„", '----\'\'"""')
 _PAIRS = frozenset(
     {
         '""',

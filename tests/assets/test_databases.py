@@ -112,3 +112,18 @@ def test_a_home_that_keeps_them_elsewhere_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "dagster.yaml").write_text("storage: {postgres: {postgres_db: {}}}")
     databases.prepare(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["dagster.yaml"]
+
+
+@pytest.mark.parametrize("sign", ["?", "%20"])
+def test_a_path_that_dagster_takes_for_another_is_told_and_nothing_is_made_elsewhere(tmp_path: Path, sign: str) -> None:
+    """``a?b/history/runs.db`` was made as the file ``a``."""
+    from sqlalchemy.engine import make_url
+
+    if make_url(f"sqlite:////a{sign}b").database == f"/a{sign}b":
+        pytest.skip("this version of SQLAlchemy takes the sign as it is")
+    home = tmp_path / f"a{sign}b"
+    home.mkdir()
+    with pytest.raises(StoreError, match="in a path for another file"):
+        databases.prepare(home)
+    assert [path.name for path in tmp_path.iterdir()] == [home.name]
+    assert not list(home.iterdir())

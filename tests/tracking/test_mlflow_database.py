@@ -154,3 +154,11 @@ def test_a_folder_that_cannot_be_made_is_a_matter_of_the_disk(tmp_path: Path) ->
     with pytest.raises(StoreError) as caught:
         connect(tmp_path, uri(tmp_path))
     assert caught.value.remedy
+
+
+def test_a_path_that_mlflow_takes_for_another_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"a\?b/mlflow/mlflow.db: .* in a path for another file"):
+        prepare_database(tmp_path / "a?b")
+    assert not list(tmp_path.iterdir())
+    prepare_database(tmp_path / "a#b")
+    assert own_database(tmp_path / "a#b").is_file()
