@@ -172,8 +172,8 @@ class _Episode:
         )
         try:
             completion = await self.model.generate(Request(view.messages, sampling, self.session))
-        except ContextOverflowError as problem:  # the policy read more than it can hold: it has not answered
-            self.trajectory = replace(self.trajectory, error=describe_error(problem))
+        except ContextOverflowError as overflow:  # the policy read more than it can hold: it has not answered
+            self.trajectory = replace(self.trajectory, error=describe_error(overflow))
             return True
         action, problem = self.read(completion)
         step = Step(

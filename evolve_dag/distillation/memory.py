@@ -1,7 +1,8 @@
 """How much memory a training step takes, before it is run.
 
 The step itself is run, with the code that trains, on tensors that have a shape and no content, and what would be in memory
-is added up. So no formula has to follow the code. Layers are alike: two and three of them are run, and the rest is drawn on.
+is added up. So no formula has to follow the code. Layers of one size are alike: of each size one is run on top of those before
+it, and the rest is drawn on.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import copy
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
 ACTION_SHARE = 0.15
 """Of the tokens of a trajectory, those of actions."""
 
-FEW, MORE = 2, 3
-"""Layers that are run."""
+FEW = 2
+"""Layers that are run, the first ones; then those, of each size one, that the others are like."""
+MOST_SIZES = 4
+"""Sizes of layers that are told apart; where there are more, all count as the largest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +83,41 @@ def training_memory(
         ModelError: the architecture cannot be trained here.
     """
     fused = device.startswith("cuda")
-    shapes = (_with_layers(config, layers) for layers in (FEW, MORE))
-    few, more = (_run(one, dtype, quantize, settings, rows, activation_checkpointing, fused) for one in shapes)
-    further = config.get_text_config().num_hidden_layers - FEW
-    weights, adapter, saved, logits, peak = (a + further * (b - a) for a, b in zip(few, more, strict=True))
-    if shards == 1:
+    sizes = _layer_sizes(config, dtype)
+
+    @cache
+    def first(layers: int) -> tuple[int, ...]:
+        """A model of the first layers alone."""
+        return _run(_with_layers(config, layers), dtype, quantize, settings, rows, activation_checkpointing, fused)
+
+    @cache
+    def adds(size: int) -> tuple[int, ...]:
+        """What a layer of that size adds, where one first stands."""
+        at = sizes.index(size, FEW)
+        return tuple(b - a for a, b in zip(first(at), first(at + 1), strict=True))
+
+    few, further = first(min(FEW, len(sizes))), sizes[FEW:]
+    if len(set(further)) > MOST_SIZES:
+        further = [max(further)] * len(further)
+    weights, adapter, saved, logits, peak = (sum(parts) for parts in zip(few, *map(adds, further), strict=True))
+    if shards == 1 or not further:
         return Memory(weights, adapter, saved, logits, peak)
-    layer = more[0] - few[0]
-    kept, gathered = -(-weights // shards), _gathered(layer, outside=few[0] - FEW * layer)
+    layer = adds(largest := max(further))[0]
+    outside = few[0] - round(layer * sum(sizes[:FEW]) / largest)
+    kept, gathered = -(-weights // shards), _gathered(layer, outside)
     return Memory(kept, adapter, saved, logits, peak - weights + kept + gathered)
+
+
+def _layer_sizes(config: Any, dtype: str) -> list[int]:
+    """Bytes of each layer, in order: in mixtures of experts some are dense, the first ones or every other. All alike where the
+    architecture does not name them."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        decoder: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).get_decoder()
+    count = config.get_text_config().num_hidden_layers
+    layers = getattr(decoder, "layers", ())
+    return [sum(one.nbytes for one in layer.parameters()) for layer in layers] if len(layers) == count else [1] * count
 
 
 def _gathered(layer: int, outside: int) -> int:

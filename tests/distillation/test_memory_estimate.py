@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from evolve_dag.config.loading import load_experiment
 from evolve_dag.config.schema import DistillationSettings, VllmModelSettings
@@ -21,6 +21,7 @@ SETTINGS = DistillationSettings(rank=8, alpha=16, top_k=16)
 ROWS = [300, 200]
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHAPE = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
+EXPERTS = {"moe_intermediate_size": 64, "num_experts_per_tok": 2}
 
 
 def qwen3(**changes: Any) -> Qwen3Config:
@@ -53,6 +54,30 @@ def test_it_is_what_a_step_allocates(config: Any, less: bool) -> None:
         torch.optim.AdamW(learned).step()
     assert told.saved == pytest.approx(saved, rel=0.02)
     assert told.peak == pytest.approx(live.peak, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Glm4MoeConfig(**SHAPE, **EXPERTS, num_hidden_layers=6, head_dim=16, first_k_dense_replace=3, n_routed_experts=8),
+        Qwen3MoeConfig(**SHAPE, **EXPERTS, num_hidden_layers=6, head_dim=16, mlp_only_layers=[0, 4], num_experts=8),
+        Qwen3MoeConfig(**SHAPE, **EXPERTS, num_hidden_layers=6, head_dim=16, decoder_sparse_step=2, num_experts=8),
+    ],
+)
+def test_layers_of_a_mixture_of_experts_that_are_dense_are_told_apart(config: Any) -> None:
+    told = training_memory(config, dtype="bfloat16", settings=SETTINGS, rows=ROWS)
+    weights, adapter, saved, _, peak = memory._run(config, "bfloat16", "none", SETTINGS, ROWS, False, False)
+    assert (told.weights, told.adapter) == (weights, adapter)
+    assert told.saved == pytest.approx(saved, rel=0.02)
+    assert told.peak == pytest.approx(peak, rel=0.05)
+
+
+def test_where_each_layer_has_a_size_of_its_own_all_count_as_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [1, 1, 2, 3, 4, 9, 5, 6]
+    monkeypatch.setattr(memory, "_layer_sizes", lambda *_: sizes)
+    monkeypatch.setattr(memory, "_run", lambda config, *_: (sum(sizes[: config.num_hidden_layers]),) * 5)
+    told = training_memory(qwen3(num_hidden_layers=8), dtype="float32", settings=SETTINGS, rows=ROWS)
+    assert told.weights == 2 + 6 * 9
 
 
 def test_checkpointing_keeps_less_and_twice_the_tokens_take_twice_as_much() -> None:
