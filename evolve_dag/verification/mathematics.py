@@ -20,7 +20,7 @@ from evolve_dag.verification.exact import equals, references
 
 log = logging.getLogger(__name__)
 
-READING = "reading 3"
+READING = "reading 4"
 """How an answer is read, a part of what verdicts are: what was scored by an earlier reading, which was wrong at times, does not
 stand for what is scored now."""
 SECONDS = 20.0

@@ -10,6 +10,7 @@ import pytest
 
 from evolve_dag.records import Task
 from evolve_dag.verification import mathematics
+from evolve_dag.verification.equality import _spelled
 from evolve_dag.verification.mathematics import MathematicsVerifier
 
 
@@ -68,6 +69,29 @@ def reward(reference: str, answer: str | None) -> float | None:
         ("7", "答案：7", 1.0),
         ("17", "答案是１７", 1.0),
         ("7", "答案是17", 0.0),
+        ("\\sqrt{2}", "√2", 1.0),
+        ("\\frac{\\sqrt{3}}{2}", "√3/2", 1.0),
+        ("2\\sqrt{x+1}", "2√(x+1)", 1.0),
+        ("3", "2√3", 0.0),
+        ("x^2+1", "x²+1", 1.0),
+        ("x^{10}", "x¹⁰", 1.0),
+        ("2.5\\times 10^{-3}", "2.5×10⁻³", 1.0),
+        ("16", "It is 4².", 1.0),
+        ("4", "It is 4².", 0.0),
+        ("10", "10 m²", 1.0),
+        ("10", "The area is 10 cm².", 1.0),
+        ("2", "The area is 10 cm².", 0.0),
+        ("0.5", "½", 1.0),
+        ("5.5", "5½ cups", 1.0),
+        ("5", "5½ cups", 0.0),
+        ("1000", "1e3", 1.0),
+        ("1e-5", "0.00001", 1.0),
+        ("x^2+y^2", "x**2 + y**2", 1.0),
+        ("5", "2**5", 0.0),
+        ("[0,\\infty)", "[0,∞)", 1.0),
+        ("12", "3·4", 1.0),
+        ("3", "３", 1.0),
+        ("25", "٢٥", 1.0),
         ("7", "答案是1/7", 0.0),
     ],
 )
@@ -79,6 +103,12 @@ def test_cases(reference: str, answer: str | None, expected: float) -> None:
 def test_aliases_are_compared_too(answer: str, expected: float) -> None:
     task = Task("t", "?", "one half", metadata={"aliases": "half|1/2"})
     assert asyncio.run(MathematicsVerifier().verify(task, answer)) == expected
+
+
+def test_signs_are_spelled_in_linear_time() -> None:
+    """Quadratic, this would take minutes."""
+    for text in ("1", "1√(", "√(", "1²", "½", "1·", "1e1", "1**", "1 m²."):
+        assert _spelled(text * 50_000)
 
 
 def test_a_comparison_that_never_ends_is_not_judged_and_the_next_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
