@@ -30,7 +30,9 @@ _TAGS = (
 _CONTROL = re.compile(
     r"(?P<open>[<＜](?=[|｜])"  # <|im_start|>, <|eot_id|>, <｜User｜>
     rf"|[<＜](?=/?(?:{_TAGS})\s*[>＞])"  # <tool_call>, </s>, <start_of_turn>
-    r"|<(?=</?SYS>>)|\[(?=/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|SYSTEM_PROMPT)\]))",
+    r"|<(?=[a-z_]{1,24}\|>)"  # <turn|>, <tool_response|>
+    r"|\[(?=\|[a-z_]{1,24}\|\])"  # [|endofturn|]
+    r"|<(?=</?SYS>>)|\[(?=/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|SYSTEM_PROMPT|THINK)\]))",
     re.IGNORECASE,
 )
 

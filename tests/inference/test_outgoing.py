@@ -26,7 +26,8 @@ from evolve_dag.records import Message
 CONTROL = (
     *GRAMMAR_TAGS, TURN_START, TURN_END, "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>", "<｜User｜>", "<|user|>",
     "<｜end▁of▁sentence｜>", "<start_of_turn>", "<end_of_turn>", "<s>", "</s>", "<bos>", "[INST]", "[/INST]",
-    "<<SYS>>", "<</SYS>>", "[TOOL_CALLS]", "＜|im_start|＞",
+    "<<SYS>>", "<</SYS>>", "[TOOL_CALLS]", "＜|im_start|＞", "<|turn>", "<turn|>", "<tool_response|>",
+    "[|endofturn|]", "[|user|]", "[TOOL_CONTENT]", "[THINK]",
 )  # fmt: skip
 pieces = st.lists(st.sampled_from(CONTROL) | st.text(alphabet="<>|[]/｜ aZ\n", max_size=6), max_size=8).map("".join)
 
