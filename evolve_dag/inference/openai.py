@@ -217,8 +217,7 @@ class OpenAIModel:
             raise _TransientError(f"{endpoint.name}: the answer is not valid JSON ({len(content)} bytes)") from None
         error = answer.get("error") if isinstance(answer, dict) else None
         if error:  # some gateways wrap a failure of the model behind them in a 200
-            code = error.get("code") if isinstance(error, dict) else None
-            raise self._status(endpoint, code if isinstance(code, int) else 500, error, {}, {})
+            raise self._status(endpoint, _status_within(error), error, {}, {})
         try:
             choice = answer["choices"][0]
             message = choice["message"]
@@ -541,6 +540,14 @@ def _wants_other_limit(said: str) -> bool:
 
 def _code(error: Any) -> str:
     return f"{error.get('code') or ''} {error.get('type') or ''}".strip().split(" ")[0] if isinstance(error, dict) else ""
+
+
+def _status_within(error: Any) -> int:
+    """The status that an error states which came with a 200: a number, also as text, or by what it says."""
+    code = error.get("code") if isinstance(error, dict) else None
+    if isinstance(code, int) or (isinstance(code, str) and re.fullmatch(r"[1-5][0-9][0-9]", code)):
+        return int(code)
+    return 400 if _code(error) == "context_length_exceeded" or _TOO_LONG.search(_said(error)) else 500
 
 
 def _innermost(error: BaseException) -> str:

@@ -169,6 +169,19 @@ def test_an_error_inside_of_a_200_is_an_error() -> None:
     assert server.served.requests == 2
 
 
+def test_an_error_inside_of_a_200_says_its_status_as_text_or_in_a_word() -> None:
+    with Endpoint(script=in_order(Fault("in_200", message="no such key", code="401"))) as server:
+        with pytest.raises(ModelError, match="answers 401: no such key"):
+            ask(build(server.url), REQUEST)
+        assert server.served.requests == 1
+    too_long = Fault("in_200", message="the input does not fit", code="context_length_exceeded")
+    long = Request((Message("user", "word " * 4000),), REQUEST.sampling)
+    with Endpoint(script=in_order(too_long)) as server:
+        [answer] = ask(build(server.url), long)
+        assert answer.cut_characters > 0
+        assert server.served.requests == 2
+
+
 def test_retry_after_is_honoured_by_every_call() -> None:
     with Endpoint(script=in_order(Fault("429", retry_after="0.6"))) as server:
 

@@ -64,8 +64,8 @@ class Fault:
     """How long a ``hang`` lasts."""
     message: str = ""
     """Text of the error."""
-    code: int = 502
-    """Status that ``in_200`` states in its body."""
+    code: int | str = 502
+    """Status that ``in_200`` states in its body, or a word in its place."""
 
 
 Script = Callable[[Body, int], Fault | None]
