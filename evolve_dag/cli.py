@@ -468,7 +468,9 @@ def schedule_list(json: JsonOption = False, store: StoreOption = None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("experiment", "", "cron", "time zone", "next tick", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("experiment", "", "cron", "time zone", "next tick"):
+        table.add_column(heading, overflow="fold")  # a name that is cut off cannot be given to a command
     for line in lines:
         state = (
             "on" if line.on else "off",
@@ -584,7 +586,9 @@ def mirror_pull(
     from evolve_dag.lineage.garbage import size
 
     there, here = _mirror(store)
-    name = registry.load_seeded(Path(config), seed).experiment if config and registry.is_file(config) else config
+    if seed is not None and config is None:
+        raise ConfigError(f"--seed {seed}: of which experiment?", f"name it: evolve mirror pull CONFIG --seed {seed}")
+    name = _name(config, seed, here) if config and (seed is not None or registry.is_file(config)) else config
     with _interruptible("run the same command to go on"):
         moved = there.pull(here, name, print)
     print(f"fetched {moved.artifacts} artifacts and {moved.refs} refs, {size(moved.bytes)}")

@@ -558,3 +558,35 @@ def test_what_has_to_be_run_first_is_named_with_its_seed(evolve: Evolve, tmp_pat
     assert (
         "evolve run configs/small.yaml --seed 9" in evolve("audit", "configs/small.yaml", "--seed", "9", folder=tmp_path).stderr
     )
+
+
+def test_the_list_of_schedules_names_every_experiment_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from evolve_dag.assets import timetable
+
+    name = "principle-step-wise-off-policy-with-a-name-that-goes-on"
+    line = timetable.Line(name, "nightly", True, "0 2 * * 1-5", "America/Argentina/Buenos_Aires", None, None, "")
+    monkeypatch.setattr(timetable, "listing", lambda root: ([line], []))
+    shown = CliRunner().invoke(cli.app, ["schedule", "list"], env={"COLUMNS": "80"}).stdout
+    assert "…" not in shown
+    assert name in "".join(row.split()[0] for row in shown.splitlines() if row.strip())
+
+
+def test_the_lineage_of_another_seed_is_pulled_by_name(evolve: Evolve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evolve_dag.store.artifacts import Store
+    from evolve_dag.store.mirror import MirroredStore, configured
+
+    monkeypatch.setenv("EVOLVE_MIRROR", f"file://{tmp_path}/mirror")
+    remote = configured()
+    assert remote is not None
+    other = MirroredStore(tmp_path / "other", remote)
+    for seed, name in enumerate(("tiny", "tiny-s1")):
+        digest = Store.digest_of("scores", "1", {"seed": seed}, {})
+        with other.build("scores", digest, code_version="1", config={"seed": seed}, inputs={}):
+            pass
+        other.set_ref(name, 1, "scores", digest)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.yaml").write_text("iterations: 1\n")
+    pulled = evolve("mirror", "pull", "tiny", "--seed", "1", folder=tmp_path)
+    assert pulled.stdout.splitlines()[0] == f"scores {digest[:12]}"
+    assert "fetched 1 artifacts" in pulled.stdout
+    assert "of which experiment?" in evolve("mirror", "pull", "--seed", "1", folder=tmp_path).stderr

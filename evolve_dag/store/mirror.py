@@ -366,7 +366,7 @@ class Mirror:
         artifacts = refs = size = 0
         failed: list[str] = []
         for marker in _waiting(store):
-            parts = marker.parts[-3:] if marker.parts[-3] == "objects" else marker.parts[-4:]
+            parts = marker.relative_to(store.root / FOLDER / "outbox").parts
             try:
                 if parts[0] == "objects":
                     if store.folder(parts[1], parts[2]).is_dir():

@@ -216,6 +216,20 @@ def test_a_restored_champion_is_posted_once(
     assert len(hook.got) == 1
 
 
+def test_a_tick_tells_of_one_restored_champion_and_the_next_tick_of_the_next(
+    place: Path, memory: dg.DagsterInstance, hook: Hook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four that wait for a silent webhook would take longer than a tick may, and begin anew with every tick."""
+    monkeypatch.setenv("NIGHT_HOOK", hook.address)
+    register(place, webhook="NIGHT_HOOK")
+    _, cursor = look(memory, None)
+    for night, decision in enumerate(("restore", "promote", "restore", "keep"), 5):
+        decided(memory, night, decision)
+    for told in ([5], [5, 7], [5, 7]):
+        _, cursor = look(memory, cursor)
+        assert [got["iteration"] for got in hook.got] == told
+
+
 def test_a_database_that_was_made_anew_is_looked_at_from_its_beginning(place: Path, memory: dg.DagsterInstance) -> None:
     register(place)
     assert look(memory, "3000") == ("no champion was restored", "0"), "nothing has the number that was seen last"

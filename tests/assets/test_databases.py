@@ -127,3 +127,10 @@ def test_a_path_that_dagster_takes_for_another_is_told_and_nothing_is_made_elsew
         databases.prepare(home)
     assert [path.name for path in tmp_path.iterdir()] == [home.name]
     assert not list(home.iterdir())
+
+
+def test_a_home_with_a_server_for_its_databases_may_lie_anywhere(tmp_path: Path) -> None:
+    home = tmp_path / "what?"
+    home.mkdir()
+    (home / "dagster.yaml").write_text("storage: {postgres: {}}\n")
+    databases.prepare(home)

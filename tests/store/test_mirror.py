@@ -253,6 +253,14 @@ def test_what_is_no_ref_is_left_out(content: bytes, folder: str, tmp_path: Path,
     assert sorted(path.name for path in (tmp_path / "two" / "refs").iterdir()) == ["pocket"]
 
 
+@pytest.mark.parametrize("name", ["objects", "refs"])
+def test_an_experiment_may_be_called_as_a_folder_of_the_mirror_is(name: str, folder: str, tmp_path: Path) -> None:
+    one = MirroredStore(tmp_path / "one", Watched(folder))
+    ref = one.set_ref(name, 1, "scores", make(one).digest)
+    assert waiting(one) == []
+    assert MirroredStore(tmp_path / "two", Watched(folder)).refs(name) == [ref]
+
+
 # -- kills, lost connections, damage
 
 
