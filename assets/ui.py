@@ -8,14 +8,17 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from evolve_dag.assets import automation, launch, partitions, watchdog
+from filelock import FileLock, Timeout
 
 from evolve_dag.config import registry
-from evolve_dag.errors import ConfigError, EvolveError
+from evolve_dag.errors import ConcurrencyError, ConfigError, EvolveError
+from evolve_dag.store.faults import disk_error
 from evolve_dag.tracking import mlflow_server
 
 HOST = "127.0.0.1"
@@ -76,10 +79,39 @@ def serve(root: Path, port: int, mlflow_port: int, *, mlflow: bool = True, say: 
     A run that is going on is ended with them; it is started again, and resumes, when the interface is started again.
 
     Raises:
+        ConcurrencyError: another `evolve ui` serves the store.
         ConfigError: a port is taken.
         EvolveError: an interface ended by itself; with the end of its log.
         StoreError: the store cannot be written.
     """
+    with _alone(root):
+        _serve(root, port, mlflow_port, mlflow=mlflow, say=say)
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Keep a second interface from the store, whatever its ports: of two Dagster daemons each makes every tick of a schedule.
+
+    The lock has no holder's note: who cleans up takes a lock with one for work that is going on.
+    """
+    path = root / "locks" / "ui.lock"
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConcurrencyError(
+            f"another `evolve ui` serves the store {root}", "use that one, or end it first: of two each would run the nights"
+        ) from None
+    except OSError as error:
+        raise disk_error(error, path) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _serve(root: Path, port: int, mlflow_port: int, *, mlflow: bool, say: Say) -> None:
     uri = mlflow_server.tracking_uri(root)
     local = mlflow and not mlflow_server.is_server(uri)
     check_port(port, "--port")
