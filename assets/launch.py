@@ -82,12 +82,13 @@ def prepare_home(root: Path) -> Path:
         target = home / "dagster.yaml"
         if not os.environ.get(registry.HOME_VARIABLE):
             project = Path("dagster.yaml")
-            found = yaml.safe_load(project.read_text(encoding="utf-8")) if project.is_file() else INSTANCE
-            # Not every dagster.yaml in a working folder is ours: only what these assets need is taken over.
-            content = {key: value for key, value in dict(found or {}).items() if key in INSTANCE}
+            found = yaml.safe_load(project.read_text(encoding="utf-8")) if project.is_file() else None
+            # Not every dagster.yaml in a working folder is ours: what it leaves open of what these assets need is set.
+            own = found if isinstance(found, dict) else {}
+            content = INSTANCE | {key: value for key, value in own.items() if key in INSTANCE}
             if not target.exists() or _is_ours(target, content):
                 write_atomic(target, yaml.safe_dump(content, sort_keys=False).encode())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"dagster.yaml: not valid YAML: {error}", "mend it, or run from another folder") from None
     except OSError as error:
         raise StoreError(

@@ -81,7 +81,8 @@ def is_disk_error(error: BaseException) -> bool:
 
 def disk_error(error: BaseException, path: Path | None = None) -> StoreError:
     """The message for a disk that did not take what was written to ``path``, with the remedy that fits."""
-    words = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    # SQLAlchemy says the whole statement, with its values, behind the first line.
+    words = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
     what = f"{path}: cannot be written: {words}" if path is not None else f"the disk: {words}"
     remedy = _REMEDIES[disk_trouble(error) or "denied"]
     return StoreError(what, f"{remedy}, then run the same command: it resumes, nothing is lost")

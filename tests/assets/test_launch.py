@@ -196,10 +196,23 @@ def test_mistakes_in_the_users_files_leave_no_store(config: Path, place: Path) -
 def test_the_store_gets_the_projects_dagster_settings_without_its_storage(place: Path) -> None:
     (place / "dagster.yaml").write_text("storage: {sqlite: {base_dir: elsewhere}}\nnux: {enabled: false}\n")
     home = launch.prepare_home(place / "store")
-    assert yaml.safe_load((home / "dagster.yaml").read_text()) == {"nux": {"enabled": False}}
+    assert yaml.safe_load((home / "dagster.yaml").read_text()) == launch.INSTANCE | {"nux": {"enabled": False}}
     (home / "dagster.yaml").write_text("nux: {enabled: true}\n")
     launch.prepare_home(place / "store")
     assert "true" in (home / "dagster.yaml").read_text(), "what the user changed there stays"
+
+
+@pytest.mark.parametrize("theirs", ["telemetry: {enabled: false}\n", "- a list\n", ""])
+def test_beside_another_projects_settings_runs_are_still_limited_and_retried(place: Path, theirs: str) -> None:
+    (place / "dagster.yaml").write_text(theirs)
+    home = launch.prepare_home(place / "store")
+    assert yaml.safe_load((home / "dagster.yaml").read_text()) == launch.INSTANCE
+
+
+def test_settings_that_are_no_text_are_told(place: Path) -> None:
+    (place / "dagster.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"dagster\.yaml: not valid YAML"):
+        launch.prepare_home(place / "store")
 
 
 def test_settings_of_an_earlier_version_get_what_is_new_and_only_those(place: Path) -> None:

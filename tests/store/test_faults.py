@@ -71,6 +71,13 @@ def test_the_remedy_fits_what_the_disk_said(error: Exception, remedy: str) -> No
         assert "free room" not in said.remedy
 
 
+def test_a_disk_error_of_a_database_is_told_without_the_statement() -> None:
+    statement = (
+        "(sqlite3.OperationalError) database or disk is full\n[SQL: UPDATE jobs SET job_body=?]\n[parameters: ('{...}',)]"
+    )
+    assert explained(RuntimeError(statement)).what == "the disk: (sqlite3.OperationalError) database or disk is full"
+
+
 def test_a_disk_error_names_the_file() -> None:
     said = disk_error(OSError(errno.EROFS, "Read-only file system"), Path("/x/report.html"))
     assert isinstance(said, StoreError)
