@@ -330,6 +330,8 @@ def trace(
     from evolve_dag.lineage.trace import deep, render
     from evolve_dag.lineage.trace import trace as walk
 
+    if seed is not None and experiment is None:
+        raise ConfigError(f"--seed {seed}: of which experiment?", f"name it: evolve trace ID --of CONFIG --seed {seed}")
     opened = _store(store)
     traced = walk(opened, identifier, experiment=_name(experiment, seed, opened) if experiment else None)
     if json:

@@ -471,9 +471,14 @@ def _dagster_home(root: Path) -> Iterator[Finding]:
 
 
 def _databases(root: Path) -> Iterator[Finding]:
+    from evolve_dag.store.disk import in_address
     from evolve_dag.store.faults import damaged_databases
 
     home = registry.dagster_home(root)
+    for name, folder in (("Dagster", home), ("MLflow", root / "mlflow")):
+        if not in_address(folder.resolve()):
+            why = "'?', or '%' before two hex digits, means something else in a URL: name another folder with --store"
+            yield Finding("note", "database", f"{folder}: {name} cannot keep a database there: {why}")
     for path in (*damaged_databases(home), *damaged_databases(root / "mlflow"), *damaged_databases(root / "cache")):
         yield Finding("broken", "database", f"{path}: damaged: move it away; artifacts are files of their own and not touched")
 

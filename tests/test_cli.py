@@ -590,3 +590,16 @@ def test_the_lineage_of_another_seed_is_pulled_by_name(evolve: Evolve, tmp_path:
     assert pulled.stdout.splitlines()[0] == f"scores {digest[:12]}"
     assert "fetched 1 artifacts" in pulled.stdout
     assert "of which experiment?" in evolve("mirror", "pull", "--seed", "1", folder=tmp_path).stderr
+
+
+def test_a_seed_of_no_experiment_is_refused(evolve: Evolve, tmp_path: Path) -> None:
+    said = evolve("trace", "p0001", "--seed", "3", folder=tmp_path)
+    assert said.returncode == 2
+    assert "--of CONFIG --seed 3" in said.stderr
+
+
+def test_a_folder_that_no_database_can_lie_in_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    told = [finding.text for finding in doctor._databases(tmp_path / "job%2Fmain")]
+    assert [text.partition(": ")[2].split()[0] for text in told] == ["Dagster", "MLflow"]
+    assert list(doctor._databases(tmp_path / "plain")) == []
