@@ -20,7 +20,7 @@ from evolve_dag.config import registry
 from evolve_dag.config.outside import distribution, installed
 from evolve_dag.config.parts import CHOICES, Choice, Part, part, parts, parts_beside
 from evolve_dag.config.registry import Entry
-from evolve_dag.errors import ConfigError, EvolveError, PartError
+from evolve_dag.errors import ConfigError, EvolveError, PartError, StoreError
 
 if TYPE_CHECKING:
     from evolve_dag.config.schema import Experiment
@@ -471,14 +471,15 @@ def _dagster_home(root: Path) -> Iterator[Finding]:
 
 
 def _databases(root: Path) -> Iterator[Finding]:
-    from evolve_dag.store.disk import in_address
+    from evolve_dag.store.disk import require_address
     from evolve_dag.store.faults import damaged_databases
 
     home = registry.dagster_home(root)
-    for name, folder in (("Dagster", home), ("MLflow", root / "mlflow")):
-        if not in_address(folder.resolve()):
-            why = "'?', or '%' before two hex digits, means something else in a URL: name another folder with --store"
-            yield Finding("note", "database", f"{folder}: {name} cannot keep a database there: {why}")
+    for folder in (home, root / "mlflow"):
+        try:
+            require_address(folder.resolve())
+        except StoreError as error:
+            yield Finding("note", "database", f"{error.what}: {error.remedy}")
     for path in (*damaged_databases(home), *damaged_databases(root / "mlflow"), *damaged_databases(root / "cache")):
         yield Finding("broken", "database", f"{path}: damaged: move it away; artifacts are files of their own and not touched")
 

@@ -600,6 +600,6 @@ def test_a_seed_of_no_experiment_is_refused(evolve: Evolve, tmp_path: Path) -> N
 
 def test_a_folder_that_no_database_can_lie_in_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
-    told = [finding.text for finding in doctor._databases(tmp_path / "job%2Fmain")]
-    assert [text.partition(": ")[2].split()[0] for text in told] == ["Dagster", "MLflow"]
+    told = [finding.text for finding in doctor._databases(tmp_path / "job?main")]
+    assert [text.partition(": ")[0].rpartition("/")[2] for text in told] == ["dagster", "mlflow"]
     assert list(doctor._databases(tmp_path / "plain")) == []

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import stat
 import threading
 from collections.abc import Mapping
