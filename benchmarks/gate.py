@@ -130,7 +130,7 @@ def lineage(success: float, losses: Sequence[float], tasks: int, settings: GateS
 
 def scenarios() -> Iterator[tuple[str, list[float]]]:
     """Name, and the true loss of each night (negative: a gain)."""
-    for loss in (0.0, 0.3, 0.5, 1.0, 3.0):
+    for loss in (0.0, 0.3, 0.5, 1.0, 2.0, 3.0):
         yield f"loses {loss:g} a night", [loss / 100] * 30
     yield "gains 8, 5, 3, 2, 1, then stays", [-0.08, -0.05, -0.03, -0.02, -0.01] + [0.0] * 25
     yield "gains 8, 5, 3, 2, 1, then loses 0.5", [-0.08, -0.05, -0.03, -0.02, -0.01] + [0.005] * 25

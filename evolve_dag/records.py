@@ -243,6 +243,8 @@ class Standing:
     """Candidates since the best that were compared with it."""
     lost: float = 0.0
     """Success that these lost against it, mean over the nights; negative: gained."""
+    declined: int = 0
+    """Candidates in a row, up to the last one, that came from the champion and were declined for a loss of success."""
 
 
 @dataclass(frozen=True, slots=True)

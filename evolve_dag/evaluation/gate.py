@@ -11,6 +11,9 @@ established the best comes back.
 
 A candidate takes the best one's place only when it is significantly better, not when it looks better: one that was chosen for
 its luck falls back without having lost anything, and the evidence would begin anew with every lucky night.
+
+Where candidates of the champion were declined for a loss, the burden of proof turns: the next one must not look worse than the
+champion. Else a fault that makes every candidate somewhat worse needs one lucky night in five or ten to pass, and has it.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ LEAST_JUDGED = 0.5
 """Share of the tasks that must be judged on both sides. A candidate that fails on the hard tasks must not win on the rest."""
 MOST_OF_A_DECLINED = 4.0
 """Factor by which a candidate that is declined may raise the evidence of a drift: one night that went wrong is no drift."""
+TURNS = 2
+"""Candidates of a champion in a row that were declined for a loss, from which on the next one must not look worse."""
 
 Evidence = Mapping[str, float | None]
 
@@ -61,6 +66,8 @@ class _Finding:
     sentence: str
     bad: bool
     evidence: Evidence
+    loss: bool = False
+    """What is bad is a loss of success."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +90,8 @@ class Night:
     candidate is the champion unchanged."""
     same: bool = False
     """Candidate and best champion have the same weights, so that nothing can have been lost."""
+    unchanged: bool = False
+    """Candidate and champion have the same weights: nothing was trained."""
 
 
 def decide(
@@ -95,12 +104,14 @@ def decide(
     standing: Standing = Standing(),
     champion: Sequence[Score] = (),
     same: bool = False,
+    unchanged: bool = False,
 ) -> GateDecision:
     """Promote the candidate unless it lost something, or those since the best did.
 
     Declined is a candidate when too few tasks were judged on both sides, on a significant loss of success (the interval of the
     paired difference lies wholly below ``-margin``: against the best among the judged tasks or among all, or against the
-    champion), and, where success is not significantly better than the best's, on a rise of premature answers above
+    champion), where the last ``TURNS`` candidates of the champion were declined for a loss on any success more than ``margin``
+    below the champion's, and, where success is not significantly better than the best's, on a rise of premature answers above
     ``max_premature_rise`` and on a ratio of mean turns above ``max_turn_ratio``.
     All checks run, so ``reasons`` names every one that failed.
 
@@ -113,6 +124,7 @@ def decide(
         standing: who holds, who is the best, and the evidence so far.
         champion: scores of the champion, where it is neither the best nor what the candidate is.
         same: the candidate is the best champion: nothing was trained, and that one held.
+        unchanged: the candidate is the champion: nothing was trained.
 
     Raises:
         DataError: the two sides are not scores of the same tasks, or a side holds a rollout twice.
@@ -121,7 +133,7 @@ def decide(
         _refuse_duplicates(name, scores)
     for name, scores in (("best champion", best), *([("champion", champion)] if champion else [])):
         _refuse_mismatch({s.task_id for s in candidate}, {s.task_id for s in scores}, name)
-    night = replace(_night(candidate, best, champion), same=same)
+    night = replace(_night(candidate, best, champion), same=same, unchanged=unchanged)
     return decide_on(night, settings, seed, iteration=iteration, standing=standing)
 
 
@@ -130,25 +142,29 @@ def decide_on(
 ) -> GateDecision:
     """:func:`decide` on what is compared."""
     findings = list(_findings(night, settings, seed))
+    if not any(finding.bad for finding in findings):
+        findings += _burden(night, settings, standing)
     bad = tuple(finding.sentence for finding in findings if finding.bad)
     drift, after = _drift(night, settings, standing, declined=bool(bad))
+    lost = any(finding.bad and finding.loss for finding in findings)
     evidence: dict[str, float | None] = {"confidence": settings.confidence, "margin": settings.margin}
     for finding in (*findings, drift):
         evidence |= finding.evidence
-    back = replace(after, champion=standing.best, capital=(), began=1.0, nights=0, lost=0.0)
+    back = replace(after, champion=standing.best, capital=(), began=1.0, nights=0, lost=0.0, declined=0)
     if drift.bad and standing.champion != standing.best:
         return GateDecision("restore", (drift.sentence, *bad), evidence, back)
     if drift.bad:  # nothing to go back to: the champion is the best
-        return GateDecision("keep", (*bad, drift.sentence), evidence, back)
+        return GateDecision("keep", (*bad, drift.sentence), evidence, replace(back, declined=standing.declined + lost))
     if bad:
-        return GateDecision("keep", bad, evidence, after)
+        return GateDecision("keep", bad, evidence, replace(after, declined=standing.declined + lost))
     good = [finding.sentence for finding in findings if finding.sentence]
     good += [drift.sentence] if after.nights > 1 or night.same else []
     if _better(evidence):
         anew = Capital(after.capital).restarted()
         new_best = Standing(iteration, iteration, capital=anew.logs, began=anew.total)
         return GateDecision("promote", tuple(good), evidence, new_best)
-    return GateDecision("promote", tuple(good), evidence, replace(after, champion=iteration))
+    declined = standing.declined if night.unchanged else 0
+    return GateDecision("promote", tuple(good), evidence, replace(after, champion=iteration, declined=declined))
 
 
 def gate_to_json(decision: GateDecision) -> dict[str, Any]:
@@ -242,7 +258,20 @@ def _success(
     numbers = {"difference": difference, "low": low, "high": high, "sd": sd, "detectable": smallest}
     numbers |= {} if whose else {"candidate": means[0], "best": means[1]}
     evidence = {f"success_{of}{name}": value for name, value in numbers.items()}
-    return _Finding(f"significant loss of {sentence}" if bad else sentence, bad, evidence)
+    return _Finding(f"significant loss of {sentence}" if bad else sentence, bad, evidence, loss=True)
+
+
+def _burden(night: Night, settings: GateSettings, standing: Standing) -> Iterator[_Finding]:
+    """Does the candidate look worse than the champion, where those before it were declined?"""
+    candidate_T, champion_T = night.champion or (night.candidate, night.best)
+    if standing.declined < TURNS or night.unchanged or not len(candidate_T):
+        return
+    candidate, champion = float(candidate_T.mean()), float(champion_T.mean())
+    sentence = (
+        f"{standing.declined} candidates in a row had lost against this champion, so the next one must not look worse: success "
+        f"{candidate:.1%} against {champion:.1%}, at most {100 * settings.margin:g} points below allowed"
+    )
+    yield _Finding(sentence, candidate < champion - settings.margin, {"declined_in_a_row": standing.declined}, loss=True)
 
 
 def _premature(rates: tuple[float, float], settings: GateSettings, *, better: bool) -> _Finding:

@@ -33,7 +33,8 @@ def run(context: StepContext) -> None:
         gone.append(f"{_gone(standing)}: the champion is the best from now on")
         standing = _champion_alone(context.entering)
     experiment, iteration = context.experiment, context.iteration
-    tonight, of_best = (same_weights(context.store, one) for one in (context.inputs["adapter"].digest, standing.adapter))
+    adapters = context.inputs["adapter"].digest, standing.adapter, context.entering.adapter
+    tonight, of_best, of_champion = (same_weights(context.store, one) for one in adapters)
     gate = decide(
         candidate,
         best,
@@ -43,6 +44,7 @@ def run(context: StepContext) -> None:
         standing=standing,
         champion=champion,
         same=tonight == of_best,
+        unchanged=tonight == of_champion,
     )
     if gate.decision == "restore" and (lost := _missing(context, gate.standing)):
         because = f"{_gone(gate.standing)} ({lost}), so the champion stays and is the best from now on"
@@ -134,7 +136,7 @@ SPEC = StepSpec(
     "promotion",
     "The gate's decision with its reasons: `promote`, `keep` (the champion stays) or `restore` (the best champion so far comes "
     "back). Commits the policy of the next iteration.",
-    version="10",
+    version="11",
     config=("gate", "seed"),
     inputs=("policy", "experience", "contexts", "adapter", "scores"),
     standing=tuple(field.name for field in fields(Standing)),

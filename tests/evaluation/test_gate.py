@@ -327,6 +327,38 @@ def test_nights_that_all_go_wrong_are_one() -> None:
     assert decisions == ["promote", "keep", "keep", "restore", "keep"]
 
 
+def test_after_two_losses_the_next_candidate_must_not_look_worse() -> None:
+    """A loss of 4 points that is not significant passes, but not where two before it were declined for one."""
+    poor = Standing(1, 1, capital=(-3.0,) * 5)  # so that no drift is established meanwhile
+    assert [d.decision for d in through([(18, 2), (12, 4)], poor, first=2)] == ["keep", "promote"]
+    nights = through([(5, 5), (18, 2), (18, 2), (12, 4), (5, 5), (12, 4)], poor, first=2)
+    assert [d.decision for d in nights] == ["promote", "keep", "keep", "keep", "promote", "promote"]
+    assert [d.standing.declined for d in nights] == [0, 1, 2, 3, 0, 0]
+    assert nights[3].reasons == (
+        "2 candidates in a row had lost against this champion, so the next one must not look worse: "
+        "success 52.0% against 56.0%, at most 0.25 points below allowed",
+    )
+    assert nights[4].evidence["declined_in_a_row"] == 3
+    assert nights[3].standing.champion == 2
+
+
+def test_what_is_no_loss_turns_no_burden() -> None:
+    """Infrastructure that judged nothing, and turns: the next candidate owes no more than any."""
+    few = decide(side([None] * 60 + [1.0] * 40), side([1.0] * 100), SETTINGS, 0)
+    slow = decide(side([1.0] * 50 + [0.0] * 50, turns=40), side([1.0] * 50 + [0.0] * 50), SETTINGS, 0)
+    assert [d.decision for d in (few, slow)] == ["keep", "keep"]
+    assert slow.standing.declined == 0
+
+
+def test_the_champion_that_was_not_trained_owes_nothing_and_pays_no_debt() -> None:
+    """It looks worse than the best, which it does not come from, on this night's draws."""
+    standing = Standing(4, 2, declined=2)
+    night = decide(*lost(12, 4), SETTINGS, 0, iteration=7, standing=standing, unchanged=True)
+    assert night.decision == "promote"
+    assert night.standing.declined == 2
+    assert decide(*lost(12, 4), SETTINGS, 0, iteration=7, standing=standing).decision == "keep"
+
+
 def test_nights_without_training_spend_no_evidence() -> None:
     """Ten nights whose candidate is the best champion itself, then a slow loss: it is seen as soon as without them."""
     idle = lost(0)
