@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evolve_dag.assets import automation, launch, partitions, watchdog
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from evolve_dag.config import registry
 from evolve_dag.errors import ConcurrencyError, ConfigError, EvolveError
-from evolve_dag.store.faults import disk_error
+from evolve_dag.store.locks import taken
 from evolve_dag.tracking import mlflow_server
 
 HOST = "127.0.0.1"
@@ -94,17 +94,12 @@ def _alone(root: Path) -> Iterator[None]:
 
     The lock has no holder's note: who cleans up takes a lock with one for work that is going on.
     """
-    path = root / "locks" / "ui.lock"
-    lock = FileLock(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock = taken(root, "ui")
     except Timeout:
         raise ConcurrencyError(
             f"another `evolve ui` serves the store {root}", "use that one, or end it first: of two each would run the nights"
         ) from None
-    except OSError as error:
-        raise disk_error(error, path) from error
     try:
         yield
     finally:

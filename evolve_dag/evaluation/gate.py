@@ -146,24 +146,24 @@ def decide_on(
         findings += _burden(night, settings, standing)
     bad = tuple(finding.sentence for finding in findings if finding.bad)
     drift, after = _drift(night, settings, standing, declined=bool(bad))
-    lost = any(finding.bad and finding.loss for finding in findings)
+    after = replace(after, declined=standing.declined + any(finding.bad and finding.loss for finding in findings))
     evidence: dict[str, float | None] = {"confidence": settings.confidence, "margin": settings.margin}
     for finding in (*findings, drift):
         evidence |= finding.evidence
-    back = replace(after, champion=standing.best, capital=(), began=1.0, nights=0, lost=0.0, declined=0)
+    back = replace(after, champion=standing.best, capital=(), began=1.0, nights=0, lost=0.0)
     if drift.bad and standing.champion != standing.best:
-        return GateDecision("restore", (drift.sentence, *bad), evidence, back)
+        return GateDecision("restore", (drift.sentence, *bad), evidence, replace(back, declined=0))
     if drift.bad:  # nothing to go back to: the champion is the best
-        return GateDecision("keep", (*bad, drift.sentence), evidence, replace(back, declined=standing.declined + lost))
+        return GateDecision("keep", (*bad, drift.sentence), evidence, back)
     if bad:
-        return GateDecision("keep", bad, evidence, replace(after, declined=standing.declined + lost))
+        return GateDecision("keep", bad, evidence, after)
     good = [finding.sentence for finding in findings if finding.sentence]
     good += [drift.sentence] if after.nights > 1 or night.same else []
     if _better(evidence):
         anew = Capital(after.capital).restarted()
         new_best = Standing(iteration, iteration, capital=anew.logs, began=anew.total)
         return GateDecision("promote", tuple(good), evidence, new_best)
-    declined = standing.declined if night.unchanged else 0
+    declined = after.declined if night.unchanged else 0
     return GateDecision("promote", tuple(good), evidence, replace(after, champion=iteration, declined=declined))
 
 

@@ -10,12 +10,37 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from evolve_dag.errors import ConcurrencyError
 from evolve_dag.store.disk import write_atomic
 from evolve_dag.store.faults import disk_error
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
 log = logging.getLogger(__name__)
+
+
+def taken(root: Path, name: str, wait_seconds: float = 0.0) -> FileLock:
+    """Take a lock of the store under ``root``, to be released by the caller; without a note of its holder.
+
+    Raises:
+        Timeout: filelock's own: another process still holds it.
+        StoreError: the disk is full or broken.
+    """
+    from filelock import FileLock, Timeout
+
+    path = root / "locks" / f"{name}.lock"
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=wait_seconds)
+    except Timeout:
+        raise
+    except OSError as error:
+        raise disk_error(error, path) from error
+    return lock
 
 
 @contextlib.contextmanager
@@ -30,26 +55,21 @@ def locked(root: Path, name: str, what: str, wait_seconds: float) -> Iterator[No
         ConcurrencyError: another process still holds it; names that process.
         StoreError: the disk is full or broken.
     """
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
-    path = root / "locks" / f"{name}.lock"
-    holder = path.with_suffix(".holder")
-    lock = FileLock(path)
+    holder = root / "locks" / f"{name}.holder"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=0)
+            lock = taken(root, name)
         except Timeout:
             if wait_seconds <= 0:
                 raise
             log.warning("%s by %s: waiting for it", what, _holder(holder))
-            lock.acquire(timeout=wait_seconds)
+            lock = taken(root, name, wait_seconds)
     except Timeout:
         raise ConcurrencyError(
             f"{what} by {_holder(holder)} (store {root})", "wait until it has ended, or end it: its lock goes with it"
         ) from None
-    except OSError as error:
-        raise disk_error(error, path) from error
     try:
         with contextlib.suppress(OSError):  # the holder's name is a courtesy, the lock itself is held
             since = datetime.now(UTC).isoformat(timespec="seconds")
