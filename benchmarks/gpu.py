@@ -32,13 +32,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from evolve_dag.config.schema import DistillationSettings, Regime
-from evolve_dag.distillation import kernels
 from evolve_dag.distillation.alignment import Aligned
 from evolve_dag.distillation.dataset import DistillationRow, make_rows
 from evolve_dag.distillation.memory import training_memory
 from evolve_dag.distillation.teacher import TeacherScorer
 from evolve_dag.distillation.trainer import distill
-from evolve_dag.inference import attention
+from evolve_dag.inference import attention, kernels
 from evolve_dag.inference.prefix_tree import Chain
 
 DEVICE = "cuda:0"
@@ -217,7 +216,6 @@ def training(config: Qwen3Config) -> Iterator[str]:
             settings=SETTINGS,
             rows=[tokens // len(rows)] * together,
             activation_checkpointing="activation_checkpointing" in more,
-            device="cpu" if name.startswith("transformers") else DEVICE,
         ).peak
         share = flops(config, rows) / tokens * rate / best
         yield (

@@ -158,7 +158,6 @@ def _memory(experiment: Experiment) -> Iterator[Finding]:
             activation_checkpointing=runtime.activation_checkpointing,
             shards=shards,
             quantize=policy.quantize,
-            device=runtime.device,
         )
     except RuntimeError as problem:  # products that exist on no tensor without content: a mixture of experts in float32
         yield Finding("note", "memory", f"{config.model_type} in {policy.dtype} cannot be calculated: {problem}")

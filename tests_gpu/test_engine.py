@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from evolve_dag.config.schema import DistillationSettings, Regime, RuntimeSettings
-from evolve_dag.distillation import checkpoint, kernels
+from evolve_dag.distillation import checkpoint
 from evolve_dag.distillation.alignment import replay_injection
 from evolve_dag.distillation.launch import Request, train
 from evolve_dag.distillation.memory import training_memory
 from evolve_dag.distillation.teacher import TeacherScorer
 from evolve_dag.distillation.trainer import CurvePoint, distill
-from evolve_dag.inference import attention
+from evolve_dag.inference import attention, kernels
 from evolve_dag.inference.prefix_tree import prefix_tree
 
 SETTINGS = DistillationSettings(rank=4, alpha=8, learning_rate=1e-3, epochs=2, tokens_per_batch=200, top_k=8)
@@ -173,9 +173,7 @@ def test_memory_is_what_is_calculated(less: bool, tmp_path: Path) -> None:
     heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
     config = Qwen3Config(**shape, **heads, tie_word_embeddings=True)
     settings = DistillationSettings(epochs=1)
-    told = training_memory(
-        config, dtype="bfloat16", settings=settings, rows=[8192], activation_checkpointing=less, device="cuda:0"
-    )
+    told = training_memory(config, dtype="bfloat16", settings=settings, rows=[8192], activation_checkpointing=less)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     rows = [random_row(8192, 32_000, settings.top_k)]
     distill(tiny_model(), [random_row(64, 100, 8)], settings=settings, regime=Regime(), out=tmp_path / "a", device="cuda:0")
@@ -201,10 +199,7 @@ def test_memory_that_runs_out_halves_the_passes_once(tmp_path: Path) -> None:
     model = random_model(8192, hidden=512)
     rows = [random_row(4096, 8192, 64, seed) for seed in range(4)]
     settings = DistillationSettings(epochs=1, tokens_per_batch=16_384)
-    told = [
-        training_memory(model.config, dtype="float32", settings=settings, rows=[4096] * count, device="cuda:0").peak
-        for count in (2, 4)
-    ]
+    told = [training_memory(model.config, dtype="float32", settings=settings, rows=[4096] * count).peak for count in (2, 4)]
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((sum(told) / 2 + torch.cuda.memory_allocated()) / total)

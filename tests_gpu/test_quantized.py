@@ -68,8 +68,8 @@ def test_memory_is_what_is_calculated(tmp_path: Path) -> None:
     heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
     config = Qwen3Config(**shape, **heads, tie_word_embeddings=True)
     settings = DistillationSettings(epochs=1)
-    told = training_memory(config, dtype="bfloat16", settings=settings, rows=[8192], quantize="nf4", device="cuda:0")
-    full = training_memory(config, dtype="bfloat16", settings=settings, rows=[8192], device="cuda:0")
+    told = training_memory(config, dtype="bfloat16", settings=settings, rows=[8192], quantize="nf4")
+    full = training_memory(config, dtype="bfloat16", settings=settings, rows=[8192])
     Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     rows = [random_row(8192, 32_000, settings.top_k)]
     torch.cuda.empty_cache()

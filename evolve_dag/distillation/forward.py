@@ -34,8 +34,6 @@ class Forward:
         share: pack sequences that begin alike (the default). Models whose attention cannot take a packed row (sliding
             windows, an attention of their own) get one padded row per sequence whatever this says.
         recompute: keep only what enters each layer, and compute the layer again on the way back (activation checkpointing).
-        fused: norms, rotary embedding and activations by :mod:`evolve_dag.distillation.kernels`; None: where the model lies on
-            a CUDA device.
 
     Raises:
         ModelError: the model rescales its logits behind the output layer, or is not a causal model.
@@ -44,7 +42,7 @@ class Forward:
     collective = False
     """Whether a pass waits for the other processes, which must run as many."""
 
-    def __init__(self, model: nn.Module, *, share: bool = True, recompute: bool = False, fused: bool | None = None) -> None:
+    def __init__(self, model: nn.Module, *, share: bool = True, recompute: bool = False) -> None:
         from evolve_dag.inference.attention import bare, takes_chains
 
         self.model: Any = model
@@ -52,7 +50,6 @@ class Forward:
         self.share = share and takes_chains(model)
         self._same_angles = same_angles(bare(model).config.get_text_config().to_dict())
         self.recompute = recompute
-        self.fused = self.device.type == "cuda" if fused is None else fused
 
     @property
     def vocabulary(self) -> int:
@@ -66,6 +63,7 @@ class Forward:
     def ready(self) -> Iterator[None]:
         """The model takes packed rows meanwhile, and keeps less where that is asked."""
         from evolve_dag.inference.attention import our_attention
+        from evolve_dag.inference.kernels import fused_layers
         from evolve_dag.inference.lora import narrowed
 
         with ExitStack() as meanwhile:
@@ -74,10 +72,7 @@ class Forward:
                 if self.device.type == "cpu":
                     meanwhile.enter_context(_wanted_at_the_end(self.decoder))
             meanwhile.enter_context(narrowed(self.model))
-            if self.fused:
-                from evolve_dag.distillation.kernels import fused_layers
-
-                meanwhile.enter_context(fused_layers(self.decoder))
+            meanwhile.enter_context(fused_layers(self.decoder))
             if self.recompute:
                 meanwhile.enter_context(_recomputed(self.decoder))
             yield
@@ -135,7 +130,7 @@ def _wanted_at_the_end(decoder: Any) -> Iterator[None]:
     """
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-    from evolve_dag.distillation.kernels import computes_as, computing
+    from evolve_dag.inference.kernels import computes_as, computing
 
     last = next(reversed(getattr(decoder, "layers", None) or [None]))
     if last is None or "forward" in vars(last) or not computes_as(last, LlamaDecoderLayer):
@@ -169,7 +164,7 @@ def _recomputed(decoder: Any) -> Iterator[None]:
     """
     from torch.utils.checkpoint import checkpoint
 
-    from evolve_dag.distillation.kernels import computing
+    from evolve_dag.inference.kernels import computing
 
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     with ExitStack() as meanwhile:

@@ -65,7 +65,6 @@ def training_memory(
     activation_checkpointing: bool = False,
     shards: int = 1,
     quantize: str = "none",
-    device: str = "cpu",
 ) -> Memory:
     """Memory of a training step with one pass, in one process.
 
@@ -77,29 +76,30 @@ def training_memory(
             at contexts of many thousand tokens, plan for more.)
         shards: processes that keep a part of the base's weights each (``runtime.shard``).
         quantize: how the base is kept (``models.policy.quantize``); other than none it needs bitsandbytes.
-        device: where it will run; a GPU, which need not be there, keeps less of each layer.
 
     Raises:
         ModelError: the architecture cannot be trained here.
     """
-    fused = device.startswith("cuda")
     sizes = _layer_sizes(config, dtype)
 
     @cache
     def first(layers: int) -> tuple[int, ...]:
         """A model of the first layers alone."""
-        return _run(_with_layers(config, layers), dtype, quantize, settings, rows, activation_checkpointing, fused)
+        return _run(_with_layers(config, layers), dtype, quantize, settings, rows, activation_checkpointing)
 
     @cache
-    def adds(size: int) -> tuple[int, ...]:
-        """What a layer of that size adds, where one first stands."""
-        at = sizes.index(size, FEW)
+    def adds(size: int, first_one: bool = False) -> tuple[int, ...]:
+        """What a layer of that size adds. The first one may move the peak to itself, and the others add to that."""
+        places = [at for at, own in enumerate(sizes) if own == size]
+        at = next(at for at in (*places[0 if first_one else 1 :], *places) if at >= FEW)
         return tuple(b - a for a, b in zip(first(at), first(at + 1), strict=True))
 
     few, further = first(min(FEW, len(sizes))), sizes[FEW:]
     if len(set(further)) > MOST_SIZES:
         further = [max(further)] * len(further)
-    weights, adapter, saved, logits, peak = (sum(parts) for parts in zip(few, *map(adds, further), strict=True))
+    before = [sizes[:FEW] + further[:at] for at in range(len(further))]
+    added = [adds(size, size not in others) for size, others in zip(further, before, strict=True)]
+    weights, adapter, saved, logits, peak = (sum(parts) for parts in zip(few, *added, strict=True))
     if shards == 1 or not further:
         return Memory(weights, adapter, saved, logits, peak)
     layer = adds(largest := max(further))[0]
@@ -141,7 +141,6 @@ def _run(
     settings: DistillationSettings,
     rows: Sequence[int],
     activation_checkpointing: bool,
-    fused: bool,
 ) -> tuple[int, int, int, int, int]:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
@@ -158,7 +157,7 @@ def _run(
         adapter = sum(one.nbytes for one in learned)
         weights = live.bytes - adapter
         optimizer = torch.optim.AdamW(learned)
-        forward = Forward(model, recompute=activation_checkpointing, fused=fused)
+        forward = Forward(model, recompute=activation_checkpointing)
         with forward.ready():
             states_T_H, paths = forward.states([[row, *range(tokens - 1)] for row, tokens in enumerate(rows)])
             before, so_far, live.peak = live.bytes, live.peak, live.bytes

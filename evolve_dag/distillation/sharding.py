@@ -39,7 +39,7 @@ class Sharded(Forward):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        super().__init__(model, recompute=recompute, fused=torch.device(device).type == "cuda")
+        super().__init__(model, recompute=recompute)
         learned = {one for one in model.parameters() if one.requires_grad}
         mesh = init_device_mesh(torch.device(device).type, (Processes.here().count,))
         spread = partial(fully_shard, mesh=mesh, reshard_after_forward=True, ignored_params=learned)

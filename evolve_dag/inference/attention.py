@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,10 @@ Places = np.ndarray | slice
 
 QUERIES = 192
 """Most queries of one product under a mask on a CPU, which computes what the mask forbids: half as much as of 512 at a time."""
+
+SHORT = 1024
+"""Tokens of a chain up to which every block of queries keeps a gradient of the keys that it sees until all are there: a few
+times as much as the keys themselves. Of long chains it would grow with the square."""
 
 PLACEHOLDER = (1, 1, 1, 1)
 """Shape of the mask that a packed row comes with."""
@@ -94,9 +98,25 @@ class Chains:
         self._runs = chains
         self.lengths = [chain.end - chain.start for chain in chains]
         self.widths = [chain.depth + length for chain, length in zip(chains, self.lengths, strict=True)]
-        self.ranges: list[Range] = [one for chain in chains for one in (*chain.prefix, (chain.start, chain.end))]
+        self.ranges: list[Range] = [one for number in range(len(chains)) for one in self.own_ranges(number)]
+        self.parts: list[tuple[int, int]] = []
+        """Beginnings of what a chain sees: the chain, and how many tokens."""
+        self.blocks: list[tuple[int, int, int]] = []
+        """At most :data:`QUERIES` tokens at a time: the part with what they see, how many they are, what the last one sees."""
+        for number, (length, width) in enumerate(zip(self.lengths, self.widths, strict=True)):
+            for at in range(0, length, QUERIES):
+                end = min(at + QUERIES, length)
+                seen = width - length + end
+                if length <= SHORT or not at:
+                    self.parts.append((number, seen if length <= SHORT else width))
+                self.blocks.append((len(self.parts) - 1, end - at, seen))
         self._mask: Tensor | None = None
         self._there: dict[str, Tensor] = {}
+
+    def own_ranges(self, number: int) -> tuple[Range, ...]:
+        """All that the chain's last token sees, in order."""
+        chain = self._runs[number]
+        return (*chain.prefix, (chain.start, chain.end))
 
     def wanted(self, device: Any) -> Tensor | None:
         """Packed index of every token that is wanted; None: all are."""
@@ -150,6 +170,8 @@ class Chains:
 
 def _tree_attention(query: Tensor, key: Tensor, value: Tensor, chains: Chains, scaling: float | None) -> Tensor:
     """One product per chain, so nothing is computed that a mask would forbid; ``[1, T, heads, D]``."""
+    if _needs_mask(query):
+        return _blocked_attention(query, key, value, chains, scaling)
     key, value = _seen(key, chains), _seen(value, chains)
     if query.is_cuda and query.dtype == torch.float32:  # else the kernel that keeps T x T is taken: the others want equal heads
         groups = query.shape[1] // key.shape[1]
@@ -157,12 +179,23 @@ def _tree_attention(query: Tensor, key: Tensor, value: Tensor, chains: Chains, s
     elif _one_kernel(query, chains):
         return _varlen_attention(query, key, value, chains, scaling)
     keys, values = key.split(chains.widths, dim=2), value.split(chains.widths, dim=2)
-    out = [
-        part
-        for q, k, v in zip(query.split(chains.lengths, dim=2), keys, values, strict=True)
-        for part in _chain_attention(q, k, v, chains, scaling)
-    ]
+    out = [_chain_attention(*one, scaling) for one in zip(query.split(chains.lengths, dim=2), keys, values, strict=True)]
     return torch.cat(out, dim=2).transpose(1, 2).contiguous()
+
+
+def _blocked_attention(query: Tensor, key: Tensor, value: Tensor, chains: Chains, scaling: float | None) -> Tensor:
+    """:func:`_tree_attention` by a kernel that computes what a mask forbids, and keeps the mask: so few queries at a time, over
+    the keys that they see."""
+    queries = query.split([rows for _, rows, _ in chains.blocks], dim=2)
+    keys, values = _Parts.apply(key, chains), _Parts.apply(value, chains)
+    out = []
+    for q, (number, rows, seen) in zip(queries, chains.blocks, strict=True):
+        k, v = (one if one.shape[2] == seen else one[:, :, :seen] for one in (keys[number], values[number]))
+        mask = chains.mask(q, rows, seen) if 1 < rows < seen else None
+        causal = 1 < rows == seen
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=True)
+        out.append(found.transpose(1, 2))
+    return torch.cat(out, dim=1)
 
 
 def _wanted_attention(query: Tensor, key: Tensor, value: Tensor, chains: Chains, scaling: float | None) -> Tensor:
@@ -183,22 +216,11 @@ def _wanted_attention(query: Tensor, key: Tensor, value: Tensor, chains: Chains,
     return out.new_zeros((1, query.shape[2], *out.shape[2:])).index_copy(1, rows, out)
 
 
-def _chain_attention(q: Tensor, k: Tensor, v: Tensor, chains: Chains, scaling: float | None) -> list[Tensor]:
-    """A chain over what stands before it and causally over itself, in parts ``[1, heads, t, D]``."""
-    product = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+def _chain_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tensor:
+    """A chain over what stands before it and causally over itself, ``[1, heads, t, D]``."""
     length, width = q.shape[2], k.shape[2]
-    if length in (1, width):
-        return [product(q, k, v, is_causal=length > 1)]
-    if not _needs_mask(q):
-        return [product(q, k, v, attn_mask=causal_lower_right(length, width))]
-    # This kernel computes what a mask forbids, and keeps the mask: so few queries at a time, over the keys that they see.
-    found, before = [], width - length
-    for start in range(0, length, QUERIES):
-        end = min(start + QUERIES, length)
-        seen = before + end
-        mask = chains.mask(q, end - start, seen)
-        found.append(product(q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], attn_mask=mask))
-    return found
+    how: Any = {"is_causal": length > 1} if length in (1, width) else {"attn_mask": causal_lower_right(length, width)}
+    return F.scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=True, **how)
 
 
 def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, chains: Chains, scaling: float | None) -> Tensor:
@@ -251,23 +273,54 @@ def _seen(source: Tensor, chains: Chains) -> Tensor:
     return found
 
 
+def _behind_each_other(source: Tensor, chains: Chains) -> Tensor:
+    """The ranges of ``[1, heads, T, D]``: token by token, since hundreds of ranges would be a kernel, or a view, each."""
+    return source.transpose(1, 2).index_select(1, chains.rows(source.device)).transpose(1, 2)
+
+
+def _add_back(total: Tensor, ranges: Sequence[Range], gradient: Tensor) -> None:
+    """Add to the ranges of ``total`` what ``gradient`` has of them; it may end early."""
+    at, most = 0, gradient.shape[2]
+    for start, end in ranges:
+        length = min(end - start, most - at)
+        total[:, :, start : start + length] += gradient[:, :, at : at + length]
+        at += length
+        if at == most:
+            return
+
+
 class _Gather(torch.autograd.Function):
-    """The ranges of ``[1, heads, T, D]`` behind each other. Indexing would write a gradient of full size per range."""
+    """For every chain what it sees, behind each other. Indexing would write a gradient of full size per range."""
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, chains: Chains) -> Tensor:
         ctx.ranges, ctx.shape = chains.ranges, source.shape
-        if source.is_cuda:  # hundreds of pieces are a kernel each there
-            return source.transpose(1, 2).index_select(1, chains.rows(source.device)).transpose(1, 2)
-        return torch.cat([source[:, :, start:end] for start, end in chains.ranges], dim=2)
+        return _behind_each_other(source, chains)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         total = gradient.new_zeros(ctx.shape)
-        at = 0
-        for start, end in ctx.ranges:
-            total[:, :, start:end] += gradient[:, :, at : at + end - start]
-            at += end - start
+        _add_back(total, ctx.ranges, gradient)
+        return total, None
+
+
+class _Parts(torch.autograd.Function):
+    """``[1, heads, seen, D]`` for each of :attr:`Chains.parts`: views of one copy. Slices of it would each write a gradient of
+    the whole chain's size, as they do of a long one."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, chains: Chains) -> tuple[Tensor, ...]:
+        ctx.chains, ctx.shape = chains, source.shape
+        begins = np.cumsum([0, *chains.widths]).tolist()
+        copied = _behind_each_other(source, chains)
+        return tuple(copied[:, :, begins[number] : begins[number] + seen] for number, seen in chains.parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        batch, heads, tokens, size = ctx.shape
+        total = gradients[0].new_zeros((batch, tokens, heads, size)).transpose(1, 2)  # laid out like what it is the gradient of
+        for (number, _), gradient in zip(ctx.chains.parts, gradients, strict=True):
+            _add_back(total, ctx.chains.own_ranges(number), gradient)
         return total, None
 
 

@@ -43,6 +43,7 @@ from evolve_dag.inference.folders import same_angles
 from evolve_dag.inference.freed import give_back
 from evolve_dag.inference.guided import Guide, Guides
 from evolve_dag.inference.host_memory import host_memory
+from evolve_dag.inference.kernels import fused_layers
 from evolve_dag.inference.kv import RoundCache, SlotPool, cache_share, tokens_in
 from evolve_dag.inference.quantization import pretrained, require
 from evolve_dag.inference.quiet import quiet_peft
@@ -403,6 +404,10 @@ class TransformersModel:
                 call.guide = self._guides.start(call.request.answer_schema)
 
     def _compute(self, model: PreTrainedModel, calls: list[_Call]) -> list[Completion | ModelError]:
+        with fused_layers(model):
+            return self._answers(model, calls)
+
+    def _answers(self, model: PreTrainedModel, calls: list[_Call]) -> list[Completion | ModelError]:
         begun = time.perf_counter()
         self._pool.prepare([call.session for call in calls], max(len(call.ids) + call.limit for call in calls))
         self._compute_shared_prefix(model, calls)

@@ -66,7 +66,7 @@ def test_it_is_what_a_step_allocates(config: Any, less: bool) -> None:
 )
 def test_layers_of_a_mixture_of_experts_that_are_dense_are_told_apart(config: Any) -> None:
     told = training_memory(config, dtype="bfloat16", settings=SETTINGS, rows=ROWS)
-    weights, adapter, saved, _, peak = memory._run(config, "bfloat16", "none", SETTINGS, ROWS, False, False)
+    weights, adapter, saved, _, peak = memory._run(config, "bfloat16", "none", SETTINGS, ROWS, False)
     assert (told.weights, told.adapter) == (weights, adapter)
     assert told.saved == pytest.approx(saved, rel=0.02)
     assert told.peak == pytest.approx(peak, rel=0.05)

@@ -104,12 +104,13 @@ def family(count: int = 14) -> list[list[int]]:
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
 @pytest.mark.parametrize("heads", [1, 2, 4])
-@pytest.mark.parametrize("way", ["one mask", "few queries at a time", "no mask"])
+@pytest.mark.parametrize("way", ["one mask", "few queries at a time", "long chains", "no mask"])
 def test_states_and_gradients_are_those_of_one_sequence_at_a_time(
     kind: str, heads: int, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if way == "few queries at a time":
+    if way in ("few queries at a time", "long chains"):
         monkeypatch.setattr(attention, "QUERIES", 3)
+        monkeypatch.setattr(attention, "SHORT", 5 if way == "long chains" else 1024)
     elif way == "no mask":
         monkeypatch.setattr(attention, "_needs_mask", lambda q: False)
     model = model_of(kind, num_key_value_heads=heads)

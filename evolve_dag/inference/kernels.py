@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
+from threading import Lock
 from types import MethodType
 from typing import Any
 
@@ -63,31 +65,40 @@ class _Rotated(torch.autograd.Function):
 
 
 class Plain:
-    """What is computed, in torch's operations."""
+    """What is computed, in torch's operations, few of which make a tensor of their own."""
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """The values, and what each row was multiplied with, float32."""
-        wide = x.float()
-        root = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return weight * (wide * root).to(x.dtype), root
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        root = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        return (x * root).to(x.dtype).mul_(weight), root
 
     def norm_backward(self, d_y: Tensor, x: Tensor, weight: Tensor, root: Tensor) -> Tensor:
         scaled, wide = (d_y * weight).float(), x.float()
-        along = (scaled * wide).mean(-1, keepdim=True) * root.square()
-        return (root * (scaled - wide * along)).to(x.dtype)
+        along = torch.linalg.vecdot(scaled, wide)[..., None].mul_(root.square()).div_(-x.shape[-1])
+        return scaled.addcmul_(wide, along).mul_(root).to(x.dtype)
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        return F.silu(gate) * up
+        return F.silu(gate).mul_(up)
 
     def gated_backward(self, d_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.aten.silu_backward(d_y * up, gate), d_y * F.silu(gate)
+        return torch.ops.aten.silu_backward(d_y * up, gate), F.silu(gate).mul_(d_y)
 
     def rotated(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = cos[:, None], sin[:, None]
-        return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+        return _turned(q, cos, sin), _turned(k, cos, sin)
 
     def rotated_back(self, d_q: Tensor, d_k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return self.rotated(d_q, d_k, cos, -sin)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x cos + rotate_half(x) sin, half by half into one tensor."""
+    y = torch.empty_like(x)
+    (a, b), (y_a, y_b), (cos_a, cos_b), (sin_a, sin_b) = (one.chunk(2, dim=-1) for one in (x, y, cos, sin))
+    torch.mul(a, cos_a, out=y_a).addcmul_(b, sin_a, value=-1)
+    torch.mul(b, cos_b, out=y_b).addcmul_(a, sin_b)
+    return y
 
 
 class Liger:
@@ -156,38 +167,53 @@ def computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def fused_layers(decoder: nn.Module) -> Iterator[None]:
-    """The layers of ``decoder`` compute so meanwhile, where they do what Llama's do."""
-    names = _rotating(decoder)
-    rotate = names.get(ROTATE)
+def fused_layers(model: nn.Module) -> Iterator[None]:
+    """The layers of ``model``, whole or its body alone, compute so meanwhile, where they do what Llama's do. Norms that are
+    learned themselves do so without gradients only."""
     with ExitStack() as meanwhile:
-        for module in decoder.modules():
+        for module in model.modules():
             if (forward := _replacement(module)) is not None:
                 meanwhile.enter_context(computing(module, MethodType(forward, module)))
-        if rotate is not None:
-            meanwhile.callback(names.__setitem__, ROTATE, rotate)
-            names[ROTATE] = _rotate
+        meanwhile.enter_context(_rotating(model))
         yield
 
 
 ROTATE = apply_rotary_pos_emb.__name__
+_replacing, _users, _originals = Lock(), Counter[str](), dict[str, Any]()
+"""By the file of an architecture: how many models compute so at the moment, in whatever thread, and the function replaced."""
 
 
-def _rotating(decoder: nn.Module) -> dict[str, Any]:
-    """The names of the file of ``decoder``, whose attention looks the rotary function up there at every call; empty where that
-    is another function than Llama's, or replaced already."""
-    for kind in type(decoder).__mro__:  # sharding puts a class of its own before it
-        names = vars(sys.modules[kind.__module__])
-        if ROTATE in names:
-            halves = _same_code(names.get("rotate_half"), rotate_half)
-            return names if halves and _same_code(names[ROTATE], apply_rotary_pos_emb) else {}
-    return {}
+@contextmanager
+def _rotating(model: nn.Module) -> Iterator[None]:
+    """The rotary function in the file of ``model``, whose attention looks it up there at every call, is ours meanwhile, where
+    it is Llama's."""
+    kinds = (kind.__module__ for kind in type(model).__mro__)  # sharding puts a class of its own before it
+    file = next((name for name in kinds if ROTATE in vars(sys.modules[name])), "")
+    names = vars(sys.modules[file]) if file else {}
+    with _replacing:
+        ours = bool(file) and (file in _originals or _turns_as_llama(names))
+        if ours:
+            _originals.setdefault(file, names[ROTATE])
+            _users[file] += 1
+            names[ROTATE] = _rotate
+    try:
+        yield
+    finally:
+        with _replacing:
+            if ours:
+                _users[file] -= 1
+                if not _users[file]:
+                    names[ROTATE] = _originals.pop(file)
+
+
+def _turns_as_llama(names: dict[str, Any]) -> bool:
+    return _same_code(names.get("rotate_half"), rotate_half) and _same_code(names[ROTATE], apply_rotary_pos_emb)
 
 
 def _replacement(module: nn.Module) -> Callable[..., Tensor] | None:
     if "forward" in vars(module):
         return None
-    if computes_as(module, LlamaRMSNorm) and not module.weight.requires_grad:
+    if computes_as(module, LlamaRMSNorm) and not (torch.is_grad_enabled() and module.weight.requires_grad):
         return _norm_forward
     if computes_as(module, LlamaMLP) and isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
         return _gated_forward
@@ -205,16 +231,27 @@ def _same_code(one: Any, other: Any) -> bool:
 
 
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    rotate: Any = _Rotated.apply if unsqueeze_dim == 1 else partial(apply_rotary_pos_emb, unsqueeze_dim=unsqueeze_dim)
+    rotate: Any
+    if unsqueeze_dim != 1:
+        rotate = partial(apply_rotary_pos_emb, unsqueeze_dim=unsqueeze_dim)
+    else:
+        rotate = _Rotated.apply if _learns(q, k) else _bodies(q).rotated
     found: tuple[Tensor, Tensor] = rotate(q, k, cos, sin)
     return found
 
 
 def _norm_forward(self: Any, x: Tensor) -> Tensor:
+    if not _learns(x):
+        return _bodies(x).norm(x, self.weight, self.variance_epsilon)[0]
     y: Tensor = _RmsNorm.apply(x, self.weight, self.variance_epsilon)
     return y
 
 
 def _gated_forward(self: Any, x: Tensor) -> Tensor:
-    y: Tensor = self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x)))
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    y: Tensor = self.down_proj((_Gated.apply if _learns(gate, up) else _bodies(x).gated)(gate, up))
     return y
+
+
+def _learns(*given: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(one.requires_grad for one in given)
