@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -404,7 +404,8 @@ class TransformersModel:
                 call.guide = self._guides.start(call.request.answer_schema)
 
     def _compute(self, model: PreTrainedModel, calls: list[_Call]) -> list[Completion | ModelError]:
-        with fused_layers(model):
+        # On a GPU nobody has tried it: kernels are compiled by the shape there.
+        with fused_layers(model) if self._device.type == "cpu" else nullcontext():
             return self._answers(model, calls)
 
     def _answers(self, model: PreTrainedModel, calls: list[_Call]) -> list[Completion | ModelError]:
