@@ -52,10 +52,8 @@ class _LoraLinear(torch.autograd.Function):
             else:
                 d_x = _sum(d_narrow @ low_a, ctx.scale, flat_y, full).view(x.shape)
         d_a = _wide_product(d_narrow.t(), flat_x, ctx.kept).mul_(ctx.scale)
-        d_b = (
-            _wide_product(narrow.reshape(-1, narrow.shape[-1]).t(), flat_y, ctx.kept).t().mul(ctx.scale)
-        )  # faster than the other
-        return d_x, None, None, None, d_a, d_b, None, None
+        d_b = _wide_product(narrow.reshape(-1, narrow.shape[-1]).t(), flat_y, ctx.kept).mul_(ctx.scale)
+        return d_x, None, None, None, d_a, d_b.t(), None, None
 
 
 def _product(

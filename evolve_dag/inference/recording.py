@@ -79,11 +79,13 @@ def _largest(logits_N_V: np.ndarray, top_k: int, begins: np.ndarray) -> np.ndarr
     count, size = logits_N_V.shape
     least = np.partition(logits_N_V, size - top_k, axis=1)[:, size - top_k, None]
     found = np.flatnonzero(logits_N_V >= least)
-    if len(found) != count * top_k:  # several are as large as the last one, or some are no numbers
-        ids: np.ndarray = torch.from_numpy(logits_N_V).topk(top_k, dim=-1).indices.numpy()
-        return begins + ids
-    places = found.reshape(count, top_k)
-    return np.take_along_axis(places, np.argsort(-logits_N_V.ravel()[places], axis=1), 1)
+    if len(found) == count * top_k:
+        places = found.reshape(count, top_k)
+        if (places[:, :1] >= begins).all() and (places[:, -1:] < begins + size).all():
+            return np.take_along_axis(places, np.argsort(-logits_N_V.ravel()[places], axis=1), 1)
+    # In some row several are as large as the last one, or some are no numbers.
+    ids: np.ndarray = torch.from_numpy(logits_N_V).topk(top_k, dim=-1).indices.numpy()
+    return begins + ids
 
 
 class Recording:

@@ -67,6 +67,14 @@ def test_a_row_that_is_no_numbers_says_so_and_no_other_does(broken: float) -> No
     assert top.isnan().any(1).tolist() == [False, True, False]
 
 
+def test_a_row_with_too_many_and_one_with_too_few_do_not_make_up_for_each_other() -> None:
+    logits = torch.tensor([[3.0, 2.0, 2.0, 0.0], [4.0, 3.0, 2.0, 1.0], [torch.nan, 5.0, 4.0, 3.0]])
+    top, ids, _ = distribution(logits, 2)
+    assert ids[:2, 0].tolist() == [0, 0]
+    assert ids[1].tolist() == [0, 1]
+    assert top.isnan().any(1).tolist() == [False, False, True]
+
+
 def test_no_token_has_no_distribution() -> None:
     assert [tuple(one.shape) for one in distribution(torch.zeros(0, 7), 3)] == [(0, 3), (0, 3), (0,)]
 
