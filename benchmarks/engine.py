@@ -42,7 +42,7 @@ from evolve_dag.distillation.alignment import TeacherView
 from evolve_dag.distillation.dataset import DistillationRow, make_rows
 from evolve_dag.distillation.teacher import TeacherScorer
 from evolve_dag.distillation.trainer import distill
-from evolve_dag.inference import transformers as sampling
+from evolve_dag.inference import transformers as backend
 from evolve_dag.inference.chat import ChatFormat
 from evolve_dag.inference.recording import Recording
 from evolve_dag.inference.transformers import TransformersModel
@@ -84,7 +84,7 @@ def sampled() -> Iterator[Row]:
     spent = [0.0]
     found = []
     with (
-        patch.object(sampling, "distribution", _timed(sampling.distribution, spent)),
+        patch.object(backend, "distribution", _timed(backend.distribution, spent)),
         patch.object(Recording, "add", _timed(Recording.add, spent)),
     ):
         for _ in range(8):

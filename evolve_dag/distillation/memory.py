@@ -97,8 +97,8 @@ def training_memory(
     few, further = first(min(FEW, len(sizes))), sizes[FEW:]
     if len(set(further)) > MOST_SIZES:
         further = [max(further)] * len(further)
-    before = [sizes[:FEW] + further[:at] for at in range(len(further))]
-    added = [adds(size, size not in others) for size, others in zip(further, before, strict=True)]
+    begins = {size: further.index(size) for size in set(further) - set(sizes[:FEW])}
+    added = [adds(size, first_one=begins.get(size) == at) for at, size in enumerate(further)]
     weights, adapter, saved, logits, peak = (sum(parts) for parts in zip(few, *added, strict=True))
     if shards == 1 or not further:
         return Memory(weights, adapter, saved, logits, peak)

@@ -113,6 +113,11 @@ class Chains:
         self._mask: Tensor | None = None
         self._there: dict[str, Tensor] = {}
 
+    @property
+    def stand_alone(self) -> bool:
+        """Whether nothing stands before any chain, so that what they see lies behind each other as it is."""
+        return self.widths == self.lengths
+
     def own_ranges(self, number: int) -> tuple[Range, ...]:
         """All that the chain's last token sees, in order."""
         chain = self._runs[number]
@@ -267,7 +272,7 @@ def _needs_mask(q: Tensor) -> bool:
 
 def _seen(source: Tensor, chains: Chains) -> Tensor:
     """Keys or values ``[1, heads, T, D]``, for every chain what it sees."""
-    if chains.widths == chains.lengths:
+    if chains.stand_alone:
         return source
     found: Tensor = _Gather.apply(source, chains)
     return found
@@ -305,14 +310,14 @@ class _Gather(torch.autograd.Function):
 
 
 class _Parts(torch.autograd.Function):
-    """``[1, heads, seen, D]`` for each of :attr:`Chains.parts`: views of one copy. Slices of it would each write a gradient of
-    the whole chain's size, as they do of a long one."""
+    """``[1, heads, seen, D]`` for each of :attr:`Chains.parts`, views of one tensor. Slices of it would each write a gradient
+    of the whole chain's size, as they do of a long one."""
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, chains: Chains) -> tuple[Tensor, ...]:
         ctx.chains, ctx.shape = chains, source.shape
         begins = np.cumsum([0, *chains.widths]).tolist()
-        copied = _behind_each_other(source, chains)
+        copied = source if chains.stand_alone else _behind_each_other(source, chains)
         return tuple(copied[:, :, begins[number] : begins[number] + seen] for number, seen in chains.parts)
 
     @staticmethod

@@ -366,7 +366,9 @@ class TransformersModel:
             try:
                 self._pool.narrow([call.session for call in rest], longest)
                 part = part[: self._pool.rows_allowed(longest)]
-                results.extend(self._compute(model, part))
+                # On a GPU nobody has tried it: kernels are compiled by the shape there.
+                with fused_layers(model) if self._device.type == "cpu" else nullcontext():
+                    results.extend(self._compute(model, part))
                 alone = False
             except Exception as problem:
                 slots = self._pool.slots
@@ -404,11 +406,6 @@ class TransformersModel:
                 call.guide = self._guides.start(call.request.answer_schema)
 
     def _compute(self, model: PreTrainedModel, calls: list[_Call]) -> list[Completion | ModelError]:
-        # On a GPU nobody has tried it: kernels are compiled by the shape there.
-        with fused_layers(model) if self._device.type == "cpu" else nullcontext():
-            return self._answers(model, calls)
-
-    def _answers(self, model: PreTrainedModel, calls: list[_Call]) -> list[Completion | ModelError]:
         begun = time.perf_counter()
         self._pool.prepare([call.session for call in calls], max(len(call.ids) + call.limit for call in calls))
         self._compute_shared_prefix(model, calls)
